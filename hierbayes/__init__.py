@@ -1,0 +1,4 @@
+from hierbayes.tasks import Tasks
+from hierbayes.model import HierarchicalModel
+from hierbayes.priors import HyperPrior
+from hierbayes import likelihoods, priors

@@ -1,0 +1,15 @@
+r"""A: what one task concludes, given the prior.
+
+.. math:: A(D_j; \varphi) \to \theta_j
+
+Its exact posterior (:mod:`~hierbayes.adaptation.conjugate`), K gradient steps from φ
+(:mod:`~hierbayes.adaptation.gradient`), or least squares, where the prior says nothing
+(:mod:`~hierbayes.adaptation.least_squares`).
+"""
+
+from hierbayes.adaptation.base import Adaptation, Adapted
+from hierbayes.adaptation.conjugate import Conjugate
+from hierbayes.adaptation.gradient import GradientSteps
+from hierbayes.adaptation.least_squares import LeastSquares
+
+__all__ = ["Adaptation", "Adapted", "Conjugate", "GradientSteps", "LeastSquares"]

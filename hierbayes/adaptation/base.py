@@ -1,0 +1,44 @@
+"""What every adaptation returns."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hierbayes.model import HierarchicalModel
+from hierbayes.tasks import Tasks
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What tasks conclude: θ_j and, where the adaptation knows it, how surely.
+
+    ``mean`` (J, d); ``covariance`` (J, d, d) or None; ``unidentified`` (J, d, d) or None: the
+    projection on the directions of θ_j that nothing determines.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray | None = None
+    unidentified: np.ndarray | None = None
+
+    def draw(self, rng: np.random.Generator, num_draws: int) -> np.ndarray:
+        """Normal draws (num_draws, J, d) around the mean."""
+        if self.covariance is None:
+            raise ValueError("a point estimate has no distribution to draw from")
+        values, vectors = np.linalg.eigh(self.covariance)
+        root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
+        white = rng.standard_normal((num_draws, *self.mean.shape))
+        return self.mean + np.einsum("jkl,sjl->sjk", root, white)
+
+
+class Adaptation(abc.ABC):
+    """A(D; φ) for many tasks at once."""
+
+    name: str
+
+    @abc.abstractmethod
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+        """What each task of ``tasks`` concludes under φ."""

@@ -1,0 +1,120 @@
+r"""The exact posterior of Gaussian tasks.
+
+.. math::
+
+    \theta_j \mid D_j, \varphi \sim N\!\left(m_j + L B_j^\top V_j^{-1} a_j,\;
+        L (I + B_j^\top B_j / \sigma^2)^{-1} L^\top\right)
+
+with Σ = L Lᵀ, prior mean m_j, B_j = R_j L, V_j = σ² I + B_j B_jᵀ and a_j the part of the residual
+at the prior mean that θ can move (see :mod:`hierbayes.statistics`). L may be singular: in a
+direction with τ = 0 the posterior is a point.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.adaptation.base import Adaptation, Adapted
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import (
+    cholesky, float64, matmul, matvec, solve_lower, solve_upper, to_numpy,
+)  # fmt: skip
+from hierbayes.priors import Prior
+from hierbayes.statistics import Statistics, statistics
+from hierbayes.tasks import Tasks
+
+
+class Collapse(NamedTuple):
+    """What evidence and posterior both need; tasks on the last axis.
+
+    ``location`` m (d, J); ``root`` L (d, d); ``design`` B (d, d, J); ``factor`` of V (d, d, J);
+    ``moved`` a (d, J): the residual that θ can reduce; ``left`` b (p + 1, J): what is left.
+    """
+
+    location: jax.Array
+    root: jax.Array
+    design: jax.Array
+    factor: jax.Array
+    moved: jax.Array
+    left: jax.Array
+    noise_variance: Any
+
+
+def collapse(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> Collapse:
+    """Bring a Gaussian task and a Gaussian prior together."""
+    d = stats.num_coef
+    noise_variance = phi["sigma"] ** 2 if "sigma" in phi else 1.0
+    location = prior.location(phi, stats.task_predictors.T).T
+    root = prior.scale_tril(phi)  # type: ignore[attr-defined]
+    residual = stats.y
+    if "beta" in phi:
+        residual = residual - jnp.einsum("mpj,p->mj", stats.z, phi["beta"])
+    x = stats.x[:d]
+    design = matmul(x, root[:, :, None])
+    spread = matmul(design, jnp.swapaxes(design, 0, 1))
+    variance = spread + noise_variance * jnp.eye(d)[:, :, None]
+    return Collapse(
+        location, root, design, cholesky(variance), residual[:d] - matvec(x, location),
+        residual[d:], noise_variance,
+    )  # fmt: skip
+
+
+def posterior(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Means (d, J) and root covariances C (d, d, J), with C Cᵀ the covariance."""
+    c = collapse(stats, prior, phi)
+    solved = solve_upper(c.factor, solve_lower(c.factor, c.moved))
+    transposed = jnp.swapaxes(c.design, 0, 1)
+    mean = c.location + matvec(c.root[:, :, None], matvec(transposed, solved))
+    d = stats.num_coef
+    precision = matmul(transposed, c.design) / c.noise_variance + jnp.eye(d)[:, :, None]
+    # (I + BᵀB/σ²)⁻¹ = F⁻ᵀF⁻¹ with F lower, so L F⁻ᵀ is a root of the covariance
+    factor = cholesky(precision)
+    columns = [
+        solve_upper(factor, jnp.broadcast_to(jnp.eye(d)[:, [i]], c.moved.shape)) for i in range(d)
+    ]
+    return mean, matmul(c.root[:, :, None], jnp.stack(columns, axis=1))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _posterior(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> Any:
+    mean, root = posterior(stats, prior, phi)
+    return mean.T, jnp.einsum("ikj,lkj->jil", root, root)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _draws(stats: Statistics, prior: Prior, phis: dict[str, Any], key: jax.Array) -> jax.Array:
+    """One exact draw of every θ_j for each φ of ``phis``, (S, J, d)."""
+
+    def one(inputs: Any) -> jax.Array:
+        phi, k = inputs
+        mean, root = posterior(stats, prior, phi)
+        return (mean + matvec(root, jax.random.normal(k, mean.shape, mean.dtype))).T
+
+    size = jax.tree.leaves(phis)[0].shape[0]
+    return jax.lax.map(one, (phis, jax.random.split(key, size)), batch_size=64)
+
+
+@dataclass(frozen=True)
+class Conjugate(Adaptation):
+    """A(D; φ) = p(θ | D, φ), exact for Gaussian tasks under a Gaussian prior."""
+
+    name = "exact posterior"
+
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+        """Posterior means and covariances."""
+        with float64():
+            mean, covariance = to_numpy(_posterior(statistics(tasks), model.prior, dict(phi)))
+        return Adapted(mean, covariance)
+
+    def draws(
+        self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: jax.Array
+    ) -> np.ndarray:
+        """Exact draws (S, J, d), one for each of the S values of φ."""
+        with float64():
+            return np.asarray(_draws(statistics(tasks), model.prior, dict(phis), key))

@@ -1,0 +1,150 @@
+"""Columns of a DataFrame as float64 arrays, refused with the column's name when they are not.
+
+Pandas, polars and everything else that narwhals reads go through here; the rest of the package
+sees NumPy arrays only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import narwhals as nw
+import numpy as np
+
+from hierbayes.errors import FitWarning, InputError, listing, suggestion
+
+Missing = Literal["raise", "drop"]
+
+
+class Frame:
+    """A read-only view of a DataFrame by column, with its rows numbered as they came."""
+
+    def __init__(self, data: Any):
+        try:
+            self.native = nw.from_native(data, eager_only=True)
+        except TypeError as error:
+            raise InputError(
+                f"expected a DataFrame (pandas, polars, …), found {type(data).__name__}"
+            ) from error
+        self.columns: list[str] = [str(c) for c in self.native.columns]
+        if len(set(self.columns)) < len(self.columns):
+            twice = sorted({c for c in self.columns if self.columns.count(c) > 1})
+            raise InputError(f"the DataFrame has columns of the same name: {listing(twice)}")
+        if self.native.shape[0] == 0:
+            raise InputError("the DataFrame has no rows")
+
+    def __len__(self) -> int:
+        return self.native.shape[0]
+
+    def require(self, columns: Sequence[str], role: str) -> None:
+        """Refuse a column that the frame does not hold."""
+        for column in columns:
+            if column not in self.columns:
+                raise InputError(
+                    f"{role} {column!r} is not a column; {suggestion(column, self.columns)}"
+                )
+
+    def numbers(self, column: str) -> np.ndarray:
+        """One column as float64, nulls as NaN; strings, dates and categories are refused."""
+        series = self.native[column]
+        dtype = series.dtype
+        if not (dtype.is_numeric() or dtype == nw.Boolean):
+            values = series.drop_nulls().to_numpy()
+            if dtype in (nw.Object, nw.Unknown) and _all_numbers(values):
+                return _with_nan(series.to_list())
+            raise InputError(
+                f"column {column!r} holds {_kind(values)} where numbers belong, for example "
+                f"{_first_non_number(values)!r}; convert it, or use from_formula, which encodes "
+                "categories"
+            )
+        return _with_nan(series.to_list()) if series.null_count() else _float(series)
+
+    def groups(self, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``(names, index, missing)``: the values that occur, each row's number, rows without one.
+
+        Categories keep their order; other values stand in the order in which they first occur.
+        """
+        series = self.native[column]
+        missing = series.is_null().to_numpy().astype(bool)
+        values = np.asarray(series.to_list(), dtype=object)
+        missing = missing | np.array([isinstance(v, float) and v != v for v in values], dtype=bool)
+        present = values[~missing]
+        number: dict[Any, int] = {}
+        if series.dtype in (nw.Categorical, nw.Enum):
+            used = set(present.tolist())
+            ordered = [c for c in series.cat.get_categories().to_list() if c in used]
+            number = {name: i for i, name in enumerate(ordered)}
+        index = np.full(len(values), -1)
+        index[~missing] = [number.setdefault(value, len(number)) for value in present]
+        return as_names(list(number)), index, missing
+
+    def take(self, rows: np.ndarray) -> Frame:
+        """The frame with only these row numbers."""
+        return Frame(nw.to_native(self.native[rows.tolist()]))
+
+
+def as_names(values: Sequence[Any]) -> np.ndarray:
+    """Task names as one array: integers stay integers, everything else becomes strings."""
+    plain = [v.item() if isinstance(v, np.generic) else v for v in values]
+    if plain and all(isinstance(v, int) and not isinstance(v, bool) for v in plain):
+        return np.array(plain, dtype=np.int64)
+    if plain and all(isinstance(v, float) and v.is_integer() for v in plain):
+        return np.array([int(v) for v in plain], dtype=np.int64)
+    return np.array([str(v) for v in plain], dtype=np.str_)
+
+
+def complete_rows(columns: dict[str, np.ndarray], missing: Missing) -> np.ndarray:
+    """Which rows have finite values everywhere; refuses the others or drops them with a warning.
+
+    Infinite values are refused whatever ``missing`` says: a dropped row may hide a log of zero.
+    """
+    if missing not in ("raise", "drop"):
+        raise InputError(f"missing must be 'raise' or 'drop', found {missing!r}")
+    for name, values in columns.items():
+        infinite = np.isinf(values)
+        if infinite.any():
+            raise InputError(
+                f"column {name!r} has {infinite.sum()} infinite value(s), the first in row "
+                f"{np.flatnonzero(infinite)[0]} (counting from 0); mend or remove these rows"
+            )
+    gaps = {name: int(np.isnan(v).sum()) for name, v in columns.items() if np.isnan(v).any()}
+    if not gaps:
+        return np.ones(len(next(iter(columns.values()))), dtype=bool)
+    found = ", ".join(f"{count} in column {name!r}" for name, count in gaps.items())
+    if missing == "raise":
+        raise InputError(
+            f'missing values (NaN): {found}; impute them, or pass missing="drop" to leave '
+            "these rows out"
+        )
+    keep = ~np.any([np.isnan(v) for v in columns.values()], axis=0)
+    if not keep.any():
+        raise InputError(f"no complete row is left; missing values (NaN): {found}")
+    warnings.warn(
+        f"dropped {(~keep).sum()} of {len(keep)} rows with missing values ({found})",
+        FitWarning,
+        stacklevel=4,
+    )
+    return keep
+
+
+def _float(series: nw.Series[Any]) -> np.ndarray:
+    return np.array(series.to_numpy(), dtype=np.float64)
+
+
+def _with_nan(values: list[Any]) -> np.ndarray:
+    return np.array([np.nan if v is None else float(v) for v in values], dtype=np.float64)
+
+
+def _all_numbers(values: np.ndarray) -> bool:
+    return all(isinstance(v, (int, float, np.number)) for v in values)
+
+
+def _first_non_number(values: np.ndarray) -> object:
+    return next((v for v in values.tolist() if not isinstance(v, (int, float))), values.tolist()[:1])
+
+
+def _kind(values: np.ndarray) -> str:
+    kinds = {type(v).__name__ for v in values.tolist()}
+    return "strings" if kinds == {"str"} else "values of type " + ", ".join(sorted(kinds))

@@ -1,0 +1,210 @@
+r"""The single definition that every method reads.
+
+.. math::
+
+    \log p(\varphi, \theta_{1..J}, D) = \log p(\varphi)
+        + \sum_j \left[\log p(\theta_j \mid \varphi) + \log p(D_j \mid \theta_j, \varphi)\right]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+
+from hierbayes.errors import InputError, listing
+from hierbayes.likelihoods import Likelihood
+from hierbayes.numerics import in_float64
+from hierbayes.priors import HyperPrior, Prior
+from hierbayes.priors.gaussian import Gaussian as GaussianPrior
+from hierbayes.priors.hyperprior import Shape
+from hierbayes.tasks import Encoder, Task, Tasks
+
+
+@dataclass(frozen=True)
+class HierarchicalModel:
+    """A likelihood, a prior that tasks share, and a belief about that prior.
+
+    Parameters
+    ----------
+    likelihood : Likelihood
+        p(D_j | θ_j, φ), for example ``hb.likelihoods.Gaussian()``.
+    prior : Prior
+        p(θ_j | φ), for example ``hb.priors.Gaussian(correlated=True)``.
+    hyperprior : HyperPrior
+        p(φ); what is left open gets weakly informative defaults, scaled to the data once.
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
+    >>> model, tasks = hb.from_formula(
+    ...     "log_radon ~ 1 + floor + (1 + floor | county)", hb.datasets.radon()
+    ... )
+    """
+
+    likelihood: Likelihood
+    prior: Prior
+    hyperprior: HyperPrior = field(default_factory=HyperPrior)
+    encoder: Encoder | None = field(default=None, repr=False, compare=False)
+
+    def tasks(self, data: Any) -> Tasks:
+        """``data`` as Tasks: as it is, or a DataFrame through the model's formula."""
+        if isinstance(data, Tasks):
+            return data
+        if self.encoder is None:
+            raise InputError(
+                f"expected Tasks, found {type(data).__name__}; only a model made by from_formula "
+                "reads DataFrames"
+            )
+        return self.encoder.encode(data)
+
+    def shape(self, tasks: Tasks) -> Shape:
+        """Names along φ's dimensions and the structure of the prior."""
+        prior = self.prior
+        if not isinstance(prior, GaussianPrior):
+            raise InputError(f"unknown prior {type(prior).__name__}")
+        return Shape(
+            tasks.coef, tasks.labels.shared, tasks.labels.task_predictors,
+            prior.blocks(tasks.coef), tuple(prior.free_mean(tasks.coef).tolist()),
+            self.likelihood.parameters(),
+        )  # fmt: skip
+
+    def resolve(self, tasks: Tasks) -> HierarchicalModel:
+        """The model with every default of its hyperprior filled in, scaled to these tasks.
+
+        Resolving twice changes nothing: defaults are never recomputed.
+        """
+        return replace(self, hyperprior=self.hyperprior.resolve(self.shape(tasks), tasks))
+
+    def check(self, tasks: Tasks, *, learns_prior: bool) -> None:
+        """Refuse tasks that the model cannot be fitted to, before any computation."""
+        self.likelihood.check(tasks)
+        self.shape(tasks)
+        if tasks.outcome is None:
+            raise InputError(f"the data hold no outcome {tasks.labels.outcome!r} to fit")
+        if tasks.num_rows == 0:
+            raise InputError("the tasks hold no rows")
+        if learns_prior and int((tasks.sizes > 0).sum()) < 2:
+            raise InputError(
+                f"a prior cannot be learned from one task: found {tasks.num_tasks} task(s), "
+                f"{int((tasks.sizes > 0).sum())} with rows; give more tasks, or use no_pooling"
+            )
+        _check_independent(tasks)
+
+    # ----------------------------------------------------------------- density
+
+    def phi_distributions(self, tasks: Tasks) -> dict[str, dist.Distribution]:
+        """p(φ) by name, each over the whole array; the hyperprior is resolved first."""
+        return self.resolve(tasks).hyperprior.distributions(self.shape(tasks))
+
+    def log_joint(self, phi: dict[str, Any], theta: Any, tasks: Tasks) -> float:
+        r"""log p(φ, θ, D) over constrained (mu, tau, corr, beta, gamma, sigma, theta).
+
+        .. math:: \log p(\varphi) + \sum_j [\log p(\theta_j | \varphi) + \log p(D_j | \theta_j, \varphi)]
+
+        Parameters
+        ----------
+        phi : dict
+            ``mu`` (d,), ``tau`` (d,), ``corr`` (d, d), ``beta`` (p,), ``gamma`` (d, q), ``sigma``.
+        theta : array (J, d)
+        tasks : Tasks
+        """
+        return float(in_float64(self._log_joint)(phi, theta, tasks))
+
+    def _log_joint(self, phi: dict[str, Any], theta: Any, tasks: Tasks) -> jax.Array:
+        phi = {name: jnp.asarray(value) for name, value in phi.items()}
+        theta = jnp.asarray(theta)
+        w = jnp.asarray(tasks.task_predictors)
+        total = jax.vmap(lambda t, w_j: self.prior.log_prob(t, phi, w_j))(theta, w).sum()
+        for name, belief in self.phi_distributions(tasks).items():
+            total = total + belief.log_prob(phi[name]).sum()
+        for positions, block in tasks.blocks():
+            rows = jax.vmap(lambda t, task: self.likelihood.log_likelihood(t, phi, task))
+            total = total + rows(theta[positions], block).sum()
+        return total
+
+    # ----------------------------------------------------------------- program
+
+    def numpyro_program(self, tasks: Tasks, *, centred: bool = True) -> Callable[[], None]:
+        """The same model as an ordinary NumPyro program, for NumPyro's MCMC, SVI and Predictive.
+
+        Its sites are ``mu``, ``tau``, ``corr``, ``beta``, ``gamma``, ``sigma``, ``theta`` and
+        the observed ``y``; its log density is :meth:`log_joint`. With ``centred=False`` θ is
+        written as μ + L z and the site ``z`` is sampled in its place, a reparametrisation for
+        samplers; ``theta`` is then deterministic.
+
+        Examples
+        --------
+        >>> import jax, hierbayes as hb
+        >>> from numpyro.infer import Predictive
+        >>> model, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+        ...                                known_se="se")
+        >>> draws = Predictive(model.numpyro_program(tasks), num_samples=2)(jax.random.key(0))
+        >>> draws["theta"].shape
+        (2, 8, 1)
+        """
+        sites = self.phi_distributions(tasks)
+        rows = Task(
+            tasks.predictors, tasks.shared, tasks.task_predictors, tasks.outcome, tasks.slots,
+            np.ones(tasks.num_rows, bool),
+        )  # fmt: skip
+
+        def program() -> None:
+            phi = sample_phi(sites)
+            w = jnp.asarray(tasks.task_predictors)
+            with numpyro.plate("task", tasks.num_tasks, dim=-1):
+                if centred:
+                    theta = numpyro.sample("theta", self.prior.distribution(phi, w))
+                else:
+                    white = dist.Normal(jnp.zeros(len(tasks.coef)), 1.0).to_event(1)
+                    z = numpyro.sample("z", white)
+            if not centred:
+                shifted = z @ self.prior.scale_tril(phi).T  # type: ignore[attr-defined]
+                theta = numpyro.deterministic("theta", self.prior.location(phi, w) + shifted)
+            outcome = self.likelihood.distribution(theta[tasks.task_of_row], phi, rows)
+            with numpyro.plate("row", tasks.num_rows, dim=-1):
+                numpyro.sample("y", outcome, obs=tasks.outcome)
+
+        return program
+
+
+def sample_phi(sites: dict[str, dist.Distribution]) -> dict[str, Any]:
+    """Inside a NumPyro program: one sample site a name of φ."""
+    return {name: numpyro.sample(name, belief) for name, belief in sites.items()}
+
+
+def _check_independent(tasks: Tasks) -> None:
+    """Refuse a column that over all tasks together depends linearly on the others."""
+    if tasks.predictors.ndim != 2:
+        return
+    level = tasks.task_predictors[tasks.task_of_row]
+    moved = [tasks.predictors * level[:, [k]] for k in range(level.shape[1])]
+    columns = np.column_stack([tasks.predictors, tasks.shared, *moved])
+    names = [*tasks.coef, *tasks.labels.shared]
+    names += [f"{w} on {c}" for w in tasks.labels.task_predictors for c in tasks.coef]
+    norms = np.linalg.norm(columns, axis=0)
+    for name, norm in zip(names, norms, strict=True):
+        if norm == 0:
+            raise InputError(f"predictor {name!r} is zero in every row; leave it out")
+    triangle = np.linalg.qr(columns / norms, mode="r")
+    residual = np.abs(np.diag(triangle)) if len(triangle) == len(names) else np.zeros(len(names))
+    dependent = [i for i, r in enumerate(residual) if r < 1e-10]
+    if not dependent:
+        return
+    if len(columns) < len(names):
+        raise InputError(f"{len(columns)} rows cannot tell {len(names)} predictors apart")
+    last = dependent[0]
+    weights = np.linalg.lstsq(columns[:, :last] / norms[:last], columns[:, last], rcond=None)[0]
+    partners = [names[i] for i in np.flatnonzero(np.abs(weights) > 1e-8 * np.abs(weights).max())]
+    constant = "constant, like " if np.ptp(columns[:, last]) == 0 else "a linear combination of "
+    raise InputError(
+        f"predictor {names[last]!r} is {constant}{listing(partners)} over all tasks together; "
+        "leave one of them out"
+    )

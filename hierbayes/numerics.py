@@ -1,0 +1,125 @@
+"""Float64 without touching the user's flags, and small linear algebra that XLA can fuse.
+
+The algebra of one task is d × d with d small, and there may be a million tasks. A LAPACK call a
+task costs more than the arithmetic, so for d ≤ 4 the factorisations are written out; the tasks
+stand on the last axis, where XLA turns every line into one vectorised loop.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+UNROLL_UP_TO = 4
+
+
+def float64() -> Any:
+    """Context in which JAX computes in float64, whatever the user's flag says."""
+    return jax.enable_x64(True)
+
+
+def in_float64(function: F) -> F:
+    """Run ``function`` in float64 and hand its arrays back as NumPy float64.
+
+    A JAX float64 array used outside the context would silently turn to float32; a NumPy array
+    does not.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with float64():
+            return to_numpy(function(*args, **kwargs))
+
+    return wrapped  # type: ignore[return-value]
+
+
+def to_numpy(tree: Any) -> Any:
+    """Every JAX array of a pytree as a NumPy array."""
+    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, tree)
+
+
+def as_key(seed: int | jax.Array) -> jax.Array:
+    """A typed JAX key from an integer seed or a key (an old-style uint32 key too)."""
+    if isinstance(seed, (int, np.integer)):
+        return jax.random.key(int(seed))
+    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        return seed
+    return jax.random.wrap_key_data(seed)
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Product over the two leading axes, (i, k, …) · (k, l, …) → (i, l, …)."""
+    return (a[:, :, None] * b[None, :, :]).sum(1)
+
+
+def matvec(a: jax.Array, x: jax.Array) -> jax.Array:
+    """Product over the leading axes, (i, k, …) · (k, …) → (i, …)."""
+    return (a * x[None]).sum(1)
+
+
+def cholesky(a: jax.Array) -> jax.Array:
+    """Lower Cholesky factor of (d, d, …) matrices, the batch on the trailing axes."""
+    d = a.shape[0]
+    if d > UNROLL_UP_TO:
+        factor = jnp.linalg.cholesky(jnp.moveaxis(a, (0, 1), (-2, -1)))
+        return jnp.moveaxis(factor, (-2, -1), (0, 1))
+    zero = jnp.zeros_like(a[0, 0])
+    rows: list[list[jax.Array]] = [[zero] * d for _ in range(d)]
+    for j in range(d):
+        pivot = a[j, j]
+        for k in range(j):
+            pivot = pivot - rows[j][k] ** 2
+        rows[j][j] = jnp.sqrt(pivot)
+        for i in range(j + 1, d):
+            value = a[i, j]
+            for k in range(j):
+                value = value - rows[i][k] * rows[j][k]
+            rows[i][j] = value / rows[j][j]
+    return jnp.stack([jnp.stack(row) for row in rows])
+
+
+def solve_lower(factor: jax.Array, b: jax.Array) -> jax.Array:
+    """Solve L x = b for (d, d, …) lower factors and (d, …) right-hand sides."""
+    d = factor.shape[0]
+    if d > UNROLL_UP_TO:
+        return _solve_lapack(factor, b, transpose=False)
+    x: list[jax.Array] = []
+    for i in range(d):
+        value = b[i]
+        for k in range(i):
+            value = value - factor[i, k] * x[k]
+        x.append(value / factor[i, i])
+    return jnp.stack(x)
+
+
+def solve_upper(factor: jax.Array, b: jax.Array) -> jax.Array:
+    """Solve Lᵀ x = b for (d, d, …) lower factors and (d, …) right-hand sides."""
+    d = factor.shape[0]
+    if d > UNROLL_UP_TO:
+        return _solve_lapack(factor, b, transpose=True)
+    x: list[Any] = [None] * d
+    for i in reversed(range(d)):
+        value = b[i]
+        for k in range(i + 1, d):
+            value = value - factor[k, i] * x[k]
+        x[i] = value / factor[i, i]
+    return jnp.stack(x)
+
+
+def _solve_lapack(factor: jax.Array, b: jax.Array, *, transpose: bool) -> jax.Array:
+    matrices = jnp.moveaxis(factor, (0, 1), (-2, -1))
+    vectors = jnp.moveaxis(b, 0, -1)[..., None]
+    solved = jax.scipy.linalg.solve_triangular(matrices, vectors, trans=int(transpose), lower=True)
+    return jnp.moveaxis(solved[..., 0], -1, 0)
+
+
+def log_diagonal_sum(factor: jax.Array) -> jax.Array:
+    """Σ_i log L_ii of (d, d, …) triangular factors: half the log determinant."""
+    return jnp.log(jnp.stack([factor[i, i] for i in range(factor.shape[0])])).sum(0)

@@ -1,0 +1,11 @@
+r"""p(θ_j | φ), the prior that tasks share, and p(φ), what is believed of it beforehand.
+
+.. math:: \theta_j \mid \varphi \sim N(\mu + \Gamma w_j,\; \Sigma), \qquad
+          \Sigma = \operatorname{diag}(\tau)\, R\, \operatorname{diag}(\tau)
+"""
+
+from hierbayes.priors.base import Prior
+from hierbayes.priors.gaussian import Gaussian
+from hierbayes.priors.hyperprior import HyperPrior
+
+__all__ = ["Gaussian", "HyperPrior", "Prior"]

@@ -1,0 +1,28 @@
+"""What every prior of the package answers."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import jax
+import numpyro.distributions as dist
+
+Phi = dict[str, Any]
+"""φ by name: ``mu``, ``tau``, ``corr``, ``beta``, ``gamma``, ``sigma``; arrays or pytrees."""
+
+
+class Prior(abc.ABC):
+    """p(θ_j | φ) for one task with covariates w_j."""
+
+    @abc.abstractmethod
+    def location(self, phi: Phi, w: Any) -> Any:
+        """Where the prior is centred for a task with covariates ``w`` (q,): shaped like θ."""
+
+    @abc.abstractmethod
+    def distribution(self, phi: Phi, w: Any) -> dist.Distribution:
+        """The distribution of θ_j; ``w`` may have leading axes."""
+
+    def log_prob(self, theta: Any, phi: Phi, w: Any) -> jax.Array:
+        """log p(θ_j | φ)."""
+        return self.distribution(phi, w).log_prob(theta)

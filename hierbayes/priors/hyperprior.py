@@ -1,0 +1,262 @@
+"""p(φ): what is believed of the prior's parameters before any data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import numpyro.distributions as dist
+
+from hierbayes.errors import InputError, suggestion
+from hierbayes.priors.assembled import Assembled
+from hierbayes.tasks import Tasks
+
+Belief = dist.Distribution | Mapping[str, dist.Distribution] | None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The names along φ's dimensions and the structure of the prior: what a belief is about."""
+
+    coef: tuple[str, ...]
+    shared: tuple[str, ...]
+    task_predictors: tuple[str, ...]
+    blocks: tuple[tuple[int, ...], ...]
+    free_mean: tuple[bool, ...]
+    parameters: tuple[str, ...]
+
+    @property
+    def correlated(self) -> bool:
+        """True where at least two coefficients may be correlated."""
+        return any(len(block) > 1 for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class HyperPrior:
+    r"""Priors on μ, τ, R, β, Γ and the likelihood's parameters.
+
+    Every field is a NumPyro distribution (of one entry, applied to each), a mapping from
+    coefficient name to distribution, or None for the default. Defaults are weakly informative and
+    scaled to the data once. With s_y the outcome's standard deviation over all rows and
+    s_c = s_y / sd(x_c) for a predictor x_c,
+
+    ========  ==========================================================================
+    mu        Normal(0, 2.5 s_c); for a constant column (the intercept) around the mean
+              outcome, with s_c² = s_y² + Σ_k (s_k mean x_k)² so that predictors need not
+              be centred
+    tau       HalfNormal(s_c), with the same s_c
+    corr      LKJ(2) over each correlated group
+    beta      Normal(0, 2.5 s_c) with s_c of the shared column
+    gamma     Normal(0, 2.5 s_c / sd(w))
+    sigma     HalfNormal(s_y)
+    ========  ==========================================================================
+
+    Parameters
+    ----------
+    mu, tau, beta, gamma : distribution, mapping or None
+        ``tau`` is a prior on standard deviations; for a prior on a variance transform it by
+        ``PowerTransform(0.5)``.
+    corr : distribution, float or None
+        An LKJ distribution over the correlation matrix, or its concentration.
+    sigma : distribution or None
+        Prior on the residual standard deviation.
+    extra : mapping
+        Priors on a likelihood's own parameters by name.
+
+    Examples
+    --------
+    >>> import hierbayes as hb, numpyro.distributions as dist
+    >>> rubin = hb.HyperPrior(mu=dist.Normal(0, 5), tau=dist.HalfCauchy(5))
+    >>> hb.HyperPrior(mu={"Intercept": dist.Normal(0, 10)}).tau is None
+    True
+    """
+
+    mu: Belief = None
+    tau: Belief = None
+    corr: dist.Distribution | float | None = None
+    beta: Belief = None
+    gamma: Belief = None
+    sigma: dist.Distribution | None = None
+    extra: Mapping[str, dist.Distribution] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "extra":
+                continue
+            number = f.name == "corr" and isinstance(value, (int, float))
+            beliefs = list(value.values()) if isinstance(value, Mapping) else [value]
+            if not number and not all(b is None or isinstance(b, dist.Distribution) for b in beliefs):
+                raise InputError(
+                    f"HyperPrior({f.name}=…) takes a NumPyro distribution, a mapping from "
+                    f"coefficient to distribution, or None; found {type(value).__name__}"
+                )
+            if number and not value > 0:
+                raise InputError(f"the LKJ concentration must be positive, found {value}")
+
+    def resolve(self, shape: Shape, tasks: Tasks) -> HyperPrior:
+        """Every None replaced by its default, scaled to ``tasks``."""
+        scales = Scales.of(tasks)
+        defaults = {
+            "mu": {
+                c: dist.Normal(scales.mu_location[i], 2.5 * scales.coef[i])
+                for i, c in enumerate(shape.coef) if shape.free_mean[i]
+            },
+            "tau": {c: dist.HalfNormal(scales.coef[i]) for i, c in enumerate(shape.coef)},
+            "beta": {c: dist.Normal(0.0, 2.5 * scales.shared[i]) for i, c in enumerate(shape.shared)},
+            "gamma": {
+                c: dist.Normal(0.0, 2.5 * scales.coef[i] / scales.task_predictors)
+                for i, c in enumerate(shape.coef)
+            },
+        }  # fmt: skip
+        resolved: dict[str, Any] = {
+            name: _filled(name, getattr(self, name), default) for name, default in defaults.items()
+        }
+        if shape.correlated and self.corr is None:
+            resolved["corr"] = 2.0
+        if "sigma" in shape.parameters and self.sigma is None:
+            resolved["sigma"] = dist.HalfNormal(scales.outcome)
+        return replace(self, **resolved)
+
+    def distributions(self, shape: Shape) -> dict[str, dist.Distribution]:
+        """One NumPyro distribution a name of φ, over its whole array; beliefs must be resolved."""
+        free = [i for i, f in enumerate(shape.free_mean) if f]
+        d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
+        sites = {
+            "mu": _vector("mu", self.mu, shape.coef, free),
+            "tau": _vector("tau", self.tau, shape.coef, list(range(d))),
+        }
+        if shape.correlated:
+            sites["corr"] = self._correlation(shape)
+        if p:
+            sites["beta"] = _vector("beta", self.beta, shape.shared, list(range(p)))
+        if q:
+            rows = [_vector("gamma", _row(self.gamma, c), shape.task_predictors, list(range(q)))
+                    for c in shape.coef]  # fmt: skip
+            sites["gamma"] = Assembled(
+                [(row, (np.array(i),)) for i, row in enumerate(rows)], np.zeros((d, q))
+            )
+        for name in shape.parameters:
+            belief = self.sigma if name == "sigma" else self.extra.get(name)
+            if belief is None:
+                raise InputError(f"HyperPrior(extra=…) needs a prior for {name!r}")
+            sites[name] = belief
+        return sites
+
+    def _correlation(self, shape: Shape) -> dist.Distribution:
+        def lkj(size: int) -> dist.Distribution:
+            if isinstance(self.corr, dist.Distribution):
+                if self.corr.event_shape != (size, size):
+                    raise InputError(
+                        f"HyperPrior(corr=…) is over {self.corr.event_shape} matrices, but "
+                        f"{size} coefficients are correlated; pass the LKJ concentration instead"
+                    )
+                return self.corr
+            return dist.LKJ(size, concentration=2.0 if self.corr is None else float(self.corr))
+
+        d = len(shape.coef)
+        if shape.blocks == (tuple(range(d)),):
+            return lkj(d)
+        parts = [(lkj(len(b)), np.ix_(b, b)) for b in shape.blocks if len(b) > 1]
+        return Assembled(parts, np.eye(d))
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Natural units of the outcome and of every coefficient, from the data."""
+
+    outcome: float
+    mu_location: np.ndarray
+    coef: np.ndarray
+    shared: np.ndarray
+    task_predictors: np.ndarray
+
+    @classmethod
+    def of(cls, tasks: Tasks) -> Scales:
+        """Outcome's sd over all rows, divided by each predictor's."""
+        y = tasks.outcome - tasks.slots.get("offset", 0.0)
+        outcome = float(np.std(y)) or max(float(np.abs(y).max(initial=0.0)), 1.0)
+        columns = np.column_stack([tasks.predictors, tasks.shared])
+        sd, mean = columns.std(axis=0), columns.mean(axis=0)
+        constant = sd <= 1e-12 * np.maximum(np.abs(mean), 1e-300)
+        scale = outcome / np.where(constant, 1.0, sd)
+        at_origin = np.hypot(outcome, np.linalg.norm(np.where(constant, 0.0, scale * mean)))
+        scale = np.where(constant, at_origin / np.where(mean == 0, 1.0, np.abs(mean)), scale)
+        location = np.where(constant & (mean != 0), y.mean() / np.where(mean == 0, 1.0, mean), 0.0)
+        d = tasks.predictors.shape[1]
+        w_sd = tasks.task_predictors.std(axis=0)
+        return cls(outcome, location[:d], scale[:d], scale[d:], np.where(w_sd > 0, w_sd, 1.0))
+
+
+def _filled(name: str, belief: Belief, default: dict[str, dist.Distribution]) -> Any:
+    """The user's belief, completed by the defaults of the coefficients that it does not name."""
+    if belief is None:
+        return default
+    if not isinstance(belief, Mapping):
+        return belief
+    for c in belief:
+        if c not in default:
+            raise InputError(
+                f"HyperPrior({name}=…) names {c!r}, which has no {name}; "
+                f"{suggestion(c, list(default))}"
+            )
+    return {**default, **belief}
+
+
+def _row(belief: Belief, coef: str) -> dist.Distribution | None:
+    return belief.get(coef) if isinstance(belief, Mapping) else belief
+
+
+def _vector(
+    name: str, belief: Belief, labels: Sequence[str], places: list[int]
+) -> dist.Distribution:
+    """A belief as one distribution over a vector; entries outside ``places`` are zero."""
+    size, whole = len(places), len(places) == len(labels)
+    if belief is None:
+        raise InputError(f"the prior on {name} has not been resolved: call model.resolve(tasks)")
+    if isinstance(belief, Mapping):
+        alike = {_signature(belief[labels[i]]) for i in places}
+        if not (whole and len(alike) == 1 and None not in alike):
+            parts = [(belief[labels[i]], (np.array(i),)) for i in places]
+            return Assembled(parts, np.zeros(len(labels)))
+        kind = type(belief[labels[0]])
+        parameters = {
+            k: np.array([getattr(belief[labels[i]], k) for i in places], dtype=float)
+            for k in kind.arg_constraints
+        }
+        return kind(**parameters).to_event(1)
+    if belief.shape() == ():
+        vector = _expanded(belief, size)
+    elif belief.batch_shape == (size,) and belief.event_dim == 0:
+        vector = belief.to_event(1)
+    elif belief.shape() == (size,):
+        vector = belief
+    else:
+        raise InputError(
+            f"HyperPrior({name}=…) has shape {belief.shape()}; expected () or ({size},) for "
+            f"{', '.join(labels[i] for i in places)}"
+        )
+    return vector if whole else Assembled([(vector, (np.array(places, int),))], np.zeros(len(labels)))
+
+
+def _expanded(belief: dist.Distribution, size: int) -> dist.Distribution:
+    if isinstance(belief, dist.ImproperUniform):
+        return dist.ImproperUniform(belief.support, (), (size,)) if belief.event_dim == 0 else belief
+    return belief.expand([size]).to_event(1)
+
+
+def _signature(belief: dist.Distribution) -> Any:
+    """Beliefs of one kind stack into one vectorised distribution: same plain class, scalar."""
+    plain = type(belief) in (dist.Normal, dist.HalfNormal, dist.HalfCauchy, dist.Exponential)
+    return type(belief) if plain and belief.shape() == () else None
+
+
+def is_improper(belief: dist.Distribution) -> bool:
+    """True where a distribution, or a part of it, has no total mass to draw from."""
+    if isinstance(belief, Assembled):
+        return any(is_improper(part) for part, _ in belief.parts)
+    return isinstance(getattr(belief, "base_dist", belief), dist.ImproperUniform)
+
+

@@ -1,0 +1,601 @@
+r"""D_1, …, D_J: the data of many related tasks.
+
+.. math:: D_j = \{(x_{ij}, z_{ij}, y_{ij})\}_{i=1}^{n_j}, \qquad w_j, \qquad j = 1, \dots, J
+
+Tasks are ragged. Their rows lie flat, one task after another; likelihoods that must be vmapped
+see them in power-of-two buckets, which never pad beyond twice the observations.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from hierbayes.errors import InputError, listing, suggestion
+from hierbayes.frames import Frame, Missing, as_names, complete_rows
+
+SLOTS = ("offset", "weight", "trials", "known_se")
+"""Optional columns that a row may carry beside its predictors and outcome."""
+
+_FILL = {"offset": 0.0, "weight": 1.0, "trials": 1.0, "known_se": 1.0}
+
+
+class Encoder(Protocol):
+    """Turns new rows into Tasks by the training data's transforms."""
+
+    def encode(self, data: Any, missing: Missing = "raise") -> Tasks:
+        """Tasks of ``data``, with the training columns."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """What the arrays of :class:`Tasks` mean: names of tasks, columns, and how they were read."""
+
+    names: np.ndarray
+    coef: tuple[str, ...]
+    shared: tuple[str, ...] = ()
+    task_predictors: tuple[str, ...] = ()
+    task: str = "task"
+    outcome: str = "y"
+    encoder: Encoder | None = None
+
+    @functools.cached_property
+    def number(self) -> dict[Any, int]:
+        """Position of each task by its name."""
+        return {name: i for i, name in enumerate(self.names.tolist())}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["predictors", "shared", "task_predictors", "outcome", "slots", "mask"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Task:
+    """One task as a likelihood sees it, or, with a leading axis, a bucket of tasks of like size.
+
+    ``predictors`` (n, d) or (n, …), ``shared`` (n, p), ``task_predictors`` (q,), ``outcome`` (n,),
+    ``slots`` name → (n,), ``mask`` (n,): False in rows that only fill up the bucket.
+    """
+
+    predictors: Any
+    shared: Any
+    task_predictors: Any
+    outcome: Any
+    slots: dict[str, Any]
+    mask: Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["predictors", "shared", "task_predictors", "outcome", "slots", "starts", "rows"],
+    meta_fields=["labels"],
+)
+@dataclass(frozen=True, eq=False)
+class Tasks:
+    """Many related tasks: ragged rows, names, task-level covariates.
+
+    Make them with :meth:`from_dataframe`, :meth:`from_arrays` or :func:`hierbayes.from_formula`.
+
+    Attributes
+    ----------
+    predictors : array (N, d) or (N, …)
+        The columns whose coefficients θ_j vary between tasks, all rows, task after task.
+    shared : array (N, p)
+        The columns whose coefficients β are common to all tasks.
+    task_predictors : array (J, q)
+        Covariates w_j of the tasks themselves, which move the prior's mean: μ + Γ w_j.
+    outcome : array (N,) or None
+        The outcome; None where only predictions are wanted.
+    slots : dict
+        Optional row columns: ``offset``, ``weight``, ``trials``, ``known_se``, each (N,).
+    starts : array (J + 1,)
+        Task j holds the rows ``starts[j]:starts[j + 1]``.
+    rows : array (N,)
+        Each row's number in the data that it was read from.
+    labels : Labels
+        Names of tasks and columns.
+
+    Examples
+    --------
+    >>> import numpy as np, hierbayes as hb
+    >>> rng = np.random.default_rng(0)
+    >>> tasks = hb.Tasks.from_arrays([(np.ones((n, 1)), rng.normal(size=n)) for n in (3, 1, 5)])
+    >>> tasks
+    Tasks(3 tasks, 9 rows (1 to 5 a task), coef=('x0',))
+    >>> support, query = tasks.split(query=0.5, seed=0)
+    >>> support.sizes.tolist(), query.sizes.tolist()
+    ([2, 0, 3], [1, 1, 2])
+    """
+
+    predictors: Any
+    shared: Any
+    task_predictors: Any
+    outcome: Any
+    slots: dict[str, Any]
+    starts: Any
+    rows: Any
+    labels: Labels = field(repr=False)
+
+    # ---------------------------------------------------------------- ways in
+
+    @classmethod
+    def from_dataframe(
+        cls,
+        data: Any,
+        *,
+        task: str,
+        outcome: str,
+        predictors: Sequence[str] = (),
+        shared: Sequence[str] = (),
+        task_predictors: Sequence[str] = (),
+        intercept: bool = True,
+        known_se: str | None = None,
+        offset: str | None = None,
+        weight: str | None = None,
+        trials: str | None = None,
+        missing: Missing = "raise",
+    ) -> Tasks:
+        """Tasks from a DataFrame (pandas, polars, …), one row an observation.
+
+        Parameters
+        ----------
+        data : DataFrame
+        task : str
+            Column that names the task of each row.
+        outcome : str
+            Column of the outcome.
+        predictors : sequence of str
+            Columns whose coefficients vary between tasks (θ_j).
+        shared : sequence of str
+            Columns whose coefficients are common to all tasks (β).
+        task_predictors : sequence of str
+            Columns that are constant within each task and move the prior's mean (Γ).
+        intercept : bool
+            Put a varying ``Intercept`` before the predictors.
+        known_se, offset, weight, trials : str, optional
+            Columns with known standard errors (outcome's units), offsets of the linear predictor,
+            precision weights and binomial trials.
+        missing : "raise" or "drop"
+            Refuse rows with missing values, or leave them out with a warning.
+
+        Returns
+        -------
+        Tasks
+
+        Raises
+        ------
+        InputError
+            A missing column, strings where numbers belong, missing or infinite values, standard
+            errors or weights that are not positive, a task predictor that varies within a task.
+
+        Examples
+        --------
+        >>> import hierbayes as hb
+        >>> df = hb.datasets.radon()
+        >>> hb.Tasks.from_dataframe(df, task="county", outcome="log_radon", predictors=["floor"])
+        Tasks(85 tasks, 919 rows (1 to 116 a task), coef=('Intercept', 'floor'))
+        """
+        slots = dict(known_se=known_se, offset=offset, weight=weight, trials=trials)
+        reader = ColumnReader(
+            task, outcome, tuple(predictors), tuple(shared), tuple(task_predictors), intercept,
+            tuple((name, column) for name, column in slots.items() if column is not None),
+        )  # fmt: skip
+        return reader.encode(data, missing=missing, need_outcome=True)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Sequence[tuple[Any, Any]],
+        *,
+        names: Sequence[Any] | None = None,
+        coef: Sequence[str] | None = None,
+        shared: Sequence[Any] | None = None,
+        known_se: Sequence[Any] | None = None,
+        task_predictors: Any | None = None,
+    ) -> Tasks:
+        """Tasks from one (X_j, y_j) pair a task; no intercept is added.
+
+        Parameters
+        ----------
+        arrays : sequence of (X_j, y_j)
+            X_j of shape (n_j, d) or (n_j, …), y_j of shape (n_j,); n_j may be zero.
+        names : sequence, optional
+            Task names; 0, 1, … by default.
+        coef : sequence of str, optional
+            Names of the columns of X_j; x0, x1, … by default.
+        shared : sequence of arrays (n_j, p), optional
+            Columns with coefficients common to all tasks.
+        known_se : sequence of arrays (n_j,), optional
+            Known standard errors, in the outcome's units.
+        task_predictors : array (J, q), optional
+            Covariates of the tasks.
+
+        Returns
+        -------
+        Tasks
+        """
+        if len(arrays) == 0:
+            raise InputError("no tasks: `arrays` is empty")
+        label = as_names(list(range(len(arrays)) if names is None else names))
+        if len(label) != len(arrays):
+            raise InputError(f"`names` has {len(label)} entries for {len(arrays)} tasks")
+        xs = [_array(x, f"X of task {label[j]!r}") for j, (x, _) in enumerate(arrays)]
+        ys = [_array(y, f"y of task {label[j]!r}", ndim=1) for j, (_, y) in enumerate(arrays)]
+        width = xs[0].shape[1:]
+        for j, (x, y) in enumerate(zip(xs, ys, strict=True)):
+            if x.ndim < 2 or x.shape[1:] != width or len(x) != len(y):
+                raise InputError(
+                    f"task {label.tolist()[j]!r}: X of shape {x.shape} and y of shape {y.shape}; "
+                    f"expected (n, {', '.join(map(str, width))}) and (n,) as in the first task"
+                )
+        sizes = np.array([len(y) for y in ys])
+        zs = _per_task(shared, "shared", sizes, ndim=2) or [np.zeros((n, 0)) for n in sizes]
+        se = _per_task(known_se, "known_se", sizes, ndim=1)
+        w = np.zeros((len(ys), 0)) if task_predictors is None else np.asarray(task_predictors, float)
+        if w.ndim != 2 or len(w) != len(ys):
+            raise InputError(
+                f"`task_predictors` has shape {w.shape}; expected ({len(ys)}, q), one row a task"
+            )
+        z = np.concatenate(zs)
+        flat = len(width) == 1
+        names_of_coef = tuple(coef) if coef is not None else _numbered("x", width[0] if flat else 0)
+        if flat and len(names_of_coef) != width[0]:
+            raise InputError(f"`coef` has {len(names_of_coef)} names for {width[0]} columns of X")
+        labels = Labels(
+            label, names_of_coef, _numbered("z", z.shape[1]), _numbered("w", w.shape[1])
+        )
+        return _checked(
+            cls(
+                np.concatenate(xs), z, w, np.concatenate(ys),
+                {} if se is None else {"known_se": np.concatenate(se)},
+                np.concatenate([[0], np.cumsum(sizes)]), np.arange(sizes.sum()), labels,
+            )
+        )  # fmt: skip
+
+    def encode(self, data: Any, missing: Missing = "raise") -> Tasks:
+        """New rows as Tasks, through the transforms that the training data fixed.
+
+        The outcome column may be absent; then ``outcome`` is None and the Tasks can be predicted
+        but not fitted.
+        """
+        if self.labels.encoder is None:
+            raise InputError(
+                "these Tasks were made from arrays and hold no transforms; "
+                "build new ones with Tasks.from_arrays"
+            )
+        return self.labels.encoder.encode(data, missing=missing)
+
+    # ------------------------------------------------------------- properties
+
+    @property
+    def names(self) -> np.ndarray:
+        """Task names, in order."""
+        return self.labels.names
+
+    @property
+    def coef(self) -> tuple[str, ...]:
+        """Names of the coefficients that vary between tasks."""
+        return self.labels.coef
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks J, those without rows included."""
+        return len(self.starts) - 1
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows N over all tasks."""
+        return len(self.rows)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Rows of each task, (J,)."""
+        return np.diff(self.starts)
+
+    @property
+    def task_of_row(self) -> np.ndarray:
+        """Task number of each row, (N,)."""
+        return np.repeat(np.arange(self.num_tasks), self.sizes)
+
+    def __len__(self) -> int:
+        return self.num_tasks
+
+    def __repr__(self) -> str:
+        sizes = self.sizes
+        low, high = (sizes.min(), sizes.max()) if len(sizes) else (0, 0)
+        extra = "".join(
+            f", {name}={value}"
+            for name, value in [
+                ("shared", self.labels.shared),
+                ("task_predictors", self.labels.task_predictors),
+            ]
+            if value
+        )
+        return (
+            f"Tasks({self.num_tasks} tasks, {self.num_rows} rows ({low} to {high} a task), "
+            f"coef={self.coef}{extra})"
+        )
+
+    # -------------------------------------------------------------- selection
+
+    def __getitem__(self, names: Any) -> Tasks:
+        """The task of this name, or the tasks of these names, as Tasks."""
+        many = isinstance(names, (list, tuple, np.ndarray))
+        return self.take([self._position(name) for name in (names if many else [names])])
+
+    def __iter__(self) -> Iterator[tuple[Any, Tasks]]:
+        """Each task as ``(name, Tasks of one)``."""
+        return ((name, self.take([j])) for j, name in enumerate(self.names.tolist()))
+
+    def _position(self, name: Any) -> int:
+        plain = name.item() if isinstance(name, np.generic) else name
+        if plain not in self.labels.number:
+            raise InputError(
+                f"no task is named {plain!r}; {suggestion(str(plain), self.names.tolist())}"
+            )
+        return self.labels.number[plain]
+
+    def take(self, positions: Sequence[int] | np.ndarray) -> Tasks:
+        """The tasks at these positions, in this order."""
+        positions = np.asarray(positions, dtype=int)
+        ranges = [np.arange(self.starts[j], self.starts[j + 1]) for j in positions]
+        rows = np.concatenate(ranges) if ranges else np.zeros(0, dtype=int)
+        starts = np.concatenate([[0], np.cumsum(self.sizes[positions])]).astype(int)
+        return replace(
+            self._take_rows(rows),
+            task_predictors=self.task_predictors[positions],
+            starts=starts,
+            labels=replace(self.labels, names=self.names[positions]),
+        )
+
+    def keep_rows(self, keep: np.ndarray) -> Tasks:
+        """The same tasks with only the rows where ``keep`` (N,) is True; tasks may become empty."""
+        counts = np.bincount(self.task_of_row[keep], minlength=self.num_tasks)
+        return replace(
+            self._take_rows(np.flatnonzero(keep)),
+            starts=np.concatenate([[0], np.cumsum(counts)]).astype(int),
+        )
+
+    def _take_rows(self, rows: np.ndarray) -> Tasks:
+        return replace(
+            self,
+            predictors=self.predictors[rows],
+            shared=self.shared[rows],
+            outcome=None if self.outcome is None else self.outcome[rows],
+            slots={name: values[rows] for name, values in self.slots.items()},
+            rows=self.rows[rows],
+        )
+
+    # ------------------------------------------------------------------ splits
+
+    def split(self, query: float = 0.5, seed: int = 0) -> tuple[Tasks, Tasks]:
+        """(support, query): every task's rows cut at random into two parts.
+
+        A task of two rows or more keeps at least one row on either side; a one-row task is
+        query-only. Both parts hold all tasks, some perhaps without rows.
+
+        Parameters
+        ----------
+        query : float in (0, 1)
+            Share of each task's rows that go to the query part.
+        seed : int
+        """
+        chosen = self._choose_rows(query, seed, lonely_is_chosen=True)
+        return self.keep_rows(~chosen), self.keep_rows(chosen)
+
+    def hold_out(self, fraction: float = 0.2, seed: int = 0) -> tuple[Tasks, Tasks]:
+        """(train, test): a share of each task's rows held out for scoring.
+
+        As :meth:`split`, but a one-row task stays in the training part.
+        """
+        chosen = self._choose_rows(fraction, seed, lonely_is_chosen=False)
+        return self.keep_rows(~chosen), self.keep_rows(chosen)
+
+    def _choose_rows(self, share: float, seed: int, *, lonely_is_chosen: bool) -> np.ndarray:
+        if not 0 < share < 1:
+            raise InputError(f"the share of rows must lie between 0 and 1, found {share}")
+        sizes, task = self.sizes, self.task_of_row
+        shuffled = np.random.default_rng(seed).random(self.num_rows)
+        order = np.lexsort((shuffled, task))
+        place = np.empty(self.num_rows, dtype=int)
+        place[order] = np.arange(self.num_rows) - self.starts[:-1][task]
+        count = np.clip(np.floor(share * sizes + 0.5), 1, np.maximum(sizes - 1, 1))
+        count = np.where(sizes == 1, int(lonely_is_chosen), count)
+        return place < count[task]
+
+    # ------------------------------------------------- what the methods consume
+
+    def batch(self, key: Any, step: int) -> Tasks:
+        """A fixed set of tasks is a source that always yields itself."""
+        del key, step
+        return self
+
+    def blocks(self) -> list[tuple[np.ndarray, Task]]:
+        """Power-of-two buckets: ``(positions (B,), Task with leading axis B)``, each task once.
+
+        A bucket of width 2^k holds the tasks of 2^(k−1) < n_j ≤ 2^k rows, so that padding stays
+        below the number of observations. Tasks without rows stand in no bucket.
+        """
+        width = np.where(self.sizes > 0, 2 ** np.ceil(np.log2(np.maximum(self.sizes, 1))), 0)
+        return [
+            (positions := np.flatnonzero(width == w), self._block(positions, int(w)))
+            for w in np.unique(width[width > 0])
+        ]
+
+    def _block(self, positions: np.ndarray, width: int) -> Task:
+        column = np.arange(width)
+        mask = column < self.sizes[positions][:, None]
+        rows = np.where(mask, self.starts[positions][:, None] + column, 0)
+
+        def padded(values: Any, fill: float = 0.0) -> Any:
+            shape = mask.shape + (1,) * (values.ndim - 1)
+            return np.where(mask.reshape(shape), values[rows], np.asarray(fill, values.dtype))
+
+        return Task(
+            padded(self.predictors),
+            padded(self.shared),
+            self.task_predictors[positions],
+            None if self.outcome is None else padded(self.outcome),
+            {name: padded(values, _FILL[name]) for name, values in self.slots.items()},
+            mask,
+        )
+
+    def to_dataframe(self) -> Any:
+        """The rows as a pandas DataFrame: task, columns, outcome, slots."""
+        import pandas as pd
+
+        columns: dict[str, Any] = {self.labels.task: self.names[self.task_of_row]}
+        if self.outcome is not None:
+            columns[self.labels.outcome] = self.outcome
+        columns |= {c: self.predictors[:, i] for i, c in enumerate(self.coef)}
+        columns |= {c: self.shared[:, i] for i, c in enumerate(self.labels.shared)}
+        for i, c in enumerate(self.labels.task_predictors):
+            columns[c] = self.task_predictors[self.task_of_row, i]
+        return pd.DataFrame(columns | self.slots, index=self.rows)
+
+
+@dataclass(frozen=True)
+class ColumnReader:
+    """Reads Tasks from plain numeric columns; the encoder of :meth:`Tasks.from_dataframe`."""
+
+    task: str
+    outcome: str
+    predictors: tuple[str, ...]
+    shared: tuple[str, ...]
+    task_predictors: tuple[str, ...]
+    intercept: bool
+    slots: tuple[tuple[str, str], ...]
+
+    def encode(self, data: Any, missing: Missing = "raise", need_outcome: bool = False) -> Tasks:
+        """Tasks of ``data``; without its outcome where that column is absent."""
+        frame = Frame(data)
+        has_outcome = need_outcome or self.outcome in frame.columns
+        frame.require([self.task], "task column")
+        frame.require([self.outcome] if has_outcome else [], "outcome")
+        frame.require(self.predictors + self.shared + self.task_predictors, "predictor")
+        frame.require([column for _, column in self.slots], "column")
+        if not self.predictors and not self.intercept:
+            raise InputError("no varying coefficient: name `predictors` or keep the intercept")
+        used = [*self.predictors, *self.shared, *self.task_predictors]
+        used += [column for _, column in self.slots] + ([self.outcome] if has_outcome else [])
+        columns = {column: frame.numbers(column) for column in used}
+        x = [columns[c] for c in self.predictors]
+        if self.intercept:
+            x.insert(0, np.ones(len(frame)))
+        return assemble(
+            frame, self.task, columns, missing,
+            predictors=np.stack(x, axis=1),
+            shared=_stack([columns[c] for c in self.shared], len(frame)),
+            task_level=_stack([columns[c] for c in self.task_predictors], len(frame)),
+            outcome=columns[self.outcome] if has_outcome else None,
+            slots={name: columns[column] for name, column in self.slots},
+            labels=Labels(
+                np.zeros(0), ("Intercept",) * self.intercept + self.predictors, self.shared,
+                self.task_predictors, self.task, self.outcome, self,
+            ),
+        )  # fmt: skip
+
+
+def assemble(
+    frame: Frame,
+    task: str,
+    columns: Mapping[str, np.ndarray],
+    missing: Missing,
+    *,
+    predictors: np.ndarray,
+    shared: np.ndarray,
+    task_level: np.ndarray,
+    outcome: np.ndarray | None,
+    slots: Mapping[str, np.ndarray],
+    labels: Labels,
+) -> Tasks:
+    """Sort rows by task, check them, and lay them flat; ``columns`` are those to be complete."""
+    names, index, nameless = frame.groups(task)
+    gaps = {task: np.where(nameless, np.nan, 0.0)}
+    keep = complete_rows(gaps | dict(columns), missing)
+    used = np.unique(index[keep])
+    renumber = np.full(len(names) + 1, -1)
+    renumber[used] = np.arange(len(used))
+    names, index = names[used], renumber[index]
+    rows = np.flatnonzero(keep)
+    order = rows[np.argsort(index[rows], kind="stable")]
+    sizes = np.bincount(index[rows], minlength=len(names))
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
+    level = task_level[order]
+    for i, column in enumerate(labels.task_predictors):
+        spread = np.maximum.reduceat(level[:, i], starts[:-1]) - np.minimum.reduceat(
+            level[:, i], starts[:-1]
+        )
+        if spread.any():
+            raise InputError(
+                f"task predictor {column!r} varies within task "
+                f"{names.tolist()[int(np.argmax(spread > 0))]!r}; it must be constant within "
+                "tasks (use `shared` or `predictors` for a column of rows)"
+            )
+    return _checked(
+        Tasks(
+            predictors[order], shared[order], level[starts[:-1]],
+            None if outcome is None else outcome[order],
+            {name: values[order] for name, values in slots.items()},
+            starts, order, replace(labels, names=names),
+        )
+    )  # fmt: skip
+
+
+def _checked(tasks: Tasks) -> Tasks:
+    """Refuse slots that cannot be, and names that stand twice."""
+    if len(tasks.labels.number) < tasks.num_tasks:
+        values, counts = np.unique(tasks.names, return_counts=True)
+        raise InputError(f"task names stand twice: {listing(values[counts > 1].tolist())}")
+    for name in ("known_se", "weight", "trials"):
+        if name in tasks.slots and (bad := tasks.slots[name] <= 0).any():
+            row = int(np.flatnonzero(bad)[0])
+            raise InputError(
+                f"{name} must be positive: {bad.sum()} value(s) are not, the first "
+                f"{tasks.slots[name][row]:g} in task "
+                f"{tasks.names.tolist()[tasks.task_of_row[row]]!r}"
+            )
+    return tasks
+
+
+def _stack(columns: list[np.ndarray], num_rows: int) -> np.ndarray:
+    return np.stack(columns, axis=1) if columns else np.zeros((num_rows, 0))
+
+
+def _numbered(letter: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{letter}{i}" for i in range(count))
+
+
+def _array(values: Any, role: str, ndim: int | None = None) -> np.ndarray:
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"{role} holds {array.dtype} where numbers belong")
+    if array.dtype.kind != "f":
+        array = array.astype(np.float64)
+    if ndim is not None and array.ndim != ndim:
+        raise InputError(f"{role} has shape {array.shape}; expected {ndim} dimension(s)")
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).sum())
+        raise InputError(f"{role} has {bad} NaN or infinite value(s)")
+    return array
+
+
+def _per_task(
+    values: Sequence[Any] | None, role: str, sizes: np.ndarray, ndim: int
+) -> list[np.ndarray] | None:
+    if values is None:
+        return None
+    if len(values) != len(sizes):
+        raise InputError(f"`{role}` has {len(values)} entries for {len(sizes)} tasks")
+    arrays = [_array(v, f"{role} of task number {j}", ndim) for j, v in enumerate(values)]
+    for j, (array, n) in enumerate(zip(arrays, sizes, strict=True)):
+        if len(array) != n:
+            raise InputError(f"`{role}` of task number {j} has {len(array)} rows for {n} outcomes")
+    return arrays
