@@ -96,7 +96,8 @@ class HierarchicalModel:
                 f"a prior cannot be learned from one task: found {tasks.num_tasks} task(s), "
                 f"{int((tasks.sizes > 0).sum())} with rows; give more tasks, or use no_pooling"
             )
-        _check_independent(tasks)
+        if tasks.predictors.ndim == 2:
+            _check_independent(tasks, np.array(self.shape(tasks).free_mean))
 
     # ----------------------------------------------------------------- density
 
@@ -180,27 +181,29 @@ def sample_phi(sites: dict[str, dist.Distribution]) -> dict[str, Any]:
     return {name: numpyro.sample(name, belief) for name, belief in sites.items()}
 
 
-def _check_independent(tasks: Tasks) -> None:
+def _check_independent(tasks: Tasks, free_mean: np.ndarray) -> None:
     """Refuse a column that over all tasks together depends linearly on the others."""
-    if tasks.predictors.ndim != 2:
-        return
     level = tasks.task_predictors[tasks.task_of_row]
     moved = [tasks.predictors * level[:, [k]] for k in range(level.shape[1])]
-    columns = np.column_stack([tasks.predictors, tasks.shared, *moved])
-    names = [*tasks.coef, *tasks.labels.shared]
+    names = [c for c, free in zip(tasks.coef, free_mean, strict=True) if free]
+    names += tasks.labels.shared
     names += [f"{w} on {c}" for w in tasks.labels.task_predictors for c in tasks.coef]
+    _refuse_dependent(tasks.predictors, list(tasks.coef))
+    columns = [tasks.predictors[:, free_mean], tasks.shared, *moved]
+    _refuse_dependent(np.column_stack(columns), names)
+
+
+def _refuse_dependent(columns: np.ndarray, names: list[str]) -> None:
     norms = np.linalg.norm(columns, axis=0)
     for name, norm in zip(names, norms, strict=True):
         if norm == 0:
             raise InputError(f"predictor {name!r} is zero in every row; leave it out")
-    triangle = np.linalg.qr(columns / norms, mode="r")
-    residual = np.abs(np.diag(triangle)) if len(triangle) == len(names) else np.zeros(len(names))
-    dependent = [i for i, r in enumerate(residual) if r < 1e-10]
-    if not dependent:
-        return
     if len(columns) < len(names):
         raise InputError(f"{len(columns)} rows cannot tell {len(names)} predictors apart")
-    last = dependent[0]
+    residual = np.abs(np.diag(np.linalg.qr(columns / norms, mode="r")))
+    if not (dependent := np.flatnonzero(residual < 1e-10)).size:
+        return
+    last = int(dependent[0])
     weights = np.linalg.lstsq(columns[:, :last] / norms[:last], columns[:, last], rcond=None)[0]
     partners = [names[i] for i in np.flatnonzero(np.abs(weights) > 1e-8 * np.abs(weights).max())]
     constant = "constant, like " if np.ptp(columns[:, last]) == 0 else "a linear combination of "

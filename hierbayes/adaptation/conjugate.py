@@ -100,6 +100,23 @@ def _draws(stats: Statistics, prior: Prior, phis: dict[str, Any], key: jax.Array
     return jax.lax.map(one, (phis, jax.random.split(key, size)), batch_size=64)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _moments(stats: Statistics, prior: Prior, phis: dict[str, Any]) -> Any:
+    """Mean and covariance of every θ_j over the S values of φ, without keeping draws."""
+
+    def add(sums: Any, phi: dict[str, Any]) -> tuple[Any, None]:
+        mean, root = posterior(stats, prior, phi)
+        spread = jnp.einsum("ikj,lkj->jil", root, root)
+        return (sums[0] + mean.T, sums[1] + spread + mean.T[:, :, None] * mean.T[:, None]), None
+
+    d, num_tasks = stats.num_coef, stats.num_tasks
+    size = jax.tree.leaves(phis)[0].shape[0]
+    zero = (jnp.zeros((num_tasks, d)), jnp.zeros((num_tasks, d, d)))
+    (first, second), _ = jax.lax.scan(add, zero, phis)
+    mean = first / size
+    return mean, second / size - mean[:, :, None] * mean[:, None]
+
+
 @dataclass(frozen=True)
 class Conjugate(Adaptation):
     """A(D; φ) = p(θ | D, φ), exact for Gaussian tasks under a Gaussian prior."""
@@ -118,3 +135,10 @@ class Conjugate(Adaptation):
         """Exact draws (S, J, d), one for each of the S values of φ."""
         with float64():
             return np.asarray(_draws(statistics(tasks), model.prior, dict(phis), key))
+
+    def moments(
+        self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Posterior mean (J, d) and covariance (J, d, d), averaged over the values of φ."""
+        with float64():
+            return to_numpy(_moments(statistics(tasks), model.prior, dict(phis)))

@@ -53,3 +53,37 @@ def design_svd(stats: Statistics) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     left, values, right = np.linalg.svd(x)
     cut = RANK_TOLERANCE * np.linalg.norm(x, axis=(1, 2))
     return left, np.where(values > cut[:, None], values, 0.0), right
+
+
+@dataclass(frozen=True)
+class Within:
+    """The shared effects and the noise, from what tasks say when each has its own θ_j.
+
+    ``beta`` (p,) of minimum norm; ``identified`` (p,) of bool; ``sigma`` on ``num_free`` degrees
+    of freedom, NaN where there are none.
+    """
+
+    beta: np.ndarray
+    identified: np.ndarray
+    sigma: float
+    num_free: int
+
+
+def within_tasks(stats: Statistics) -> Within:
+    """Least squares of what is left of [Z y] when each task's own X_j is projected out."""
+    d, p = stats.num_coef, stats.z.shape[1]
+    left, values, _ = design_svd(stats)
+    rest = np.moveaxis(np.concatenate([stats.z, stats.y[:, None]], axis=1), -1, 0)
+    outside = np.einsum("jki,jkl->jil", left, rest[:, :d]) * (values == 0)[:, :, None]
+    rows = np.concatenate([outside.reshape(-1, p + 1), rest[:, d:].reshape(-1, p + 1)])
+    z, y = rows[:, :p], rows[:, p]
+    norms = np.linalg.norm(np.asarray(stats.z), axis=(0, 2))
+    scaled = z / np.where(norms > 0, norms, 1.0)
+    u, s, vt = np.linalg.svd(scaled, full_matrices=False)
+    keep = s > RANK_TOLERANCE
+    beta = vt[keep].T @ ((u[:, keep].T @ y) / s[keep]) / np.where(norms > 0, norms, 1.0)
+    blind = np.eye(p) - vt[keep].T @ vt[keep]
+    num_free = int(round(float(np.sum(stats.num_rows)))) - int((values > 0).sum()) - int(keep.sum())
+    squares = float(((y - z @ beta) ** 2).sum())
+    sigma = np.sqrt(squares / num_free) if num_free > 0 else np.nan
+    return Within(beta, np.abs(np.diag(blind)) < 1e-8, float(sigma), num_free)

@@ -21,7 +21,7 @@ Missing = Literal["raise", "drop"]
 class Frame:
     """A read-only view of a DataFrame by column, with its rows numbered as they came."""
 
-    def __init__(self, data: Any):
+    def __init__(self, data: Any, rows: np.ndarray | None = None):
         try:
             self.native = nw.from_native(data, eager_only=True)
         except TypeError as error:
@@ -34,6 +34,7 @@ class Frame:
             raise InputError(f"the DataFrame has columns of the same name: {listing(twice)}")
         if self.native.shape[0] == 0:
             raise InputError("the DataFrame has no rows")
+        self.rows = np.arange(len(self)) if rows is None else rows
 
     def __len__(self) -> int:
         return self.native.shape[0]
@@ -61,28 +62,55 @@ class Frame:
             )
         return _with_nan(series.to_list()) if series.null_count() else _float(series)
 
-    def groups(self, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """``(names, index, missing)``: the values that occur, each row's number, rows without one.
+    def groups(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """``(names, index)``: the values that occur in a complete column, and each row's number.
 
         Categories keep their order; other values stand in the order in which they first occur.
         """
         series = self.native[column]
-        missing = series.is_null().to_numpy().astype(bool)
-        values = np.asarray(series.to_list(), dtype=object)
-        missing = missing | np.array([isinstance(v, float) and v != v for v in values], dtype=bool)
-        present = values[~missing]
+        values = series.to_list()
         number: dict[Any, int] = {}
         if series.dtype in (nw.Categorical, nw.Enum):
-            used = set(present.tolist())
+            used = set(values)
             ordered = [c for c in series.cat.get_categories().to_list() if c in used]
             number = {name: i for i, name in enumerate(ordered)}
-        index = np.full(len(values), -1)
-        index[~missing] = [number.setdefault(value, len(number)) for value in present]
-        return as_names(list(number)), index, missing
+        index = np.array([number.setdefault(value, len(number)) for value in values], dtype=int)
+        return as_names(list(number)), index
+
+    def is_null(self, column: str) -> np.ndarray:
+        """Rows in which a column of any kind has no value, (N,) of bool."""
+        values = self.native[column].to_list()
+        return np.array([v is None or v != v for v in values], dtype=bool)
+
+    def is_numeric(self, column: str) -> bool:
+        """Whether a column holds numbers or truth values."""
+        dtype = self.native[column].dtype
+        return dtype.is_numeric() or dtype == nw.Boolean
+
+    def distinct_strings(self, column: str) -> list[str]:
+        """The different values of a column, as strings, in order of first occurrence."""
+        return list(dict.fromkeys(str(v) for v in self.native[column].to_list() if v is not None))
+
+    def to_pandas(self, columns: Sequence[str]) -> Any:
+        """Some columns as a pandas DataFrame; categories keep their order."""
+        import pandas as pd
+
+        table = {}
+        for column in columns:
+            series = self.native[column]
+            if self.is_numeric(column):
+                table[column] = self.numbers(column)
+            elif series.dtype in (nw.Categorical, nw.Enum):
+                table[column] = pd.Categorical(
+                    series.to_list(), categories=series.cat.get_categories().to_list()
+                )
+            else:
+                table[column] = np.array(series.to_list(), dtype=object)
+        return pd.DataFrame(table, index=np.arange(len(self)))
 
     def take(self, rows: np.ndarray) -> Frame:
         """The frame with only these row numbers."""
-        return Frame(nw.to_native(self.native[rows.tolist()]))
+        return Frame(nw.to_native(self.native[rows.tolist()]), rows=self.rows[rows])
 
 
 def as_names(values: Sequence[Any]) -> np.ndarray:

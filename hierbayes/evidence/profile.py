@@ -1,0 +1,142 @@
+r"""The exact evidence with fixed effects and noise maximised out, as lme4 does.
+
+Given the relative root covariance Λ (Σ = σ² Λ Λᵀ) the evidence is a generalised least-squares
+problem in the fixed effects b = (μ, Γ, β), solved in closed form, and so is σ²:
+
+.. math::
+
+    -2\ell_{\text{ML}} &= N (1 + \log 2\pi\hat\sigma^2) + \textstyle\sum_j \log |I + R_j\Lambda
+        \Lambda^\top R_j^\top|, & \hat\sigma^2 &= Q / N \\
+    -2\ell_{\text{REML}} &= (N-P)(1 + \log 2\pi\hat\sigma^2) + \textstyle\sum_j \log|\cdot|
+        + \log |F^\top V^{-1} F|, & \hat\sigma^2 &= Q / (N-P)
+
+with Q the generalised residual sum of squares and F the columns of the P fixed effects. With known
+standard errors σ = 1 and Λ is the root covariance itself. Reference: Bates et al. (2015), Fitting
+linear mixed-effects models using lme4, equations 30 to 42.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.numerics import cholesky, log_diagonal_sum, matmul, solve_lower
+from hierbayes.priors.hyperprior import Shape
+from hierbayes.statistics import Statistics
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["x", "fixed", "y", "num_rows", "log_scale", "whitener"],
+    meta_fields=["reml", "known_noise"],
+)
+@dataclass(frozen=True)
+class ProfileProblem:
+    """Statistics with the fixed effects' columns, whitened so that FᵀF = I.
+
+    ``x`` (d, d, J), ``fixed`` (m, P, J), ``y`` (m, J); ``whitener`` (P, P) upper triangular T with
+    F = fixed · T.
+    """
+
+    x: Any
+    fixed: Any
+    y: Any
+    num_rows: Any
+    log_scale: Any
+    whitener: Any
+    reml: bool
+    known_noise: bool
+
+
+class Profile(NamedTuple):
+    """What a value of Λ implies: ``fixed`` (P,) effects, their ``covariance``, ``sigma``."""
+
+    log_evidence: jax.Array
+    fixed: jax.Array
+    covariance: jax.Array
+    sigma: jax.Array
+
+
+def profile_problem(
+    stats: Statistics, shape: Shape, *, reml: bool, known_noise: bool
+) -> ProfileProblem:
+    """Lay out the fixed effects b = (μ_free, Γ, β) and whiten them by one QR over all tasks."""
+    d = stats.num_coef
+    x, w = np.asarray(stats.x), np.asarray(stats.task_predictors)
+    free = np.flatnonzero(shape.free_mean)
+    moved = (x[:, :, None] * w[None, None]).reshape(x.shape[0], -1, x.shape[2])
+    columns = np.concatenate([x[:, free], moved, np.asarray(stats.z)], axis=1)
+    num_fixed = columns.shape[1]
+    rows = np.moveaxis(columns, 1, -1).reshape(-1, num_fixed)
+    whitener = np.linalg.qr(rows, mode="r")
+    white = np.linalg.solve(whitener.T, rows.T).T if num_fixed else rows
+    fixed = np.moveaxis(white.reshape(x.shape[0], x.shape[2], num_fixed), 1, -1)
+    return ProfileProblem(
+        x[:d], np.ascontiguousarray(fixed), stats.y, stats.num_rows, stats.log_scale, whitener,
+        reml, known_noise,
+    )  # fmt: skip
+
+
+@jax.jit
+def profile(problem: ProfileProblem, root: jax.Array, sigma: Any = jnp.nan) -> Profile:
+    """The profiled log evidence at the relative root covariance Λ (d, d).
+
+    ``sigma``, where given, fixes σ instead of maximising over it; Σ is then σ² Λ Λᵀ.
+    """
+    p = problem
+    d, num_fixed = root.shape[0], p.fixed.shape[1]
+    design = matmul(jnp.asarray(p.x), root[:, :, None])
+    variance = matmul(design, jnp.swapaxes(design, 0, 1)) + jnp.eye(d)[:, :, None]
+    factor = cholesky(variance)
+    white_y = solve_lower(factor, jnp.asarray(p.y[:d]))
+    white_f = [solve_lower(factor, jnp.asarray(p.fixed[:d, k])) for k in range(num_fixed)]
+    below_y, below_f = jnp.asarray(p.y[d:]), [jnp.asarray(p.fixed[d:, k]) for k in range(num_fixed)]
+
+    def inner(a: jax.Array, b: jax.Array, below_a: jax.Array, below_b: jax.Array) -> jax.Array:
+        return (a * b).sum() + (below_a * below_b).sum()
+
+    total = p.num_rows.sum()
+    log_det = 2 * log_diagonal_sum(factor).sum()
+    if num_fixed:
+        gram = jnp.stack([
+            jnp.stack([inner(white_f[k], white_f[m], below_f[k], below_f[m])
+                       for m in range(num_fixed)]) for k in range(num_fixed)
+        ])  # fmt: skip
+        target = jnp.stack(
+            [inner(white_f[k], white_y, below_f[k], below_y) for k in range(num_fixed)]
+        )
+        gram_factor = jnp.linalg.cholesky(gram)
+        effects = jax.scipy.linalg.cho_solve((gram_factor, True), target)
+        above = white_y - sum(white_f[k] * effects[k] for k in range(num_fixed))
+        below = below_y - sum(below_f[k] * effects[k] for k in range(num_fixed))
+        squares = (above**2).sum() + (below**2).sum()
+        unwhiten = jnp.linalg.inv(jnp.asarray(p.whitener))
+        fixed = unwhiten @ effects
+        spread = unwhiten @ jax.scipy.linalg.cho_solve((gram_factor, True), unwhiten.T)
+        log_gram = 2 * jnp.log(jnp.diag(gram_factor)).sum()
+        log_gram = log_gram + 2 * jnp.log(jnp.abs(jnp.diag(jnp.asarray(p.whitener)))).sum()
+    else:
+        squares = (white_y**2).sum() + (below_y**2).sum()
+        fixed, spread, log_gram = jnp.zeros(0), jnp.zeros((0, 0)), jnp.zeros(())
+    if p.reml:
+        total, log_det = total - num_fixed, log_det + log_gram
+    best = jnp.ones(()) if p.known_noise else jnp.sqrt(squares / total)
+    sigma = jnp.where(jnp.isnan(sigma), best, sigma)
+    minus_two = total * jnp.log(2 * jnp.pi * sigma**2) + squares / sigma**2
+    evidence = -0.5 * (minus_two + log_det) + p.log_scale.sum()
+    return Profile(evidence, fixed, sigma**2 * spread, sigma)
+
+
+@jax.jit
+def profile_and_slopes(
+    problem: ProfileProblem, root: jax.Array, sigma: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The profiled log evidence and its slopes in Λ (d, d) and in σ, zero where σ is NaN."""
+    return jax.value_and_grad(lambda r, s: profile(problem, r, s).log_evidence, argnums=(0, 1))(
+        root, sigma
+    )

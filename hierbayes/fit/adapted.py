@@ -1,0 +1,119 @@
+"""θ of some tasks, learned under a prior: labelled estimates and the predictions they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hierbayes.adaptation import Adapted
+from hierbayes.errors import InputError, listing
+from hierbayes.fit.prediction import Prediction
+from hierbayes.model import HierarchicalModel
+from hierbayes.tasks import Tasks
+
+
+@dataclass(frozen=True)
+class AdaptedTasks:
+    """What tasks conclude under a learned prior.
+
+    Attributes
+    ----------
+    theta : DataArray (task, coef)
+        Point estimates; posterior means where there is a posterior.
+    covariance : DataArray (task, coef, coef_bis) or None
+        Posterior covariances; None for a point estimate.
+    draws : array (S, J, d) or None
+        Posterior draws, under full Bayes one for each draw of φ.
+    """
+
+    model: HierarchicalModel
+    tasks: Tasks
+    phis: dict[str, np.ndarray]
+    adapted: Adapted
+    draws: np.ndarray | None = None
+
+    @property
+    def theta(self) -> Any:
+        """Point estimates, labelled (task, coef)."""
+        return label(self.adapted.mean, self.tasks, ("task", "coef"), "theta")
+
+    @property
+    def covariance(self) -> Any:
+        """Posterior covariances, labelled (task, coef, coef_bis), or None."""
+        if self.adapted.covariance is None:
+            return None
+        dims = ("task", "coef", "coef_bis")
+        return label(self.adapted.covariance, self.tasks, dims, "theta_covariance")
+
+    @property
+    def sd(self) -> Any:
+        """Posterior standard deviations, labelled (task, coef); NaN for a point estimate."""
+        if self.adapted.covariance is None:
+            values = np.full(self.adapted.mean.shape, np.nan)
+        else:
+            variance = np.diagonal(self.adapted.covariance, axis1=1, axis2=2)
+            values = np.sqrt(np.maximum(variance, 0))
+        if self.adapted.unidentified is not None:
+            blind = np.diagonal(self.adapted.unidentified, axis1=1, axis2=2) > 1e-8
+            values = np.where(blind, np.nan, values)
+        return label(values, self.tasks, ("task", "coef"), "theta_sd")
+
+    def predict(self, data: Any) -> Prediction:
+        """Predictive distributions of rows of these tasks, matched by task name."""
+        rows = self.model.tasks(data)
+        unknown = [n for n in rows.names.tolist() if n not in self.tasks.labels.number]
+        if unknown:
+            raise InputError(
+                f"no parameters are known for task(s) {listing(unknown)}; adapt to their rows "
+                'first (fit.adapt), or predict with target="new" or target="population"'
+            )
+        position = np.array([self.tasks.labels.number[n] for n in rows.names.tolist()], dtype=int)
+        of_row = position[rows.task_of_row]
+        if self.draws is not None:
+            means = np.einsum("sik,ik->si", self.draws[:, of_row], rows.predictors)
+            return finish("known task", self.model, rows, self.phis, means, 0.0)
+        means = np.einsum("ik,ik->i", self.adapted.mean[of_row], rows.predictors)[None]
+        variance: Any = 0.0
+        if self.adapted.covariance is not None:
+            variance = quadratic(rows.predictors, self.adapted.covariance[of_row])[None]
+        blind = None
+        if self.adapted.unidentified is not None:
+            needed = quadratic(rows.predictors, self.adapted.unidentified[of_row])
+            blind = needed > 1e-8 * (rows.predictors**2).sum(1)
+        return finish("known task", self.model, rows, self.phis, means, variance, blind)
+
+
+def finish(
+    target: str,
+    model: HierarchicalModel,
+    rows: Tasks,
+    phis: dict[str, np.ndarray],
+    means: np.ndarray,
+    variance: Any,
+    unidentified: np.ndarray | None = None,
+) -> Prediction:
+    """Add offsets, shared effects and noise to the varying part's (S, N) means and variance."""
+    if "beta" in phis:
+        means = means + phis["beta"] @ rows.shared.T
+    means = means + rows.slots.get("offset", 0.0)
+    noise = phis.get("sigma_query", phis.get("sigma"))
+    phi = {} if noise is None else {"sigma": np.asarray(noise)[:, None]}
+    sds = np.asarray(model.likelihood.noise_sd(phi, rows.slots))  # type: ignore[attr-defined]
+    sds = np.broadcast_to(np.sqrt(sds**2 + variance), means.shape)
+    blind = np.zeros(rows.num_rows, bool) if unidentified is None else unidentified
+    return Prediction(target, rows, means, sds, blind)
+
+
+def quadratic(x: np.ndarray, matrices: np.ndarray) -> np.ndarray:
+    """xᵀ M x for each row."""
+    return np.einsum("...i,...ij,...j->...", x, matrices, x, optimize=True)
+
+
+def label(values: np.ndarray, tasks: Tasks, dims: tuple[str, ...], name: str) -> Any:
+    """An array with the names of tasks and coefficients along its last dimensions."""
+    import xarray as xr
+
+    coords = {"task": tasks.names, "coef": list(tasks.coef), "coef_bis": list(tasks.coef)}
+    return xr.DataArray(values, dims=dims, coords={d: coords[d] for d in dims}, name=name)

@@ -1,0 +1,145 @@
+"""Fits in ArviZ's schema: an ``xarray.DataTree`` with ArviZ's groups and names.
+
+``posterior`` holds draws with (chain, draw) dimensions; point estimates stand in
+``point_estimate``, never as a fake chain of one draw.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import stats
+
+from hierbayes.tasks import Tasks
+
+if TYPE_CHECKING:
+    from hierbayes.fit.fit import Fit
+
+LARGEST_LOG_LIKELIHOOD = 10_000_000
+"""Draws × rows up to which the DataTree holds ``log_likelihood`` unasked (80 MB)."""
+
+DIMS = {
+    "mu": ("coef",),
+    "tau": ("coef",),
+    "corr": ("coef", "coef_bis"),
+    "beta": ("shared",),
+    "gamma": ("coef", "task_predictor"),
+    "theta": ("task", "coef"),
+}
+
+
+def build(fit: Fit) -> Any:
+    """The fit as a DataTree."""
+    import xarray as xr
+
+    groups: dict[str, Any] = {}
+    draws = _draws(fit)
+    attrs = {"inference_library": "hierbayes", "method": fit.method}
+    if draws:
+        groups["posterior"] = dataset(draws, fit.tasks, ("chain", "draw")).assign_attrs(attrs)
+        if fit.sample_stats:
+            groups["sample_stats"] = dataset(fit.sample_stats, fit.tasks, ("chain", "draw"))
+        num_draws = np.prod(next(iter(draws.values())).shape[:2])
+        if "theta" in draws and num_draws * fit.tasks.num_rows <= LARGEST_LOG_LIKELIHOOD:
+            groups["log_likelihood"] = log_likelihood(fit, draws)
+    if fit.phi_draws is None or fit.theta_draws is None:
+        groups["point_estimate"] = _point_estimate(fit).assign_attrs(attrs)
+    groups["observed_data"] = xr.Dataset({"y": _by_row(fit.tasks.outcome, fit.tasks)})
+    groups["constant_data"] = _constant_data(fit.tasks)
+    return xr.DataTree.from_dict(groups)
+
+
+def _draws(fit: Fit) -> dict[str, np.ndarray]:
+    if fit.theta_draws is not None:
+        return {**(fit.phi_draws or {}), "theta": fit.theta_draws}
+    return dict(fit.phi_draws or {})
+
+
+def _point_estimate(fit: Fit) -> Any:
+    adapted = fit.adapted
+    values = {**fit.phi, "theta": adapted.adapted.mean}
+    tree = dataset(values, fit.tasks)
+    for name, se in fit.standard_errors.items():
+        tree[f"{name}_se"] = (DIMS.get(name, ()), np.asarray(se))
+    if adapted.adapted.covariance is not None:
+        tree["theta_sd"] = adapted.sd
+        if fit.theta_draws is None:
+            tree["theta_covariance"] = adapted.covariance
+    if adapted.adapted.unidentified is not None:
+        tree["theta_identified"] = adapted.sd.notnull()
+    return tree
+
+
+def dataset(values: dict[str, Any], tasks: Tasks, lead: tuple[str, ...] = ()) -> Any:
+    """Arrays by name as a Dataset with labelled dimensions."""
+    import xarray as xr
+
+    coords: dict[str, Any] = {
+        "task": tasks.names,
+        "coef": list(tasks.coef),
+        "coef_bis": list(tasks.coef),
+        "shared": list(tasks.labels.shared),
+        "task_predictor": list(tasks.labels.task_predictors),
+    }
+    variables = {name: ((*lead, *DIMS.get(name, ())), np.asarray(v)) for name, v in values.items()}
+    used = {d for dims, _ in variables.values() for d in dims}
+    for axis, dim in enumerate(lead):
+        first = next(iter(variables.values()), None)
+        if first is not None:
+            coords[dim] = np.arange(first[1].shape[axis])
+    return xr.Dataset(variables, coords={d: c for d, c in coords.items() if d in used})
+
+
+def log_likelihood(fit: Fit, draws: dict[str, np.ndarray], by: str = "row") -> Any:
+    """log p(y_i | θ, φ) of every draw, (chain, draw, row); ``by="task"`` sums within tasks."""
+    import xarray as xr
+
+    tasks, theta = fit.tasks, draws["theta"]
+    values = np.empty((*theta.shape[:2], tasks.num_rows))
+    for chain in range(theta.shape[0]):
+        phis = {
+            name: draws[name][chain] if name in draws else np.asarray(fit.phi[name])[None]
+            for name in fit.phi
+        }
+        mean = np.einsum("sik,ik->si", theta[chain][:, tasks.task_of_row], tasks.predictors)
+        if "beta" in phis:
+            mean = mean + phis["beta"] @ tasks.shared.T
+        mean = mean + tasks.slots.get("offset", 0.0)
+        noise = {"sigma": phis["sigma"][:, None]} if "sigma" in phis else {}
+        sd = np.asarray(fit.model.likelihood.noise_sd(noise, tasks.slots))  # type: ignore[attr-defined]
+        values[chain] = stats.norm.logpdf(tasks.outcome, mean, sd)
+    coords = {"chain": np.arange(theta.shape[0]), "draw": np.arange(theta.shape[1])}
+    if by == "task":
+        cut = np.zeros((*theta.shape[:2], tasks.num_tasks))
+        np.add.at(cut, (slice(None), slice(None), tasks.task_of_row), values)
+        data = xr.DataArray(cut, dims=("chain", "draw", "task"))
+        return xr.Dataset({"y": data}, coords={**coords, "task": tasks.names})
+    rows = _by_row(values, tasks, ("chain", "draw"))
+    return xr.Dataset({"y": rows}, coords=coords)
+
+
+def _by_row(values: Any, tasks: Tasks, lead: tuple[str, ...] = ()) -> Any:
+    import xarray as xr
+
+    coords = {"row": tasks.rows, "row_task": ("row", tasks.names[tasks.task_of_row])}
+    return xr.DataArray(values, dims=(*lead, "row"), coords=coords)
+
+
+def _constant_data(tasks: Tasks) -> Any:
+    import xarray as xr
+
+    variables: dict[str, Any] = {
+        "predictors": (("row", "coef"), tasks.predictors),
+        "task_of_row": ("row", tasks.task_of_row),
+        "starts": ("boundary", tasks.starts),
+    }
+    coords: dict[str, Any] = {"row": tasks.rows, "coef": list(tasks.coef), "task": tasks.names}
+    if tasks.labels.shared:
+        variables["shared_predictors"] = (("row", "shared"), tasks.shared)
+        coords["shared"] = list(tasks.labels.shared)
+    if tasks.labels.task_predictors:
+        variables["task_predictors"] = (("task", "task_predictor"), tasks.task_predictors)
+        coords["task_predictor"] = list(tasks.labels.task_predictors)
+    variables |= {name: ("row", values) for name, values in tasks.slots.items()}
+    return xr.Dataset(variables, coords=coords)

@@ -1,0 +1,302 @@
+"""The result of every method."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpyro.distributions as dist
+
+from hierbayes.adaptation import Adaptation, Adapted, Conjugate, LeastSquares
+from hierbayes.errors import InputError
+from hierbayes.fit import datatree as trees
+from hierbayes.fit.adapted import AdaptedTasks, finish, quadratic
+from hierbayes.fit.prediction import Prediction
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import as_key, float64, to_numpy
+from hierbayes.priors.assembled import Assembled
+from hierbayes.tasks import Tasks
+
+TARGETS = ("known", "new", "population")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A learned prior and what every task concludes under it.
+
+    Attributes
+    ----------
+    method : str
+        The method's name.
+    phi : mapping
+        The learned prior by name: ``mu``, ``tau``, ``corr``, ``beta``, ``gamma``, ``sigma``;
+        point values, posterior means under full Bayes.
+    theta : DataArray (task, coef)
+        Point estimates of every task's parameters.
+    warnings : tuple of str
+        What a careful colleague would say about this fit.
+    log_evidence : float
+        Summed log evidence at φ̂, where the method has one; an AttributeError with the reason
+        where not.
+    standard_errors : dict
+        By name of φ, where the method gives them; NaN with a reason in ``warnings``.
+    info : dict
+        Settings and ``seconds``.
+    """
+
+    method: str
+    model: HierarchicalModel
+    tasks: Tasks
+    phi: Mapping[str, np.ndarray]
+    adaptation: Adaptation
+    training: Adapted | None = None
+    phi_draws: dict[str, np.ndarray] | None = None
+    theta_draws: np.ndarray | None = None
+    sample_stats: dict[str, np.ndarray] = field(default_factory=dict)
+    standard_errors: dict[str, np.ndarray] = field(default_factory=dict)
+    evidence: float | None = None
+    no_evidence: str = "this method does not compute the evidence"
+    log_posterior: float | None = None
+    warnings: tuple[str, ...] = ()
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{n}={_short(v)}" for n, v in self.phi.items() if np.size(v) <= 4)
+        return f"Fit({self.method!r}, {self.tasks.num_tasks} tasks, {names})"
+
+    # --------------------------------------------------------------- estimates
+
+    @functools.cached_property
+    def adapted(self) -> AdaptedTasks:
+        """The training tasks under the learned prior."""
+        if self.theta_draws is not None and self.phi_draws is not None:
+            draws = self.theta_draws.reshape(-1, *self.theta_draws.shape[2:])
+            return AdaptedTasks(self.model, self.tasks, self._phis(), _moments(draws), draws)
+        adapted = self.training or self.adaptation(self.model, self.tasks, dict(self.phi))
+        return AdaptedTasks(self.model, self.tasks, self._phis(), adapted)
+
+    @property
+    def theta(self) -> Any:
+        """Point estimates of every task's parameters, labelled (task, coef)."""
+        return self.adapted.theta
+
+    @property
+    def log_evidence(self) -> float:
+        """Summed log evidence; see the method for its definition."""
+        if self.evidence is None:
+            raise AttributeError(f"{self.method} has no log_evidence: {self.no_evidence}")
+        return self.evidence
+
+    @functools.cached_property
+    def datatree(self) -> Any:
+        """The fit as ``xarray.DataTree`` in ArviZ's schema, built when first read.
+
+        Groups: ``posterior`` (draws), ``point_estimate`` (φ̂, standard errors), ``sample_stats``,
+        ``log_likelihood`` (up to 10 million draws × rows; beyond, ask :meth:`log_likelihood`),
+        ``observed_data``, ``constant_data``.
+        """
+        return trees.build(self)
+
+    def log_likelihood(self, by: str = "row") -> Any:
+        """log p(y | θ, φ) at every posterior draw, a Dataset (chain, draw, row or task).
+
+        ``by="task"`` sums within tasks, conditional on θ_j.
+        """
+        if by not in ("row", "task"):
+            raise InputError(f'by must be "row" or "task", found {by!r}')
+        if self.theta_draws is None:
+            raise InputError(f"{self.method} holds no posterior draws of theta")
+        draws = {**(self.phi_draws or {}), "theta": self.theta_draws}
+        return trees.log_likelihood(self, draws, by)
+
+    def summary(self, var_names: list[str] | None = None) -> Any:
+        """φ and θ as a pandas DataFrame, a row each.
+
+        Under full Bayes ArviZ's summary (mean, sd, interval, ESS, R̂); elsewhere ``estimate`` and
+        ``se`` (for θ the posterior standard deviation).
+        """
+        import pandas as pd
+
+        if self.phi_draws is not None:
+            import arviz_stats
+
+            tree = self.datatree.posterior.to_dataset()
+            if "corr" in tree:  # the diagonal is constant: no diagnostics are to be had of it
+                tree = tree.drop_vars("corr").assign(trees_pairs(tree["corr"]))
+            table = arviz_stats.summary(tree, var_names=var_names, round_to="none")
+            assert isinstance(table, pd.DataFrame)
+            return table
+        rows = {}
+        estimates = trees.dataset({**self.phi, "theta": self.adapted.adapted.mean}, self.tasks)
+        errors = {**self.standard_errors, "theta": self.adapted.sd.values}
+        for name, values in estimates.items():
+            if var_names is not None and name not in var_names:
+                continue
+            se = np.broadcast_to(errors.get(str(name), np.nan), values.shape)
+            for index in np.ndindex(values.shape):
+                labels = [str(values[d].values[i]) for d, i in zip(values.dims, index, strict=True)]
+                if name == "corr" and index[0] >= index[1]:
+                    continue
+                key = f"{name}[{', '.join(labels)}]" if labels else str(name)
+                rows[key] = (float(values.values[index]), float(se[index]))
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["estimate", "se"])
+
+    # --------------------------------------------------------- use on new tasks
+
+    @property
+    def prior(self) -> dist.Distribution:
+        """p(θ_new | D_1..J) as a NumPyro distribution over (d,).
+
+        A normal at φ̂, a point mass in directions with τ̂ = 0; a mixture over draws under full
+        Bayes.
+        """
+        if self.tasks.labels.task_predictors:
+            raise AttributeError(
+                "the prior's mean depends on task predictors: use fit.prior_for(new_tasks)"
+            )
+        return self._prior(np.zeros((1, 0)))[0]
+
+    def prior_for(self, new_tasks: Any) -> list[dist.Distribution]:
+        """p(θ_new | D_1..J, w_new) for each of some tasks, whose outcomes are not used."""
+        return self._prior(self.model.tasks(new_tasks).task_predictors)
+
+    def _prior(self, w: np.ndarray) -> list[dist.Distribution]:
+        if "tau" not in self.phi:
+            raise AttributeError(
+                f"{self.method} learns no prior that all tasks share; the prior that gradient "
+                "steps imply depends on each task's own curvature"
+                if self.method == "MAML"
+                else f"{self.method} learns no prior"
+            )
+        with float64():
+            phis = self._phis()
+            location = np.asarray(self.model.prior.location(phis, w[:, None, :]))
+            root = np.asarray(self.model.prior.scale_tril(phis))  # type: ignore[attr-defined]
+            return [_mixture(np.broadcast_to(m, (len(root), m.shape[-1])), root) for m in location]
+
+    def adapt(self, new_tasks: Any, *, seed: int = 0) -> AdaptedTasks:
+        """A(D_new; φ): what new tasks conclude under the learned prior, without refitting.
+
+        Parameters
+        ----------
+        new_tasks : Tasks or DataFrame
+            Tasks with rows to learn from; a DataFrame goes through the model's formula.
+        seed : int
+            For the draws, under full Bayes.
+
+        Returns
+        -------
+        AdaptedTasks
+            ``theta``, ``covariance``, ``draws`` and ``predict``.
+        """
+        tasks = self.model.tasks(new_tasks)
+        self.model.likelihood.check(tasks)
+        if tasks.outcome is None:
+            raise InputError(f"the new tasks hold no outcome {tasks.labels.outcome!r}")
+        if self.phi_draws is None:
+            adapted = self.adaptation(self.model, tasks, dict(self.phi))
+            return AdaptedTasks(self.model, tasks, _batched(self.phi), adapted)
+        assert isinstance(self.adaptation, Conjugate)
+        phis = self._phis()
+        draws = self.adaptation.draws(self.model, tasks, phis, as_key(seed))
+        return AdaptedTasks(self.model, tasks, phis, _moments(draws), draws)
+
+    def predict(self, data: Any = None, *, target: str | None = None) -> Prediction:
+        """Predictive distributions of rows.
+
+        Parameters
+        ----------
+        data : Tasks or DataFrame, optional
+            The rows; the training rows by default.
+        target : "known", "new" or "population"
+            A row of a task that the fit knows, by name; of a new task with θ drawn from the
+            learned prior p(θ | φ); or of the population, θ at the prior's mean. "known" where
+            all task names are known, else it must be said.
+
+        Returns
+        -------
+        Prediction
+            ``mean``, ``sd``, ``interval``, ``log_density``, ``draws``; its ``target`` says which.
+        """
+        rows = self.tasks if data is None else self.model.tasks(data)
+        if target not in (None, *TARGETS):
+            raise InputError(f"target must be one of {TARGETS}, found {target!r}")
+        if target in (None, "known"):
+            return self.adapted.predict(rows)
+        if isinstance(self.adaptation, LeastSquares):
+            raise InputError("no pooling learns nothing about tasks that it has not seen")
+        with float64():
+            phis = {k: np.asarray(v) for k, v in self._phis().items()}
+            w = rows.task_predictors[:, None, :]
+            location = np.asarray(self.model.prior.location(phis, w))
+            means = np.einsum("isk,ik->si", location[rows.task_of_row], rows.predictors)
+            variance: Any = 0.0
+            if target == "new" and "tau" in phis:
+                covariance = to_numpy(self.model.prior.covariance(phis))  # type: ignore[attr-defined]
+                variance = quadratic(rows.predictors[None], covariance[:, None])
+        return finish(f"{target} task" if target == "new" else "population", self.model, rows,
+                      phis, means, variance)  # fmt: skip
+
+    # ------------------------------------------------------------------ storage
+
+    def save(self, path: Any) -> None:
+        """Write the fit, its data and its model to one NetCDF file, whole or not at all.
+
+        ArviZ reads the file too (``arviz_base.from_netcdf``); :func:`hierbayes.load` gives the
+        fit back.
+        """
+        from hierbayes.fit.storage import save
+
+        save(self, path)
+
+    def with_warnings(self, *messages: str) -> Fit:
+        """The fit with more to say."""
+        return replace(self, warnings=(*self.warnings, *messages))
+
+    def _phis(self) -> dict[str, np.ndarray]:
+        """φ with one leading axis over draws, or over the single point."""
+        if self.phi_draws is None:
+            return _batched(self.phi)
+        return {k: v.reshape(-1, *v.shape[2:]) for k, v in self.phi_draws.items()}
+
+
+def trees_pairs(corr: Any) -> dict[str, Any]:
+    """The correlations above the diagonal as one variable a pair."""
+    names = corr["coef"].values.tolist()
+    return {
+        f"corr[{a}, {b}]": corr.sel(coef=a, coef_bis=b, drop=True)
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+    }
+
+
+def _batched(phi: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value)[None] for name, value in phi.items()}
+
+
+def _moments(draws: np.ndarray) -> Adapted:
+    mean = draws.mean(0)
+    centred = draws - mean
+    return Adapted(mean, np.einsum("sji,sjk->jik", centred, centred) / (len(draws) - 1))
+
+
+def _mixture(locations: np.ndarray, roots: np.ndarray) -> dist.Distribution:
+    """Normals N(m_s, L_s L_sᵀ), equally weighted; a point in directions without variance."""
+    if len(roots) == 1:
+        spread = np.flatnonzero(np.any(roots[0] != 0, axis=1))
+        if not spread.size:
+            return dist.Delta(locations[0], event_dim=1)
+        root = roots[0][np.ix_(spread, spread)]
+        normal = dist.MultivariateNormal(locations[0][spread], scale_tril=root)
+        return normal if len(spread) == len(locations[0]) else Assembled(
+            [(normal, (spread,))], locations[0]
+        )  # fmt: skip
+    weights = dist.Categorical(probs=np.full(len(roots), 1 / len(roots)))
+    return dist.MixtureSameFamily(weights, dist.MultivariateNormal(locations, scale_tril=roots))
+
+
+def _short(value: Any) -> str:
+    return np.array2string(np.asarray(value), precision=3, separator=", ").replace("\n", "")

@@ -1,0 +1,143 @@
+r"""The two ends between which every method lies.
+
+.. math:: \tau \to \infty: \text{ no pooling, each task alone} \qquad
+          \tau \to 0: \text{ complete pooling, one } \theta \text{ for all}
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.adaptation import Conjugate, LeastSquares
+from hierbayes.adaptation.least_squares import within_tasks
+from hierbayes.errors import InputError, announce, listing
+from hierbayes.evidence.profile import profile, profile_problem
+from hierbayes.fit import Fit
+from hierbayes.meta.marginal import named_fixed
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import float64
+from hierbayes.statistics import statistics
+
+
+def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = None) -> Fit:
+    r"""Each task alone, by least squares: the limit τ → ∞.
+
+    .. math:: \hat\theta_j = X_j^+ (y_j - Z_j\hat\beta)
+
+    Shared effects β and the noise σ are estimated within tasks. Where a task's rows do not
+    determine a coefficient the estimate is the one of minimum norm, marked in
+    ``theta_identified`` of the DataTree; rows that need it are left out of scores.
+
+    Parameters
+    ----------
+    model : HierarchicalModel
+    tasks : Tasks or DataFrame
+    sigma : float, optional
+        The noise, where the tasks have too few rows to tell.
+
+    Returns
+    -------
+    Fit
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> model, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+    ...                                known_se="se")
+    >>> float(hb.no_pooling(model, tasks).theta.sel(task="A", coef="Intercept"))
+    28.0
+    """
+    started = time.perf_counter()
+    tasks = model.tasks(tasks)
+    model.check(tasks, learns_prior=False)
+    resolved = model.resolve(tasks)
+    within = within_tasks(statistics(tasks))
+    phi: dict[str, np.ndarray] = {"beta": within.beta} if tasks.labels.shared else {}
+    if "sigma" in model.likelihood.parameters():
+        phi["sigma"] = np.asarray(noise(within.sigma, sigma))
+    remarks = []
+    if not within.identified.all():
+        blind = [c for c, ok in zip(tasks.labels.shared, within.identified, strict=True) if not ok]
+        remarks.append(
+            f"without pooling the shared effect of {listing(blind)} is not identified: each task's "
+            "own coefficients absorb it"
+        )
+    adaptation = LeastSquares()
+    training = adaptation(resolved, tasks, phi)
+    assert training.unidentified is not None
+    lacking = np.abs(training.unidentified).max(axis=(1, 2)) > 1e-8
+    if lacking.any():
+        remarks.append(
+            f"{lacking.sum()} of {len(lacking)} tasks do not determine all their coefficients "
+            f"alone ({listing(tasks.names[lacking].tolist(), 3)}): minimum-norm estimates there, "
+            "marked as unidentified"
+        )
+    return Fit(
+        "no pooling", resolved, tasks, phi, adaptation, training,
+        no_evidence="the prior is flat", warnings=announce(remarks),
+        info={"seconds": time.perf_counter() - started},
+    )  # fmt: skip
+
+
+def noise(estimate: float, given: float | None) -> float:
+    """σ as given, or the pooled within-task estimate, where there is one."""
+    if given is not None:
+        if not (np.isfinite(given) and given > 0):
+            raise InputError(f"sigma must be positive, found {given}")
+        return float(given)
+    if not (np.isfinite(estimate) and estimate > 0):
+        raise InputError(
+            "sigma cannot be estimated within tasks: no task has more rows than it needs for its "
+            "own coefficients (or the fit is perfect); pass sigma=…"
+        )
+    return estimate
+
+
+def complete_pooling(model: HierarchicalModel, tasks: Any) -> Fit:
+    r"""One θ for all tasks, by least squares: the limit τ → 0.
+
+    .. math:: \theta_j = \hat\mu + \hat\Gamma w_j
+
+    Parameters
+    ----------
+    model : HierarchicalModel
+    tasks : Tasks or DataFrame
+
+    Returns
+    -------
+    Fit
+        With ``tau`` = 0; ``log_evidence`` is the log likelihood.
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> model, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+    ...                                known_se="se")
+    >>> round(float(hb.complete_pooling(model, tasks).phi["mu"][0]), 4)
+    7.6856
+    """
+    started = time.perf_counter()
+    tasks = model.tasks(tasks)
+    model.check(tasks, learns_prior=False)
+    resolved = model.resolve(tasks)
+    shape = resolved.shape(tasks)
+    known_noise = "sigma" not in shape.parameters
+    d = len(shape.coef)
+    with float64():
+        problem = profile_problem(statistics(tasks), shape, reml=False, known_noise=known_noise)
+        best = profile(jax.tree.map(jnp.asarray, problem), jnp.zeros((d, d)))
+    phi = named_fixed(shape, np.asarray(best.fixed)) | {"tau": np.zeros(d)}
+    errors = named_fixed(shape, np.sqrt(np.diag(np.asarray(best.covariance))))
+    if not known_noise:
+        phi["sigma"] = np.asarray(best.sigma)
+    adaptation = Conjugate()
+    return Fit(
+        "complete pooling", resolved, tasks, phi, adaptation, adaptation(resolved, tasks, phi),
+        standard_errors=errors, evidence=float(best.log_evidence),
+        info={"seconds": time.perf_counter() - started},
+    )  # fmt: skip

@@ -1,0 +1,88 @@
+"""What the sampler's diagnostics say, in words, with advice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hierbayes.fit.datatree import dataset
+from hierbayes.fit.fit import trees_pairs
+from hierbayes.tasks import Tasks
+
+LARGEST_RHAT = 1.01
+"""Vehtari et al. (2021), Rank-normalization, folding, and localization: an improved R̂."""
+
+SMALLEST_ESS_PER_CHAIN = 100
+
+MOST_TASKS = 500
+"""θ of at most this many tasks is judged, evenly spread; given φ all are drawn alike."""
+
+
+def remarks(
+    draws: dict[str, np.ndarray],
+    theta: np.ndarray | None,
+    sample_stats: dict[str, np.ndarray],
+    tasks: Tasks,
+) -> list[str]:
+    """R̂, effective sample sizes and divergences, as sentences; empty where all is well."""
+    found = []
+    diverging = int(sample_stats["diverging"].sum())
+    if diverging:
+        share = diverging / sample_stats["diverging"].size
+        found.append(
+            f"{diverging} of {sample_stats['diverging'].size} draws diverged ({share:.1%}): the "
+            "sampler may miss a part of the posterior. Raise target_accept (0.95, 0.99), use "
+            'method="collapsed" where it applies, or give tau a more informative prior'
+        )
+    chains, per_chain = next(iter(draws.values())).shape[:2]
+    if per_chain < 4:
+        return found
+    rhat, ess, tail = _diagnostics(draws, theta, tasks)
+    if chains > 1 and (worst := max(rhat, key=lambda k: rhat[k])) and rhat[worst] > LARGEST_RHAT:
+        found.append(
+            f"R-hat is {rhat[worst]:.3f} for {worst} (at most {LARGEST_RHAT} wanted): the chains "
+            "have not mixed. Raise num_warmup and num_draws"
+        )
+    wanted = SMALLEST_ESS_PER_CHAIN * chains
+    for kind, sizes in (("bulk", ess), ("tail", tail)):
+        worst = min(sizes, key=lambda k: sizes[k])
+        if sizes[worst] < wanted:
+            found.append(
+                f"the {kind} effective sample size of {worst} is {sizes[worst]:.0f} (at least "
+                f"{wanted} wanted): its {'mean' if kind == 'bulk' else 'interval'} is rough. "
+                "Raise num_draws"
+            )
+    return found
+
+
+def _diagnostics(
+    draws: dict[str, np.ndarray], theta: np.ndarray | None, tasks: Tasks
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """(R̂, bulk ESS, tail ESS) by parameter; constants have none."""
+    import arviz_stats
+
+    tree = dataset(draws, tasks, ("chain", "draw"))
+    if "corr" in tree:
+        tree = tree.drop_vars("corr").assign(trees_pairs(tree["corr"]))
+    variables = {str(name): values for name, values in tree.data_vars.items()}
+    if theta is not None:
+        some = np.unique(np.linspace(0, tasks.num_tasks - 1, MOST_TASKS).astype(int))
+        judged = dataset({"theta": theta}, tasks, ("chain", "draw"))["theta"].isel(task=some)
+        variables["theta"] = judged
+    results: list[dict[str, float]] = []
+    for measure in (
+        lambda a: arviz_stats.rhat(a),
+        lambda a: arviz_stats.ess(a, method="bulk"),
+        lambda a: arviz_stats.ess(a, method="tail"),
+    ):
+        values: dict[str, float] = {}
+        for name, array in variables.items():
+            moving = array.std(("chain", "draw")).values > 0
+            flat: Any = measure(array.to_dataset(name=name))[name].values
+            for index in np.argwhere(np.atleast_1d(moving)):
+                at = tuple(index) if np.ndim(flat) else ()
+                labels = [str(array[d].values[i]) for d, i in zip(array.dims[2:], at, strict=True)]
+                values[f"{name}[{', '.join(labels)}]" if labels else name] = float(flat[at])
+        results.append({k: v for k, v in values.items() if np.isfinite(v)} or {"phi": np.nan})
+    return results[0], results[1], results[2]

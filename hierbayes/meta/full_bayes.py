@@ -1,0 +1,180 @@
+r"""Full Bayes: integrate over φ.
+
+.. math:: p(\varphi, \theta_{1..J} \mid D) = p(\varphi \mid D) \prod_j p(\theta_j \mid D_j, \varphi)
+
+Where the evidence is exact, φ is sampled with θ integrated out and every θ_j is drawn exactly
+afterwards (``method="collapsed"``); ``method="nuts"`` samples φ and θ jointly, non-centred.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from numpyro.distributions import biject_to
+
+from hierbayes.adaptation import Adapted, Conjugate
+from hierbayes.errors import InputError, announce
+from hierbayes.evidence.exact import log_evidence
+from hierbayes.fit import Fit
+from hierbayes.meta.diagnostics import remarks
+from hierbayes.meta.sampling import run_nuts
+from hierbayes.model import HierarchicalModel, sample_phi
+from hierbayes.numerics import as_key, float64
+from hierbayes.priors.hyperprior import Scales
+from hierbayes.statistics import statistics
+from hierbayes.tasks import Tasks
+
+LARGEST_THETA = 50_000_000
+"""Draws × tasks × coefficients up to which draws of θ are stored (400 MB)."""
+
+
+def full_bayes(
+    model: HierarchicalModel,
+    tasks: Any,
+    method: Literal["auto", "collapsed", "nuts"] = "auto",
+    num_draws: int = 1000,
+    num_chains: int = 4,
+    seed: int | jax.Array = 0,
+    *,
+    num_warmup: int = 1000,
+    target_accept: float = 0.9,
+    progress: bool | None = None,
+) -> Fit:
+    r"""Sample the posterior of the prior and of every task.
+
+    Parameters
+    ----------
+    model : HierarchicalModel
+    tasks : Tasks or DataFrame
+        A DataFrame goes through the model's formula.
+    method : "auto", "collapsed" or "nuts"
+        "collapsed" integrates θ out exactly, samples φ by NUTS, then draws each θ_j from its exact
+        posterior given φ: no funnel, and a cost that does not depend on the number of rows.
+        "nuts" samples φ and θ jointly, non-centred. "auto" collapses where the evidence is exact.
+    num_draws, num_chains, num_warmup : int
+        Draws kept a chain, chains, and warm-up draws a chain.
+    seed : int or JAX key
+        The same seed gives the same draws.
+    target_accept : float
+        Target acceptance of NUTS.
+    progress : bool, optional
+        Show a progress bar; by default where stderr is a terminal.
+
+    Returns
+    -------
+    Fit
+        ``phi`` and ``theta`` are posterior means; ``datatree`` holds the draws; R̂, effective
+        sample sizes and divergences are judged in ``warnings``.
+
+    References
+    ----------
+    Gelman et al. (2013), Bayesian Data Analysis, section 5.4.
+    Papaspiliopoulos, Roberts and Sköld (2007), A general framework for the parametrization of
+    hierarchical models, Statistical Science 22(1).
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> model, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+    ...                                known_se="se")
+    >>> fit = hb.full_bayes(model, tasks, num_draws=250, num_warmup=250, seed=0)
+    >>> fit.datatree["posterior"]["theta"].dims
+    ('chain', 'draw', 'task', 'coef')
+    """
+    started = time.perf_counter()
+    tasks = model.tasks(tasks)
+    if method not in ("auto", "collapsed", "nuts"):
+        raise InputError(f'method must be "auto", "collapsed" or "nuts", found {method!r}')
+    for name, value in {"num_draws": num_draws, "num_chains": num_chains}.items():
+        if not (isinstance(value, (int, np.integer)) and value >= 1):
+            raise InputError(f"{name} must be a positive integer, found {value!r}")
+    model.check(tasks, learns_prior=True)
+    resolved = model.resolve(tasks)
+    exact = resolved.likelihood.gaussian_in_theta
+    if method == "auto":
+        method = "collapsed" if exact else "nuts"
+    if method == "collapsed" and not exact:
+        raise InputError('method="collapsed" needs a Gaussian likelihood; use method="nuts"')
+    key, key_start, key_theta = jax.random.split(as_key(seed), 3)
+    settings = dict(
+        num_draws=num_draws, num_chains=num_chains, num_warmup=num_warmup,
+        target_accept=target_accept, progress=progress,
+    )  # fmt: skip
+    training = None
+    with float64():
+        start = _start(resolved, tasks, key_start, num_chains)
+        if method == "collapsed":
+            program = collapsed_program(resolved, tasks)
+            draws, sample_stats = run_nuts(program, key, start, dense=True, **settings)  # type: ignore[arg-type]
+        else:
+            program = resolved.numpyro_program(tasks, centred=False)
+            white = jax.random.normal(key_theta, (num_chains, tasks.num_tasks, len(tasks.coef)))
+            start["z"] = 0.1 * white
+            draws, sample_stats = run_nuts(program, key, start, dense=False, **settings)  # type: ignore[arg-type]
+    theta = draws.pop("theta", None)
+    draws.pop("z", None)
+    adaptation = Conjugate()
+    if theta is None:
+        phis = {name: value.reshape(-1, *value.shape[2:]) for name, value in draws.items()}
+        if num_chains * num_draws * tasks.num_tasks * len(tasks.coef) <= LARGEST_THETA:
+            flat = adaptation.draws(resolved, tasks, phis, key_theta)
+            theta = flat.reshape(num_chains, num_draws, *flat.shape[1:])
+        else:
+            training = Adapted(*adaptation.moments(resolved, tasks, phis))
+    phi = {name: value.mean(axis=(0, 1)) for name, value in draws.items()}
+    sites = resolved.phi_distributions(tasks)
+    return Fit(
+        "full Bayes", resolved, tasks, {name: phi[name] for name in sites}, adaptation, training,
+        phi_draws={name: draws[name] for name in sites}, theta_draws=theta,
+        sample_stats=sample_stats,
+        no_evidence="the sampler draws from the posterior without its normalising constant",
+        warnings=announce(remarks(draws, theta, sample_stats, tasks)),
+        info={"method": method, "seconds": time.perf_counter() - started, **settings},
+    )  # fmt: skip
+
+
+def collapsed_program(model: HierarchicalModel, tasks: Tasks) -> Any:
+    """p(φ) Π_j p(D_j | φ) as a NumPyro program: θ is integrated out."""
+    stats = jax.tree.map(jnp.asarray, statistics(tasks))
+    sites = model.phi_distributions(tasks)
+
+    def program() -> None:
+        phi = sample_phi(sites)
+        numpyro.factor("log_evidence", log_evidence(stats, model.prior, phi).sum())
+
+    return program
+
+
+def _start(
+    model: HierarchicalModel, tasks: Tasks, key: jax.Array, num_chains: int
+) -> dict[str, jax.Array]:
+    """Overdispersed starting points, unconstrained, around a pooled fit."""
+    scales, shape = Scales.of(tasks), model.shape(tasks)
+    rows = np.column_stack([tasks.predictors, tasks.shared])
+    y = tasks.outcome - tasks.slots.get("offset", 0.0)
+    pooled, *_ = np.linalg.lstsq(rows, y, rcond=None)
+    d = len(shape.coef)
+    residual = float(np.std(y - rows @ pooled)) or scales.outcome
+    guess = {
+        "mu": np.where(shape.free_mean, pooled[:d], 0.0), "tau": 0.3 * scales.coef,
+        "corr": np.eye(d), "beta": pooled[d:],
+        "gamma": np.zeros((d, len(shape.task_predictors))), "sigma": residual,
+    }  # fmt: skip
+    units = {"mu": 0.2 * scales.coef[np.array(shape.free_mean)], "beta": 0.2 * scales.shared}
+    start = {}
+    for i, (name, belief) in enumerate(model.phi_distributions(tasks).items()):
+        transform = biject_to(belief.support)
+        centre = transform._inverse(jnp.asarray(guess.get(name, 1.0), dtype=float))
+        centre = jnp.where(jnp.isfinite(centre), centre, 0.0)
+        noise = jax.random.uniform(
+            jax.random.fold_in(key, i), (num_chains, *jnp.shape(centre)), minval=-1.0, maxval=1.0
+        )
+        real = belief.support is numpyro.distributions.constraints.real_vector
+        unit = units[name] if name in units and np.size(units[name]) == np.size(centre) else 0.5
+        start[name] = centre + noise * (unit if real or name in units else 0.5)
+    return start

@@ -1,0 +1,201 @@
+r"""MAML: φ is where K gradient steps on some rows predict the other rows best.
+
+.. math:: \varphi^* = \arg\max_\varphi \sum_j
+    \log p\!\left(D_j^{\text{query}} \mid \theta_j^K(D_j^{\text{support}}, \varphi)\right)
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hierbayes.adaptation import GradientSteps
+from hierbayes.adaptation.gradient import check_step_size, largest_curvature
+from hierbayes.adaptation.least_squares import within_tasks
+from hierbayes.errors import InputError, announce
+from hierbayes.evidence import Predictive
+from hierbayes.evidence.predictive import paired_blocks
+from hierbayes.fit import Fit
+from hierbayes.meta.ascent import maximise
+from hierbayes.meta.baselines import noise
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import float64, to_numpy
+from hierbayes.priors.hyperprior import Scales
+from hierbayes.statistics import statistics
+from hierbayes.tasks import Tasks
+
+
+def maml(
+    model: HierarchicalModel,
+    tasks: Any,
+    num_steps: int = 5,
+    step_size: float | Literal["auto"] = "auto",
+    *,
+    learn_step_size: bool = False,
+    query: float = 0.5,
+    num_splits: int = 1,
+    sigma: float | None = None,
+    optimiser: optax.GradientTransformation | None = None,
+    num_meta_steps: int = 500,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Fit:
+    r"""Model-agnostic meta-learning, second order.
+
+    .. math::
+
+        \theta_j^0 = \mu + \Gamma w_j, \quad
+        \theta_j^{k+1} = \theta_j^k
+            + \eta \nabla \log p(D_j^{\text{support}} \mid \theta_j^k, \beta, \sigma), \quad
+        \max_{\mu, \Gamma, \beta, \sigma_q} \sum_j
+            \log p(D_j^{\text{query}} \mid \theta_j^K, \beta, \sigma_q)
+
+    Parameters
+    ----------
+    model : HierarchicalModel
+    tasks : Tasks or DataFrame
+    num_steps : int
+        K, inner gradient steps.
+    step_size : float or "auto"
+        η in units of the **sum** of the log likelihood over a task's rows; "auto" is 1/λ_max over
+        all tasks, with λ_max the largest curvature from all of a task's rows. Beyond 2/λ_max the
+        steps diverge, which is refused.
+    learn_step_size : bool
+        Learn η too, within (0, 2/λ_max), starting from ``step_size``.
+    query : float
+        Share of each task's rows in the query part; a one-row task is query-only.
+    num_splits : int
+        Random support/query splits over which the evidence is summed.
+    sigma : float, optional
+        Within-task noise σ, which sets the units of the inner loop; by default the pooled
+        within-task estimate. It is not learned: ``sigma_query``, the plug-in predictive
+        deviation of the query rows, is, and absorbs the posterior variance of θ_j.
+    optimiser : optax.GradientTransformation, optional
+        Of the outer loop; L-BFGS by default, which converges on these smooth problems.
+    num_meta_steps : int
+        Outer steps at most.
+    seed : int
+        For the splits.
+    progress : bool, optional
+        Show a progress bar; by default where stderr is a terminal.
+
+    Returns
+    -------
+    Fit
+        ``phi`` holds ``mu``, ``beta``, ``gamma``, ``sigma``, ``sigma_query`` and, when learned,
+        ``step_size``. ``theta`` are K steps from φ on **all** rows of a task.
+
+    Raises
+    ------
+    InputError
+        A step size beyond 2/λ_max (naming the task), a single task, or no task with both parts.
+
+    References
+    ----------
+    Finn, Abbeel and Levine (2017), Model-agnostic meta-learning, ICML, equation 1.
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> model, tasks = hb.from_formula(
+    ...     "log_radon ~ 1 + floor + (1 + floor | county)", hb.datasets.radon()
+    ... )
+    >>> sorted(hb.maml(model, tasks, num_steps=5).phi)
+    ['mu', 'sigma', 'sigma_query']
+    """
+    started = time.perf_counter()
+    tasks = model.tasks(tasks)
+    _check_settings(num_steps, num_splits, num_meta_steps)
+    model.check(tasks, learns_prior=True)
+    resolved = model.resolve(tasks)
+    phi = {}
+    if "sigma" in model.likelihood.parameters():
+        phi["sigma"] = np.asarray(noise(within_tasks(statistics(tasks)).sigma, sigma))
+    longest = 1.0 / float(largest_curvature(tasks, phi).max())
+    eta = longest if step_size == "auto" else float(step_size)
+    check_step_size(eta, tasks, phi)
+    splits = [tasks.split(query, seed=seed + i) for i in range(num_splits)]
+    if not any(((s.sizes > 0) & (q.sizes > 0)).any() for s, q in splits):
+        raise InputError(
+            "MAML learns by predicting some rows of a task from others, but no task has two rows; "
+            "use empirical_bayes or full_bayes"
+        )
+    adaptation = GradientSteps(num_steps, None if learn_step_size else eta)
+    evidence = Predictive(adaptation)
+    with float64():
+        pairs = [pair for split in splits for pair in paired_blocks(*split)]
+        pairs = jax.tree.map(jnp.asarray, pairs)
+        start, unpack = _parameters(resolved, tasks, phi, eta, 2 * longest, learn_step_size)
+        total = sum(q.num_rows for _, q in splits)
+
+        def objective(parameters: Any) -> jax.Array:
+            learned = unpack(parameters)
+            rows = [
+                jax.vmap(lambda s, q: evidence.one(resolved, learned, s, q))(*pair).sum()
+                for pair in pairs
+            ]
+            return sum(rows, jnp.zeros(())) / total
+
+        best = maximise(objective, start, optimiser, num_meta_steps, progress, "MAML")
+        phi = to_numpy(unpack(best.parameters))
+    if not learn_step_size:
+        phi.pop("step_size", None)
+    return Fit(
+        "MAML", resolved, tasks, phi, adaptation,
+        no_evidence="MAML maximises the predictive evidence of the query rows, in "
+        'info["query_log_density"], not log p(D | φ)',
+        warnings=announce(best.warnings),
+        info={
+            "num_steps": num_steps, "step_size": float(phi.get("step_size", eta)),
+            "query_log_density": best.value * total / num_splits, "query": query,
+            "num_splits": num_splits, "seconds": time.perf_counter() - started,
+        },
+    )  # fmt: skip
+
+
+def _check_settings(num_steps: int, num_splits: int, num_meta_steps: int) -> None:
+    settings = {"num_steps": num_steps, "num_splits": num_splits, "num_meta_steps": num_meta_steps}
+    for name, value in settings.items():
+        if not (isinstance(value, (int, np.integer)) and value >= 1):
+            raise InputError(f"{name} must be a positive integer, found {value!r}")
+
+
+def _parameters(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    fixed: dict[str, Any],
+    eta: float,
+    longest: float,
+    learn_step_size: bool,
+) -> tuple[dict[str, Any], Any]:
+    """Starting values of order one, and the way from them to φ."""
+    scales, shape = Scales.of(tasks), model.shape(tasks)
+    free = jnp.asarray(shape.free_mean)
+    d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
+    start = {"mu": jnp.asarray(scales.mu_location / scales.coef), "log_sigma_query": jnp.zeros(())}
+    if p:
+        start["beta"] = jnp.zeros(p)
+    if q:
+        start["gamma"] = jnp.zeros((d, q))
+    if learn_step_size:
+        share = min(eta / longest, 1 - 1e-6)
+        start["step_size"] = jnp.asarray(np.log(share / (1 - share)))
+
+    def unpack(parameters: dict[str, Any]) -> dict[str, Any]:
+        phi = {name: jnp.asarray(value) for name, value in fixed.items()}
+        phi["mu"] = jnp.where(free, parameters["mu"] * scales.coef, 0.0)
+        phi["sigma_query"] = scales.outcome * jnp.exp(parameters["log_sigma_query"])
+        if p:
+            phi["beta"] = parameters["beta"] * scales.shared
+        if q:
+            phi["gamma"] = parameters["gamma"] * scales.coef[:, None] / scales.task_predictors
+        if learn_step_size:
+            phi["step_size"] = longest * jax.nn.sigmoid(parameters["step_size"])
+        return phi
+
+    return start, unpack

@@ -1,0 +1,257 @@
+r"""Type-II maximum likelihood and REML on the profiled evidence.
+
+The search is over the relative root covariance Λ, lower triangular within each correlated block,
+whose diagonal may reach zero: Λ is where τ = 0 is an ordinary point (see
+:mod:`hierbayes.evidence.profile`).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.evidence.profile import (
+    ProfileProblem,
+    profile,
+    profile_and_slopes,
+    profile_problem,
+)
+from hierbayes.meta.optimum import Optimum, curvature, minimise
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import float64
+from hierbayes.priors.hyperprior import Shape
+from hierbayes.statistics import Statistics, statistics
+from hierbayes.tasks import Tasks
+
+Blocks = tuple[tuple[int, ...], ...]
+
+SINGULAR = 1e-4
+"""Relative size of a direction's standard deviation below which it counts as zero, as in lme4."""
+
+
+def maximise_likelihood(model: HierarchicalModel, tasks: Tasks, *, reml: bool) -> Optimum:
+    """φ̂ of type-II maximum likelihood or REML, with standard errors."""
+    shape = model.shape(tasks)
+    known_noise = "sigma" not in shape.parameters
+    with float64():
+        stats = statistics(tasks)
+        problem = jax.tree.map(
+            jnp.asarray, profile_problem(stats, shape, reml=reml, known_noise=known_noise)
+        )
+        scale = _units(stats)
+        root, value, trouble = _best_root(problem, shape, scale)
+        root = _snap(problem, root, value, scale)
+        best = profile(problem, jnp.asarray(root))
+        sigma = float(best.sigma)
+        covariance = sigma**2 * root @ root.T
+        phi = _phi(shape, np.asarray(best.fixed), covariance, sigma, known_noise)
+        errors, remarks = _standard_errors(
+            problem, shape, phi, np.asarray(best.covariance), known_noise, tasks
+        )
+        fixed_errors = named_fixed(shape, np.sqrt(np.diag(np.asarray(best.covariance))))
+    errors |= {name: se for name, se in fixed_errors.items() if name in phi}
+    warnings = ([trouble] if trouble else []) + remarks
+    return Optimum(phi, float(best.log_evidence), errors, warnings)
+
+
+def _units(stats: Statistics) -> np.ndarray:
+    """The standard deviation of a coefficient that matches the noise of one row, (d,)."""
+    return 1.0 / np.sqrt((np.asarray(stats.x) ** 2).sum(axis=(0, 2)) / np.sum(stats.num_rows))
+
+
+def positions(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, columns) of Λ's entries, in the order of the parameters."""
+    pairs = [(b[i], b[k]) for b in blocks for i in range(len(b)) for k in range(i + 1)]
+    rows, columns = np.array(pairs).T
+    return rows, columns
+
+
+def _best_root(
+    problem: ProfileProblem, shape: Shape, scale: np.ndarray
+) -> tuple[np.ndarray, float, str | None]:
+    rows, columns = positions(shape.blocks)
+    unit = scale[rows]
+    diagonal = rows == columns
+
+    def unpacked(scaled: np.ndarray) -> np.ndarray:
+        root = np.zeros((len(scale), len(scale)))
+        root[rows, columns] = scaled * unit
+        return root
+
+    def value_and_slope(scaled: np.ndarray) -> tuple[float, np.ndarray]:
+        value, (slope, _) = profile_and_slopes(problem, unpacked(scaled), np.float64(np.nan))
+        return -float(value), -np.asarray(slope)[rows, columns] * unit
+
+    lower = np.where(diagonal, 0.0, -np.inf)
+    starts = [np.where(diagonal, s, 0.0) for s in (1.0, 0.2)]
+    best = minimise(value_and_slope, starts, lower)
+    # A zero column of Λ is always stationary; where more variance would help, it is no maximum.
+    for _ in range(len(scale)):
+        flat = diagonal & (best.x <= 1e-8)
+        if not flat.any():
+            break
+        stuck = np.zeros_like(flat)
+        stuck[flat] = np.diag(curvature(value_and_slope, best.x, flat)) < -1e-8
+        if not stuck.any():
+            break
+        again = minimise(value_and_slope, [np.where(stuck, 0.3, best.x)], lower)
+        if not again.value < best.value:
+            break
+        best = again
+    return unpacked(best.x), best.value, best.problem
+
+
+def _snap(
+    problem: ProfileProblem, root: np.ndarray, value: float, scale: np.ndarray
+) -> np.ndarray:
+    """Rows of Λ that are zero but for rounding become exactly zero, where that costs nothing."""
+    small = np.linalg.norm(root, axis=1) < SINGULAR * scale
+    trial = np.where(small[:, None], 0.0, root)
+    if not small.any():
+        return root
+    at_zero = -float(profile(problem, jnp.asarray(trial)).log_evidence)
+    return trial if at_zero <= value + 1e-7 * max(1.0, abs(value)) else root
+
+
+def _phi(
+    shape: Shape, fixed: np.ndarray, covariance: np.ndarray, sigma: float, known_noise: bool
+) -> dict[str, np.ndarray]:
+    tau = np.sqrt(np.diag(covariance))
+    phi = {"mu": np.zeros(len(tau)), "tau": tau} | named_fixed(shape, fixed)
+    if shape.correlated:
+        safe = np.where(tau > 0, tau, 1.0)
+        corr = covariance / np.outer(safe, safe)
+        phi["corr"] = np.where(np.eye(len(tau), dtype=bool), 1.0, np.clip(corr, -1.0, 1.0))
+    if not known_noise:
+        phi["sigma"] = np.asarray(sigma)
+    return phi
+
+
+def named_fixed(shape: Shape, values: np.ndarray) -> dict[str, np.ndarray]:
+    """The fixed effects b = (μ_free, Γ, β) by name; pinned means are zero."""
+    d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
+    free = np.array(shape.free_mean)
+    mu = np.zeros(d)
+    mu[free] = values[: free.sum()]
+    named = {"mu": mu}
+    if q:
+        named["gamma"] = values[free.sum() : free.sum() + d * q].reshape(d, q)
+    if p:
+        named["beta"] = values[len(values) - p :]
+    return named
+
+
+def _standard_errors(
+    problem: ProfileProblem,
+    shape: Shape,
+    phi: dict[str, np.ndarray],
+    covariance: np.ndarray,
+    known_noise: bool,
+    tasks: Tasks,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Standard errors of τ and σ: the inverse Hessian of the evidence with b profiled out."""
+    tau, remarks = phi["tau"], []
+    errors: dict[str, np.ndarray] = {"tau": np.full(len(tau), np.nan)}
+    inside = tau > 0
+    if not inside.all():
+        zero = ", ".join(repr(c) for c, free in zip(tasks.coef, inside, strict=True) if not free)
+        remarks.append(
+            f"the standard error of tau for {zero} is NaN: at the boundary tau = 0 the "
+            "likelihood is not a parabola"
+        )
+    blocks = tuple(
+        kept for b in shape.blocks if (kept := tuple(i for i in b if inside[i]))
+    )
+    corr = phi.get("corr", np.eye(len(tau)))
+    singular = any(
+        len(b) > 1 and np.linalg.eigvalsh(corr[np.ix_(b, b)])[0] < SINGULAR**2 for b in blocks
+    )
+    if singular:
+        remarks.append(
+            "the estimated correlations are at their boundary (±1): the standard errors of tau "
+            "and sigma hold them fixed there, and the data may not support correlated effects"
+        )
+    free_corr = () if singular else tuple(b for b in blocks if len(b) > 1)
+    spread = _Spread(problem, tau, corr, inside, free_corr, phi.get("sigma"))
+    start = spread.vector()
+    if not start.size:
+        return errors, remarks
+    hessian = curvature(spread.value_and_slope, start, np.ones(len(start), bool))
+    if not np.linalg.eigvalsh(hessian)[0] > 0:
+        remarks.append(
+            "the standard errors of tau and sigma are NaN: the profiled evidence is not "
+            "concave at the estimate, so the data hardly determine the prior's spread"
+        )
+        if not known_noise:
+            errors["sigma"] = np.asarray(np.nan)
+        return errors, remarks
+    se = np.sqrt(np.diag(np.linalg.inv(hessian))) * spread.units()
+    errors["tau"][inside] = se[: inside.sum()]
+    if not known_noise:
+        errors["sigma"] = np.asarray(se[inside.sum()])
+    return errors, remarks
+
+
+class _Spread:
+    """The evidence as a function of (τ inside the boundary, σ, correlations), in relative units.
+
+    Each row of the correlations' root is free below its unit diagonal and scaled to length one.
+    """
+
+    def __init__(
+        self,
+        problem: ProfileProblem,
+        tau: np.ndarray,
+        corr: np.ndarray,
+        inside: np.ndarray,
+        free_corr: Blocks,
+        sigma: np.ndarray | None,
+    ):
+        self.problem, self.tau, self.sigma = problem, tau, sigma
+        self.inside = np.flatnonzero(inside)
+        self.corr_root = _cholesky(corr)
+        pairs = [(b[i], b[k]) for b in free_corr for i in range(len(b)) for k in range(i)]
+        self.rows = np.array([i for i, _ in pairs], int)
+        self.columns = np.array([k for _, k in pairs], int)
+
+    def units(self) -> np.ndarray:
+        sigma = [] if self.sigma is None else [float(self.sigma)]
+        return np.concatenate([self.tau[self.inside], sigma, np.ones(len(self.rows))])
+
+    def vector(self) -> np.ndarray:
+        sigma = [] if self.sigma is None else [1.0]
+        below = self.corr_root[self.rows, self.columns] / self.corr_root[self.rows, self.rows]
+        return np.concatenate([np.ones(len(self.inside)), sigma, below])
+
+    def value_and_slope(self, v: np.ndarray) -> tuple[float, np.ndarray]:
+        """Minus the evidence and its slope, by the chain rule through Λ = diag(τ) C / σ."""
+        k, tau = len(self.inside), self.tau.copy()
+        tau[self.inside] *= v[:k]
+        known_noise = self.sigma is None
+        sigma, at = (1.0, k) if known_noise else (float(self.sigma) * v[k], k + 1)
+        below = self.corr_root.copy()
+        free = np.unique(self.rows)
+        below[free] = below[free] / np.diag(self.corr_root)[free][:, None]
+        below[self.rows, self.columns] = v[at:]
+        length = np.linalg.norm(below, axis=1)
+        corr_root = below / length[:, None]
+        root = tau[:, None] * corr_root / sigma
+        value, (by_root, by_sigma) = profile_and_slopes(self.problem, root, np.float64(sigma))
+        by_root = np.asarray(by_root)
+        by_tau = (by_root * corr_root).sum(1)[self.inside] / sigma * self.tau[self.inside]
+        by_noise = [] if known_noise else [
+            (float(by_sigma) - (by_root * root).sum() / sigma) * float(self.sigma)
+        ]  # fmt: skip
+        by_corr = by_root * tau[:, None] / sigma
+        along = (by_corr * corr_root).sum(1)[:, None] * corr_root
+        by_below = ((by_corr - along) / length[:, None])[self.rows, self.columns]
+        return -float(value), -np.concatenate([by_tau, by_noise, by_below])
+
+
+def _cholesky(corr: np.ndarray) -> np.ndarray:
+    """A lower root of a correlation matrix that may be singular."""
+    values, vectors = np.linalg.eigh(corr)
+    root = (vectors * np.sqrt(np.maximum(values, 0))).T
+    triangle = np.linalg.qr(root, mode="r").T
+    return triangle * np.where(np.diag(triangle) < 0, -1.0, 1.0)

@@ -1,0 +1,8 @@
+r"""D_1, …, D_J: the data of many related tasks.
+
+.. math:: D_j = \{(x_{ij}, z_{ij}, y_{ij})\}_{i=1}^{n_j}, \qquad w_j, \qquad j = 1, \dots, J
+"""
+
+from hierbayes.tasks.container import Encoder, Labels, Task, Tasks
+
+__all__ = ["Encoder", "Labels", "Task", "Tasks"]
