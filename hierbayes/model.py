@@ -24,7 +24,7 @@ from hierbayes.numerics import in_float64
 from hierbayes.priors import HyperPrior, Prior
 from hierbayes.priors.gaussian import Gaussian as GaussianPrior
 from hierbayes.priors.hyperprior import Shape
-from hierbayes.tasks import Encoder, Task, Tasks
+from hierbayes.tasks import Encoder, Tasks
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class HierarchicalModel:
 
     likelihood: Likelihood
     prior: Prior
-    hyperprior: HyperPrior = field(default_factory=HyperPrior)
+    hyperprior: HyperPrior = field(default_factory=HyperPrior, hash=False)
     encoder: Encoder | None = field(default=None, repr=False, compare=False)
 
     def tasks(self, data: Any) -> Tasks:
@@ -64,6 +64,10 @@ class HierarchicalModel:
                 "reads DataFrames"
             )
         return self.encoder.encode(data)
+
+    def without_encoder(self) -> HierarchicalModel:
+        """The model alone, hashable for compilation: its numbers stand in φ and the tasks."""
+        return HierarchicalModel(self.likelihood, self.prior, _NOTHING)
 
     def shape(self, tasks: Tasks) -> Shape:
         """Names along φ's dimensions and the structure of the prior."""
@@ -126,10 +130,8 @@ class HierarchicalModel:
         total = jax.vmap(lambda t, w_j: self.prior.log_prob(t, phi, w_j))(theta, w).sum()
         for name, belief in self.phi_distributions(tasks).items():
             total = total + belief.log_prob(phi[name]).sum()
-        for positions, block in tasks.blocks():
-            rows = jax.vmap(lambda t, task: self.likelihood.log_likelihood(t, phi, task))
-            total = total + rows(theta[positions], block).sum()
-        return total
+        rows = self.likelihood.log_likelihood_of_rows(theta, phi, tasks.flat(), tasks.task_of_row)
+        return total + rows.sum()
 
     # ----------------------------------------------------------------- program
 
@@ -152,10 +154,7 @@ class HierarchicalModel:
         (2, 8, 1)
         """
         sites = self.phi_distributions(tasks)
-        rows = Task(
-            tasks.predictors, tasks.shared, tasks.task_predictors, tasks.outcome, tasks.slots,
-            np.ones(tasks.num_rows, bool),
-        )  # fmt: skip
+        rows = tasks.flat()
 
         def program() -> None:
             phi = sample_phi(sites)
@@ -174,6 +173,9 @@ class HierarchicalModel:
                 numpyro.sample("y", outcome, obs=tasks.outcome)
 
         return program
+
+
+_NOTHING = HyperPrior()
 
 
 def sample_phi(sites: dict[str, dist.Distribution]) -> dict[str, Any]:

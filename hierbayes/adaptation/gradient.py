@@ -10,19 +10,17 @@ the steps diverge.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation.base import Adaptation, Adapted
 from hierbayes.errors import InputError
-from hierbayes.likelihoods import Likelihood
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
-from hierbayes.priors import Prior
 from hierbayes.statistics import row_scale
 from hierbayes.tasks import Task, Tasks
 
@@ -43,17 +41,23 @@ class GradientSteps(Adaptation):
     step_size: float | None = None
     name = "gradient steps"
 
-    def adapt_one(
-        self, likelihood: Likelihood, prior: Prior, phi: dict[str, Any], task: Task
+    def steps(
+        self, model: HierarchicalModel, phi: dict[str, Any], rows: Task, task_of_row: Any
     ) -> Any:
-        """θ_K of one task, differentiable in φ; θ may be any pytree."""
+        """θ_K of every task (J, …), differentiable in φ; θ may be any pytree.
+
+        A row's likelihood moves its own task's θ only, so one gradient of the sum over all rows
+        is every task's gradient.
+        """
         eta = phi["step_size"] if self.step_size is None else self.step_size
-        slope = jax.grad(lambda theta: likelihood.log_likelihood(theta, phi, task).sum())
+        slope = jax.grad(
+            lambda t: model.likelihood.log_likelihood_of_rows(t, phi, rows, task_of_row).sum()
+        )
 
-        def step(theta: Any, _: None) -> tuple[Any, None]:
-            return jax.tree.map(lambda t, g: t + eta * g, theta, slope(theta)), None
+        def step(thetas: Any, _: None) -> tuple[Any, None]:
+            return jax.tree.map(lambda t, g: t + eta * g, thetas, slope(thetas)), None
 
-        start = prior.location(phi, task.task_predictors)
+        start = model.prior.location(phi, rows.task_predictors)
         return jax.lax.scan(step, start, None, length=self.num_steps)[0]
 
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
@@ -61,15 +65,15 @@ class GradientSteps(Adaptation):
         eta = float(phi["step_size"]) if self.step_size is None else self.step_size
         check_step_size(eta, tasks, phi)
         with float64():
-            phi = {name: jnp.asarray(value) for name, value in phi.items()}
-            start = model.prior.location(phi, jnp.asarray(tasks.task_predictors))
-            theta = np.array(start)
-            for positions, block in tasks.blocks():
-                adapted = jax.jit(
-                    jax.vmap(lambda t: self.adapt_one(model.likelihood, model.prior, phi, t))
-                )(block)
-                theta[positions] = np.asarray(adapted)
-        return Adapted(theta)
+            theta = _steps(self, model.without_encoder(), dict(phi), tasks.flat(), tasks.task_of_row)
+            return Adapted(np.asarray(theta))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _steps(
+    adaptation: GradientSteps, model: HierarchicalModel, phi: dict[str, Any], rows: Task, of_row: Any
+) -> Any:
+    return adaptation.steps(model, phi, rows, of_row)
 
 
 def largest_curvature(tasks: Tasks, phi: dict[str, Any]) -> np.ndarray:

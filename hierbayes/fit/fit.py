@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import numpy as np
 import numpyro.distributions as dist
 
@@ -173,9 +174,9 @@ class Fit:
             )
         with float64():
             phis = self._phis()
-            location = np.asarray(self.model.prior.location(phis, w[:, None, :]))
             root = np.asarray(self.model.prior.scale_tril(phis))  # type: ignore[attr-defined]
-            return [_mixture(np.broadcast_to(m, (len(root), m.shape[-1])), root) for m in location]
+            location = self._location(phis, w)
+            return [_mixture(location[:, j], root) for j in range(len(w))]
 
     def adapt(self, new_tasks: Any, *, seed: int = 0) -> AdaptedTasks:
         """A(D_new; φ): what new tasks conclude under the learned prior, without refitting.
@@ -230,9 +231,8 @@ class Fit:
             raise InputError("no pooling learns nothing about tasks that it has not seen")
         with float64():
             phis = {k: np.asarray(v) for k, v in self._phis().items()}
-            w = rows.task_predictors[:, None, :]
-            location = np.asarray(self.model.prior.location(phis, w))
-            means = np.einsum("isk,ik->si", location[rows.task_of_row], rows.predictors)
+            location = self._location(phis, rows.task_predictors)
+            means = np.einsum("sik,ik->si", location[:, rows.task_of_row], rows.predictors)
             variance: Any = 0.0
             if target == "new" and "tau" in phis:
                 covariance = to_numpy(self.model.prior.covariance(phis))  # type: ignore[attr-defined]
@@ -255,6 +255,11 @@ class Fit:
     def with_warnings(self, *messages: str) -> Fit:
         """The fit with more to say."""
         return replace(self, warnings=(*self.warnings, *messages))
+
+    def _location(self, phis: dict[str, np.ndarray], w: np.ndarray) -> np.ndarray:
+        """μ_s + Γ_s w_j of every draw and task, (S, J, d)."""
+        over_draws = jax.vmap(lambda phi: self.model.prior.location(phi, w))
+        return np.asarray(over_draws(phis))
 
     def _phis(self) -> dict[str, np.ndarray]:
         """φ with one leading axis over draws, or over the single point."""

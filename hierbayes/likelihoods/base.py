@@ -20,7 +20,7 @@ class Likelihood(abc.ABC):
 
     @abc.abstractmethod
     def distribution(self, theta: Any, phi: dict[str, Any], task: Task) -> dist.Distribution:
-        """The distribution of the outcomes (n,) of one task."""
+        """The distribution of the outcomes (n,), under one θ (d,) or each row's own θ (n, d)."""
 
     @abc.abstractmethod
     def check(self, tasks: Tasks) -> None:
@@ -34,3 +34,14 @@ class Likelihood(abc.ABC):
         """log p(y_i | x_i, θ, φ) of each row (n,), zero in rows that fill up a bucket."""
         rows = self.distribution(theta, phi, task).log_prob(task.outcome)
         return jnp.where(task.mask, rows, 0.0)
+
+    def log_likelihood_of_rows(
+        self, thetas: Any, phi: dict[str, Any], rows: Task, task_of_row: Any
+    ) -> jax.Array:
+        """log p(y_i | x_i, θ_j(i), φ) of flat rows (N,), each under its own task's θ.
+
+        ``thetas`` (J, …) is a pytree with tasks on the leading axis. No row is padded; the slope
+        in ``thetas`` is each task's own.
+        """
+        own = jax.tree.map(lambda theta: theta[task_of_row], thetas)
+        return self.log_likelihood(own, phi, rows)

@@ -1,4 +1,4 @@
-"""Maximise a smooth objective over a pytree with Optax, many steps in one compiled call."""
+"""Maximise a smooth objective over a pytree: SciPy's L-BFGS, or any Optax optimiser."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
+from scipy import optimize
 
 CHUNK = 50
-TOLERANCE = 1e-9
+"""Optax steps inside one compiled call."""
+
+CONVERGED = 1e-4
+"""Largest gradient norm, in parameters of order one, that counts as a maximum."""
 
 
 @dataclass(frozen=True)
 class Ascent:
-    """Where the ascent ended; ``values`` holds the objective after every step."""
+    """Where the ascent ended."""
 
     parameters: Any
     value: float
-    values: np.ndarray
     warnings: list[str]
 
 
@@ -34,64 +37,79 @@ def maximise(
     progress: bool | None,
     name: str,
 ) -> Ascent:
-    """Ascend ``objective`` (of order one a row) from ``start``; L-BFGS where no optimiser is given.
+    """Ascend ``objective`` from ``start``, both of order one; L-BFGS where no optimiser is given."""
+    from tqdm.auto import tqdm
 
-    Stops when the gradient, in parameters of order one, falls below 1e-9.
-    """
-    chosen = optax.with_extra_args_support(optax.lbfgs() if optimiser is None else optimiser)
-
-    def loss(parameters: Any) -> jax.Array:
-        return -objective(parameters)
-
-    value_and_grad = jax.value_and_grad(loss)
-
-    def step(carry: Any, _: None) -> tuple[Any, Any]:
-        parameters, state = carry
-        value, grad = value_and_grad(parameters)
-        norm = optax.tree.norm(grad)
-        updates, new_state = chosen.update(
-            grad, state, parameters, value=value, grad=grad, value_fn=loss
-        )
-        moved = optax.apply_updates(parameters, updates)
-        done = norm < TOLERANCE
-        keep = lambda new, old: jnp.where(done, old, new)  # noqa: E731
-        carry = jax.tree.map(keep, (moved, new_state), (parameters, state))
-        return carry, (-value, norm)
-
-    @jax.jit
-    def chunk(carry: Any) -> Any:
-        return jax.lax.scan(step, carry, None, length=CHUNK)
-
-    carry = (start, chosen.init(start))
-    values: list[np.ndarray] = []
-    norm, taken = np.inf, 0
-    with _bar(progress, num_steps, name) as bar:
-        while taken < num_steps:
-            carry, (some, norms) = chunk(carry)
-            values.append(np.asarray(some))
-            taken += CHUNK
-            norm = float(norms[-1])
-            bar.update(min(CHUNK, num_steps - bar.n))
-            bar.set_postfix({"log density a row": f"{values[-1][-1]:.4f}"})
-            if not np.isfinite(values[-1]).all() or norm < TOLERANCE:
-                break
-        value = float(objective(carry[0]))
+    shown = sys.stderr.isatty() if progress is None else progress
+    with tqdm(total=num_steps, desc=name, disable=not shown, leave=False, delay=1.0) as bar:
+        if optimiser is None:
+            parameters, value, norm, taken = _lbfgs(objective, start, num_steps, bar)
+        else:
+            parameters, value, norm, taken = _optax(objective, start, optimiser, num_steps, bar)
     warnings = []
     if not np.isfinite(value):
         warnings.append(
             f"{name} diverged: the objective is not finite after {taken} outer steps; lower "
             "the outer optimiser's rate, or the inner step_size"
         )
-    elif norm > 1e-4:
+    elif norm > CONVERGED:
         warnings.append(
             f"{name} has not converged after {taken} outer steps (gradient norm {norm:.1e} in "
-            "scaled parameters, 1e-4 wanted); raise num_meta_steps"
+            f"scaled parameters, {CONVERGED:.0e} wanted); raise num_meta_steps"
         )
-    return Ascent(carry[0], value, np.concatenate(values), warnings)
+    return Ascent(parameters, value, warnings)
 
 
-def _bar(progress: bool | None, total: int, name: str) -> Any:
-    from tqdm.auto import tqdm
+def _lbfgs(
+    objective: Callable[[Any], jax.Array], start: Any, num_steps: int, bar: Any
+) -> tuple[Any, float, float, int]:
+    flat, unravel = ravel_pytree(start)
+    value_and_grad = jax.jit(jax.value_and_grad(lambda v: -objective(unravel(v))))
 
-    shown = sys.stderr.isatty() if progress is None else progress
-    return tqdm(total=total, desc=name, disable=not shown, leave=False, delay=1.0)
+    def loss(vector: np.ndarray) -> tuple[float, np.ndarray]:
+        value, grad = value_and_grad(vector)
+        return float(value), np.asarray(grad)
+
+    def report(intermediate_result: Any) -> None:
+        bar.update(1)
+        bar.set_postfix({"log density a row": f"{-intermediate_result.fun:.4f}"})
+
+    run: Any = optimize.minimize(
+        loss, np.asarray(flat), jac=True, method="L-BFGS-B", callback=report,
+        options={"maxiter": num_steps, "ftol": 1e-15, "gtol": 1e-10, "maxcor": 20},
+    )  # fmt: skip
+    return unravel(run.x), -float(run.fun), float(np.linalg.norm(run.jac)), int(run.nit)
+
+
+def _optax(
+    objective: Callable[[Any], jax.Array],
+    start: Any,
+    optimiser: optax.GradientTransformation,
+    num_steps: int,
+    bar: Any,
+) -> tuple[Any, float, float, int]:
+    chosen = optax.with_extra_args_support(optimiser)
+
+    def loss(parameters: Any) -> jax.Array:
+        return -objective(parameters)
+
+    def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
+        parameters, state = carry
+        value, grad = jax.value_and_grad(loss)(parameters)
+        updates, state = chosen.update(
+            grad, state, parameters, value=value, grad=grad, value_fn=loss
+        )
+        return (optax.apply_updates(parameters, updates), state), -value
+
+    chunk = jax.jit(lambda carry, length: jax.lax.scan(step, carry, None, length), static_argnums=1)
+    carry, taken = (start, chosen.init(start)), 0
+    while taken < num_steps:
+        size = min(CHUNK, num_steps - taken)
+        carry, values = chunk(carry, size)
+        taken += size
+        bar.update(size)
+        bar.set_postfix({"log density a row": f"{float(values[-1]):.4f}"})
+        if not np.isfinite(values).all():
+            break
+    value, grad = jax.value_and_grad(objective)(carry[0])
+    return carry[0], float(value), float(optax.tree.norm(grad)), taken

@@ -19,7 +19,6 @@ from hierbayes.adaptation.gradient import check_step_size, largest_curvature
 from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, announce
 from hierbayes.evidence import Predictive
-from hierbayes.evidence.predictive import paired_blocks
 from hierbayes.fit import Fit
 from hierbayes.meta.ascent import maximise
 from hierbayes.meta.baselines import noise
@@ -66,7 +65,7 @@ def maml(
         all tasks, with λ_max the largest curvature from all of a task's rows. Beyond 2/λ_max the
         steps diverge, which is refused.
     learn_step_size : bool
-        Learn η too, within (0, 2/λ_max), starting from ``step_size``.
+        Learn η too, within (0, 1/λ_max), where the steps are a MAP estimate for every K.
     query : float
         Share of each task's rows in the query part; a one-row task is query-only.
     num_splits : int
@@ -128,18 +127,12 @@ def maml(
     adaptation = GradientSteps(num_steps, None if learn_step_size else eta)
     evidence = Predictive(adaptation)
     with float64():
-        pairs = [pair for split in splits for pair in paired_blocks(*split)]
-        pairs = jax.tree.map(jnp.asarray, pairs)
-        start, unpack = _parameters(resolved, tasks, phi, eta, 2 * longest, learn_step_size)
+        start, unpack = _parameters(resolved, tasks, phi, eta, max(longest, eta), learn_step_size)
         total = sum(q.num_rows for _, q in splits)
 
         def objective(parameters: Any) -> jax.Array:
             learned = unpack(parameters)
-            rows = [
-                jax.vmap(lambda s, q: evidence.one(resolved, learned, s, q))(*pair).sum()
-                for pair in pairs
-            ]
-            return sum(rows, jnp.zeros(())) / total
+            return sum(evidence(resolved, learned, *split).sum() for split in splits) / total
 
         best = maximise(objective, start, optimiser, num_meta_steps, progress, "MAML")
         phi = to_numpy(unpack(best.parameters))
@@ -149,13 +142,23 @@ def maml(
         "MAML", resolved, tasks, phi, adaptation,
         no_evidence="MAML maximises the predictive evidence of the query rows, in "
         'info["query_log_density"], not log p(D | φ)',
-        warnings=announce(best.warnings),
+        warnings=announce(best.warnings + too_long(phi.get("step_size", eta), longest)),
         info={
             "num_steps": num_steps, "step_size": float(phi.get("step_size", eta)),
             "query_log_density": best.value * total / num_splits, "query": query,
             "num_splits": num_splits, "seconds": time.perf_counter() - started,
         },
     )  # fmt: skip
+
+
+def too_long(step_size: float, longest: float) -> list[str]:
+    """What to say of a step size between 1/λ_max and 2/λ_max."""
+    if step_size <= longest * (1 + 1e-9):
+        return []
+    return [
+        f"step_size={float(step_size):.3g} is longer than 1/λ_max = {longest:.3g}: gradient steps "
+        "overshoot in some tasks, and for odd num_steps no Gaussian prior makes them a MAP estimate"
+    ]
 
 
 def _check_settings(num_steps: int, num_splits: int, num_meta_steps: int) -> None:
@@ -183,7 +186,7 @@ def _parameters(
     if q:
         start["gamma"] = jnp.zeros((d, q))
     if learn_step_size:
-        share = min(eta / longest, 1 - 1e-6)
+        share = min(eta / longest, 0.9)
         start["step_size"] = jnp.asarray(np.log(share / (1 - share)))
 
     def unpack(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -72,10 +72,11 @@ class Gaussian(Prior):
                 )
 
     def location(self, phi: Phi, w: Any) -> Any:
-        """μ + Γ w_j; ``w`` (…, q) gives (…, d)."""
+        """μ + Γ w_j: ``w`` (…, q) gives (…, d)."""
+        shape = (*jnp.shape(w)[:-1], jnp.shape(phi["mu"])[-1])
         if "gamma" not in phi:
-            return jnp.broadcast_to(phi["mu"], (*jnp.shape(w)[:-1], *jnp.shape(phi["mu"])))
-        return phi["mu"] + w @ jnp.swapaxes(phi["gamma"], -1, -2)
+            return jnp.broadcast_to(phi["mu"], shape)
+        return phi["mu"] + (phi["gamma"] * w[..., None, :]).sum(-1)
 
     def scale_tril(self, phi: Phi) -> Any:
         """L with Σ = L Lᵀ: the rows of the Cholesky factor of R times τ; τ = 0 is allowed."""

@@ -385,6 +385,13 @@ class Tasks:
         del key, step
         return self
 
+    def flat(self) -> Task:
+        """All rows as one :class:`Task`, for likelihoods that work row by row."""
+        return Task(
+            self.predictors, self.shared, self.task_predictors, self.outcome, self.slots,
+            np.ones(self.num_rows, bool),
+        )  # fmt: skip
+
     def blocks(self) -> list[tuple[np.ndarray, Task]]:
         """Power-of-two buckets: ``(positions (B,), Task with leading axis B)``, each task once.
 
