@@ -1,6 +1,44 @@
-from hierbayes.tasks import Tasks
+"""Meta-learning as what it is: learning the prior p(θ_j | φ) of many related tasks.
+
+.. math::
+
+    \\log p(\\varphi, \\theta_{1..J}, D) = \\log p(\\varphi)
+        + \\sum_j \\left[\\log p(\\theta_j \\mid \\varphi) + \\log p(D_j \\mid \\theta_j, \\varphi)\\right]
+
+One model definition; every way of learning its prior; one side-by-side comparison.
+"""
+
+from hierbayes import datasets, likelihoods, plots, priors
+from hierbayes.compare import Comparison, compare
+from hierbayes.errors import FitWarning, InputError
+from hierbayes.fit import Fit, Prediction, load
+from hierbayes.formula import from_formula
+from hierbayes.meta import complete_pooling, empirical_bayes, full_bayes, maml, no_pooling
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors import HyperPrior
-from hierbayes import likelihoods, priors
-from hierbayes.formula import from_formula
-from hierbayes.meta import *
+from hierbayes.tasks import Tasks
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Comparison",
+    "Fit",
+    "FitWarning",
+    "HierarchicalModel",
+    "HyperPrior",
+    "InputError",
+    "Prediction",
+    "Tasks",
+    "compare",
+    "complete_pooling",
+    "datasets",
+    "empirical_bayes",
+    "from_formula",
+    "full_bayes",
+    "likelihoods",
+    "load",
+    "maml",
+    "no_pooling",
+    "plots",
+    "priors",
+]

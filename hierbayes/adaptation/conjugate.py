@@ -23,7 +23,13 @@ import numpy as np
 from hierbayes.adaptation.base import Adaptation, Adapted
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import (
-    cholesky, float64, matmul, matvec, solve_lower, solve_upper, to_numpy,
+    cholesky,
+    float64,
+    matmul,
+    matvec,
+    solve_lower,
+    solve_upper,
+    to_numpy,
 )  # fmt: skip
 from hierbayes.priors import Prior
 from hierbayes.statistics import Statistics, statistics

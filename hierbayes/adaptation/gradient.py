@@ -65,13 +65,19 @@ class GradientSteps(Adaptation):
         eta = float(phi["step_size"]) if self.step_size is None else self.step_size
         check_step_size(eta, tasks, phi)
         with float64():
-            theta = _steps(self, model.without_encoder(), dict(phi), tasks.flat(), tasks.task_of_row)
+            theta = _steps(
+                self, model.without_encoder(), dict(phi), tasks.flat(), tasks.task_of_row
+            )
             return Adapted(np.asarray(theta))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _steps(
-    adaptation: GradientSteps, model: HierarchicalModel, phi: dict[str, Any], rows: Task, of_row: Any
+    adaptation: GradientSteps,
+    model: HierarchicalModel,
+    phi: dict[str, Any],
+    rows: Task,
+    of_row: Any,
 ) -> Any:
     return adaptation.steps(model, phi, rows, of_row)
 

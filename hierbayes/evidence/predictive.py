@@ -29,7 +29,7 @@ class Predictive:
     def __call__(
         self, model: HierarchicalModel, phi: dict[str, Any], support: Tasks, query: Tasks
     ) -> jax.Array:
-        """log p(y^query | A(D^support; φ), φ) of every query row."""
+        """Log p(y^query | A(D^support; φ), φ) of every query row."""
         thetas = self.adaptation.steps(model, phi, support.flat(), support.task_of_row)
         scored = phi | {"sigma": phi["sigma_query"]}
         return model.likelihood.log_likelihood_of_rows(

@@ -92,7 +92,7 @@ def dataset(values: dict[str, Any], tasks: Tasks, lead: tuple[str, ...] = ()) ->
 
 
 def log_likelihood(fit: Fit, draws: dict[str, np.ndarray], by: str = "row") -> Any:
-    """log p(y_i | θ, φ) of every draw, (chain, draw, row); ``by="task"`` sums within tasks."""
+    """Log p(y_i | θ, φ) of every draw, (chain, draw, row); ``by="task"`` sums within tasks."""
     import xarray as xr
 
     tasks, theta = fit.tasks, draws["theta"]

@@ -102,7 +102,7 @@ class Fit:
         return trees.build(self)
 
     def log_likelihood(self, by: str = "row") -> Any:
-        """log p(y | θ, φ) at every posterior draw, a Dataset (chain, draw, row or task).
+        """Log p(y | θ, φ) at every posterior draw, a Dataset (chain, draw, row or task).
 
         ``by="task"`` sums within tasks, conditional on θ_j.
         """

@@ -13,10 +13,10 @@ import numpy as np
 from hierbayes import likelihoods, priors
 from hierbayes.errors import InputError, listing, suggestion
 from hierbayes.formula.bars import Bar, FormulaError, Parts, split
-from hierbayes.tasks.frames import Frame, Missing, complete_rows
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors import HyperPrior
 from hierbayes.tasks import Labels, Tasks
+from hierbayes.tasks.frames import Frame, Missing, complete_rows
 from hierbayes.tasks.reading import assemble
 
 
@@ -246,7 +246,7 @@ class _Spec:
         return values
 
 
-class _formulaic_errors:  # noqa: N801 - reads as a statement: with _formulaic_errors(...)
+class _formulaic_errors:
     """Formulaic's errors and warnings as sentences that point into the user's formula."""
 
     def __init__(self, piece: str, parts: Parts, frame: Frame):
@@ -298,7 +298,9 @@ class _formulaic_errors:  # noqa: N801 - reads as a statement: with _formulaic_e
 def _columns_in(text: str, columns: Sequence[str]) -> list[str]:
     """The columns whose names occur in a piece of formula, bare or in backticks."""
     quoted = re.findall(r"`([^`]+)`", text)
-    bare = re.findall(r"(?<![\w.])[^\W\d]\w*(?!\w)", re.sub(r"`[^`]*`|'[^']*'|\"[^\"]*\"", " ", text))
+    bare = re.findall(
+        r"(?<![\w.])[^\W\d]\w*(?!\w)", re.sub(r"`[^`]*`|'[^']*'|\"[^\"]*\"", " ", text)
+    )
     return [c for c in columns if c in quoted or c in bare]
 
 

@@ -102,9 +102,7 @@ def _best_root(
     return unpacked(best.x), best.value, best.problem
 
 
-def _snap(
-    problem: ProfileProblem, root: np.ndarray, value: float, scale: np.ndarray
-) -> np.ndarray:
+def _snap(problem: ProfileProblem, root: np.ndarray, value: float, scale: np.ndarray) -> np.ndarray:
     """Rows of Λ that are zero but for rounding become exactly zero, where that costs nothing."""
     small = np.linalg.norm(root, axis=1) < SINGULAR * scale
     trial = np.where(small[:, None], 0.0, root)
@@ -160,9 +158,7 @@ def _standard_errors(
             f"the standard error of tau for {zero} is NaN: at the boundary tau = 0 the "
             "likelihood is not a parabola"
         )
-    blocks = tuple(
-        kept for b in shape.blocks if (kept := tuple(i for i in b if inside[i]))
-    )
+    blocks = tuple(kept for b in shape.blocks if (kept := tuple(i for i in b if inside[i])))
     corr = phi.get("corr", np.eye(len(tau)))
     singular = any(
         len(b) > 1 and np.linalg.eigvalsh(corr[np.ix_(b, b)])[0] < SINGULAR**2 for b in blocks

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from scipy import optimize
 
-
 ValueAndSlope = Callable[[np.ndarray], tuple[float, np.ndarray]]
 
 

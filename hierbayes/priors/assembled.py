@@ -57,9 +57,7 @@ class Assembled(_Constant, dist.Distribution):
         """Draw every part and put it in its place."""
         assert key is not None
         keys = jax.random.split(key, max(len(self.parts), 1))
-        draws = [
-            p.sample(k, sample_shape) for k, (p, _) in zip(keys, self.parts, strict=False)
-        ]
+        draws = [p.sample(k, sample_shape) for k, (p, _) in zip(keys, self.parts, strict=False)]
         return self.place(draws, sample_shape)
 
     def place(self, values: Sequence[Any], lead: tuple[int, ...] = ()) -> jax.Array:

@@ -11,6 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 from hierbayes.errors import InputError, suggestion
+from hierbayes.numerics import cholesky
 from hierbayes.priors.base import Phi, Prior
 
 
@@ -82,7 +83,10 @@ class Gaussian(Prior):
         """L with Σ = L Lᵀ: the rows of the Cholesky factor of R times τ; τ = 0 is allowed."""
         if "corr" not in phi:
             return jnp.eye(phi["tau"].shape[-1]) * phi["tau"][..., None, :]
-        return phi["tau"][..., :, None] * jnp.linalg.cholesky(phi["corr"])
+        factor = jnp.moveaxis(
+            cholesky(jnp.moveaxis(phi["corr"], (-2, -1), (0, 1))), (0, 1), (-2, -1)
+        )
+        return phi["tau"][..., :, None] * factor
 
     def covariance(self, phi: Phi) -> Any:
         """Σ (d, d)."""

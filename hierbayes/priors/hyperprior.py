@@ -88,7 +88,9 @@ class HyperPrior:
                 continue
             number = f.name == "corr" and isinstance(value, (int, float))
             beliefs = list(value.values()) if isinstance(value, Mapping) else [value]
-            if not number and not all(b is None or isinstance(b, dist.Distribution) for b in beliefs):
+            if not number and not all(
+                b is None or isinstance(b, dist.Distribution) for b in beliefs
+            ):
                 raise InputError(
                     f"HyperPrior({f.name}=…) takes a NumPyro distribution, a mapping from "
                     f"coefficient to distribution, or None; found {type(value).__name__}"
@@ -238,12 +240,16 @@ def _vector(
             f"HyperPrior({name}=…) has shape {belief.shape()}; expected () or ({size},) for "
             f"{', '.join(labels[i] for i in places)}"
         )
-    return vector if whole else Assembled([(vector, (np.array(places, int),))], np.zeros(len(labels)))
+    return (
+        vector if whole else Assembled([(vector, (np.array(places, int),))], np.zeros(len(labels)))
+    )
 
 
 def _expanded(belief: dist.Distribution, size: int) -> dist.Distribution:
     if isinstance(belief, dist.ImproperUniform):
-        return dist.ImproperUniform(belief.support, (), (size,)) if belief.event_dim == 0 else belief
+        return (
+            dist.ImproperUniform(belief.support, (), (size,)) if belief.event_dim == 0 else belief
+        )
     return belief.expand([size]).to_event(1)
 
 
@@ -258,5 +264,3 @@ def is_improper(belief: dist.Distribution) -> bool:
     if isinstance(belief, Assembled):
         return any(is_improper(part) for part, _ in belief.parts)
     return isinstance(getattr(belief, "base_dist", belief), dist.ImproperUniform)
-
-

@@ -170,7 +170,9 @@ def _all_numbers(values: np.ndarray) -> bool:
 
 
 def _first_non_number(values: np.ndarray) -> object:
-    return next((v for v in values.tolist() if not isinstance(v, (int, float))), values.tolist()[:1])
+    return next(
+        (v for v in values.tolist() if not isinstance(v, (int, float))), values.tolist()[:1]
+    )
 
 
 def _kind(values: np.ndarray) -> str:

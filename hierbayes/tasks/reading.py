@@ -49,9 +49,7 @@ def read_arrays(
     names_of_coef = tuple(coef) if coef is not None else _numbered("x", width[0] if flat else 0)
     if flat and len(names_of_coef) != width[0]:
         raise InputError(f"`coef` has {len(names_of_coef)} names for {width[0]} columns of X")
-    labels = Labels(
-        label, names_of_coef, _numbered("z", z.shape[1]), _numbered("w", w.shape[1])
-    )
+    labels = Labels(label, names_of_coef, _numbered("z", z.shape[1]), _numbered("w", w.shape[1]))
     return _checked(
         Tasks(
             np.concatenate(xs), z, w, np.concatenate(ys),
