@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -185,24 +185,66 @@ class FormulaEncoder:
         self, frame: Frame, used: list[str], training: bool, with_outcome: bool
     ) -> list[Any]:
         """The outcome (N,) and one matrix a part, by training or remembered transforms."""
-        parts = self.parts
         table = frame.to_pandas(used)
-        pieces = [(f"0 + {parts.outcome}", parts.outcome), (parts.fixed, parts.fixed)]
-        pieces += [(bar.terms, bar.terms) for bar in parts.bars]
         if training:
-            outcome_columns = _columns_in(parts.outcome, frame.columns)
-            self.specs = [
-                _Spec.fit(text, shown, table, parts, frame, outcome_columns if i == 0 else used)
-                for i, (text, shown) in enumerate(pieces)
-            ]
-        first = self.specs[0].matrix(table, parts, frame) if with_outcome else None
+            outcome_columns = _columns_in(self.parts.outcome, frame.columns)
+            self._learn(table, frame.columns, outcome_columns)
+        first = self.specs[0].matrix(table, self.parts, frame.columns) if with_outcome else None
         if first is not None and first.shape[1] != 1:
             raise InputError(
-                f"the outcome {parts.outcome!r} is not one column of numbers: it gives "
+                f"the outcome {self.parts.outcome!r} is not one column of numbers: it gives "
                 f"{listing(list(self.specs[0].names))}"
             )
-        rest = [spec.matrix(table, parts, frame) for spec in self.specs[1:]]
+        rest = [spec.matrix(table, self.parts, frame.columns) for spec in self.specs[1:]]
         return [None if first is None else first[:, 0], *rest]
+
+    def _learn(self, table: Any, known: Sequence[str], outcome_columns: Sequence[str]) -> None:
+        """Let formulaic encode every part of the formula once, and keep what it learned."""
+        parts = self.parts
+        terms = [parts.fixed, *(bar.terms for bar in parts.bars)]
+        outcome = _Spec.fit(f"0 + {parts.outcome}", parts.outcome, table, parts, known)
+        self.specs = [replace(outcome, required_columns=tuple(outcome_columns))]
+        self.specs += [_Spec.fit(term, term, table, parts, known) for term in terms]
+        self.training = table
+
+    def to_plain(self) -> tuple[dict[str, Any], Any]:
+        """The encoder as JSON and its training columns as a Dataset, from which it learns again."""
+        import xarray as xr
+
+        plain: dict[str, Any] = {
+            "formula": self.parts.text,
+            "slots": self.slots,
+            "task_predictors": self.task_predictors,
+            "outcome_columns": self.specs[0].required_columns,
+            "columns": list(self.training.columns),
+            "categories": {},
+        }
+        variables = {}
+        for i, column in enumerate(self.training.columns):
+            values = self.training[column]
+            if hasattr(values, "cat"):
+                plain["categories"][column] = [str(c) for c in values.cat.categories]
+            numeric = values.dtype.kind in "fiub" if hasattr(values.dtype, "kind") else False
+            array = values.to_numpy(float) if numeric else np.array(values.astype(str), np.str_)
+            variables[f"column{i}"] = ("training_row", array)
+        return plain, xr.Dataset(variables)
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any], columns: Any) -> FormulaEncoder:
+        """The inverse of :meth:`to_plain`."""
+        import pandas as pd
+
+        table = {}
+        for i, column in enumerate(plain["columns"]):
+            values = columns[f"column{i}"].values
+            if column in plain["categories"]:
+                table[column] = pd.Categorical(values, categories=plain["categories"][column])
+            else:
+                table[column] = values
+        slots = tuple((name, column) for name, column in plain["slots"])
+        encoder = cls(split(plain["formula"]), slots, tuple(plain["task_predictors"]))
+        encoder._learn(pd.DataFrame(table), plain["columns"], plain["outcome_columns"])
+        return encoder
 
     def _names(self, i: int) -> list[str]:
         return list(self.specs[i].names)
@@ -214,25 +256,25 @@ class _Spec:
 
     spec: Any
     names: tuple[str, ...]
-    required_columns: tuple[str, ...]
+    required_columns: tuple[str, ...] = ()
 
     @classmethod
     def fit(
-        cls, text: str, shown: str, table: Any, parts: Parts, frame: Frame, columns: Sequence[str]
+        cls, text: str, shown: str, table: Any, parts: Parts, known: Sequence[str]
     ) -> _Spec:
         from formulaic import Formula
 
-        with _formulaic_errors(shown, parts, frame):
+        with _formulaic_errors(shown, parts, known):
             matrix = Formula(text).get_model_matrix(
                 table, context={}, na_action="ignore", output="numpy"
             )
         spec = matrix.model_spec
         # treatment-coded and full dummies of one level are the same column: name them alike
         names = tuple(name.replace("[T.", "[") for name in spec.column_names)
-        return cls(spec, names, tuple(columns))
+        return cls(spec, names)
 
-    def matrix(self, table: Any, parts: Parts, frame: Frame) -> np.ndarray:
-        with _formulaic_errors(str(self.spec.formula), parts, frame):
+    def matrix(self, table: Any, parts: Parts, known: Sequence[str]) -> np.ndarray:
+        with _formulaic_errors(str(self.spec.formula), parts, known):
             matrix = self.spec.get_model_matrix(table, context={})
         values = np.asarray(matrix, dtype=np.float64)
         for i, name in enumerate(self.names):
@@ -249,8 +291,8 @@ class _Spec:
 class _formulaic_errors:
     """Formulaic's errors and warnings as sentences that point into the user's formula."""
 
-    def __init__(self, piece: str, parts: Parts, frame: Frame):
-        self.piece, self.parts, self.frame = piece, parts, frame
+    def __init__(self, piece: str, parts: Parts, known: Sequence[str]):
+        self.piece, self.parts, self.known = piece, parts, known
         self.caught = warnings.catch_warnings()
 
     def __enter__(self) -> None:
@@ -283,7 +325,7 @@ class _formulaic_errors:
             return FormulaError(
                 self.parts.text, max(self.parts.text.find(name), 0),
                 f"{name!r} is neither a column nor a known function; "
-                f"{suggestion(name, self.frame.columns)}",
+                f"{suggestion(name, self.known)}",
             )  # fmt: skip
         marked = re.search(r"⧛\x1b\[[\d;]*m(.*?)\x1b", message, re.DOTALL)
         place = self.parts.text.find(self.piece.removeprefix("0 + "))

@@ -1,0 +1,118 @@
+"""Distributions as plain data and back: what a saved fit says of its hyperprior. Never pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import numpyro.distributions as dist
+from numpyro.distributions import constraints, transforms
+
+from hierbayes.errors import InputError
+from hierbayes.priors.hyperprior import HyperPrior
+
+_SUPPORTS = {
+    "real": constraints.real,
+    "positive": constraints.positive,
+    "nonnegative": constraints.nonnegative,
+    "unit_interval": constraints.unit_interval,
+}
+
+
+def hyperprior_to_plain(hyperprior: HyperPrior) -> dict[str, Any]:
+    """A hyperprior as nested dictionaries, lists, strings and numbers."""
+    return {f.name: _plain(getattr(hyperprior, f.name)) for f in fields(hyperprior)}
+
+
+def hyperprior_from_plain(plain: Mapping[str, Any]) -> HyperPrior:
+    """The inverse of :func:`hyperprior_to_plain`."""
+    return HyperPrior(**{name: _restored(value) for name, value in plain.items()})
+
+
+def _plain(belief: Any) -> Any:
+    if belief is None or isinstance(belief, (int, float)):
+        return belief
+    if isinstance(belief, Mapping):
+        return {"mapping": {name: _plain(value) for name, value in belief.items()}}
+    kind = type(belief).__name__
+    if isinstance(belief, dist.ImproperUniform):
+        support = next((n for n, c in _SUPPORTS.items() if c is _innermost(belief.support)), None)
+        if support is not None:
+            shapes = [list(belief.batch_shape), list(belief.event_shape)]
+            return {"kind": kind, "support": support, "shapes": shapes}
+    elif isinstance(belief, dist.ExpandedDistribution):
+        base = _plain(belief.base_dist)
+        return {"kind": kind, "base": base, "batch_shape": list(belief.batch_shape)}
+    elif isinstance(belief, dist.Independent):
+        depth = belief.reinterpreted_batch_ndims
+        return {"kind": kind, "base": _plain(belief.base_dist), "depth": depth}
+    elif isinstance(belief, dist.LKJ):
+        concentration = _numbers(belief.concentration)
+        return {"kind": kind, "dimension": belief.dimension, "concentration": concentration}
+    elif isinstance(belief, dist.FoldedDistribution):
+        return {"kind": kind, "base": _plain(belief.base_dist)}
+    elif type(belief) is dist.TransformedDistribution:
+        steps = [_plain_transform(t) for t in belief.transforms]
+        return {"kind": kind, "base": _plain(belief.base_dist), "transforms": steps}
+    elif kind in ("LeftTruncatedDistribution", "RightTruncatedDistribution",
+                  "TwoSidedTruncatedDistribution"):  # fmt: skip
+        bounds = {b: _numbers(getattr(belief, b)) for b in ("low", "high") if hasattr(belief, b)}
+        return {"kind": kind, "base": _plain(belief.base_dist), "bounds": bounds}
+    elif getattr(dist, kind, None) is type(belief):
+        parameters = {name: _numbers(getattr(belief, name)) for name in belief.arg_constraints}
+        try:
+            getattr(dist, kind)(**parameters)
+        except TypeError:
+            pass
+        else:
+            return {"kind": kind, "parameters": parameters}
+    raise InputError(
+        f"a hyperprior of type {kind} cannot be written to a file; save the fit without it by "
+        "using a distribution of numpyro.distributions, or load with hb.load(path, model=…)"
+    )
+
+
+def _restored(plain: Any) -> Any:
+    if plain is None or isinstance(plain, (int, float)):
+        return plain
+    if "mapping" in plain:
+        return {name: _restored(value) for name, value in plain["mapping"].items()}
+    kind = plain["kind"]
+    if kind == "unsaved":
+        return None
+    if kind == "ImproperUniform":
+        batch, event = plain["shapes"]
+        return dist.ImproperUniform(_SUPPORTS[plain["support"]], tuple(batch), tuple(event))
+    if kind == "ExpandedDistribution":
+        return _restored(plain["base"]).expand(plain["batch_shape"])
+    if kind == "Independent":
+        return _restored(plain["base"]).to_event(plain["depth"])
+    if kind == "LKJ":
+        return dist.LKJ(plain["dimension"], concentration=plain["concentration"])
+    if kind == "FoldedDistribution":
+        return dist.FoldedDistribution(_restored(plain["base"]))
+    if kind == "TransformedDistribution":
+        steps = [getattr(transforms, name)(**args) for name, args in plain["transforms"]]
+        return dist.TransformedDistribution(_restored(plain["base"]), steps)
+    if "bounds" in plain:
+        return dist.TruncatedDistribution(_restored(plain["base"]), **plain["bounds"])
+    return getattr(dist, kind)(**{k: np.asarray(v) for k, v in plain["parameters"].items()})
+
+
+def _plain_transform(transform: Any) -> list[Any]:
+    arguments = {"PowerTransform": ["exponent"], "AffineTransform": ["loc", "scale"],
+                 "ExpTransform": []}  # fmt: skip
+    name = type(transform).__name__
+    if name not in arguments:
+        raise InputError(f"a hyperprior transformed by {name} cannot be written to a file")
+    return [name, {a: _numbers(getattr(transform, a)) for a in arguments[name]}]
+
+
+def _innermost(support: Any) -> Any:
+    return getattr(support, "base_constraint", support)
+
+
+def _numbers(value: Any) -> Any:
+    return np.asarray(value, dtype=float).tolist()
