@@ -1,0 +1,141 @@
+"""Fits that many tests share, each made once, and seeds that a rerun repeats."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+import hierbayes as hb
+
+sys.path.insert(0, str(Path(__file__).parent))  # `from assertions import …` from any folder
+
+# deadline=None: the first example of a property pays for JAX's compilation.
+settings.register_profile("hierbayes", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("hierbayes")
+
+RADON = "log_radon ~ 1 + floor + log_uranium + (1 + floor | county)"
+SCHOOLS = "y ~ 1 + (1 | school)"
+QUICK = dict(num_draws=100, num_warmup=100, num_chains=2, seed=1, progress=False)
+"""Short chains: these tests ask for shapes and repeatability, not for precision."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model with its tasks and the DataFrame that they were read from."""
+
+    model: hb.HierarchicalModel
+    tasks: hb.Tasks
+    data: Any = None
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A hash of the test's name: the same in every run, another in every test."""
+    value = zlib.crc32(request.node.nodeid.rpartition("/")[2].encode())
+    print(f"seed = {value}")  # shown by pytest when the test fails
+    return value
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with reference answers: HIERBAYES_SHARED, or ``shared`` beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("HIERBAYES_SHARED", beside))
+    if not (folder / "reference").is_dir():
+        pytest.skip(f"reference answers are not here: {folder} has no folder 'reference'")
+    return folder
+
+
+# ------------------------------------------------------------------------ tasks
+
+
+@pytest.fixture(scope="session")
+def radon() -> Problem:
+    """919 houses in 85 counties (25 of them with a rank-deficient design), shared log_uranium."""
+    data = hb.datasets.radon()
+    return Problem(*hb.from_formula(RADON, data), data)
+
+
+@pytest.fixture(scope="session")
+def schools() -> Problem:
+    """Eight one-row tasks with known standard errors."""
+    data = hb.datasets.eight_schools()
+    return Problem(*hb.from_formula(SCHOOLS, data, known_se="se"), data)
+
+
+@pytest.fixture(scope="session")
+def small() -> Problem:
+    """Nine ragged simulated tasks, among them one without rows, one of one row, two of two."""
+    rng = np.random.default_rng(20)
+    sizes = [4, 0, 7, 1, 2, 12, 2, 5, 9]
+    arrays = []
+    for n in sizes:
+        x = np.column_stack([np.ones(n), rng.normal(size=n)])
+        theta = np.array([1.0, -0.5]) + rng.normal(size=2) * [0.8, 0.4]
+        arrays.append((x, x @ theta + 0.6 * rng.normal(size=n)))
+    tasks = hb.Tasks.from_arrays(arrays, names=list("abcdefghi"), coef=["Intercept", "x"])
+    return Problem(hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian()), tasks)
+
+
+# ------------------------------------------------------------------------- fits
+
+
+def quietly(method: Any, problem: Problem, **arguments: Any) -> hb.Fit:
+    """A fit whose remarks about the data are not what the test is about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hb.FitWarning)
+        return method(problem.model, problem.tasks, **arguments)
+
+
+@pytest.fixture(scope="session")
+def radon_full(radon: Problem) -> hb.Fit:
+    return quietly(hb.full_bayes, radon, **QUICK)
+
+
+@pytest.fixture(scope="session")
+def schools_full(schools: Problem) -> hb.Fit:
+    return quietly(hb.full_bayes, schools, **QUICK)
+
+
+@pytest.fixture(scope="session")
+def radon_ml(radon: Problem) -> hb.Fit:
+    return quietly(hb.empirical_bayes, radon, criterion="ml")
+
+
+@pytest.fixture(scope="session")
+def radon_reml(radon: Problem) -> hb.Fit:
+    return quietly(hb.empirical_bayes, radon, criterion="reml")
+
+
+@pytest.fixture(scope="session")
+def radon_map(radon: Problem) -> hb.Fit:
+    return quietly(hb.empirical_bayes, radon, criterion="map")
+
+
+@pytest.fixture(scope="session")
+def radon_maml(radon: Problem) -> hb.Fit:
+    return quietly(hb.maml, radon, num_steps=5)
+
+
+@pytest.fixture(scope="session")
+def radon_no_pooling(radon: Problem) -> hb.Fit:
+    return quietly(hb.no_pooling, radon)
+
+
+@pytest.fixture(scope="session")
+def radon_complete_pooling(radon: Problem) -> hb.Fit:
+    return quietly(hb.complete_pooling, radon)
