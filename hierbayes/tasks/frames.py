@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import narwhals as nw
+import narwhals.stable.v1 as nw
 import numpy as np
 
 from hierbayes.errors import FitWarning, InputError, listing, suggestion
