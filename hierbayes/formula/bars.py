@@ -77,15 +77,15 @@ def split(text: str) -> Parts:
 
 
 def _depths(text: str) -> list[int]:
-    """How many brackets are open at each character; quoted text counts as bracketed."""
+    """How many brackets are open at each character; quoted text counts as two deeper."""
     depth, stack, quote, quote_start = [], [], "", 0
     for i, c in enumerate(text):
         if quote:
-            depth.append(len(stack) + 1)
+            depth.append(len(stack) + 2)
             quote = "" if c == quote else quote
         elif c in "'\"`":
             quote, quote_start = c, i
-            depth.append(len(stack) + 1)
+            depth.append(len(stack) + 2)
         elif c in _OPENING:
             depth.append(len(stack))
             stack.append(i)
@@ -121,10 +121,9 @@ def _terms(text: str, start: int, depth: list[int]) -> list[tuple[int, int, str]
 
 def _bar(text: str, begin: int, end: int, depth: list[int]) -> Bar | None:
     """The bar in text[begin:end], or None where there is none."""
-    level = depth[begin + len(text[begin:end]) - len(text[begin:end].lstrip())]
-    inner = [i for i in range(begin, end) if text[i] == "|" and depth[i] == level + 1]
+    inner = [i for i in range(begin, end) if text[i] == "|" and depth[i] == 1]
     if not inner:
-        outside = [i for i in range(begin, end) if text[i] == "|" and depth[i] <= level]
+        outside = [i for i in range(begin, end) if text[i] == "|" and depth[i] == 0]
         if outside:
             raise FormulaError(text, outside[0], "put the bar and its terms in parentheses")
         return None
