@@ -1,9 +1,10 @@
-"""Meta-learning as what it is: learning the prior p(θ_j | φ) of many related tasks.
+r"""Meta-learning as what it is: learning the prior p(θ_j | φ) of many related tasks.
 
 .. math::
 
-    \\log p(\\varphi, \\theta_{1..J}, D) = \\log p(\\varphi)
-        + \\sum_j \\left[\\log p(\\theta_j \\mid \\varphi) + \\log p(D_j \\mid \\theta_j, \\varphi)\\right]
+    \log p(\varphi, \theta_{1..J}, D) = \log p(\varphi)
+        + \sum_j \left[\log p(\theta_j \mid \varphi)
+        + \log p(D_j \mid \theta_j, \varphi)\right]
 
 One model definition; every way of learning its prior; one side-by-side comparison.
 """

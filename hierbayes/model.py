@@ -110,9 +110,12 @@ class HierarchicalModel:
         return self.resolve(tasks).hyperprior.distributions(self.shape(tasks))
 
     def log_joint(self, phi: dict[str, Any], theta: Any, tasks: Tasks) -> float:
-        r"""Log p(φ, θ, D) over constrained (mu, tau, corr, beta, gamma, sigma, theta).
+        r"""log p(φ, θ, D) over constrained (mu, tau, corr, beta, gamma, sigma, theta).
 
-        .. math:: \log p(\varphi) + \sum_j [\log p(\theta_j | \varphi) + \log p(D_j | \theta_j, \varphi)]
+        .. math::
+
+            \log p(\varphi) + \sum_j
+                [\log p(\theta_j \mid \varphi) + \log p(D_j \mid \theta_j, \varphi)]
 
         Parameters
         ----------

@@ -83,7 +83,7 @@ def within_tasks(stats: Statistics) -> Within:
     keep = s > RANK_TOLERANCE
     beta = vt[keep].T @ ((u[:, keep].T @ y) / s[keep]) / np.where(norms > 0, norms, 1.0)
     blind = np.eye(p) - vt[keep].T @ vt[keep]
-    num_free = int(round(float(np.sum(stats.num_rows)))) - int((values > 0).sum()) - int(keep.sum())
+    num_free = round(float(np.sum(stats.num_rows))) - int((values > 0).sum()) - int(keep.sum())
     squares = float(((y - z @ beta) ** 2).sum())
     sigma = np.sqrt(squares / num_free) if num_free > 0 else np.nan
     return Within(beta, np.abs(np.diag(blind)) < 1e-8, float(sigma), num_free)

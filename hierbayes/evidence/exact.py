@@ -29,7 +29,7 @@ from hierbayes.tasks import Tasks
 
 
 def log_evidence(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> jax.Array:
-    """Log p(D_j | φ) of every task, (J,), with all constants."""
+    """log p(D_j | φ) of every task, (J,), with all constants."""
     c = collapse(stats, prior, phi)
     d = stats.num_coef
     white = solve_lower(c.factor, c.moved)

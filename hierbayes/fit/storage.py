@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 from hierbayes import likelihoods, priors
 from hierbayes.adaptation import Adaptation, Adapted, Conjugate, GradientSteps, LeastSquares
 from hierbayes.errors import InputError
+from hierbayes.files import whole_file
 from hierbayes.fit.fit import Fit
 from hierbayes.formula import FormulaEncoder
 from hierbayes.model import HierarchicalModel
@@ -30,22 +29,13 @@ def save(fit: Fit, path: Any) -> None:
     """Write ``fit`` to ``path``, whole or not at all."""
     import xarray as xr
 
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"cannot save to {str(path)!r}: the folder does not exist")
     described, encoder_table = _describe(fit)
     tree = fit.datatree.copy()
     tree[GROUP] = xr.DataTree(_arrays(fit).assign_attrs(fit=json.dumps(described)))
     if encoder_table is not None:
         tree[f"{GROUP}/training"] = xr.DataTree(encoder_table)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    try:
+    with whole_file(path) as temporary:
         tree.to_netcdf(temporary, engine="h5netcdf")
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load(path: Any, model: HierarchicalModel | None = None) -> Fit:

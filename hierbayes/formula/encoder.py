@@ -259,9 +259,7 @@ class _Spec:
     required_columns: tuple[str, ...] = ()
 
     @classmethod
-    def fit(
-        cls, text: str, shown: str, table: Any, parts: Parts, known: Sequence[str]
-    ) -> _Spec:
+    def fit(cls, text: str, shown: str, table: Any, parts: Parts, known: Sequence[str]) -> _Spec:
         from formulaic import Formula
 
         with _formulaic_errors(shown, parts, known):

@@ -31,14 +31,14 @@ class Likelihood(abc.ABC):
         return ()
 
     def log_likelihood(self, theta: Any, phi: dict[str, Any], task: Task) -> jax.Array:
-        """Log p(y_i | x_i, θ, φ) of each row (n,), zero in rows that fill up a bucket."""
+        """log p(y_i | x_i, θ, φ) of each row (n,), zero in rows that fill up a bucket."""
         rows = self.distribution(theta, phi, task).log_prob(task.outcome)
         return jnp.where(task.mask, rows, 0.0)
 
     def log_likelihood_of_rows(
         self, thetas: Any, phi: dict[str, Any], rows: Task, task_of_row: Any
     ) -> jax.Array:
-        """Log p(y_i | x_i, θ_j(i), φ) of flat rows (N,), each under its own task's θ.
+        """log p(y_i | x_i, θ_j(i), φ) of flat rows (N,), each under its own task's θ.
 
         ``thetas`` (J, …) is a pytree with tasks on the leading axis. No row is padded; the slope
         in ``thetas`` is each task's own.

@@ -37,7 +37,7 @@ def maximise(
     progress: bool | None,
     name: str,
 ) -> Ascent:
-    """Ascend ``objective`` from ``start``, both of order one; L-BFGS where no optimiser is given."""
+    """Ascend ``objective`` from ``start``, both of order one; L-BFGS unless told otherwise."""
     from tqdm.auto import tqdm
 
     shown = sys.stderr.isatty() if progress is None else progress

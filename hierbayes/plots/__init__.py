@@ -1,1 +1,8 @@
-"""Pictures."""
+"""Pictures of fits; every function takes ``ax=`` and returns axes, as matplotlib users expect."""
+
+from hierbayes.plots.forest import forest
+from hierbayes.plots.prior import learned_prior
+from hierbayes.plots.scores import scores
+from hierbayes.plots.shrinkage import shrinkage
+
+__all__ = ["forest", "learned_prior", "scores", "shrinkage"]

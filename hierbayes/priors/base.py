@@ -24,5 +24,5 @@ class Prior(abc.ABC):
         """The distribution of θ_j; ``w`` may have leading axes."""
 
     def log_prob(self, theta: Any, phi: Phi, w: Any) -> jax.Array:
-        """Log p(θ_j | φ)."""
+        """log p(θ_j | φ)."""
         return self.distribution(phi, w).log_prob(theta)

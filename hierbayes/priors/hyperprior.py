@@ -101,17 +101,18 @@ class HyperPrior:
     def resolve(self, shape: Shape, tasks: Tasks) -> HyperPrior:
         """Every None replaced by its default, scaled to ``tasks``."""
         scales = Scales.of(tasks)
+        by_coef = list(zip(shape.coef, scales.coef, strict=True))
         defaults = {
             "mu": {
                 c: dist.Normal(scales.mu_location[i], 2.5 * scales.coef[i])
                 for i, c in enumerate(shape.coef) if shape.free_mean[i]
             },
-            "tau": {c: dist.HalfNormal(scales.coef[i]) for i, c in enumerate(shape.coef)},
-            "beta": {c: dist.Normal(0.0, 2.5 * scales.shared[i]) for i, c in enumerate(shape.shared)},
-            "gamma": {
-                c: dist.Normal(0.0, 2.5 * scales.coef[i] / scales.task_predictors)
-                for i, c in enumerate(shape.coef)
+            "tau": {c: dist.HalfNormal(s) for c, s in by_coef},
+            "beta": {
+                c: dist.Normal(0.0, 2.5 * s)
+                for c, s in zip(shape.shared, scales.shared, strict=True)
             },
+            "gamma": {c: dist.Normal(0.0, 2.5 * s / scales.task_predictors) for c, s in by_coef},
         }  # fmt: skip
         resolved: dict[str, Any] = {
             name: _filled(name, getattr(self, name), default) for name, default in defaults.items()

@@ -1,0 +1,110 @@
+r"""How well a learned prior predicts a task that it has not seen.
+
+.. math:: \text{elpd}_{\text{task}} = \sum_j \log p(D_j \mid D_{-j})
+
+Under full Bayes by Pareto-smoothed importance sampling on the marginal evidence log p(D_j | φ);
+elsewhere by refitting without the task.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from hierbayes.adaptation import LeastSquares
+from hierbayes.errors import FitWarning, InputError
+from hierbayes.evidence.exact import log_evidence
+from hierbayes.fit import Fit
+from hierbayes.meta import complete_pooling, empirical_bayes, maml
+from hierbayes.numerics import float64
+from hierbayes.statistics import statistics
+
+
+def leave_one_task_out(fit: Fit) -> dict[str, Any]:
+    """Log predictive density of every task, learned from the others.
+
+    Parameters
+    ----------
+    fit : Fit
+        Of full Bayes, empirical Bayes, MAML or complete pooling; no pooling learns nothing about
+        tasks that it has not seen.
+
+    Returns
+    -------
+    dict
+        ``log_density`` (J,), one a task; ``pareto_k`` (J,) under full Bayes.
+    """
+    if isinstance(fit.adaptation, LeastSquares):
+        raise InputError("no pooling learns nothing about tasks that it has not seen")
+    if fit.phi_draws is not None:
+        return _importance(fit)
+    with_rows = np.flatnonzero(fit.tasks.sizes > 0)
+    scores = np.full(fit.tasks.num_tasks, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # said once, of the fit to all tasks
+        for j in with_rows:
+            rest = fit.tasks.take(np.delete(np.arange(fit.tasks.num_tasks), j))
+            scores[j] = _joint_log_density(_refit(fit, rest), fit.tasks.take([j]))
+    return {"log_density": scores}
+
+
+def _refit(fit: Fit, tasks: Any) -> Fit:
+    """The same method on other tasks; defaults of the hyperprior stay as they were resolved."""
+    if fit.method == "empirical Bayes":
+        return empirical_bayes(fit.model, tasks, fit.info["criterion"], num_draws=1, num_chains=1)
+    if fit.method == "complete pooling":
+        return complete_pooling(fit.model, tasks)
+    if fit.method == "MAML":
+        settings = {k: fit.info[k] for k in ("num_steps", "query", "num_splits")}
+        learned = "step_size" in fit.phi
+        step_size = "auto" if learned else fit.info["step_size"]
+        return maml(fit.model, tasks, step_size=step_size, learn_step_size=learned, **settings)
+    raise InputError(f"{fit.method} cannot be refitted")
+
+
+def _joint_log_density(fit: Fit, task: Any) -> float:
+    """log p(D_j | φ̂): the joint density of all rows of a new task."""
+    if "tau" in fit.phi:
+        with float64():
+            return float(log_evidence(statistics(task), fit.model.prior, dict(fit.phi))[0])
+    prediction = fit.predict(task, target="new")
+    return float(prediction.log_density().sum())
+
+
+def _importance(fit: Fit) -> dict[str, Any]:
+    import arviz_stats
+
+    assert fit.phi_draws is not None
+    with float64():
+        numbers = statistics(fit.tasks)
+        over_draws = jax.jit(
+            lambda phis: jax.lax.map(
+                lambda phi: log_evidence(numbers, fit.model.prior, phi), phis, batch_size=64
+            )
+        )
+        chains, draws = next(iter(fit.phi_draws.values())).shape[:2]
+        flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in fit.phi_draws.items()}
+        values = np.asarray(over_draws(flat)).reshape(chains, draws, -1)
+    tree = replace(fit).datatree.copy()
+    tree["log_likelihood"] = _log_likelihood_by_task(values, fit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # k̂ is returned and judged by the caller
+        result: Any = arviz_stats.loo(tree, pointwise=True)
+    pointwise = np.where(fit.tasks.sizes > 0, result.elpd_i.values, np.nan)
+    return {"log_density": pointwise, "pareto_k": result.pareto_k.values}
+
+
+def _log_likelihood_by_task(values: np.ndarray, fit: Fit) -> Any:
+    import xarray as xr
+
+    coords = {
+        "chain": np.arange(values.shape[0]),
+        "draw": np.arange(values.shape[1]),
+        "task": fit.tasks.names,
+    }
+    data = xr.DataArray(values, dims=("chain", "draw", "task"), coords=coords)
+    return xr.DataTree(xr.Dataset({"y": data}))

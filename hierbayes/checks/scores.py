@@ -1,0 +1,103 @@
+r"""Scores of predictive distributions, with standard errors over tasks.
+
+.. math:: \text{elpd} = \frac1N \sum_j \sum_{i \in j} \log p(y_{ij} \mid x_{ij}, D)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hierbayes.errors import InputError
+from hierbayes.fit import Fit, Prediction
+
+LEVELS = (0.5, 0.8, 0.95)
+"""Probabilities of the intervals that are checked."""
+
+
+def held_out_scores(prediction: Prediction) -> dict[str, float]:
+    """Log density, RMSE, interval coverage and width of a prediction on observed rows.
+
+    Rows come in tasks, and rows of one task fail together: standard errors treat the tasks as
+    the units of sampling (ratio estimator).
+
+    Parameters
+    ----------
+    prediction : Prediction
+        Of rows with outcomes; rows that the fit cannot predict are left out and counted.
+
+    Returns
+    -------
+    dict
+        ``rows`` scored, ``left_out``; ``log_density`` a row and ``log_density_se``; ``rmse`` and
+        ``rmse_se``; ``coverage_50``, ``coverage_80``, ``coverage_95`` and ``width_50``, … in the
+        outcome's units.
+    """
+    outcome = prediction.tasks.outcome
+    if outcome is None:
+        raise InputError("the held-out rows hold no outcome to score")
+    keep = ~prediction.unidentified
+    task = prediction.tasks.task_of_row[keep]
+    if not keep.any():
+        return {"rows": 0, "left_out": int((~keep).sum())}
+    log_density, log_density_se = mean_over_tasks(prediction.log_density()[keep], task)
+    squared, squared_se = mean_over_tasks((outcome - prediction.mean)[keep] ** 2, task)
+    rmse = float(np.sqrt(squared))
+    scores: dict[str, float] = {
+        "rows": int(keep.sum()),
+        "left_out": int((~keep).sum()),
+        "log_density": log_density,
+        "log_density_se": log_density_se,
+        "rmse": rmse,
+        "rmse_se": squared_se / (2 * rmse) if rmse > 0 else 0.0,
+    }
+    pit = prediction.pit()[keep]
+    for level in LEVELS:
+        scores[f"coverage_{round(100 * level)}"] = float((np.abs(pit - 0.5) <= level / 2).mean())
+    for level in LEVELS:
+        low, high = prediction.interval(level)
+        scores[f"width_{round(100 * level)}"] = float((high - low)[keep].mean())
+    return scores
+
+
+def mean_over_tasks(values: np.ndarray, task: np.ndarray) -> tuple[float, float]:
+    """Mean of ``values`` over rows, and its standard error with tasks as the sampling units."""
+    mean = float(values.mean())
+    _, index = np.unique(task, return_inverse=True)
+    num_tasks = index.max() + 1
+    if num_tasks < 2:
+        return mean, float("nan")
+    residual = np.bincount(index, values - mean, minlength=num_tasks)
+    variance = num_tasks / (num_tasks - 1) * (residual**2).sum() / len(values) ** 2
+    return mean, float(np.sqrt(variance))
+
+
+def theta_differences(fit: Fit, reference: Fit) -> dict[str, float]:
+    """How θ_j differs from a reference fit's.
+
+    Returns
+    -------
+    dict
+        ``theta_difference``: mean over tasks and coefficients of ``|θ_j − θ_j^ref|`` in units of
+        the reference's posterior standard deviations; ``theta_sd_ratio``: geometric mean of
+        sd(θ_j) / sd(θ_j^ref), NaN where the fit gives no standard deviations. Coefficients that
+        the fit does not identify are left out.
+    """
+    reference_sd = reference.adapted.sd.values
+    sd = fit.adapted.sd.values
+    usable = np.isfinite(reference_sd) & (reference_sd > 0)
+    unidentified = fit.adapted.adapted.unidentified
+    if unidentified is not None:
+        usable &= np.diagonal(unidentified, axis1=1, axis2=2) < 1e-8
+    difference = np.abs(fit.theta.values - reference.theta.values)
+    safe = np.where(usable, reference_sd, 1.0)
+    some = usable & np.isfinite(sd) & (sd > 0)
+    ratio = np.exp(np.log(sd[some] / reference_sd[some]).mean()) if some.any() else np.nan
+    if some.sum() < usable.sum() and np.isfinite(sd[usable]).all() and not sd[usable].all():
+        ratio = 0.0  # a posterior without width in some direction
+    values: dict[str, Any] = {
+        "theta_difference": (difference / safe)[usable].mean() if usable.any() else np.nan,
+        "theta_sd_ratio": ratio,
+    }
+    return {name: float(value) for name, value in values.items()}

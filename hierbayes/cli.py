@@ -1,0 +1,358 @@
+"""The command line: ``hierbayes compare``, ``hierbayes fit``, ``hierbayes datasets``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hierbayes.compare import Comparison, compare
+from hierbayes.datasets import CATALOGUE
+from hierbayes.errors import FitWarning, InputError, suggestion
+from hierbayes.fit import Fit
+from hierbayes.formula import from_formula
+from hierbayes.meta import complete_pooling, empirical_bayes, full_bayes, maml, no_pooling
+from hierbayes.model import HierarchicalModel
+from hierbayes.tasks import Tasks
+
+EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+METHODS: dict[str, tuple[str, Callable[..., Fit]]] = {
+    "no_pooling": ("no pooling", lambda model, tasks, args: no_pooling(model, tasks)),
+    "maml": ("MAML", lambda model, tasks, args: maml(model, tasks, seed=args.seed)),
+    "empirical_bayes": (
+        "empirical Bayes",
+        lambda model, tasks, args: empirical_bayes(model, tasks, seed=args.seed),
+    ),
+    "full_bayes": (
+        "full Bayes",
+        lambda model, tasks, args: full_bayes(
+            model, tasks, num_draws=args.draws, num_warmup=args.draws, seed=args.seed
+        ),
+    ),
+    "complete_pooling": (
+        "complete pooling", lambda model, tasks, args: complete_pooling(model, tasks)
+    ),
+}  # fmt: skip
+"""Methods by the name that the command line knows, with their label in tables."""
+
+EPILOG = """\
+exit codes: 0 done; 1 a computation failed; 2 bad input or arguments; 130 interrupted.
+The table goes to stdout, progress and warnings to stderr, files under --out.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args)
+    except InputError as error:
+        _say(f"error: {error}")
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was written")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except (OSError, ArithmeticError, RuntimeError, MemoryError) as error:
+        _say(f"error: {type(error).__name__}: {error}")
+        return EXIT_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    import hierbayes
+
+    parser = argparse.ArgumentParser(
+        prog="hierbayes", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Learn the prior that many related tasks share, in every way, side by side.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"hierbayes {hierbayes.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> Any:
+        sub = commands.add_parser(
+            name, help=about, description=about, epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        sub.set_defaults(run=run)
+        return sub
+
+    one = command("compare", _compare, "fit by every method and hold the fits against each other")
+    _data_arguments(one)
+    one.add_argument(
+        "--methods", default=",".join(METHODS), metavar="A,B,…",
+        help=f"methods to compare, of {', '.join(METHODS)} (all)",
+    )  # fmt: skip
+    one.add_argument(
+        "--test", type=float, default=0.2, metavar="SHARE",
+        help="share of each task's rows held out for scoring; 0 scores tasks left out (0.2)",
+    )  # fmt: skip
+    one.add_argument("--out", type=Path, metavar="DIR", help="folder for tables, pictures, fits")
+    one.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+    two = command("fit", _fit, "fit by one method, print its summary, save it")
+    _data_arguments(two)
+    two.add_argument("--method", default="full_bayes", choices=list(METHODS), help="(full_bayes)")
+    two.add_argument("--out", type=Path, metavar="FILE.nc", help="NetCDF file for the fit")
+    two.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
+    command("datasets", _datasets, "list the data sets that ship with the package")
+    return parser
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(CATALOGUE)
+    parser.add_argument(
+        "data", nargs="?", default="radon", help=f"{names}, or a CSV file (radon)", metavar="DATA"
+    )
+    parser.add_argument(
+        "--formula", help='for example "y ~ 1 + x + (1 + x | group)"; needed for a CSV file'
+    )
+    parser.add_argument("--known-se", metavar="COLUMN", help="column of known standard errors")
+    parser.add_argument("--drop-missing", action="store_true", help="leave incomplete rows out")
+    parser.add_argument("--draws", type=int, default=1000, help="draws a chain, and warm-up (1000)")
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
+
+
+def _datasets(args: argparse.Namespace) -> int:
+    del args
+    for name, data in CATALOGUE.items():
+        known = f"  --known-se {data.known_se}" if data.known_se else ""
+        print(f"{name:14} {data.about}\n{'':14} {data.formula}{known}")
+    return EXIT_OK
+
+
+def _fit(args: argparse.Namespace) -> int:
+    if args.out is not None:
+        _check_file(args.out, args.overwrite)
+    data = _read(args)
+    with _Colleague() as colleague:
+        model, tasks = data.build()
+        label, method = METHODS[args.method]
+        fit = colleague.timed(label, lambda: method(model, tasks, args))
+        if args.out is not None:
+            fit.save(args.out)
+            _say(f"saved to {args.out}")
+        print(fit.summary().to_string())
+    return EXIT_OK
+
+
+def _compare(args: argparse.Namespace) -> int:
+    chosen = [name.strip().replace("-", "_") for name in args.methods.split(",") if name.strip()]
+    for name in chosen:
+        if name not in METHODS:
+            raise InputError(f"--methods: {name!r} is not known; {suggestion(name, list(METHODS))}")
+    if not chosen:
+        raise InputError("--methods names no method")
+    if not 0 <= args.test < 1:
+        raise InputError(f"--test must lie between 0 and 1, found {args.test}")
+    if args.draws < 1:
+        raise InputError(f"--draws must be at least 1, found {args.draws}")
+    if args.out is not None:
+        _check_folder(args.out, args.overwrite)
+    data = _read(args)
+    with _Colleague() as colleague:
+        model, train, test = data.split(args.test, args.seed)
+        held = "tasks left out" if test is None else f"{test.num_rows} held-out rows"
+        _say(f"{train}; scored on {held}")
+        fits: dict[str, Fit | str] = {}
+        for name in chosen:
+            label, method = METHODS[name]
+            try:
+                fits[label] = colleague.timed(label, lambda m=method: m(model, train, args))
+            except InputError as error:
+                if "no task has two rows" not in str(error):
+                    raise
+                fits[label] = str(error)
+        result = colleague.timed("scores", lambda: compare(fits, test=test))
+        if args.out is not None:
+            colleague.timed("tables, pictures, fits", lambda: _write(result, args.out))
+        print(result)
+        if args.out is not None:
+            _say(f"wrote {args.out}: open {args.out / 'report.html'}")
+    return EXIT_OK
+
+
+# ------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True)
+class _Data:
+    """A table and the model asked for."""
+
+    frame: Any
+    formula: str
+    known_se: str | None
+    missing: Any
+
+    def build(self, frame: Any = None) -> tuple[HierarchicalModel, Tasks]:
+        return from_formula(
+            self.formula, self.frame if frame is None else frame, known_se=self.known_se,
+            missing=self.missing,
+        )  # fmt: skip
+
+    def split(self, share: float, seed: int) -> tuple[HierarchicalModel, Tasks, Tasks | None]:
+        """Model, training tasks and held-out rows; transforms learn from the training rows."""
+        model, tasks = self.build()
+        if share == 0:
+            return model, tasks, None
+        train, test = tasks.hold_out(share, seed)
+        if test.num_rows == 0:
+            return model, tasks, None
+        try:
+            model, again = self.build(self.frame.iloc[sorted(train.rows)])
+            return model, again, again.encode(self.frame.iloc[sorted(test.rows)])
+        except InputError:  # a category that only held-out rows have
+            return model, train, test
+
+
+def _read(args: argparse.Namespace) -> _Data:
+    import pandas as pd
+
+    missing = "drop" if args.drop_missing else "raise"
+    if args.data in CATALOGUE:
+        known = CATALOGUE[args.data]
+        same = args.formula is None
+        se = args.known_se or (known.known_se if same else None)
+        return _Data(known.load(), args.formula or known.formula, se, missing)
+    path = Path(args.data)
+    if not path.is_file():
+        near = suggestion(args.data, list(CATALOGUE))
+        raise InputError(f"{args.data!r} is neither a file nor a shipped data set; {near}")
+    if args.formula is None:
+        raise InputError(f'--formula is needed for {path.name}: "y ~ 1 + x + (1 + x | group)"')
+    try:
+        frame = pd.read_csv(path, sep="\t" if path.suffix in (".tsv", ".tab") else ",")
+    except pd.errors.EmptyDataError:
+        raise InputError(f"{path.name} is empty") from None
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise InputError(f"{path.name} cannot be read as CSV: {error}") from error
+    if frame.empty:
+        raise InputError(f"{path.name} has a header but no rows")
+    return _Data(frame, args.formula, args.known_se, missing)
+
+
+# ------------------------------------------------------------------------ writing
+
+
+def _check_folder(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that could not be written, before any computation."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {str(out)!r} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise InputError(f"--out {str(out)!r} is not empty; choose another or pass --overwrite")
+    _check_writable(out.absolute().parent)
+
+
+def _check_file(out: Path, overwrite: bool) -> None:
+    if out.is_dir():
+        raise InputError(f"--out {str(out)!r} is a folder; name a file")
+    if out.exists() and not overwrite:
+        raise InputError(f"--out {str(out)!r} exists; choose another or pass --overwrite")
+    _check_writable(out.absolute().parent)
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(f for f in (folder, *folder.parents) if f.exists())
+    try:
+        handle, name = tempfile.mkstemp(dir=existing, prefix=".hierbayes-")
+    except OSError as error:
+        raise InputError(f"--out: cannot write in {str(existing)!r}: {error.strerror}") from error
+    os.close(handle)
+    os.unlink(name)
+
+
+def _write(result: Comparison, out: Path) -> None:
+    """Everything into a folder beside ``out``, which then takes its place: whole or not at all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from hierbayes import plots
+
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        folder.chmod(0o755)
+        result.table.to_csv(folder / "table.csv", index_label="method")
+        (folder / "table.txt").write_text(f"{result}\n", encoding="utf-8")
+        _estimates(result).to_csv(folder / "tasks.csv", index=False)
+        (folder / "fits").mkdir()
+        for label, fit in result.fits.items():
+            fit.save(folder / "fits" / f"{label.replace(' ', '_')}.nc")
+        for coef in next(iter(result.fits.values())).tasks.coef:
+            safe = "".join(c if c.isalnum() else "_" for c in coef)
+            for draw in (plots.shrinkage, plots.learned_prior, plots.forest):
+                ax = draw(result.fits, coef=coef)
+                ax.figure.savefig(folder / f"{draw.__name__}_{safe}.png", dpi=150)
+                plt.close(ax.figure)
+        axes = result.plot()
+        axes[0].figure.savefig(folder / "comparison.png", dpi=150)
+        plt.close(axes[0].figure)
+        result.report(folder / "report.html")
+        old = None
+        if out.exists():
+            old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-old-"))
+            os.replace(out, old)
+        os.replace(folder, out)
+        if old is not None:
+            shutil.rmtree(old)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _estimates(result: Comparison) -> Any:
+    """θ_j of every method in long form: task, coef, method, estimate, sd."""
+    import pandas as pd
+
+    pieces = []
+    for label, fit in result.fits.items():
+        table = fit.theta.to_dataframe("estimate").reset_index()
+        table["sd"] = fit.adapted.sd.values.ravel()
+        table.insert(2, "method", label)
+        pieces.append(table)
+    return pd.concat(pieces, ignore_index=True)
+
+
+# ---------------------------------------------------------------------- speaking
+
+
+class _Colleague:
+    """Says on stderr what is being done, and collects the fits' warnings until it is done."""
+
+    def __enter__(self) -> _Colleague:
+        self.catcher = warnings.catch_warnings(record=True)
+        self.caught = self.catcher.__enter__()
+        warnings.simplefilter("always", FitWarning)
+        return self
+
+    def timed(self, label: str, work: Callable[[], Any]) -> Any:
+        if sys.stderr.isatty():
+            print(f"{label} …", file=sys.stderr, end="\r", flush=True)
+        started = time.perf_counter()
+        said = len(self.caught)
+        result = work()
+        _say(f"{label}: {time.perf_counter() - started:.1f} s")
+        for warning in self.caught[said:]:
+            if issubclass(warning.category, FitWarning):
+                _say(f"  warning: {warning.message}")
+        return result
+
+    def __exit__(self, *details: Any) -> None:
+        self.catcher.__exit__(*details)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,255 @@
+"""What each method says of the same tasks, and how well it predicts rows that none has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hierbayes import plots
+from hierbayes.checks import held_out_scores, leave_one_task_out, theta_differences
+from hierbayes.checks.scores import mean_over_tasks
+from hierbayes.compare.report import write_report
+from hierbayes.errors import InputError
+from hierbayes.fit import Fit, Prediction
+from hierbayes.tasks import Tasks
+
+COLUMNS = (
+    "log_density", "log_density_se", "difference", "difference_se", "rmse", "rmse_se",
+    "coverage_50", "coverage_80", "coverage_95", "width_50", "width_80", "width_95",
+    "theta_difference", "theta_sd_ratio", "rows", "left_out", "seconds",
+)  # fmt: skip
+
+DASH = "—"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several fits of the same tasks, side by side.
+
+    Attributes
+    ----------
+    fits : dict
+        The fits by label.
+    table : DataFrame
+        A row a method. ``log_density``: mean log predictive density of the held-out rows, with a
+        standard error over tasks; ``difference``: the same minus the reference's, on the rows that
+        both predict; ``rmse``; ``coverage_50`` … and ``width_50`` … of central predictive
+        intervals; ``theta_difference`` and ``theta_sd_ratio`` of θ_j against the reference's
+        posterior (in its standard deviations, and their ratio); ``rows`` scored and ``left_out``;
+        ``seconds`` to fit.
+    reference : str
+        Label of the fit that the others are held against.
+    scored_on : str
+        What the scores are scores of.
+    notes : tuple of str
+        What to know when reading the table.
+    """
+
+    fits: dict[str, Fit]
+    table: Any
+    reference: str | None
+    scored_on: str
+    notes: tuple[str, ...] = ()
+    predictions: dict[str, Prediction] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        """The table as text, and the notes."""
+        lines = [formatted(self.table).to_string(), "", f"Scored on {self.scored_on}."]
+        if self.reference is not None:
+            lines.append(f"Differences are against {self.reference}.")
+        return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        return formatted(self.table).to_html()
+
+    def plot(self, *, coef: str | None = None) -> Any:
+        """Shrinkage, learned prior and held-out score in one figure; returns its axes (3,)."""
+        import matplotlib.pyplot as plt
+
+        width = 5 + 1.5 * len(self.fits)
+        figure, axes = plt.subplots(
+            1, 3, figsize=(width + 6, 4.2), layout="constrained",
+            width_ratios=[1.1 * len(self.fits) / 2 + 1, 2.5, 2],
+        )  # fmt: skip
+        plots.shrinkage(self.fits, coef=coef, ax=axes[0])
+        plots.learned_prior(self.fits, coef=coef, ax=axes[1])
+        plots.scores(self.table, ax=axes[2])
+        figure.align_titles()
+        return axes
+
+    def report(self, path: Any) -> None:
+        """Write one self-contained HTML file: table, pictures, every task, warnings, settings."""
+        write_report(self, path)
+
+
+def compare(
+    fits: Mapping[str, Fit | str], test: Any = None, *, reference: str | None = None
+) -> Comparison:
+    """Hold several fits of the same tasks against each other.
+
+    Parameters
+    ----------
+    fits : mapping from label to Fit
+        A string in the place of a fit says why a method has none; its row shows dashes.
+    test : Tasks or DataFrame, optional
+        Held-out rows of known tasks. Without them every task is predicted from the others
+        (leave one task out).
+    reference : str, optional
+        Label of the fit that θ_j and scores are held against; by default full Bayes, else the
+        first fit with a posterior.
+
+    Returns
+    -------
+    Comparison
+        With ``table``, ``plot()`` and ``report(path)``.
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> df = hb.datasets.radon()
+    >>> model, tasks = hb.from_formula("log_radon ~ 1 + floor + (1 | county)", df)
+    >>> train, test = tasks.hold_out(0.2, seed=0)
+    >>> comparison = hb.compare({
+    ...     "no pooling": hb.no_pooling(model, train),
+    ...     "empirical Bayes": hb.empirical_bayes(model, train),
+    ... }, test=test)
+    >>> comparison.table["coverage_95"].between(0.9, 1.0).all()
+    np.True_
+    """
+    import pandas as pd
+
+    usable = {label: fit for label, fit in fits.items() if isinstance(fit, Fit)}
+    for label, fit in fits.items():
+        if not isinstance(fit, (Fit, str)):
+            raise InputError(f"compare takes fits; {label!r} is {type(fit).__name__}")
+    if not usable:
+        raise InputError("there is no fit to compare")
+    _check_same_tasks(usable)
+    chosen = _reference(usable, reference)
+    rows: dict[str, dict[str, float]] = {}
+    notes = [f"{label}: {why}" for label, why in fits.items() if isinstance(why, str)]
+    predictions: dict[str, Prediction] = {}
+    if test is not None:
+        predictions = {label: fit.predict(test, target="known") for label, fit in usable.items()}
+        rows = {label: held_out_scores(p) for label, p in predictions.items()}
+        pointwise = {label: p.log_density() for label, p in predictions.items()}
+        held = next(iter(predictions.values())).tasks
+        num_tasks = int((held.sizes > 0).sum())
+        scored_on = f"{held.num_rows} held-out rows of {num_tasks} known tasks"
+    else:
+        rows, pointwise, more = _by_task(usable)
+        notes += more
+        held = next(iter(usable.values())).tasks
+        scored_on = "every task, predicted from the others (log density a row of its tasks)"
+    for label, fit in usable.items():
+        rows[label]["seconds"] = float(fit.info.get("seconds", np.nan))
+        if chosen is not None:
+            rows[label] |= theta_differences(fit, usable[chosen])
+            rows[label] |= _paired(pointwise, label, chosen, held, by_task=test is None)
+        if rows[label].get("left_out"):
+            notes.append(
+                f"{label} leaves {rows[label]['left_out']:.0f} row(s) out of its score, which need "
+                "a coefficient that it does not know; compare it by `difference`"
+            )
+    table = pd.DataFrame.from_dict(
+        {label: rows.get(label, {}) for label in fits}, orient="index", columns=list(COLUMNS)
+    )
+    return Comparison(usable, table, chosen, scored_on, tuple(notes), predictions)
+
+
+def formatted(table: Any) -> Any:
+    """The table as text: three decimals, dashes where there is nothing."""
+    import pandas as pd
+
+    whole = {"rows", "left_out"}
+
+    def cell(column: str, value: float) -> str:
+        if not np.isfinite(value):
+            return DASH
+        return f"{value:.0f}" if column in whole else f"{value:.3f}"
+
+    shown = [c for c in table.columns if table[c].notna().any()]
+    text = {c: [cell(c, v) for v in table[c].astype(float)] for c in shown}
+    return pd.DataFrame(text, index=table.index)
+
+
+def _check_same_tasks(fits: dict[str, Fit]) -> None:
+    first_label, first = next(iter(fits.items()))
+    for label, fit in fits.items():
+        same = (
+            fit.tasks.coef == first.tasks.coef
+            and fit.tasks.num_rows == first.tasks.num_rows
+            and fit.tasks.names.tolist() == first.tasks.names.tolist()
+        )
+        if not same:
+            raise InputError(
+                f"{label!r} and {first_label!r} were fitted to different tasks: {fit.tasks} and "
+                f"{first.tasks}; compare fits of the same training data"
+            )
+
+
+def _reference(fits: dict[str, Fit], asked: str | None) -> str | None:
+    if asked is not None:
+        if asked not in fits:
+            raise InputError(f"reference {asked!r} is not among the fits: {', '.join(fits)}")
+        return asked
+    full = [label for label, fit in fits.items() if fit.method == "full Bayes"]
+    posterior = [label for label, fit in fits.items() if fit.theta_draws is not None]
+    return next(iter(full + posterior), None)
+
+
+def _by_task(
+    fits: dict[str, Fit],
+) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray], list[str]]:
+    """Leave-one-task-out scores: log density a row, and what to say of them."""
+    rows: dict[str, dict[str, float]] = {}
+    pointwise, notes = {}, []
+    for label, fit in fits.items():
+        num_rows = fit.tasks.num_rows
+        try:
+            result = leave_one_task_out(fit)
+        except InputError as error:
+            rows[label], pointwise[label] = {}, np.full(fit.tasks.num_tasks, np.nan)
+            notes.append(f"{label}: {error}")
+            continue
+        values = result["log_density"]
+        pointwise[label] = values
+        mean, se = _per_row(values, fit.tasks.sizes)
+        rows[label] = {"log_density": mean, "log_density_se": se, "rows": num_rows, "left_out": 0}
+        bad = int((result.get("pareto_k", np.zeros(1)) > 0.7).sum())
+        if bad:
+            notes.append(
+                f"{label}: {bad} task(s) have a Pareto k above 0.7; their scores are rough, refit "
+                "without them"
+            )
+    return rows, pointwise, notes
+
+
+def _per_row(by_task: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """Mean a row of joint log densities by task, and its standard error over tasks."""
+    held = sizes > 0
+    values, sizes = by_task[held], sizes[held]
+    mean = values.sum() / sizes.sum()
+    residual = values - mean * sizes
+    count = len(values)
+    return float(mean), float(np.sqrt(count / (count - 1) * (residual**2).sum()) / sizes.sum())
+
+
+def _paired(
+    pointwise: dict[str, np.ndarray], label: str, reference: str, held: Tasks, *, by_task: bool
+) -> dict[str, float]:
+    """The score minus the reference's, on what both predict, with its own standard error."""
+    if label == reference:
+        return {}
+    gap = pointwise[label] - pointwise[reference]
+    both = np.isfinite(gap)
+    if not both.any():
+        return {}
+    if by_task:
+        mean, se = _per_row(np.where(both, gap, 0.0), np.where(both, held.sizes, 0))
+    else:
+        mean, se = mean_over_tasks(gap[both], held.task_of_row[both])
+    return {"difference": mean, "difference_se": se}

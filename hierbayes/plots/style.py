@@ -1,0 +1,72 @@
+"""One colour and one marker a method, in every picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hierbayes.errors import InputError, suggestion
+from hierbayes.fit import Fit
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart
+_COLOURS = {
+    "no pooling": "#777777",
+    "MAML": "#D55E00",
+    "empirical Bayes": "#009E73",
+    "full Bayes": "#0072B2",
+    "complete pooling": "#000000",
+}
+_MORE = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+_MARKERS = {
+    "no pooling": "x",
+    "MAML": "D",
+    "empirical Bayes": "s",
+    "full Bayes": "o",
+    "complete pooling": "|",
+}
+ORDER = tuple(_COLOURS)
+"""From each task alone to one for all."""
+
+
+def looks(fits: Mapping[str, Fit]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each fit: by its method, further ones of a method in other colours."""
+    used: set[str] = set()
+    styles = {}
+    spare = iter(_MORE * (1 + len(fits)))
+    for label, fit in fits.items():
+        colour = _COLOURS.get(fit.method)
+        if colour is None or colour in used:
+            colour = next(spare)
+        used.add(colour)
+        styles[label] = {"color": colour, "marker": _MARKERS.get(fit.method, "^")}
+    return styles
+
+
+def as_fits(fits: Fit | Mapping[str, Fit] | Sequence[Fit]) -> dict[str, Fit]:
+    """Fits by label: a mapping as it is, a sequence by the methods' names."""
+    if isinstance(fits, Fit):
+        return {fits.method: fits}
+    if isinstance(fits, Mapping):
+        named = dict(fits)
+    else:
+        named = {fit.method: fit for fit in fits}
+    if not named or not all(isinstance(fit, Fit) for fit in named.values()):
+        raise InputError("expected a fit, or a mapping from label to fit")
+    return named
+
+
+def pick_coef(fits: Mapping[str, Fit], coef: str | None) -> str:
+    """The coefficient asked for, or the first."""
+    known = next(iter(fits.values())).tasks.coef
+    if coef is not None and coef not in known:
+        raise InputError(f"no coefficient is named {coef!r}; {suggestion(coef, known)}")
+    return known[0] if coef is None else coef
+
+
+def axes_or_new(ax: Any, figsize: tuple[float, float]) -> Any:
+    """``ax``, or the axes of a new figure."""
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=figsize, layout="constrained")[1]
