@@ -99,6 +99,9 @@ def empirical_bayes(
         raise InputError(f'criterion must be "ml", "reml" or "map", found {criterion!r}')
     if evidence not in ("auto", "exact"):
         raise InputError(f'evidence must be "auto" or "exact", found {evidence!r}')
+    for name, value in {"num_draws": num_draws, "num_chains": num_chains}.items():
+        if not (isinstance(value, (int, np.integer)) and value >= 1):
+            raise InputError(f"{name} must be a positive integer, found {value!r}")
     model.check(tasks, learns_prior=True)
     resolved = model.resolve(tasks)
     if criterion == "map":

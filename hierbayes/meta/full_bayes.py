@@ -90,9 +90,12 @@ def full_bayes(
     tasks = model.tasks(tasks)
     if method not in ("auto", "collapsed", "nuts"):
         raise InputError(f'method must be "auto", "collapsed" or "nuts", found {method!r}')
-    for name, value in {"num_draws": num_draws, "num_chains": num_chains}.items():
+    counts = {"num_draws": num_draws, "num_chains": num_chains, "num_warmup": num_warmup}
+    for name, value in counts.items():
         if not (isinstance(value, (int, np.integer)) and value >= 1):
             raise InputError(f"{name} must be a positive integer, found {value!r}")
+    if not 0 < target_accept < 1:
+        raise InputError(f"target_accept must lie between 0 and 1, found {target_accept!r}")
     model.check(tasks, learns_prior=True)
     resolved = model.resolve(tasks)
     exact = resolved.likelihood.gaussian_in_theta

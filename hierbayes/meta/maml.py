@@ -110,6 +110,11 @@ def maml(
     started = time.perf_counter()
     tasks = model.tasks(tasks)
     _check_settings(num_steps, num_splits, num_meta_steps)
+    if isinstance(step_size, str) and step_size != "auto":
+        raise InputError(f'step_size must be a number or "auto", found {step_size!r}')
+    if not (optimiser is None or isinstance(optimiser, optax.GradientTransformation)):
+        raise InputError(f"optimiser must be an Optax optimiser, for example optax.adam(0.01), "
+                         f"found {optimiser!r}")  # fmt: skip
     model.check(tasks, learns_prior=True)
     resolved = model.resolve(tasks)
     phi = {}

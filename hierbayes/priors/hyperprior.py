@@ -84,8 +84,6 @@ class HyperPrior:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == "extra":
-                continue
             number = f.name == "corr" and isinstance(value, (int, float))
             beliefs = list(value.values()) if isinstance(value, Mapping) else [value]
             if not number and not all(

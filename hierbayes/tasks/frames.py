@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import narwhals.stable.v1 as nw
 import numpy as np
+from narwhals.exceptions import DuplicateError
 
 from hierbayes.errors import FitWarning, InputError, listing, suggestion
 
@@ -28,6 +29,8 @@ class Frame:
             raise InputError(
                 f"expected a DataFrame (pandas, polars, …), found {type(data).__name__}"
             ) from error
+        except DuplicateError as error:
+            raise InputError(f"the DataFrame has columns of the same name: {error}") from error
         self.columns: list[str] = [str(c) for c in self.native.columns]
         if len(set(self.columns)) < len(self.columns):
             twice = sorted({c for c in self.columns if self.columns.count(c) > 1})
