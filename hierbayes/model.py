@@ -132,7 +132,7 @@ class HierarchicalModel:
         w = jnp.asarray(tasks.task_predictors)
         total = jax.vmap(lambda t, w_j: self.prior.log_prob(t, phi, w_j))(theta, w).sum()
         for name, belief in self.phi_distributions(tasks).items():
-            total = total + belief.log_prob(phi[name]).sum()
+            total = total + jnp.sum(belief.log_prob(phi[name]))
         rows = self.likelihood.log_likelihood_of_rows(theta, phi, tasks.flat(), tasks.task_of_row)
         return total + rows.sum()
 
@@ -164,13 +164,13 @@ class HierarchicalModel:
             w = jnp.asarray(tasks.task_predictors)
             with numpyro.plate("task", tasks.num_tasks, dim=-1):
                 if centred:
-                    theta = numpyro.sample("theta", self.prior.distribution(phi, w))
+                    theta = jnp.asarray(numpyro.sample("theta", self.prior.distribution(phi, w)))
                 else:
                     white = dist.Normal(jnp.zeros(len(tasks.coef)), 1.0).to_event(1)
                     z = numpyro.sample("z", white)
+                    theta = self.prior.location(phi, w) + z @ self.prior.scale_tril(phi).T
             if not centred:
-                shifted = z @ self.prior.scale_tril(phi).T  # type: ignore[attr-defined]
-                theta = numpyro.deterministic("theta", self.prior.location(phi, w) + shifted)
+                numpyro.deterministic("theta", theta)
             outcome = self.likelihood.distribution(theta[tasks.task_of_row], phi, rows)
             with numpyro.plate("row", tasks.num_rows, dim=-1):
                 numpyro.sample("y", outcome, obs=tasks.outcome)

@@ -57,7 +57,7 @@ def collapse(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> Collapse:
     d = stats.num_coef
     noise_variance = phi["sigma"] ** 2 if "sigma" in phi else 1.0
     location = prior.location(phi, stats.task_predictors.T).T
-    root = prior.scale_tril(phi)  # type: ignore[attr-defined]
+    root = prior.scale_tril(phi)
     residual = stats.y
     if "beta" in phi:
         residual = residual - jnp.einsum("mpj,p->mj", stats.z, phi["beta"])

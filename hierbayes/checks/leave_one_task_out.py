@@ -48,7 +48,7 @@ def leave_one_task_out(fit: Fit) -> dict[str, Any]:
         warnings.simplefilter("ignore", FitWarning)  # said once, of the fit to all tasks
         for j in with_rows:
             rest = fit.tasks.take(np.delete(np.arange(fit.tasks.num_tasks), j))
-            scores[j] = _joint_log_density(_refit(fit, rest), fit.tasks.take([j]))
+            scores[j] = _joint_log_density(_refit(fit, rest), fit.tasks.take([int(j)]))
     return {"log_density": scores}
 
 

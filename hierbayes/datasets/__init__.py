@@ -96,7 +96,9 @@ def sleepstudy() -> Any:
 def _read(name: str) -> Any:
     import pandas as pd
 
-    with resources.files(__package__).joinpath(f"{name}.csv").open(encoding="utf-8") as file:
+    with (
+        resources.files("hierbayes.datasets").joinpath(f"{name}.csv").open(encoding="utf-8") as file
+    ):
         return pd.read_csv(file)
 
 

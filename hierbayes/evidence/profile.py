@@ -73,7 +73,7 @@ def profile_problem(
     columns = np.concatenate([x[:, free], moved, np.asarray(stats.z)], axis=1)
     num_fixed = columns.shape[1]
     rows = np.moveaxis(columns, 1, -1).reshape(-1, num_fixed)
-    whitener = np.linalg.qr(rows, mode="r")
+    whitener = np.asarray(np.linalg.qr(rows, mode="r"))
     white = np.linalg.solve(whitener.T, rows.T).T if num_fixed else rows
     fixed = np.moveaxis(white.reshape(x.shape[0], x.shape[2], num_fixed), 1, -1)
     return ProfileProblem(

@@ -111,8 +111,8 @@ def log_likelihood(fit: Fit, draws: dict[str, np.ndarray], by: str = "row") -> A
         values[chain] = stats.norm.logpdf(tasks.outcome, mean, sd)
     coords = {"chain": np.arange(theta.shape[0]), "draw": np.arange(theta.shape[1])}
     if by == "task":
-        cut = np.zeros((*theta.shape[:2], tasks.num_tasks))
-        np.add.at(cut, (slice(None), slice(None), tasks.task_of_row), values)
+        upto = np.concatenate([np.zeros((*theta.shape[:2], 1)), values.cumsum(axis=-1)], axis=-1)
+        cut = np.diff(upto[..., tasks.starts], axis=-1)
         data = xr.DataArray(cut, dims=("chain", "draw", "task"))
         return xr.Dataset({"y": data}, coords={**coords, "task": tasks.names})
     rows = _by_row(values, tasks, ("chain", "draw"))

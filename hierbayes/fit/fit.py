@@ -127,9 +127,8 @@ class Fit:
             tree = self.datatree.posterior.to_dataset()
             if "corr" in tree:  # the diagonal is constant: no diagnostics are to be had of it
                 tree = tree.drop_vars("corr").assign(trees_pairs(tree["corr"]))
-            table = arviz_stats.summary(tree, var_names=var_names, round_to="none")
-            assert isinstance(table, pd.DataFrame)
-            return table
+            settings: Any = {"var_names": var_names, "round_to": "none"}
+            return arviz_stats.summary(tree, **settings)
         rows = {}
         estimates = trees.dataset({**self.phi, "theta": self.adapted.adapted.mean}, self.tasks)
         errors = {**self.standard_errors, "theta": self.adapted.sd.values}
@@ -174,7 +173,7 @@ class Fit:
             )
         with float64():
             phis = self._phis()
-            root = np.asarray(self.model.prior.scale_tril(phis))  # type: ignore[attr-defined]
+            root = np.asarray(self.model.prior.scale_tril(phis))
             location = self._location(phis, w)
             return [_mixture(location[:, j], root) for j in range(len(w))]
 
@@ -235,7 +234,7 @@ class Fit:
             means = np.einsum("sik,ik->si", location[:, rows.task_of_row], rows.predictors)
             variance: Any = 0.0
             if target == "new" and "tau" in phis:
-                covariance = to_numpy(self.model.prior.covariance(phis))  # type: ignore[attr-defined]
+                covariance = to_numpy(self.model.prior.covariance(phis))
                 variance = quadratic(rows.predictors[None], covariance[:, None])
         return finish(f"{target} task" if target == "new" else "population", self.model, rows,
                       phis, means, variance)  # fmt: skip

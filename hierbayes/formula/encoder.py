@@ -263,10 +263,9 @@ class _Spec:
         from formulaic import Formula
 
         with _formulaic_errors(shown, parts, known):
-            matrix = Formula(text).get_model_matrix(
-                table, context={}, na_action="ignore", output="numpy"
-            )
-        spec = matrix.model_spec
+            parsed: Any = Formula(text)  # type: ignore[abstract]
+            matrix = parsed.get_model_matrix(table, context={}, na_action="ignore", output="numpy")
+        spec: Any = matrix.model_spec
         # treatment-coded and full dummies of one level are the same column: name them alike
         names = tuple(name.replace("[T.", "[") for name in spec.column_names)
         return cls(spec, names)

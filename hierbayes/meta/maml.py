@@ -137,7 +137,8 @@ def maml(
 
         def objective(parameters: Any) -> jax.Array:
             learned = unpack(parameters)
-            return sum(evidence(resolved, learned, *split).sum() for split in splits) / total
+            rows = [evidence(resolved, learned, *split).sum() for split in splits]
+            return jnp.stack(rows).sum() / total
 
         best = maximise(objective, start, optimiser, num_meta_steps, progress, "MAML")
         phi = to_numpy(unpack(best.parameters))

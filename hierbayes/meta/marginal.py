@@ -7,6 +7,8 @@ whose diagonal may reach zero: Λ is where τ = 0 is an ordinary point (see
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,7 +132,7 @@ def named_fixed(shape: Shape, values: np.ndarray) -> dict[str, np.ndarray]:
     """The fixed effects b = (μ_free, Γ, β) by name; pinned means are zero."""
     d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
     free = np.array(shape.free_mean)
-    mu = np.zeros(d)
+    mu: Any = np.zeros(d)
     mu[free] = values[: free.sum()]
     named = {"mu": mu}
     if q:
@@ -204,7 +206,8 @@ class _Spread:
         free_corr: Blocks,
         sigma: np.ndarray | None,
     ):
-        self.problem, self.tau, self.sigma = problem, tau, sigma
+        self.problem, self.tau = problem, tau
+        self.sigma = None if sigma is None else float(sigma)
         self.inside = np.flatnonzero(inside)
         self.corr_root = _cholesky(corr)
         pairs = [(b[i], b[k]) for b in free_corr for i in range(len(b)) for k in range(i)]
@@ -212,7 +215,7 @@ class _Spread:
         self.columns = np.array([k for _, k in pairs], int)
 
     def units(self) -> np.ndarray:
-        sigma = [] if self.sigma is None else [float(self.sigma)]
+        sigma = [] if self.sigma is None else [self.sigma]
         return np.concatenate([self.tau[self.inside], sigma, np.ones(len(self.rows))])
 
     def vector(self) -> np.ndarray:
@@ -224,8 +227,7 @@ class _Spread:
         """Minus the evidence and its slope, by the chain rule through Λ = diag(τ) C / σ."""
         k, tau = len(self.inside), self.tau.copy()
         tau[self.inside] *= v[:k]
-        known_noise = self.sigma is None
-        sigma, at = (1.0, k) if known_noise else (float(self.sigma) * v[k], k + 1)
+        sigma, at = (1.0, k) if self.sigma is None else (self.sigma * v[k], k + 1)
         below = self.corr_root.copy()
         free = np.unique(self.rows)
         below[free] = below[free] / np.diag(self.corr_root)[free][:, None]
@@ -236,9 +238,9 @@ class _Spread:
         value, (by_root, by_sigma) = profile_and_slopes(self.problem, root, np.float64(sigma))
         by_root = np.asarray(by_root)
         by_tau = (by_root * corr_root).sum(1)[self.inside] / sigma * self.tau[self.inside]
-        by_noise = [] if known_noise else [
-            (float(by_sigma) - (by_root * root).sum() / sigma) * float(self.sigma)
-        ]  # fmt: skip
+        by_noise = []
+        if self.sigma is not None:
+            by_noise = [(float(by_sigma) - (by_root * root).sum() / sigma) * self.sigma]
         by_corr = by_root * tau[:, None] / sigma
         along = (by_corr * corr_root).sum(1)[:, None] * corr_root
         by_below = ((by_corr - along) / length[:, None])[self.rows, self.columns]
@@ -249,5 +251,5 @@ def _cholesky(corr: np.ndarray) -> np.ndarray:
     """A lower root of a correlation matrix that may be singular."""
     values, vectors = np.linalg.eigh(corr)
     root = (vectors * np.sqrt(np.maximum(values, 0))).T
-    triangle = np.linalg.qr(root, mode="r").T
+    triangle = np.asarray(np.linalg.qr(root, mode="r")).T
     return triangle * np.where(np.diag(triangle) < 0, -1.0, 1.0)

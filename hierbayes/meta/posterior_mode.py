@@ -44,9 +44,9 @@ def maximise_posterior(model: HierarchicalModel, tasks: Tasks) -> Optimum:
         beliefs = resolved.phi_distributions(tasks)
         layout = _Layout(shape, scales)
 
-        def log_density(phi: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        def log_density(phi: dict[str, Any]) -> tuple[Any, Any]:
             evidence = log_evidence(stats, resolved.prior, phi).sum()
-            belief = sum(b.log_prob(phi[name]).sum() for name, b in beliefs.items())
+            belief = sum(jnp.sum(b.log_prob(phi[name])) for name, b in beliefs.items())
             jacobian = jnp.log(phi["sigma"]) if "sigma" in phi else 0.0
             return evidence, belief + jacobian
 

@@ -75,6 +75,10 @@ class Assembled(_Constant, dist.Distribution):
         return total
 
 
+def _support(part: dist.Distribution) -> Any:
+    return part.support
+
+
 class _AssembledConstraint(_Constant, constraints.Constraint):
     def __init__(self, whole: Assembled):
         self.whole = whole
@@ -84,11 +88,11 @@ class _AssembledConstraint(_Constant, constraints.Constraint):
         return self.whole.event_dim
 
     def __call__(self, x: Any) -> Any:
-        checks = [p.support(x[(..., *index)]) for p, index in self.whole.parts]
+        checks = [_support(p)(x[(..., *index)]) for p, index in self.whole.parts]
         return jnp.all(jnp.stack([jnp.all(c) for c in checks])) if checks else jnp.asarray(True)
 
     def feasible_like(self, prototype: Any) -> Any:
-        parts = [p.support.feasible_like(prototype[(..., *i)]) for p, i in self.whole.parts]
+        parts = [_support(p).feasible_like(prototype[(..., *i)]) for p, i in self.whole.parts]
         return self.whole.place(parts, jnp.shape(prototype)[: -self.event_dim])
 
     def __eq__(self, other: object) -> bool:

@@ -6,6 +6,7 @@ import abc
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpyro.distributions as dist
 
 Phi = dict[str, Any]
@@ -23,6 +24,15 @@ class Prior(abc.ABC):
     def distribution(self, phi: Phi, w: Any) -> dist.Distribution:
         """The distribution of θ_j; ``w`` may have leading axes."""
 
+    @abc.abstractmethod
+    def scale_tril(self, phi: Phi) -> Any:
+        """L (d, d), lower triangular: θ = location + L z with z of unit scale."""
+
+    def covariance(self, phi: Phi) -> Any:
+        """Σ = L Lᵀ (d, d)."""
+        factor = self.scale_tril(phi)
+        return factor @ jnp.swapaxes(factor, -1, -2)
+
     def log_prob(self, theta: Any, phi: Phi, w: Any) -> jax.Array:
         """log p(θ_j | φ)."""
-        return self.distribution(phi, w).log_prob(theta)
+        return jnp.asarray(self.distribution(phi, w).log_prob(theta))

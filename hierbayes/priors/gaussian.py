@@ -88,11 +88,6 @@ class Gaussian(Prior):
         )
         return phi["tau"][..., :, None] * factor
 
-    def covariance(self, phi: Phi) -> Any:
-        """Σ (d, d)."""
-        factor = self.scale_tril(phi)
-        return factor @ jnp.swapaxes(factor, -1, -2)
-
     def distribution(self, phi: Phi, w: Any) -> dist.Distribution:
         """Multivariate normal N(μ + Γ w, Σ); τ must be positive."""
         return dist.MultivariateNormal(self.location(phi, w), scale_tril=self.scale_tril(phi))

@@ -93,7 +93,7 @@ class HyperPrior:
                     f"HyperPrior({f.name}=…) takes a NumPyro distribution, a mapping from "
                     f"coefficient to distribution, or None; found {type(value).__name__}"
                 )
-            if number and not value > 0:
+            if isinstance(value, (int, float)) and number and not value > 0:
                 raise InputError(f"the LKJ concentration must be positive, found {value}")
 
     def resolve(self, shape: Shape, tasks: Tasks) -> HyperPrior:
