@@ -115,7 +115,7 @@ def radon_hierarchical_intercept() -> Case:
 DRAWS = {
     (eight_schools, "collapsed"): 12_000,
     (eight_schools, "nuts"): 12_000,
-    (eight_schools_flat, "collapsed"): 12_000,
+    (eight_schools_flat, "collapsed"): 40_000,
     (rats, "collapsed"): 5_000,
     (rats, "nuts"): 12_000,
     (radon_partially_pooled, "collapsed"): 5_000,

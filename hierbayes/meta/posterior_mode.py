@@ -16,13 +16,16 @@ import numpyro.distributions as dist
 from numpyro.distributions.transforms import CorrCholeskyTransform
 
 from hierbayes.evidence.exact import log_evidence
-from hierbayes.meta.marginal import maximise_likelihood
+from hierbayes.meta.marginal import SINGULAR, maximise_likelihood
 from hierbayes.meta.optimum import Optimum, curvature, minimise
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.priors.hyperprior import Scales, Shape
 from hierbayes.statistics import statistics
 from hierbayes.tasks import Tasks
+
+TINY = 1e-300
+"""Stands for τ = 0 in densities: NumPyro's half-normal gives 0 none, though it may be the mode."""
 
 TINY_RATE = 1e-8
 """Rate of the default Gamma(2, rate → 0) prior on τ, in units of the data's own scale."""
@@ -46,7 +49,8 @@ def maximise_posterior(model: HierarchicalModel, tasks: Tasks) -> Optimum:
 
         def log_density(phi: dict[str, Any]) -> tuple[Any, Any]:
             evidence = log_evidence(stats, resolved.prior, phi).sum()
-            belief = sum(jnp.sum(b.log_prob(phi[name])) for name, b in beliefs.items())
+            beside = phi | {"tau": jnp.where(phi["tau"] > 0, phi["tau"], TINY)}
+            belief = sum(jnp.sum(b.log_prob(beside[name])) for name, b in beliefs.items())
             jacobian = jnp.log(phi["sigma"]) if "sigma" in phi else 0.0
             return evidence, belief + jacobian
 
@@ -60,6 +64,9 @@ def maximise_posterior(model: HierarchicalModel, tasks: Tasks) -> Optimum:
 
         starts = [layout.vector(start.phi, floor) for floor in (0.5, 0.1)]
         best = minimise(value_and_slope, starts, layout.lower)
+        snapped = np.where((layout.lower == 0) & (best.x < SINGULAR), 0.0, best.x)
+        if value_and_slope(snapped)[0] <= best.value + 1e-12 * abs(best.value):
+            best = replace(best, x=snapped)
         inside = best.x > layout.lower
         hessian = curvature(value_and_slope, best.x, inside)
         phi = to_numpy(jax.jit(layout.phi)(jnp.asarray(best.x)))
