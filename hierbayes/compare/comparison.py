@@ -156,7 +156,7 @@ def compare(
             )
     table = pd.DataFrame.from_dict(
         {label: rows.get(label, {}) for label in fits}, orient="index", columns=list(COLUMNS)
-    )
+    ).astype(float)
     return Comparison(usable, table, chosen, scored_on, tuple(notes), predictions)
 
 

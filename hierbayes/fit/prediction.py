@@ -27,8 +27,10 @@ class Prediction:
         "known task", "new task" or "population".
     tasks : Tasks
         The rows predicted.
-    means, sds : array (S, N)
-        The components, equally weighted.
+    means : array (S, N)
+        Means of the components, equally weighted.
+    sds : array (S, N)
+        Their standard deviations.
     unidentified : array (N,) of bool
         Rows that need a coefficient which the fit does not know; they are left out of scores.
     """

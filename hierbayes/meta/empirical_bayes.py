@@ -17,7 +17,7 @@ from hierbayes.adaptation import Conjugate
 from hierbayes.errors import InputError, announce, listing
 from hierbayes.fit import Fit
 from hierbayes.meta.marginal import maximise_likelihood
-from hierbayes.meta.posterior_mode import maximise_posterior
+from hierbayes.meta.posterior_mode import maximise_posterior, resolve_for_mode
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key
 from hierbayes.tasks import Tasks
@@ -103,10 +103,11 @@ def empirical_bayes(
         if not (isinstance(value, (int, np.integer)) and value >= 1):
             raise InputError(f"{name} must be a positive integer, found {value!r}")
     model.check(tasks, learns_prior=True)
-    resolved = model.resolve(tasks)
     if criterion == "map":
-        optimum = maximise_posterior(model, tasks)
+        resolved = resolve_for_mode(model, tasks)
+        optimum = maximise_posterior(resolved, tasks)
     else:
+        resolved = model.resolve(tasks)
         optimum = maximise_likelihood(resolved, tasks, reml=criterion == "reml")
     adaptation = Conjugate()
     training = adaptation(resolved, tasks, optimum.phi)

@@ -31,16 +31,18 @@ TINY_RATE = 1e-8
 """Rate of the default Gamma(2, rate → 0) prior on τ, in units of the data's own scale."""
 
 
-def maximise_posterior(model: HierarchicalModel, tasks: Tasks) -> Optimum:
+def resolve_for_mode(model: HierarchicalModel, tasks: Tasks) -> HierarchicalModel:
+    """The model resolved, with Gamma(2, rate → 0) on τ where the user says nothing of it."""
+    if model.hyperprior.tau is not None:
+        return model.resolve(tasks)
+    scales = Scales.of(tasks).coef
+    avoiding = {c: dist.Gamma(2.0, TINY_RATE / s) for c, s in zip(tasks.coef, scales, strict=True)}
+    return replace(model, hyperprior=replace(model.hyperprior, tau=avoiding)).resolve(tasks)
+
+
+def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
     """φ̂ at the mode of p(φ | D), with standard errors from the Hessian."""
-    shape, scales = model.shape(tasks), Scales.of(tasks)
-    hyperprior = model.hyperprior
-    if hyperprior.tau is None:
-        boundary_avoiding = {
-            c: dist.Gamma(2.0, TINY_RATE / s) for c, s in zip(tasks.coef, scales.coef, strict=True)
-        }
-        hyperprior = replace(hyperprior, tau=boundary_avoiding)
-    resolved = replace(model, hyperprior=hyperprior).resolve(tasks)
+    shape, scales = resolved.shape(tasks), Scales.of(tasks)
     start = maximise_likelihood(resolved, tasks, reml=False)
     with float64():
         stats = jax.tree.map(jnp.asarray, statistics(tasks))

@@ -110,7 +110,11 @@ class HyperPrior:
                 c: dist.Normal(0.0, 2.5 * s)
                 for c, s in zip(shape.shared, scales.shared, strict=True)
             },
-            "gamma": {c: dist.Normal(0.0, 2.5 * s / scales.task_predictors) for c, s in by_coef},
+            "gamma": {
+                c: dist.Normal(0.0, 2.5 * s / scales.task_predictors)
+                for c, s in by_coef
+                if shape.task_predictors
+            },
         }  # fmt: skip
         resolved: dict[str, Any] = {
             name: _filled(name, getattr(self, name), default) for name, default in defaults.items()

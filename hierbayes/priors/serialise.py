@@ -63,7 +63,7 @@ def _plain(belief: Any) -> Any:
     elif getattr(dist, kind, None) is type(belief):
         parameters = {name: _numbers(getattr(belief, name)) for name in belief.arg_constraints}
         try:
-            getattr(dist, kind)(**parameters)
+            getattr(dist, kind)(**{k: np.asarray(v) for k, v in parameters.items()})
         except TypeError:
             pass
         else:

@@ -1,0 +1,138 @@
+"""The command line: tables on stdout, talk on stderr, files whole or not at all, exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+import hierbayes as hb
+from hierbayes.cli import METHODS, main
+
+FAST = ["--methods", "no_pooling,complete_pooling,empirical_bayes"]
+CSV = "y ~ 1 + x + (1 | g)"
+
+
+@pytest.fixture
+def houses(tmp_path):
+    df = hb.datasets.sleepstudy().rename(columns={"subject": "g", "days": "x", "reaction": "y"})
+    path = tmp_path / "houses.csv"
+    df.to_csv(path, index=False)
+    return path
+
+
+def test_compare_a_csv_file(houses, tmp_path, capsys):
+    out = tmp_path / "results"
+    assert main(["compare", str(houses), "--formula", CSV, *FAST, "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "empirical Bayes" in said.out
+    assert "log_density" in said.out
+    assert "empirical Bayes:" in said.err  # what was done, and how long it took
+    names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    assert {"table.csv", "table.txt", "tasks.csv", "report.html", "comparison.png",
+            "shrinkage_Intercept.png", "forest_Intercept.png", "learned_prior_Intercept.png",
+            "fits/empirical_Bayes.nc"} <= names  # fmt: skip
+    table = pd.read_csv(out / "table.csv", index_col="method")
+    assert list(table.index) == ["no pooling", "complete pooling", "empirical Bayes"]
+    fit = hb.load(out / "fits" / "empirical_Bayes.nc")
+    assert fit.tasks.num_tasks == 18
+    tasks = pd.read_csv(out / "tasks.csv")
+    assert len(tasks) == 3 * 18
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["houses.csv", "results"]  # no left-overs
+
+
+def test_eight_schools_without_rows_to_spare(capsys):
+    methods = ["--methods", "no_pooling,maml,empirical_bayes"]
+    assert main(["compare", "eight_schools", *methods]) == 0
+    said = capsys.readouterr()
+    assert "—" in said.out
+    assert "no task has two rows" in said.out
+    assert "exactly 0" in said.err  # tau-hat = 0 under ML is not passed over in silence
+
+
+def test_fit_and_datasets(houses, tmp_path, capsys):
+    out = tmp_path / "fit.nc"
+    arguments = ["fit", str(houses), "--formula", CSV, "--method", "empirical_bayes"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert "tau[Intercept]" in capsys.readouterr().out
+    assert hb.load(out).method == "empirical Bayes"
+    assert main(["datasets"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ("radon", "eight_schools", "rats", "sleepstudy"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare", "raddon"], ["raddon", "radon"]),
+        (["compare", "HOUSES"], ["--formula"]),
+        (["compare", "HOUSES", "--formula", "y ~ 1 + (1 | gg)"], ["gg"]),
+        (["compare", "HOUSES", "--formula", "y ~ (1 | g"], ["closed"]),
+        (["compare", "radon", "--methods", "mammal"], ["mammal", "maml"]),
+        (["compare", "radon", "--methods", ","], ["--methods"]),
+        (["compare", "radon", "--test", "1.5"], ["--test"]),
+        (["compare", "radon", "--draws", "0"], ["--draws"]),
+        (["compare", "EMPTY", "--formula", CSV], ["empty"]),
+        (["compare", "HEADER", "--formula", CSV], ["no rows"]),
+        (["compare", "radon", "--out", "HOUSES"], ["--out", "is a file"]),
+        (["compare", "radon", "--out", "FULL"], ["--out", "not empty"]),
+        (["compare", "radon", "--out", "/proc/nowhere/here"], ["--out"]),
+        (["fit", "radon", "--out", "/proc/nowhere.nc"], ["--out"]),
+    ],
+)
+def test_bad_input_is_code_two_before_any_computation(
+    arguments, words, houses, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "header.csv").write_text("y,x,g\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep me")
+    places = {"HOUSES": houses, "EMPTY": tmp_path / "empty.csv", "HEADER": tmp_path / "header.csv",
+              "FULL": tmp_path / "full"}  # fmt: skip
+
+    def computes(*details):
+        raise AssertionError("computation began")
+
+    for name, (label, _) in list(METHODS.items()):
+        monkeypatch.setitem(METHODS, name, (label, computes))
+    assert main([str(places.get(a, a)) for a in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    for word in words:
+        assert word in said.err
+    assert (tmp_path / "full" / "mine.txt").read_text() == "keep me"
+
+
+def test_a_failure_half_way_leaves_nothing(houses, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results"
+
+    def fails(*details):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(hb.Comparison, "report", fails)
+    assert main(["compare", str(houses), "--formula", CSV, *FAST, "--out", str(out)]) == 1
+    assert "disk full" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["houses.csv"]
+
+
+def test_overwrite_replaces_the_whole_folder(houses, tmp_path):
+    out = tmp_path / "results"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    arguments = ["compare", str(houses), "--formula", CSV, "--methods", "complete_pooling"]
+    assert main([*arguments, "--out", str(out), "--overwrite"]) == 0
+    assert not (out / "old.txt").exists()
+    assert (out / "report.html").exists()
+
+
+def test_module_and_help_run_as_a_user_types_them():
+    run = subprocess.run(
+        [sys.executable, "-m", "hierbayes", "--help"], capture_output=True, text=True,
+        env={**os.environ, "MPLBACKEND": "Agg"}, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0
+    assert "exit codes" in run.stdout
+    assert "compare" in run.stdout
