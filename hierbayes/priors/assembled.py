@@ -16,7 +16,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform, biject_to
 
-Part = tuple[dist.Distribution, tuple[np.ndarray, ...]]
+Part = tuple[dist.Distribution, tuple[Any, ...]]
 
 
 class _Constant:
@@ -36,7 +36,7 @@ class Assembled(_Constant, dist.Distribution):
     Parameters
     ----------
     parts : sequence of (distribution, index)
-        Each part's value is written to ``array[index]``.
+        Each part's value is written to ``array[index]``; the index names every axis.
     background : array
         The entries that no part covers, and the shape.
     """

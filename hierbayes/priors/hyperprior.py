@@ -141,7 +141,8 @@ class HyperPrior:
             rows = [_vector("gamma", _row(self.gamma, c), shape.task_predictors, list(range(q)))
                     for c in shape.coef]  # fmt: skip
             sites["gamma"] = Assembled(
-                [(row, (np.array(i),)) for i, row in enumerate(rows)], np.zeros((d, q))
+                [(row, (np.array(i), slice(None))) for i, row in enumerate(rows)],
+                np.zeros((d, q)),
             )
         for name in shape.parameters:
             belief = self.sigma if name == "sigma" else self.extra.get(name)
