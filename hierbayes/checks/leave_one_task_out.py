@@ -8,6 +8,7 @@ elsewhere by refitting without the task.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -42,11 +43,17 @@ def leave_one_task_out(fit: Fit) -> dict[str, Any]:
         raise InputError("no pooling learns nothing about tasks that it has not seen")
     if fit.phi_draws is not None:
         return _importance(fit)
+    from tqdm.auto import tqdm
+
     with_rows = np.flatnonzero(fit.tasks.sizes > 0)
     scores = np.full(fit.tasks.num_tasks, np.nan)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)  # said once, of the fit to all tasks
-        for j in with_rows:
+        bar = tqdm(
+            with_rows, desc=f"{fit.method} without each task", leave=False, delay=2.0,
+            disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+        for j in bar:
             rest = fit.tasks.take(np.delete(np.arange(fit.tasks.num_tasks), j))
             scores[j] = _joint_log_density(_refit(fit, rest), fit.tasks.take([int(j)]))
     return {"log_density": scores}

@@ -1,0 +1,84 @@
+"""``python -m benchmarks``: how long each method takes, cold (compiling) and warm.
+
+Ratios hold within one run on one machine; do not compare seconds between machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import hierbayes as hb
+
+
+def seconds(work: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """(first call, median of the further ones)."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return times[0], statistics.median(times[1:])
+
+
+def radon() -> dict[str, Callable[[], hb.Fit]]:
+    """Every method on radon: 919 rows, 85 counties, correlated slopes."""
+    model, tasks = hb.from_formula(
+        "log_radon ~ 1 + floor + (1 + floor | county)", hb.datasets.radon()
+    )
+    return {
+        "no_pooling": lambda: hb.no_pooling(model, tasks),
+        "complete_pooling": lambda: hb.complete_pooling(model, tasks),
+        "maml": lambda: hb.maml(model, tasks),
+        "empirical_bayes": lambda: hb.empirical_bayes(model, tasks),
+        "full_bayes collapsed": lambda: hb.full_bayes(model, tasks, "collapsed", progress=False),
+        "full_bayes nuts": lambda: hb.full_bayes(model, tasks, "nuts", progress=False),
+    }
+
+
+def many(num_tasks: int) -> dict[str, Callable[[], hb.Fit]]:
+    """Empirical Bayes on many tasks of ten rows, correlated slopes."""
+    rng = np.random.default_rng(0)
+    x = np.stack([np.ones((num_tasks, 10)), rng.normal(size=(num_tasks, 10))], axis=-1)
+    theta = np.array([1.0, -0.5]) + rng.normal(size=(num_tasks, 2)) @ np.array(
+        [[0.8, 0.2], [0, 0.4]]
+    )
+    y = np.einsum("jik,jk->ji", x, theta) + rng.normal(size=(num_tasks, 10))
+    tasks = hb.Tasks.from_arrays(list(zip(x, y, strict=True)))
+    model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
+    return {f"empirical_bayes, {num_tasks:,} tasks": lambda: hb.empirical_bayes(model, tasks)}
+
+
+def main() -> int:
+    """Run, print a table to stdout."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tasks", type=int, default=100_000, help="tasks of the large case")
+    parser.add_argument("--json", help="file for the figures")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore", hb.FitWarning)
+    figures = {}
+    for name, work in {**radon(), **many(args.tasks)}.items():
+        print(f"{name} …", file=sys.stderr)
+        figures[name] = dict(zip(("cold_s", "warm_s"), seconds(work, args.repeats), strict=True))
+    base = figures["full_bayes nuts"]["warm_s"]
+    for name, figure in figures.items():
+        ratio = base / figure["warm_s"]
+        print(f"{name:34} cold {figure['cold_s']:8.2f} s   warm {figure['warm_s']:8.3f} s"
+              f"   joint NUTS / this {ratio:8.1f}")  # fmt: skip
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
