@@ -1,0 +1,154 @@
+"""The house as design.md draws it: rooms import upward, modules stay small, little is public."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import hierbayes
+
+PACKAGE = Path(hierbayes.__file__).parent
+
+ROOMS = [
+    "errors", "files", "numerics", "tasks", "statistics", "likelihoods", "priors", "model", "formula",
+    "adaptation", "evidence", "fit", "meta", "checks", "plots", "compare", "datasets", "cli",
+]  # fmt: skip
+"""From the top of the house to the bottom; a room imports only rooms above it, or itself."""
+
+FREE = {"__init__", "__main__"}
+"""The doors: they may import every room."""
+
+
+def imported_rooms(source: str) -> set[str]:
+    """Rooms that a module imports, at its top or inside functions; not under TYPE_CHECKING."""
+    rooms: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                visit(other)
+            return
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        rooms.update(n.split(".")[1] for n in names if n.startswith("hierbayes."))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return rooms
+
+
+def violations(room: str, source: str, order: list[str]) -> list[str]:
+    """What a module of ``room`` imports from below; datasets stand beside the line."""
+    found = []
+    for other in sorted(imported_rooms(source) - {room}):
+        if other not in order:
+            found.append(f"{other} is no room")
+        elif order.index(other) > order.index(room) or other == "datasets" != room != "cli":
+            found.append(f"{room} imports {other}")
+    return found
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_room_imports_only_rooms_above_it(path):
+    room = room_of(path)
+    if room not in FREE:
+        assert room in ROOMS, f"{room} has no place in the house"
+        assert violations(room, path.read_text(encoding="utf-8"), ROOMS) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from hierbayes.fit import Fit", ["tasks imports fit"]),
+        ("import hierbayes.fit.fit", ["tasks imports fit"]),
+        ("def f():\n    from hierbayes import model", ["tasks imports model"]),
+        ("from hierbayes.datasets import radon", ["tasks imports datasets"]),
+        ("from hierbayes.cellar import wine", ["cellar is no room"]),
+        ("if TYPE_CHECKING:\n    from hierbayes.fit import Fit", []),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    from hierbayes.fit import Fit",
+         ["tasks imports fit"]),
+        ("from hierbayes.errors import InputError\nfrom hierbayes.tasks.frames import Frame", []),
+    ],
+)  # fmt: skip
+def test_the_reader_of_imports_sees_them(source, expected):
+    """The control: what the test above would let pass, and what not."""
+    assert violations("tasks", source, ROOMS) == expected
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_module_is_longer_than_400_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_at_most_25_names_at_the_top_and_all_of_them_exist():
+    names = hierbayes.__all__
+    assert len(names) == len(set(names))
+    values = {name: getattr(hierbayes, name) for name in names}
+    assert len([n for n, v in values.items() if not isinstance(v, ModuleType)]) <= 25
+    fixed = {"Tasks", "HierarchicalModel", "from_formula", "HyperPrior", "full_bayes",
+             "empirical_bayes", "maml", "load", "compare"}  # fmt: skip
+    assert fixed <= set(names), "design.md section 3 fixes these"
+
+
+LATE = ["matplotlib", "arviz_stats", "arviz_plots", "arviz_base", "pandas", "formulaic"]
+"""What loads only when first used; design.md section 5."""
+
+REPORT = """
+import json, sys, warnings
+{before}
+import jax
+filters, flags = list(warnings.filters), (jax.config.jax_enable_x64, jax.config.jax_platforms)
+import numpyro
+filters_of_numpyro = list(warnings.filters)
+import hierbayes
+print(json.dumps({{
+    "loaded": [m for m in {late} if m in sys.modules],
+    "flags": (jax.config.jax_enable_x64, jax.config.jax_platforms) == flags,
+    "x64": jax.config.jax_enable_x64,
+    "filters": warnings.filters == filters_of_numpyro,
+    "backend": bool(jax._src.xla_bridge._backends),
+}}))
+"""
+
+
+def state_after_import(before: str = "") -> dict[str, object]:
+    """What a fresh interpreter looks like after ``import hierbayes``."""
+    code = REPORT.format(before=before, late=LATE)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+
+def test_importing_loads_little_and_changes_nothing():
+    state = state_after_import()
+    assert state["loaded"] == []
+    assert state["flags"]
+    assert state["x64"] is False
+    assert state["filters"]
+    assert state["backend"] is False, "no device is started by an import"
+
+
+def test_the_report_on_an_import_sees_what_is_loaded():
+    """The control."""
+    state = state_after_import(
+        "import pandas\nimport jax\njax.config.update('jax_enable_x64', True)"
+    )
+    assert "pandas" in state["loaded"]
+    assert state["x64"] is True
