@@ -6,9 +6,7 @@ import matplotlib.pyplot as plt
 
 import hierbayes as hb
 
-model, tasks = hb.from_formula(
-    "log_radon ~ 1 + floor + (1 + floor | county)", hb.datasets.radon()
-)
+model, tasks = hb.from_formula("log_radon ~ 1 + floor + (1 + floor | county)", hb.datasets.radon())
 fits = {
     "no pooling": hb.no_pooling(model, tasks),
     "MAML": hb.maml(model, tasks, num_steps=5),

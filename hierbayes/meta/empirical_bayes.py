@@ -134,7 +134,8 @@ def _remarks(tasks: Tasks, phi: dict[str, np.ndarray]) -> list[str]:
         remarks.append(
             f"tau is estimated as exactly 0 for {listing(zero)}: the tasks are taken to be "
             "identical there, and intervals of theta have no width. With few tasks this is "
-            'common and says little; full_bayes or criterion="map" keep tau off the boundary'
+            'common and says little; full_bayes averages over tau, and criterion="map" with its '
+            "default prior keeps it off the boundary"
         )
     num_tasks = int((tasks.sizes > 0).sum())
     if num_tasks < FEW_TASKS:
