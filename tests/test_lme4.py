@@ -2,8 +2,9 @@ r"""Type-II ML and REML against lme4 and metafor.
 
 Every linear mixed model of ``references/lme4.json`` (lme4 1.1-31, R 4.2.2). lme4 stops its own
 optimiser at a relative change of about 1e-5 in the covariance factor, hence 1e-4 for what moves to
-first order with it (standard deviations, conditional modes) and 1e-6 for the log likelihood, which
-is flat there. metafor 3.8-1 stops when τ² changes by less than 1e-5.
+first order with it (standard deviations, standard errors, conditional modes). Fixed effects and
+conditional variances move ten times less in these data, and the log likelihood is flat there:
+errors of 1e-5 move it by 1e-10.
 """
 
 import functools
@@ -101,12 +102,12 @@ def in_r(fit: hb.Fit, values: dict[str, np.ndarray]) -> dict[str, float]:
 
 def test_log_evidence_is_lme4s_log_likelihood(both):
     fit, expected = both
-    assert fit.log_evidence == pytest.approx(expected["logLik"], rel=1e-6)
+    assert fit.log_evidence == pytest.approx(expected["logLik"], rel=1e-9)
 
 
 def test_fixed_effects(both):
     fit, expected = both
-    assert in_r(fit, fit.phi) == pytest.approx(expected["fixef"], rel=1e-4)
+    assert in_r(fit, fit.phi) == pytest.approx(expected["fixef"], rel=1e-5)
 
 
 def test_standard_errors_of_fixed_effects(both):
@@ -133,10 +134,9 @@ def test_conditional_modes_and_variances(name):
     modes = np.array(list(expected["ranef"].values())).T
     found = fit.theta.values - fit.phi["mu"]
     assert (np.abs(found - modes).max(axis=0) < 1e-4 * fit.phi["tau"]).all()
-    # variances move twice as fast as standard deviations
     variances = np.array(expected["post_var"]).reshape(fit.adapted.covariance.shape)
     scale = np.outer(fit.phi["tau"], fit.phi["tau"])
-    assert (np.abs(fit.adapted.covariance.values - variances) < 2e-4 * scale).all()
+    assert (np.abs(fit.adapted.covariance.values - variances) < 2e-5 * scale).all()
 
 
 # ------------------------------------------------ standard errors of τ and σ: a dense Hessian
@@ -156,8 +156,8 @@ SPREADS = {
 def test_standard_errors_of_tau_and_sigma_are_the_profiled_hessians(name, criterion):
     """Inverse Hessian in (τ, σ, ρ) of the dense evidence, fixed effects maximised out.
 
-    The Hessian is of function values by fourth-order differences with steps of 1 %, right to about
-    1e-6; the maximum, where parametrisation does not matter, is known to about 1e-7.
+    The Hessian is of function values, by fourth-order differences with steps of 1 %, right to
+    about 1e-7; so is the maximum, without which the parametrisation would matter.
     """
     fit = fitted(f"{name}_{criterion.upper()}")
     tasks = rows_of(data(name), *SPREADS[name])
@@ -174,7 +174,7 @@ def test_standard_errors_of_tau_and_sigma_are_the_profiled_hessians(name, criter
     steps = 0.01 * np.array([*spread[: d + 1], 1.0][: len(spread)])
     expected = np.sqrt(np.diag(np.linalg.inv(-hessian(evidence, spread, steps))))
     found = [*fit.standard_errors["tau"], float(fit.standard_errors["sigma"])]
-    assert found == pytest.approx(expected[: d + 1], rel=2e-5)
+    assert found == pytest.approx(expected[: d + 1], rel=1e-6)
 
 
 # ------------------------------------------------------------------------------- τ = 0
@@ -238,19 +238,20 @@ BCG_BLUPS = {
 
 @pytest.mark.parametrize("criterion", ["ml", "reml"])
 def test_bcg_is_metafors(criterion):
-    """metafor stops once τ² changes by less than 1e-5, so τ² agrees to that; what depends on it
-    at first order likewise, the log likelihood at second.
-    """  # noqa: D205
+    """metafor stops when a scoring step in τ² falls below 1e-5, here 7e-8 from the maximum.
+
+    So τ² and what follows it agree to 1e-6; the log likelihood is flat there.
+    """
     tau2, mu, se, log_likelihood = BCG_FITS[criterion]
     model, tasks = hb.from_formula("yi ~ 1 + (1 | trial)", BCG, known_se="se")
     fit = hb.empirical_bayes(model, tasks, criterion)
     extra = 0.5 * np.log(13) if criterion == "reml" else 0.0
-    assert fit.phi["tau"] ** 2 == pytest.approx([tau2], abs=1e-5)
-    assert fit.phi["mu"] == pytest.approx([mu], abs=1e-5)
-    assert fit.standard_errors["mu"] == pytest.approx([se], abs=1e-5)
-    assert fit.log_evidence + extra == pytest.approx(log_likelihood, rel=1e-9)
+    assert fit.phi["tau"] ** 2 == pytest.approx([tau2], abs=1e-6)
+    assert fit.phi["mu"] == pytest.approx([mu], abs=1e-6)
+    assert fit.standard_errors["mu"] == pytest.approx([se], abs=1e-6)
+    assert fit.log_evidence + extra == pytest.approx(log_likelihood, rel=1e-12)
     assert fit.log_evidence + extra > log_likelihood - 1e-12  # hierbayes is at the maximum
-    assert fit.theta.values[:4, 0] == pytest.approx(BCG_BLUPS[criterion], abs=1e-5)
+    assert fit.theta.values[:4, 0] == pytest.approx(BCG_BLUPS[criterion], abs=1e-6)
     rows = rows_of(BCG, "trial", "yi", ["1"], ["1"], "se")
     curvature = hessian(
         lambda v: profiled_log_evidence(rows, v, None, 1.0, reml=criterion == "reml").value,
