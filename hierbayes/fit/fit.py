@@ -175,7 +175,8 @@ class Fit:
             phis = self._phis()
             root = np.asarray(self.model.prior.scale_tril(phis))
             location = self._location(phis, w)
-            return [_mixture(location[:, j], root) for j in range(len(w))]
+        # outside the context: what the caller draws from it follows the caller's own flag
+        return [_mixture(location[:, j], root) for j in range(len(w))]
 
     def adapt(self, new_tasks: Any, *, seed: int = 0) -> AdaptedTasks:
         """A(D_new; φ): what new tasks conclude under the learned prior, without refitting.
