@@ -201,7 +201,7 @@ PRIORS: list[Case] = [
     ("a negative concentration", lambda: hb.HyperPrior(corr=-1.0), ("concentration", "-1")),
     ("an unknown coefficient", lambda: fit(m=model(mu={"floor": normal})), ("'floor'", "mu")),
     ("a coefficient of another part", lambda: fit(m=model(beta={"x": normal})), ("'x'", "beta")),
-    ("a vector of the wrong length", lambda: fit(hb.full_bayes, m=model(mu=dist.Normal(np.ones(3)))),
+    ("a vector too long", lambda: fit(hb.full_bayes, m=model(mu=dist.Normal(np.ones(3)))),
      ("mu", "(3,)", "(2,)")),
     ("an LKJ of the wrong size", lambda: fit(hb.full_bayes, m=model(corr=dist.LKJ(3, 1.0))),
      ("corr", "(3, 3)")),
