@@ -95,6 +95,11 @@ class HierarchicalModel:
             raise InputError(f"the data hold no outcome {tasks.labels.outcome!r} to fit")
         if tasks.num_rows == 0:
             raise InputError("the tasks hold no rows")
+        if "sigma" in self.likelihood.parameters() and np.ptp(tasks.outcome) == 0:
+            raise InputError(
+                f"the outcome {tasks.labels.outcome!r} is {tasks.outcome[0]:g} in every row: there "
+                "is nothing to learn from a constant"
+            )
         if learns_prior and int((tasks.sizes > 0).sum()) < 2:
             raise InputError(
                 f"a prior cannot be learned from one task: found {tasks.num_tasks} task(s), "

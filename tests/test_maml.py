@@ -338,3 +338,21 @@ def test_the_seed_decides_the_split_and_nothing_else_does():
     assert first.phi["mu"].tolist() == again.phi["mu"].tolist()
     assert first.theta.values.tolist() == again.theta.values.tolist()
     assert first.phi["mu"].tolist() != other.phi["mu"].tolist()
+
+
+def test_steps_that_forget_phi_are_said_to(rng):
+    # equal tasks: 1/λ_max is λ_max's own step, so half the rows shrink the distance to least
+    # squares by 1 − 1/2 a step, and five steps leave 1/32 of phi in theta
+    tasks = hb.Tasks.from_arrays([(np.ones((6, 1)), rng.normal(size=6)) for _ in range(12)])
+    model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
+    with pytest.warns(hb.FitWarning, match=r"3\.1% of phi is left"):
+        hb.maml(model, tasks, num_steps=5)
+    assert not any("of phi is left" in w for w in hb.maml(model, tasks, num_steps=1).warnings)
+
+
+def test_a_step_beyond_the_largest_curvature_is_said_to_overshoot(rng):
+    tasks = hb.Tasks.from_arrays([(np.ones((4, 1)), rng.normal(size=4)) for _ in range(12)])
+    model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
+    # σ = 1 and four rows: λ = 4, so 0.3 lies between 1/λ = 0.25 and 2/λ = 0.5
+    with pytest.warns(hb.FitWarning, match="longer than 1/λ_max"):
+        hb.maml(model, tasks, num_steps=1, step_size=0.3, sigma=1.0)

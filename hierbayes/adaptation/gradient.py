@@ -82,13 +82,18 @@ def _steps(
     return adaptation.steps(model, phi, rows, of_row)
 
 
-def largest_curvature(tasks: Tasks, phi: dict[str, Any]) -> np.ndarray:
-    """λ_max of each task's −∇² log p(D_j | θ), (J,); zero for a task without rows."""
+def curvatures(tasks: Tasks, phi: dict[str, Any]) -> np.ndarray:
+    """Eigenvalues of each task's −∇² log p(D_j | θ), ascending, (J, d); zero without rows."""
     sigma = float(phi.get("sigma", 1.0))
     scaled = tasks.predictors * (row_scale(tasks) / sigma)[:, None]
     grams = np.zeros((tasks.num_tasks, scaled.shape[1], scaled.shape[1]))
     np.add.at(grams, tasks.task_of_row, scaled[:, :, None] * scaled[:, None, :])
-    return np.linalg.eigvalsh(grams)[:, -1]
+    return np.linalg.eigvalsh(grams)
+
+
+def largest_curvature(tasks: Tasks, phi: dict[str, Any]) -> np.ndarray:
+    """λ_max of each task, (J,)."""
+    return curvatures(tasks, phi)[:, -1]
 
 
 def check_step_size(step_size: float, tasks: Tasks, phi: dict[str, Any]) -> None:

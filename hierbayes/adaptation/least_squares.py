@@ -85,5 +85,8 @@ def within_tasks(stats: Statistics) -> Within:
     blind = np.eye(p) - vt[keep].T @ vt[keep]
     num_free = round(float(np.sum(stats.num_rows))) - int((values > 0).sum()) - int(keep.sum())
     squares = float(((y - z @ beta) ** 2).sum())
+    # what is left of y by rounding alone is no noise
+    rounding = (1e-13 * np.linalg.norm(stats.y)) ** 2
+    squares = 0.0 if squares < rounding else squares
     sigma = np.sqrt(squares / num_free) if num_free > 0 else np.nan
     return Within(beta, np.abs(np.diag(blind)) < 1e-8, float(sigma), num_free)

@@ -92,8 +92,8 @@ def noise(estimate: float, given: float | None) -> float:
         return float(given)
     if not (np.isfinite(estimate) and estimate > 0):
         raise InputError(
-            "sigma cannot be estimated within tasks: no task has more rows than it needs for its "
-            "own coefficients (or the fit is perfect); pass sigma=…"
+            "sigma cannot be estimated within tasks: the tasks' own coefficients explain every row "
+            "without an error (they may have no more rows than coefficients); pass sigma=…"
         )
     return estimate
 

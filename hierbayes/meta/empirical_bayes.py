@@ -20,6 +20,7 @@ from hierbayes.meta.marginal import maximise_likelihood
 from hierbayes.meta.posterior_mode import maximise_posterior, resolve_for_mode
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key
+from hierbayes.priors.hyperprior import Scales
 from hierbayes.tasks import Tasks
 
 LARGEST_THETA = 20_000_000
@@ -136,6 +137,13 @@ def _remarks(tasks: Tasks, phi: dict[str, np.ndarray]) -> list[str]:
             "identical there, and intervals of theta have no width. With few tasks this is "
             'common and says little; full_bayes averages over tau, and criterion="map" with its '
             "default prior keeps it off the boundary"
+        )
+    if "sigma" in phi and phi["sigma"] < 1e-6 * Scales.of(tasks).outcome:
+        remarks.append(
+            f"sigma is estimated as {float(phi['sigma']):.2g}, next to nothing beside the "
+            "outcome's spread: the coefficients explain the rows almost without an error, the "
+            "evidence has no maximum there, and neither log_evidence nor the other estimates mean "
+            "much"
         )
     num_tasks = int((tasks.sizes > 0).sum())
     if num_tasks < FEW_TASKS:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from hierbayes.adaptation import GradientSteps
-from hierbayes.adaptation.gradient import check_step_size, largest_curvature
+from hierbayes.adaptation.gradient import check_step_size, curvatures, largest_curvature
 from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, announce
 from hierbayes.evidence import Predictive
@@ -142,29 +142,47 @@ def maml(
 
         best = maximise(objective, start, optimiser, num_meta_steps, progress, "MAML")
         phi = to_numpy(unpack(best.parameters))
-    if not learn_step_size:
-        phi.pop("step_size", None)
+    chosen = float(phi.get("step_size", eta))
+    supports = [support for support, _ in splits]
     return Fit(
         "MAML", resolved, tasks, phi, adaptation,
         no_evidence="MAML maximises the predictive evidence of the query rows, in "
         'info["query_log_density"], not log p(D | φ)',
-        warnings=announce(best.warnings + too_long(phi.get("step_size", eta), longest)),
+        warnings=announce(best.warnings + _remarks(chosen, longest, num_steps, supports, phi)),
         info={
-            "num_steps": num_steps, "step_size": float(phi.get("step_size", eta)),
+            "num_steps": num_steps, "step_size": chosen,
             "query_log_density": best.value * total / num_splits, "query": query,
             "num_splits": num_splits, "seconds": time.perf_counter() - started,
         },
     )  # fmt: skip
 
 
-def too_long(step_size: float, longest: float) -> list[str]:
-    """What to say of a step size between 1/λ_max and 2/λ_max."""
-    if step_size <= longest * (1 + 1e-9):
-        return []
-    return [
-        f"step_size={float(step_size):.3g} is longer than 1/λ_max = {longest:.3g}: gradient steps "
-        "overshoot in some tasks, and for odd num_steps no Gaussian prior makes them a MAP estimate"
-    ]
+HARDLY_MATTERS = 0.1
+"""Share of φ left in θ_K, in every task and direction, below which φ is hardly identified."""
+
+
+def _remarks(
+    step_size: float, longest: float, num_steps: int, supports: list[Tasks], phi: dict[str, Any]
+) -> list[str]:
+    """What to say of the steps chosen: too long for a prior, or so many that φ is forgotten."""
+    remarks = []
+    if step_size > longest * (1 + 1e-9):
+        remarks.append(
+            f"step_size={step_size:.3g} is longer than 1/λ_max = {longest:.3g}: gradient steps "
+            "overshoot in some tasks, and for odd num_steps no Gaussian prior makes them a MAP "
+            "estimate"
+        )
+    left = max(
+        float(np.abs(1 - step_size * curvatures(s, phi)[s.sizes > 0]).max(initial=0) ** num_steps)
+        for s in supports
+    )
+    if left < HARDLY_MATTERS and all((s.sizes > 0).all() for s in supports):
+        remarks.append(
+            f"{num_steps} steps of {step_size:.3g} reach the least squares of every task (at most "
+            f"{left:.1%} of phi is left in theta): phi hardly matters and is hardly determined. "
+            "Take fewer or shorter steps"
+        )
+    return remarks
 
 
 def _check_settings(num_steps: int, num_splits: int, num_meta_steps: int) -> None:
