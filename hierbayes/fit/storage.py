@@ -17,9 +17,9 @@ from hierbayes.formula import FormulaEncoder
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors.serialise import hyperprior_from_plain, hyperprior_to_plain
 from hierbayes.tasks import Labels, Tasks
-from hierbayes.tasks.container import SLOTS
 from hierbayes.tasks.frames import as_names
 from hierbayes.tasks.reading import ColumnReader
+from hierbayes.tasks.views import SLOTS
 
 GROUP = "hierbayes"
 FORMAT = 1

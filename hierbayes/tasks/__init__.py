@@ -3,6 +3,7 @@ r"""D_1, …, D_J: the data of many related tasks.
 .. math:: D_j = \{(x_{ij}, z_{ij}, y_{ij})\}_{i=1}^{n_j}, \qquad w_j, \qquad j = 1, \dots, J
 """
 
-from hierbayes.tasks.container import Encoder, Labels, Task, Tasks
+from hierbayes.tasks.container import Tasks
+from hierbayes.tasks.views import Encoder, Labels, Task
 
 __all__ = ["Encoder", "Labels", "Task", "Tasks"]

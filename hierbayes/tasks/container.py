@@ -11,65 +11,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
 from hierbayes.errors import InputError, suggestion
 from hierbayes.tasks.frames import Missing
-
-SLOTS = ("offset", "weight", "trials", "known_se")
-"""Optional columns that a row may carry beside its predictors and outcome."""
-
-_FILL = {"offset": 0.0, "weight": 1.0, "trials": 1.0, "known_se": 1.0}
-
-
-class Encoder(Protocol):
-    """Turns new rows into Tasks by the training data's transforms."""
-
-    def encode(self, data: Any, missing: Missing = "raise") -> Tasks:
-        """Tasks of ``data``, with the training columns."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Labels:
-    """What the arrays of :class:`Tasks` mean: names of tasks, columns, and how they were read."""
-
-    names: np.ndarray
-    coef: tuple[str, ...]
-    shared: tuple[str, ...] = ()
-    task_predictors: tuple[str, ...] = ()
-    task: str = "task"
-    outcome: str = "y"
-    encoder: Encoder | None = None
-
-    @functools.cached_property
-    def number(self) -> dict[Any, int]:
-        """Position of each task by its name."""
-        return {name: i for i, name in enumerate(self.names.tolist())}
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["predictors", "shared", "task_predictors", "outcome", "slots", "mask"],
-    meta_fields=[],
-)
-@dataclass(frozen=True)
-class Task:
-    """One task as a likelihood sees it, or, with a leading axis, a bucket of tasks of like size.
-
-    ``predictors`` (n, d) or (n, …), ``shared`` (n, p), ``task_predictors`` (q,), ``outcome`` (n,),
-    ``slots`` name → (n,), ``mask`` (n,): False in rows that only fill up the bucket.
-    """
-
-    predictors: Any
-    shared: Any
-    task_predictors: Any
-    outcome: Any
-    slots: dict[str, Any]
-    mask: Any
+from hierbayes.tasks.views import FILL, Labels, Task
 
 
 @functools.partial(
@@ -419,7 +368,7 @@ class Tasks:
             padded(self.shared),
             self.task_predictors[positions],
             None if self.outcome is None else padded(self.outcome),
-            {name: padded(values, _FILL[name]) for name, values in self.slots.items()},
+            {name: padded(values, FILL[name]) for name, values in self.slots.items()},
             mask,
         )
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from hierbayes.errors import InputError, listing
-from hierbayes.tasks.container import Labels, Tasks
+from hierbayes.tasks.container import Tasks
 from hierbayes.tasks.frames import Frame, Missing, as_names, complete_rows
+from hierbayes.tasks.views import Labels
 
 
 def read_arrays(

@@ -1,0 +1,68 @@
+"""What tasks look like from outside: one task to a likelihood, names to a person."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import numpy as np
+
+from hierbayes.tasks.frames import Missing
+
+if TYPE_CHECKING:
+    from hierbayes.tasks.container import Tasks
+
+SLOTS = ("offset", "weight", "trials", "known_se")
+"""Optional columns that a row may carry beside its predictors and outcome."""
+
+FILL = {"offset": 0.0, "weight": 1.0, "trials": 1.0, "known_se": 1.0}
+"""What a slot holds in rows that only fill up a bucket: values that any likelihood accepts."""
+
+
+class Encoder(Protocol):
+    """Turns new rows into Tasks by the training data's transforms."""
+
+    def encode(self, data: Any, missing: Missing = "raise") -> Tasks:
+        """Tasks of ``data``, with the training columns."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """What the arrays of :class:`Tasks` mean: names of tasks, columns, and how they were read."""
+
+    names: np.ndarray
+    coef: tuple[str, ...]
+    shared: tuple[str, ...] = ()
+    task_predictors: tuple[str, ...] = ()
+    task: str = "task"
+    outcome: str = "y"
+    encoder: Encoder | None = None
+
+    @functools.cached_property
+    def number(self) -> dict[Any, int]:
+        """Position of each task by its name."""
+        return {name: i for i, name in enumerate(self.names.tolist())}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["predictors", "shared", "task_predictors", "outcome", "slots", "mask"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Task:
+    """One task as a likelihood sees it, or, with a leading axis, a bucket of tasks of like size.
+
+    ``predictors`` (n, d) or (n, …), ``shared`` (n, p), ``task_predictors`` (q,), ``outcome`` (n,),
+    ``slots`` name → (n,), ``mask`` (n,): False in rows that only fill up the bucket.
+    """
+
+    predictors: Any
+    shared: Any
+    task_predictors: Any
+    outcome: Any
+    slots: dict[str, Any]
+    mask: Any
