@@ -20,7 +20,7 @@ import numpyro.distributions as dist
 
 from hierbayes.errors import InputError, listing
 from hierbayes.likelihoods import Likelihood
-from hierbayes.numerics import in_float64
+from hierbayes.numerics import float64
 from hierbayes.priors import HyperPrior, Prior
 from hierbayes.priors.gaussian import Gaussian as GaussianPrior
 from hierbayes.priors.hyperprior import Shape
@@ -129,11 +129,13 @@ class HierarchicalModel:
         theta : array (J, d)
         tasks : Tasks
         """
-        return float(in_float64(self._log_joint)(phi, theta, tasks))
+        with float64():
+            density = jax.jit(lambda p, t: self._log_joint(p, t, tasks))
+            return float(
+                density({name: np.asarray(v) for name, v in phi.items()}, np.asarray(theta))
+            )
 
     def _log_joint(self, phi: dict[str, Any], theta: Any, tasks: Tasks) -> jax.Array:
-        phi = {name: jnp.asarray(value) for name, value in phi.items()}
-        theta = jnp.asarray(theta)
         w = jnp.asarray(tasks.task_predictors)
         total = jax.vmap(lambda t, w_j: self.prior.log_prob(t, phi, w_j))(theta, w).sum()
         for name, belief in self.phi_distributions(tasks).items():
@@ -188,7 +190,16 @@ _NOTHING = HyperPrior()
 
 def sample_phi(sites: dict[str, dist.Distribution]) -> dict[str, Any]:
     """Inside a NumPyro program: one sample site a name of φ."""
-    return {name: numpyro.sample(name, belief) for name, belief in sites.items()}
+    phi = {}
+    for name, belief in sites.items():
+        try:
+            phi[name] = numpyro.sample(name, belief)
+        except NotImplementedError as error:
+            raise InputError(
+                f"the hyperprior on {name} is improper: nothing can be drawn from it. Give a "
+                f"proper one, HyperPrior({name}=…), to draw from the prior"
+            ) from error
+    return phi
 
 
 def _check_independent(tasks: Tasks, free_mean: np.ndarray) -> None:

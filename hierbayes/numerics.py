@@ -7,15 +7,11 @@ stand on the last axis, where XLA turns every line into one vectorised loop.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 UNROLL_UP_TO = 4
 
@@ -25,23 +21,12 @@ def float64() -> Any:
     return jax.enable_x64(True)
 
 
-def in_float64(function: F) -> F:
-    """Run ``function`` in float64 and hand its arrays back as NumPy float64.
+def to_numpy(tree: Any) -> Any:
+    """Every JAX array of a pytree as a NumPy array.
 
     A JAX float64 array used outside the context would silently turn to float32; a NumPy array
     does not.
     """
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with float64():
-            return to_numpy(function(*args, **kwargs))
-
-    return wrapped  # type: ignore[return-value]
-
-
-def to_numpy(tree: Any) -> Any:
-    """Every JAX array of a pytree as a NumPy array."""
     return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, tree)
 
 
@@ -86,7 +71,7 @@ def cholesky(a: jax.Array) -> jax.Array:
 
 
 def solve_lower(factor: jax.Array, b: jax.Array) -> jax.Array:
-    """Solve L x = b for (d, d, …) lower factors and (d, …) right-hand sides."""
+    """Solve L x = b for (d, d, J) lower factors and (d, J) or (d, P, J) right-hand sides."""
     d = factor.shape[0]
     if d > UNROLL_UP_TO:
         return _solve_lapack(factor, b, transpose=False)
@@ -100,7 +85,7 @@ def solve_lower(factor: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def solve_upper(factor: jax.Array, b: jax.Array) -> jax.Array:
-    """Solve Lᵀ x = b for (d, d, …) lower factors and (d, …) right-hand sides."""
+    """Solve Lᵀ x = b for (d, d, J) lower factors and (d, J) or (d, P, J) right-hand sides."""
     d = factor.shape[0]
     if d > UNROLL_UP_TO:
         return _solve_lapack(factor, b, transpose=True)
@@ -115,9 +100,10 @@ def solve_upper(factor: jax.Array, b: jax.Array) -> jax.Array:
 
 def _solve_lapack(factor: jax.Array, b: jax.Array, *, transpose: bool) -> jax.Array:
     matrices = jnp.moveaxis(factor, (0, 1), (-2, -1))
-    vectors = jnp.moveaxis(b, 0, -1)[..., None]
-    solved = jax.scipy.linalg.solve_triangular(matrices, vectors, trans=int(transpose), lower=True)
-    return jnp.moveaxis(solved[..., 0], -1, 0)
+    columns = jnp.moveaxis(b if b.ndim == 3 else b[:, None], -1, 0)
+    solved = jax.scipy.linalg.solve_triangular(matrices, columns, trans=int(transpose), lower=True)
+    solved = jnp.moveaxis(solved, 0, -1)
+    return solved if b.ndim == 3 else solved[:, 0]
 
 
 def log_diagonal_sum(factor: jax.Array) -> jax.Array:

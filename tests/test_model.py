@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from assertions import close
-from numpyro.distributions import biject_to
+from assertions import close, refuses
+from numpyro.distributions import biject_to, constraints
 from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.util import log_density
@@ -339,3 +339,14 @@ def test_two_beliefs_of_different_supports_stay_in_their_own():
         value = biject_to(tau.support)(jnp.array([3.0, 50.0]))
     assert 0 < float(value[1]) <= 2.0
     close(value[0], np.exp(3.0), rtol=1e-12)
+
+
+def test_drawing_from_an_improper_prior_is_refused_by_name():
+    flat = dist.ImproperUniform(constraints.positive, (), ())
+    arrays = [(np.ones((3, 1)), np.arange(3.0) + j) for j in range(4)]
+    tasks = hb.Tasks.from_arrays(arrays)
+    model = hb.HierarchicalModel(
+        hb.likelihoods.Gaussian(), hb.priors.Gaussian(), hb.HyperPrior(tau=flat)
+    )
+    with refuses("tau", "improper"):
+        Predictive(model.numpyro_program(tasks), num_samples=2)(jax.random.key(0))

@@ -94,26 +94,19 @@ def profile(problem: ProfileProblem, root: jax.Array, sigma: Any = jnp.nan) -> P
     variance = matmul(design, jnp.swapaxes(design, 0, 1)) + jnp.eye(d)[:, :, None]
     factor = cholesky(variance)
     white_y = solve_lower(factor, jnp.asarray(p.y[:d]))
-    white_f = [solve_lower(factor, jnp.asarray(p.fixed[:d, k])) for k in range(num_fixed)]
-    below_y, below_f = jnp.asarray(p.y[d:]), [jnp.asarray(p.fixed[d:, k]) for k in range(num_fixed)]
-
-    def inner(a: jax.Array, b: jax.Array, below_a: jax.Array, below_b: jax.Array) -> jax.Array:
-        return (a * b).sum() + (below_a * below_b).sum()
-
+    white_f = solve_lower(factor, jnp.asarray(p.fixed[:d]))
+    below_y, below_f = jnp.asarray(p.y[d:]), jnp.asarray(p.fixed[d:])
     total = p.num_rows.sum()
     log_det = 2 * log_diagonal_sum(factor).sum()
     if num_fixed:
-        gram = jnp.stack([
-            jnp.stack([inner(white_f[k], white_f[m], below_f[k], below_f[m])
-                       for m in range(num_fixed)]) for k in range(num_fixed)
-        ])  # fmt: skip
-        target = jnp.stack(
-            [inner(white_f[k], white_y, below_f[k], below_y) for k in range(num_fixed)]
-        )
+        gram = jnp.einsum("ikj,imj->km", white_f, white_f)
+        gram = gram + jnp.einsum("ikj,imj->km", below_f, below_f)
+        target = jnp.einsum("ikj,ij->k", white_f, white_y)
+        target = target + jnp.einsum("ikj,ij->k", below_f, below_y)
         gram_factor = jnp.linalg.cholesky(gram)
         effects = jax.scipy.linalg.cho_solve((gram_factor, True), target)
-        above = white_y - sum(white_f[k] * effects[k] for k in range(num_fixed))
-        below = below_y - sum(below_f[k] * effects[k] for k in range(num_fixed))
+        above = white_y - jnp.einsum("ikj,k->ij", white_f, effects)
+        below = below_y - jnp.einsum("ikj,k->ij", below_f, effects)
         squares = (above**2).sum() + (below**2).sum()
         unwhiten = jnp.linalg.inv(jnp.asarray(p.whitener))
         fixed = unwhiten @ effects

@@ -63,6 +63,7 @@ class AdaptedTasks:
     def predict(self, data: Any) -> Prediction:
         """Predictive distributions of rows of these tasks, matched by task name."""
         rows = self.model.tasks(data)
+        check_columns(rows, self.tasks)
         unknown = [n for n in rows.names.tolist() if n not in self.tasks.labels.number]
         if unknown:
             raise InputError(
@@ -83,6 +84,17 @@ class AdaptedTasks:
             needed = quadratic(rows.predictors, self.adapted.unidentified[of_row])
             blind = needed > 1e-8 * (rows.predictors**2).sum(1)
         return finish("known task", self.model, rows, self.phis, means, variance, blind)
+
+
+def check_columns(rows: Tasks, known: Tasks) -> None:
+    """Refuse rows whose columns are not those that the fit has coefficients for."""
+    for role in ("coef", "shared", "task_predictors"):
+        found, wanted = getattr(rows.labels, role), getattr(known.labels, role)
+        if found != wanted:
+            raise InputError(
+                f"these rows have {role} {found}, but the fit knows {role} {wanted}; "
+                "encode new rows by the training tasks: tasks.encode(data)"
+            )
 
 
 def finish(

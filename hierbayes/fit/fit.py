@@ -14,7 +14,7 @@ import numpyro.distributions as dist
 from hierbayes.adaptation import Adaptation, Adapted, Conjugate, LeastSquares
 from hierbayes.errors import InputError
 from hierbayes.fit import datatree as trees
-from hierbayes.fit.adapted import AdaptedTasks, finish, quadratic
+from hierbayes.fit.adapted import AdaptedTasks, check_columns, finish, quadratic
 from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, float64, to_numpy
@@ -161,7 +161,9 @@ class Fit:
 
     def prior_for(self, new_tasks: Any) -> list[dist.Distribution]:
         """p(θ_new | D_1..J, w_new) for each of some tasks, whose outcomes are not used."""
-        return self._prior(self.model.tasks(new_tasks).task_predictors)
+        tasks = self.model.tasks(new_tasks)
+        check_columns(tasks, self.tasks)
+        return self._prior(tasks.task_predictors)
 
     def _prior(self, w: np.ndarray) -> list[dist.Distribution]:
         if "tau" not in self.phi:
@@ -194,6 +196,7 @@ class Fit:
             ``theta``, ``covariance``, ``draws`` and ``predict``.
         """
         tasks = self.model.tasks(new_tasks)
+        check_columns(tasks, self.tasks)
         self.model.likelihood.check(tasks)
         if tasks.outcome is None:
             raise InputError(f"the new tasks hold no outcome {tasks.labels.outcome!r}")
@@ -223,6 +226,7 @@ class Fit:
             ``mean``, ``sd``, ``interval``, ``log_density``, ``draws``; its ``target`` says which.
         """
         rows = self.tasks if data is None else self.model.tasks(data)
+        check_columns(rows, self.tasks)
         if target not in (None, *TARGETS):
             raise InputError(f"target must be one of {TARGETS}, found {target!r}")
         if target in (None, "known"):

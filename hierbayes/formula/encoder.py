@@ -13,6 +13,7 @@ import numpy as np
 from hierbayes import likelihoods, priors
 from hierbayes.errors import InputError, listing, suggestion
 from hierbayes.formula.bars import Bar, FormulaError, Parts, split
+from hierbayes.formula.safety import refuse_code
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors import HyperPrior
 from hierbayes.tasks import Labels, Tasks
@@ -264,6 +265,7 @@ class _Spec:
 
         with _formulaic_errors(shown, parts, known):
             parsed: Any = Formula(text)  # type: ignore[abstract]
+            refuse_code(parsed, parts, known)
             matrix = parsed.get_model_matrix(table, context={}, na_action="ignore", output="numpy")
         spec: Any = matrix.model_spec
         # treatment-coded and full dummies of one level are the same column: name them alike

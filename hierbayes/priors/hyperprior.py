@@ -261,10 +261,3 @@ def _signature(belief: dist.Distribution) -> Any:
     """Beliefs of one kind stack into one vectorised distribution: same plain class, scalar."""
     plain = type(belief) in (dist.Normal, dist.HalfNormal, dist.HalfCauchy, dist.Exponential)
     return type(belief) if plain and belief.shape() == () else None
-
-
-def is_improper(belief: dist.Distribution) -> bool:
-    """True where a distribution, or a part of it, has no total mass to draw from."""
-    if isinstance(belief, Assembled):
-        return any(is_improper(part) for part, _ in belief.parts)
-    return isinstance(getattr(belief, "base_dist", belief), dist.ImproperUniform)

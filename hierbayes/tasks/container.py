@@ -60,7 +60,7 @@ class Tasks:
     Tasks(3 tasks, 9 rows (1 to 5 a task), coef=('x0',))
     >>> support, query = tasks.split(query=0.5, seed=0)
     >>> support.sizes.tolist(), query.sizes.tolist()
-    ([2, 0, 3], [1, 1, 2])
+    ([1, 0, 2], [2, 1, 3])
     """
 
     predictors: Any
