@@ -58,7 +58,8 @@ def test_code_in_the_outcome_and_in_bars_is_refused():
 @pytest.mark.parametrize(
     "term",
     ["np.log(x)", "log(x)", "center(x)", "poly(x, 2)", "I(x ** 2)", "{x - 1}", "bs(x, df=4)",
-     "C(f)", "scale(x):f", "np.where(x > 2, 1, 0)", "C(f, contr.treatment('b'))", "np.log1p(np.abs(x))"],
+     "C(f)", "scale(x):f", "np.where(x > 2, 1, 0)", "C(f, contr.treatment('b'))",
+     "np.log1p(np.abs(x))"],
 )  # fmt: skip
 def test_transforms_pass(term):
     _, tasks = hb.from_formula(f"y ~ 1 + {term} + (1 | g)", ROWS)
