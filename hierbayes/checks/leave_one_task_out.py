@@ -66,7 +66,7 @@ def _refit(fit: Fit, tasks: Any) -> Fit:
     if fit.method == "complete pooling":
         return complete_pooling(fit.model, tasks)
     if fit.method == "MAML":
-        settings = {k: fit.info[k] for k in ("num_steps", "query", "num_splits")}
+        settings = {k: fit.info[k] for k in ("num_steps", "query", "num_splits", "sigma", "seed")}
         learned = "step_size" in fit.phi
         step_size = "auto" if learned else fit.info["step_size"]
         return maml(fit.model, tasks, step_size=step_size, learn_step_size=learned, **settings)

@@ -152,7 +152,8 @@ def maml(
         info={
             "num_steps": num_steps, "step_size": chosen,
             "query_log_density": best.value * total / num_splits, "query": query,
-            "num_splits": num_splits, "seconds": time.perf_counter() - started,
+            "num_splits": num_splits, "sigma": sigma, "seed": seed,
+            "seconds": time.perf_counter() - started,
         },
     )  # fmt: skip
 
