@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hierbayes.compare import Comparison, compare
 from hierbayes.datasets import CATALOGUE
-from hierbayes.errors import FitWarning, InputError, suggestion
+from hierbayes.errors import FitWarning, InputError, NotApplicable, suggestion
 from hierbayes.fit import Fit
 from hierbayes.formula import from_formula
 from hierbayes.meta import complete_pooling, empirical_bayes, full_bayes, maml, no_pooling
@@ -140,6 +142,7 @@ def _fit(args: argparse.Namespace) -> int:
         label, method = METHODS[args.method]
         fit = colleague.timed(label, lambda: method(model, tasks, args))
         if args.out is not None:
+            args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
             fit.save(args.out)
             _say(f"saved to {args.out}")
         print(fit.summary().to_string())
@@ -169,10 +172,10 @@ def _compare(args: argparse.Namespace) -> int:
             label, method = METHODS[name]
             try:
                 fits[label] = colleague.timed(label, lambda m=method: m(model, train, args))
-            except InputError as error:
-                if "no task has two rows" not in str(error):
-                    raise
+            except NotApplicable as error:
                 fits[label] = str(error)
+        if all(isinstance(fit, str) for fit in fits.values()):
+            raise InputError("; ".join(f"{label}: {why}" for label, why in fits.items()))
         result = colleague.timed("scores", lambda: compare(fits, test=test))
         if args.out is not None:
             colleague.timed("tables, pictures, fits", lambda: _write(result, args.out))
@@ -206,13 +209,29 @@ class _Data:
         if share == 0:
             return model, tasks, None
         train, test = tasks.hold_out(share, seed)
-        if test.num_rows == 0:
+        held = np.zeros(len(self.frame), dtype=bool)
+        held[test.rows] = True
+        kept = np.zeros(len(self.frame), dtype=bool)
+        kept[train.rows] = True
+        moved = held & self._only_there(kept)
+        if moved.any():
+            _say(f"{moved.sum()} held-out row(s) stay in training: no other row has their category")
+        held, kept = held & ~moved, kept | moved
+        if not held.any():
             return model, tasks, None
-        try:
-            model, again = self.build(self.frame.iloc[sorted(train.rows)])
-            return model, again, again.encode(self.frame.iloc[sorted(test.rows)])
-        except InputError:  # a category that only held-out rows have
-            return model, train, test
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FitWarning)  # dropped rows: said of the whole table
+            model, again = self.build(self.frame[kept])
+            return model, again, again.encode(self.frame[held], missing=self.missing)
+
+    def _only_there(self, kept: np.ndarray) -> np.ndarray:
+        """Rows with a category, in any column, that no kept row has."""
+        alone = np.zeros(len(self.frame), dtype=bool)
+        for column in self.frame.columns:
+            values = self.frame[column]
+            if values.dtype.kind not in "fiub":
+                alone |= ~values.isin(values[kept].unique()).to_numpy()
+        return alone
 
 
 def _read(args: argparse.Namespace) -> _Data:
@@ -244,12 +263,21 @@ def _read(args: argparse.Namespace) -> _Data:
 # ------------------------------------------------------------------------ writing
 
 
+OWN_FILES = ("table.csv", "tasks.csv", "report.html")
+"""Files by which a folder is known to hold results, and may be replaced by new ones."""
+
+
 def _check_folder(out: Path, overwrite: bool) -> None:
     """Refuse a folder that could not be written, before any computation."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {str(out)!r} is a file; name a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise InputError(f"--out {str(out)!r} is not empty; choose another or pass --overwrite")
+    if out.is_dir() and any(out.iterdir()) and not all((out / f).is_file() for f in OWN_FILES):
+        raise InputError(
+            f"--out {str(out)!r} holds other things than results of hierbayes, which --overwrite "
+            "would delete; choose another folder"
+        )
     _check_writable(out.absolute().parent)
 
 
@@ -305,7 +333,12 @@ def _write(result: Comparison, out: Path) -> None:
         if out.exists():
             old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-old-"))
             os.replace(out, old)
-        os.replace(folder, out)
+        try:
+            os.replace(folder, out)
+        except OSError:
+            if old is not None:
+                os.replace(old, out)
+            raise
         if old is not None:
             shutil.rmtree(old)
     except BaseException:
@@ -335,6 +368,7 @@ class _Colleague:
     def __enter__(self) -> _Colleague:
         self.catcher = warnings.catch_warnings(record=True)
         self.caught = self.catcher.__enter__()
+        self.said = 0
         warnings.simplefilter("always", FitWarning)
         return self
 
@@ -342,15 +376,23 @@ class _Colleague:
         if sys.stderr.isatty():
             print(f"{label} …", file=sys.stderr, end="\r", flush=True)
         started = time.perf_counter()
-        said = len(self.caught)
-        result = work()
-        _say(f"{label}: {time.perf_counter() - started:.1f} s")
-        for warning in self.caught[said:]:
-            if issubclass(warning.category, FitWarning):
-                _say(f"  warning: {warning.message}")
+        self.pass_on()
+        try:
+            result = work()
+        finally:
+            _say(f"{label}: {time.perf_counter() - started:.1f} s")
+            self.pass_on()
         return result
 
+    def pass_on(self) -> None:
+        """Say the warnings that have come since the last time; deprecations are not the user's."""
+        for warning in self.caught[self.said :]:
+            if not issubclass(warning.category, (DeprecationWarning, FutureWarning)):
+                _say(f"  warning: {warning.message}")
+        self.said = len(self.caught)
+
     def __exit__(self, *details: Any) -> None:
+        self.pass_on()
         self.catcher.__exit__(*details)
 
 

@@ -11,6 +11,10 @@ class InputError(ValueError):
     """Bad input, refused before any computation."""
 
 
+class NotApplicable(InputError):
+    """A method that cannot serve these tasks, though others may."""
+
+
 class FitWarning(UserWarning):
     """What a careful colleague would say about a fit; also kept in ``fit.warnings``."""
 

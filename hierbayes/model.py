@@ -80,11 +80,12 @@ class HierarchicalModel:
             self.likelihood.parameters(),
         )  # fmt: skip
 
-    def resolve(self, tasks: Tasks) -> HierarchicalModel:
+    def resolve(self, tasks: Any) -> HierarchicalModel:
         """The model with every default of its hyperprior filled in, scaled to these tasks.
 
         Resolving twice changes nothing: defaults are never recomputed.
         """
+        tasks = self.tasks(tasks)
         return replace(self, hyperprior=self.hyperprior.resolve(self.shape(tasks), tasks))
 
     def check(self, tasks: Tasks, *, learns_prior: bool) -> None:
@@ -110,11 +111,12 @@ class HierarchicalModel:
 
     # ----------------------------------------------------------------- density
 
-    def phi_distributions(self, tasks: Tasks) -> dict[str, dist.Distribution]:
+    def phi_distributions(self, tasks: Any) -> dict[str, dist.Distribution]:
         """p(φ) by name, each over the whole array; the hyperprior is resolved first."""
+        tasks = self.tasks(tasks)
         return self.resolve(tasks).hyperprior.distributions(self.shape(tasks))
 
-    def log_joint(self, phi: dict[str, Any], theta: Any, tasks: Tasks) -> float:
+    def log_joint(self, phi: dict[str, Any], theta: Any, tasks: Any) -> float:
         r"""log p(φ, θ, D) over constrained (mu, tau, corr, beta, gamma, sigma, theta).
 
         .. math::
@@ -129,6 +131,7 @@ class HierarchicalModel:
         theta : array (J, d)
         tasks : Tasks
         """
+        tasks = self.tasks(tasks)
         with float64():
             density = jax.jit(lambda p, t: self._log_joint(p, t, tasks))
             return float(
@@ -145,7 +148,7 @@ class HierarchicalModel:
 
     # ----------------------------------------------------------------- program
 
-    def numpyro_program(self, tasks: Tasks, *, centred: bool = True) -> Callable[[], None]:
+    def numpyro_program(self, tasks: Any, *, centred: bool = True) -> Callable[[], None]:
         """The same model as an ordinary NumPyro program, for NumPyro's MCMC, SVI and Predictive.
 
         Its sites are ``mu``, ``tau``, ``corr``, ``beta``, ``gamma``, ``sigma``, ``theta`` and
@@ -163,6 +166,7 @@ class HierarchicalModel:
         >>> draws["theta"].shape
         (2, 8, 1)
         """
+        tasks = self.tasks(tasks)
         sites = self.phi_distributions(tasks)
         rows = tasks.flat()
 

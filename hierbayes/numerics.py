@@ -39,6 +39,13 @@ def as_key(seed: int | jax.Array) -> jax.Array:
     return jax.random.wrap_key_data(seed)
 
 
+def as_rng(seed: int | jax.Array) -> np.random.Generator:
+    """A NumPy generator from an integer seed or a JAX key."""
+    if isinstance(seed, (int, np.integer)):
+        return np.random.default_rng(int(seed))
+    return np.random.default_rng(np.asarray(jax.random.key_data(as_key(seed))))
+
+
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Product over the two leading axes, (i, k, …) · (k, l, …) → (i, l, …)."""
     return (a[:, :, None] * b[None, :, :]).sum(1)
@@ -68,6 +75,38 @@ def cholesky(a: jax.Array) -> jax.Array:
                 value = value - rows[i][k] * rows[j][k]
             rows[i][j] = value / rows[j][j]
     return jnp.stack([jnp.stack(row) for row in rows])
+
+
+def semidefinite_root(a: jax.Array) -> jax.Array:
+    """Lower root L of one positive semidefinite (…, d, d) matrix, L Lᵀ = a; a may be singular.
+
+    A pivot that is zero but for rounding becomes zero, and its column with it, so that nothing is
+    divided by it; where the matrix is definite this is the Cholesky factor.
+    """
+    d = a.shape[-1]
+    if d > UNROLL_UP_TO:
+        factor = jnp.linalg.cholesky(a)
+        singular = ~jnp.isfinite(factor).all((-2, -1), keepdims=True)
+        # eigenvectors have no derivative where eigenvalues coincide, and none is needed there
+        values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(a))
+        rows = jnp.swapaxes(vectors * jnp.sqrt(jnp.maximum(values, 0.0))[..., None, :], -1, -2)
+        triangle = jnp.swapaxes(jnp.linalg.qr(rows, mode="r"), -1, -2)
+        return jnp.where(singular, triangle, factor)
+    zero = jnp.zeros_like(a[..., 0, 0])
+    rows_of: list[list[jax.Array]] = [[zero] * d for _ in range(d)]
+    for j in range(d):
+        pivot = a[..., j, j]
+        for k in range(j):
+            pivot = pivot - rows_of[j][k] ** 2
+        positive = pivot > 1e-14 * a[..., j, j]
+        root = jnp.sqrt(jnp.where(positive, pivot, 1.0))
+        rows_of[j][j] = jnp.where(positive, root, 0.0)
+        for i in range(j + 1, d):
+            value = a[..., i, j]
+            for k in range(j):
+                value = value - rows_of[i][k] * rows_of[j][k]
+            rows_of[i][j] = jnp.where(positive, value / root, 0.0)
+    return jnp.stack([jnp.stack(row, axis=-1) for row in rows_of], axis=-2)
 
 
 def solve_lower(factor: jax.Array, b: jax.Array) -> jax.Array:

@@ -257,3 +257,15 @@ def test_complete_pooling_is_the_limit_of_a_point_prior():
     assert np.abs(nearer.mean - fit.phi["mu"]).max() == pytest.approx(
         np.abs(near.mean - fit.phi["mu"]).max() / 100, rel=1e-3
     )
+
+
+def test_a_shared_effect_that_tasks_absorb_is_marked():
+    # uranium is constant within counties: without pooling each intercept holds its effect
+    model, tasks = hb.from_formula(
+        "log_radon ~ 1 + floor + log_uranium + (1 | county)", hb.datasets.radon()
+    )
+    fit = hb.no_pooling(model, tasks)
+    assert not fit.adapted.adapted.identified.any()
+    assert np.isnan(fit.adapted.sd.values).all()
+    # its predictions of the counties' own houses stand all the same
+    assert np.isfinite(fit.predict().mean).all()

@@ -79,6 +79,7 @@ def test_fit_and_datasets(houses, tmp_path, capsys):
         (["compare", "HEADER", "--formula", CSV], ["no rows"]),
         (["compare", "radon", "--out", "HOUSES"], ["--out", "is a file"]),
         (["compare", "radon", "--out", "FULL"], ["--out", "not empty"]),
+        (["compare", "radon", "--out", "FULL", "--overwrite"], ["--out", "would delete"]),
         (["compare", "radon", "--out", "/proc/nowhere/here"], ["--out"]),
         (["fit", "radon", "--out", "/proc/nowhere.nc"], ["--out"]),
     ],
@@ -120,9 +121,10 @@ def test_a_failure_half_way_leaves_nothing(houses, tmp_path, monkeypatch, capsys
 
 def test_overwrite_replaces_the_whole_folder(houses, tmp_path):
     out = tmp_path / "results"
-    out.mkdir()
-    (out / "old.txt").write_text("old")
     arguments = ["compare", str(houses), "--formula", CSV, "--methods", "complete_pooling"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    (out / "old.txt").write_text("old")
+    assert main([*arguments, "--out", str(out)]) == 2  # not without being asked
     assert main([*arguments, "--out", str(out), "--overwrite"]) == 0
     assert not (out / "old.txt").exists()
     assert (out / "report.html").exists()
@@ -136,3 +138,45 @@ def test_module_and_help_run_as_a_user_types_them():
     assert run.returncode == 0
     assert "exit codes" in run.stdout
     assert "compare" in run.stdout
+
+
+def test_dropped_rows_are_said(houses, capsys):
+    df = pd.read_csv(houses)
+    df.loc[3, "x"] = float("nan")
+    df.to_csv(houses, index=False)
+    arguments = ["compare", str(houses), "--formula", CSV, "--methods", "complete_pooling"]
+    assert main(arguments) == 2  # missing values are refused, by name
+    assert "'x'" in capsys.readouterr().err
+    assert main([*arguments, "--drop-missing"]) == 0
+    assert "dropped 1 of 180 rows" in capsys.readouterr().err
+
+
+def test_a_category_of_one_row_stays_in_training(houses, capsys):
+    df = pd.read_csv(houses).assign(kind=lambda d: ["a", "b"] * 90)
+    for row in range(0, 180, 9):  # twenty categories of one row each: some would be held out
+        df.loc[row, "kind"] = f"only{row}"
+    df.to_csv(houses, index=False)
+    formula = "y ~ 1 + x + kind + (1 | g)"
+    assert (
+        main(["compare", str(houses), "--formula", formula, "--methods", "complete_pooling"]) == 0
+    )
+    assert "stay in training" in capsys.readouterr().err
+
+
+def test_a_method_that_cannot_serve_these_tasks_shows_a_dash(tmp_path, capsys):
+    # two rows a task and two coefficients: nothing within tasks tells the noise
+    df = hb.datasets.sleepstudy().rename(columns={"subject": "g", "days": "x", "reaction": "y"})
+    path = tmp_path / "pairs.csv"
+    df[df["x"] < 2].to_csv(path, index=False)
+    methods = ["--methods", "no_pooling,empirical_bayes", "--test", "0"]
+    formula = "y ~ 1 + x + (1 + x | g)"
+    assert main(["compare", str(path), "--formula", formula, *methods]) == 0
+    said = capsys.readouterr().out
+    assert "no pooling: sigma cannot be estimated within tasks" in said
+
+
+def test_a_fit_makes_the_folder_that_it_is_saved_in(houses, tmp_path):
+    out = tmp_path / "new" / "folder" / "fit.nc"
+    arguments = ["fit", str(houses), "--formula", CSV, "--method", "complete_pooling"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert out.exists()

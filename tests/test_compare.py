@@ -151,6 +151,7 @@ def test_without_held_out_rows_tasks_are_left_out(schools, schools_full):
     assert any(note.startswith("MAML: no task") for note in comparison.notes)
 
 
+@pytest.mark.slow
 def test_importance_agrees_with_refits_of_full_bayes(schools, schools_full):
     # leave school A out by a refit with its own draws: log p(y_A | others), averaged over phi
     rest = schools.tasks.take(np.arange(1, 8))

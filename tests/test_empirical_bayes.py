@@ -13,6 +13,7 @@ where a Newton step gains less than 1e-14 of the log evidence, so estimates are 
 1e-7; tolerances of 1e-6 leave a factor of ten.
 """
 
+import jax
 import numpy as np
 import numpyro.distributions as dist
 import pandas as pd
@@ -498,3 +499,48 @@ def test_the_layouts_of_this_file_are_what_they_say():
     at = np.array([*tau, np.sqrt(s2), rho])
     for step in 0.01 * np.eye(4):
         assert max(value(at + step), value(at - step)) < value(at)
+
+
+@pytest.mark.parametrize(("size", "criterion"), [(3, "ml"), (4, "reml"), (5, "ml")])
+def test_singular_covariances_are_ordinary(size, criterion):
+    # one direction varies between six tasks, so the estimated covariance lacks rank, as lme4's
+    # does in such data; theta, draws and the prior must stay finite all the same
+    rng = np.random.default_rng(size)
+    direction = rng.normal(size=size)
+    arrays = []
+    for _ in range(6):
+        x = np.column_stack([np.ones(8), rng.normal(size=(8, size - 1))])
+        arrays.append((x, x @ (direction * rng.normal()) + rng.normal(size=8)))
+    model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
+    fit = hb.empirical_bayes(model, hb.Tasks.from_arrays(arrays), criterion)
+    root = np.linalg.eigvalsh(fit.phi["corr"])
+    assert root[0] < 1e-6  # the case that is meant
+    assert np.isfinite(fit.theta.values).all()
+    assert np.isfinite(fit.adapted.covariance.values).all()
+    assert np.isfinite(fit.theta_draws).all()
+    draws = fit.prior.sample(jax.random.key(0), (20_000,))
+    expected = np.outer(fit.phi["tau"], fit.phi["tau"]) * fit.phi["corr"]
+    # standard error of a variance from 20,000 normal draws is 1 %; five of them, of the largest
+    np.testing.assert_allclose(np.cov(draws.T), expected, atol=0.05 * expected.max())
+    # the posterior mean by dense algebra, which needs no root of the covariance
+    x, y = arrays[0]
+    sigma = float(fit.phi["sigma"])
+    spread = x @ expected @ x.T + sigma**2 * np.eye(8)
+    dense = fit.phi["mu"] + expected @ x.T @ np.linalg.solve(spread, y - x @ fit.phi["mu"])
+    # the root is right to the square root of rounding where the matrix is singular
+    np.testing.assert_allclose(fit.theta.values[0], dense, atol=1e-6)
+
+
+def test_uncentred_task_predictors_change_nothing_but_mu():
+    rng = np.random.default_rng(5)
+    w = rng.normal(size=40)
+    arrays = [(np.ones((4, 1)), 3 * v + rng.normal() * 2 + rng.normal(size=4)) for v in w]
+    fits = []
+    for shift in (0.0, 1000.0):
+        tasks = hb.Tasks.from_arrays(arrays, task_predictors=(w + shift)[:, None])
+        model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
+        fits.append(hb.empirical_bayes(model, tasks, "map"))
+    centred, far = fits
+    # the priors on mu differ in width, both far wider than the estimate's standard error
+    np.testing.assert_allclose(far.phi["gamma"], centred.phi["gamma"], rtol=0.02)
+    np.testing.assert_allclose(far.phi["tau"], centred.phi["tau"], rtol=0.02)

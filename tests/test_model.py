@@ -258,8 +258,9 @@ def test_defaults_are_what_the_docstring_says():
     s_0 = np.sqrt(s_y**2 + (s_x * x.mean()) ** 2 + (s_y / z.std() * z.mean()) ** 2)
     belief = model.hyperprior
     close(belief.mu["Intercept"].loc, y.mean(), rtol=1e-12)
-    close(belief.mu["Intercept"].scale, 2.5 * s_0, rtol=1e-12)
-    close([belief.mu["x"].loc, belief.mu["x"].scale], [0.0, 2.5 * s_x], rtol=1e-12)
+    at_zero = np.sqrt(1 + (level.mean() / level.std()) ** 2)  # mu stands at w = 0
+    close(belief.mu["Intercept"].scale, 2.5 * s_0 * at_zero, rtol=1e-12)
+    close([belief.mu["x"].loc, belief.mu["x"].scale], [0.0, 2.5 * s_x * at_zero], rtol=1e-12)
     close([belief.tau[c].scale for c in tasks.coef], [s_0, s_x], rtol=1e-12)
     close(belief.beta["z0"].scale, 2.5 * y.std() / z.std(), rtol=1e-12)
     close(belief.gamma["x"].scale, 2.5 * s_x / level.std(axis=0), rtol=1e-12)

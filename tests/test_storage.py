@@ -146,7 +146,7 @@ def test_a_hyperprior_that_no_file_can_keep_is_named():
     class Mine(dist.Normal):
         pass
 
-    with refuses("Mine", "load"):
+    with refuses("Mine", "datatree"):
         hyperprior_to_plain(hb.HyperPrior(mu=Mine(0.0, 1.0)))
 
 

@@ -17,12 +17,24 @@ class Adapted:
     """What tasks conclude: θ_j and, where the adaptation knows it, how surely.
 
     ``mean`` (J, d); ``covariance`` (J, d, d) or None; ``unidentified`` (J, d, d) or None: the
-    projection on the directions of θ_j that nothing determines.
+    projection on the directions of θ_j that nothing determines; ``absorbed`` (J, d) of bool or
+    None: coefficients that hold the effect of a shared column which is not identified.
     """
 
     mean: np.ndarray
     covariance: np.ndarray | None = None
     unidentified: np.ndarray | None = None
+    absorbed: np.ndarray | None = None
+
+    @property
+    def identified(self) -> np.ndarray:
+        """Which coefficients the task's own rows determine, (J, d) of bool."""
+        known = np.ones(self.mean.shape, dtype=bool)
+        if self.unidentified is not None:
+            known &= np.diagonal(self.unidentified, axis1=1, axis2=2) < 1e-8
+        if self.absorbed is not None:
+            known &= ~self.absorbed.astype(bool)
+        return known
 
     def draw(self, rng: np.random.Generator, num_draws: int) -> np.ndarray:
         """Normal draws (num_draws, J, d) around the mean."""

@@ -59,12 +59,14 @@ def design_svd(stats: Statistics) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 class Within:
     """The shared effects and the noise, from what tasks say when each has its own θ_j.
 
-    ``beta`` (p,) of minimum norm; ``identified`` (p,) of bool; ``sigma`` on ``num_free`` degrees
-    of freedom, NaN where there are none.
+    ``beta`` (p,) of minimum norm; ``identified`` (p,) of bool; ``absorbed`` (J, d) of bool: the
+    coefficients of a task that could hold the effect of an unidentified shared column instead;
+    ``sigma`` on ``num_free`` degrees of freedom, NaN where there are none.
     """
 
     beta: np.ndarray
     identified: np.ndarray
+    absorbed: np.ndarray
     sigma: float
     num_free: int
 
@@ -72,7 +74,7 @@ class Within:
 def within_tasks(stats: Statistics) -> Within:
     """Least squares of what is left of [Z y] when each task's own X_j is projected out."""
     d, p = stats.num_coef, stats.z.shape[1]
-    left, values, _ = design_svd(stats)
+    left, values, right = design_svd(stats)
     rest = np.moveaxis(np.concatenate([stats.z, stats.y[:, None]], axis=1), -1, 0)
     outside = np.einsum("jki,jkl->jil", left, rest[:, :d]) * (values == 0)[:, :, None]
     rows = np.concatenate([outside.reshape(-1, p + 1), rest[:, d:].reshape(-1, p + 1)])
@@ -83,10 +85,16 @@ def within_tasks(stats: Statistics) -> Within:
     keep = s > RANK_TOLERANCE
     beta = vt[keep].T @ ((u[:, keep].T @ y) / s[keep]) / np.where(norms > 0, norms, 1.0)
     blind = np.eye(p) - vt[keep].T @ vt[keep]
+    inverse = np.where(values > 0, 1.0 / np.where(values > 0, values, 1.0), 0.0)
+    # a null direction of β, shifted into θ_j: X⁺ Z times that direction
+    directions = rest[:, :d, :p] @ (blind / np.where(norms > 0, norms, 1.0)[:, None])
+    pieces = (right, inverse, left, directions)
+    shifted = np.einsum("jki,jk,jlk,jlq->jiq", *pieces, optimize=True)
+    absorbed = np.abs(shifted).max(axis=2, initial=0.0) > 1e-8
     num_free = round(float(np.sum(stats.num_rows))) - int((values > 0).sum()) - int(keep.sum())
     squares = float(((y - z @ beta) ** 2).sum())
     # what is left of y by rounding alone is no noise
     rounding = (1e-13 * np.linalg.norm(stats.y)) ** 2
     squares = 0.0 if squares < rounding else squares
     sigma = np.sqrt(squares / num_free) if num_free > 0 else np.nan
-    return Within(beta, np.abs(np.diag(blind)) < 1e-8, float(sigma), num_free)
+    return Within(beta, np.abs(np.diag(blind)) < 1e-8, absorbed, float(sigma), num_free)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from hierbayes.adaptation import LeastSquares
 from hierbayes.errors import FitWarning, InputError
 from hierbayes.evidence.exact import log_evidence
 from hierbayes.fit import Fit
+from hierbayes.fit.datatree import dataset
 from hierbayes.meta import complete_pooling, empirical_bayes, maml
 from hierbayes.numerics import float64
 from hierbayes.statistics import statistics
@@ -55,7 +55,10 @@ def leave_one_task_out(fit: Fit) -> dict[str, Any]:
         )  # fmt: skip
         for j in bar:
             rest = fit.tasks.take(np.delete(np.arange(fit.tasks.num_tasks), j))
-            scores[j] = _joint_log_density(_refit(fit, rest), fit.tasks.take([int(j)]))
+            try:
+                scores[j] = _joint_log_density(_refit(fit, rest), fit.tasks.take([int(j)]))
+            except InputError:
+                continue  # without this task the others cannot be fitted: its score stays open
     return {"log_density": scores}
 
 
@@ -96,8 +99,7 @@ def _importance(fit: Fit) -> dict[str, Any]:
         chains, draws = next(iter(fit.phi_draws.values())).shape[:2]
         flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in fit.phi_draws.items()}
         values = np.asarray(over_draws(flat)).reshape(chains, draws, -1)
-    tree = replace(fit).datatree.copy()
-    tree["log_likelihood"] = _log_likelihood_by_task(values, fit)
+    tree = _tree_by_task(values, fit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # k̂ is returned and judged by the caller
         result: Any = arviz_stats.loo(tree, pointwise=True)
@@ -105,13 +107,14 @@ def _importance(fit: Fit) -> dict[str, Any]:
     return {"log_density": pointwise, "pareto_k": result.pareto_k.values}
 
 
-def _log_likelihood_by_task(values: np.ndarray, fit: Fit) -> Any:
+def _tree_by_task(values: np.ndarray, fit: Fit) -> Any:
+    """What ArviZ's loo needs: the draws of φ, and the log evidence of each task as its unit."""
     import xarray as xr
 
-    coords = {
-        "chain": np.arange(values.shape[0]),
-        "draw": np.arange(values.shape[1]),
-        "task": fit.tasks.names,
-    }
-    data = xr.DataArray(values, dims=("chain", "draw", "task"), coords=coords)
-    return xr.DataTree(xr.Dataset({"y": data}))
+    chain, draw = np.arange(values.shape[0]), np.arange(values.shape[1])
+    coords = {"chain": chain, "draw": draw, "task": fit.tasks.names}
+    evidence = xr.DataArray(values, dims=("chain", "draw", "task"), coords=coords)
+    posterior = dataset(fit.phi_draws or {}, fit.tasks, ("chain", "draw"))
+    return xr.DataTree.from_dict(
+        {"posterior": posterior, "log_likelihood": xr.Dataset({"y": evidence})}
+    )

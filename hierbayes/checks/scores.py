@@ -87,9 +87,7 @@ def theta_differences(fit: Fit, reference: Fit) -> dict[str, float]:
     reference_sd = reference.adapted.sd.values
     sd = fit.adapted.sd.values
     usable = np.isfinite(reference_sd) & (reference_sd > 0)
-    unidentified = fit.adapted.adapted.unidentified
-    if unidentified is not None:
-        usable &= np.diagonal(unidentified, axis1=1, axis2=2) < 1e-8
+    usable &= fit.adapted.adapted.identified
     difference = np.abs(fit.theta.values - reference.theta.values)
     safe = np.where(usable, reference_sd, 1.0)
     some = usable & np.isfinite(sd) & (sd > 0)

@@ -197,7 +197,11 @@ def _reference(fits: dict[str, Fit], asked: str | None) -> str | None:
             raise InputError(f"reference {asked!r} is not among the fits: {', '.join(fits)}")
         return asked
     full = [label for label, fit in fits.items() if fit.method == "full Bayes"]
-    posterior = [label for label, fit in fits.items() if fit.theta_draws is not None]
+    posterior = [
+        label
+        for label, fit in fits.items()
+        if fit.adapted.covariance is not None and "mu" in fit.phi
+    ]
     return next(iter(full + posterior), None)
 
 
@@ -216,6 +220,11 @@ def _by_task(
             notes.append(f"{label}: {error}")
             continue
         values = result["log_density"]
+        if fit.method == "MAML":
+            notes.append(
+                f"{label}: a task left out is scored at φ, before any step, rows independent given "
+                "sigma_query; MAML learns no distribution of new tasks"
+            )
         pointwise[label] = values
         mean, se = _per_row(values, fit.tasks.sizes)
         rows[label] = {"log_density": mean, "log_density_se": se, "rows": num_rows, "left_out": 0}

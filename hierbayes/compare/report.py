@@ -135,7 +135,8 @@ def _priors(comparison: Comparison) -> str:
 
     columns = {}
     for label, fit in comparison.fits.items():
-        summary = fit.summary(var_names=[n for n in fit.phi if n != "corr"])
+        summary = fit.summary()
+        summary = summary[~summary.index.str.startswith("theta[")]
         estimate, spread = ("mean", "sd") if "mean" in summary else ("estimate", "se")
         columns[label] = {
             name: _with_spread(row[estimate], row[spread]) for name, row in summary.iterrows()
@@ -151,11 +152,9 @@ def _tasks(comparison: Comparison) -> str:
     for k, coef in enumerate(first.coef):
         for label, fit in comparison.fits.items():
             means, sds = fit.theta.values[:, k], fit.adapted.sd.values[:, k]
-            blind = fit.adapted.adapted.unidentified
+            known = fit.adapted.adapted.identified[:, k]
             cells = [_with_spread(m, s) for m, s in zip(means, sds, strict=True)]
-            if blind is not None:
-                hidden = blind[:, k, k] > 1e-8
-                cells = ["—" if h else c for c, h in zip(cells, hidden, strict=True)]
+            cells = [c if ok else "—" for c, ok in zip(cells, known, strict=True)]
             columns[f"{coef}, {label}"] = cells
     return pd.DataFrame(columns, index=first.names).to_html(border=0)
 

@@ -55,23 +55,22 @@ class AdaptedTasks:
         else:
             variance = np.diagonal(self.adapted.covariance, axis1=1, axis2=2)
             values = np.sqrt(np.maximum(variance, 0))
-        if self.adapted.unidentified is not None:
-            blind = np.diagonal(self.adapted.unidentified, axis1=1, axis2=2) > 1e-8
-            values = np.where(blind, np.nan, values)
+        values = np.where(self.adapted.identified, values, np.nan)
         return label(values, self.tasks, ("task", "coef"), "theta_sd")
 
     def predict(self, data: Any) -> Prediction:
         """Predictive distributions of rows of these tasks, matched by task name."""
         rows = self.model.tasks(data)
         check_columns(rows, self.tasks)
-        unknown = [n for n in rows.names.tolist() if n not in self.tasks.labels.number]
+        self.model.likelihood.check(rows)
+        found = [self.tasks.labels.position(n) for n in rows.names.tolist()]
+        unknown = [n for n, at in zip(rows.names.tolist(), found, strict=True) if at is None]
         if unknown:
             raise InputError(
                 f"no parameters are known for task(s) {listing(unknown)}; adapt to their rows "
                 'first (fit.adapt), or predict with target="new" or target="population"'
             )
-        position = np.array([self.tasks.labels.number[n] for n in rows.names.tolist()], dtype=int)
-        of_row = position[rows.task_of_row]
+        of_row = np.array(found, dtype=int)[rows.task_of_row]
         if self.draws is not None:
             means = np.einsum("sik,ik->si", self.draws[:, of_row], rows.predictors)
             return finish("known task", self.model, rows, self.phis, means, 0.0)

@@ -19,6 +19,7 @@ from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, float64, to_numpy
 from hierbayes.priors.assembled import Assembled
+from hierbayes.priors.singular import SingularNormal
 from hierbayes.tasks import Tasks
 
 TARGETS = ("known", "new", "population")
@@ -127,6 +128,9 @@ class Fit:
             tree = self.datatree.posterior.to_dataset()
             if "corr" in tree:  # the diagonal is constant: no diagnostics are to be had of it
                 tree = tree.drop_vars("corr").assign(trees_pairs(tree["corr"]))
+            if var_names is not None and "corr" in var_names:
+                pairs = [str(n) for n in tree.data_vars if str(n).startswith("corr[")]
+                var_names = [n for n in var_names if n != "corr"] + pairs
             settings: Any = {"var_names": var_names, "round_to": "none"}
             return arviz_stats.summary(tree, **settings)
         rows = {}
@@ -150,8 +154,8 @@ class Fit:
     def prior(self) -> dist.Distribution:
         """p(θ_new | D_1..J) as a NumPyro distribution over (d,).
 
-        A normal at φ̂, a point mass in directions with τ̂ = 0; a mixture over draws under full
-        Bayes.
+        A normal at φ̂, a point mass in directions with τ̂ = 0 (and no density where correlations
+        are estimated as ±1); a mixture over draws under full Bayes.
         """
         if self.tasks.labels.task_predictors:
             raise AttributeError(
@@ -299,6 +303,8 @@ def _mixture(locations: np.ndarray, roots: np.ndarray) -> dist.Distribution:
         if not spread.size:
             return dist.Delta(locations[0], event_dim=1)
         root = roots[0][np.ix_(spread, spread)]
+        if np.linalg.matrix_rank(root) < len(spread):
+            return SingularNormal(locations[0], roots[0])
         normal = dist.MultivariateNormal(locations[0][spread], scale_tril=root)
         return normal if len(spread) == len(locations[0]) else Assembled(
             [(normal, (spread,))], locations[0]

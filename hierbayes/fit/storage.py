@@ -68,8 +68,11 @@ def load(path: Any, model: HierarchicalModel | None = None) -> Fit:
 
     if not Path(path).is_file():
         raise InputError(f"there is no file {str(path)!r}")
-    with xr.open_datatree(path, engine="h5netcdf") as opened:
-        tree = opened.load()
+    try:
+        with xr.open_datatree(path, engine="h5netcdf") as opened:
+            tree = opened.load()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)!r} is not a NetCDF file: {error}") from error
     if GROUP not in tree.children or "fit" not in tree[GROUP].attrs:
         raise InputError(f"{str(path)!r} is not a fit saved by hierbayes")
     described = json.loads(tree[GROUP].attrs["fit"])
@@ -87,6 +90,7 @@ def load(path: Any, model: HierarchicalModel | None = None) -> Fit:
             arrays["training.mean"],
             arrays.get("training.covariance"),
             arrays.get("training.unidentified"),
+            arrays.get("training.absorbed"),
         )
     draws = {}
     if "posterior" in tree.children:

@@ -149,12 +149,11 @@ class FormulaEncoder:
         checked |= {c: np.where(frame.is_null(c), np.nan, 0.0) for c in used if c not in numeric}
         level = {c: frame.numbers(c) for c in (*self.task_predictors, *(c for _, c in self.slots))}
         checked |= level
-        if checked:
-            nameless = np.where(frame.is_null(parts.group), np.nan, 0.0)
-            keep = complete_rows({parts.group: nameless} | checked, missing)
-            if not keep.all():
-                rows = np.flatnonzero(keep)
-                frame, level = frame.take(rows), {c: v[rows] for c, v in level.items()}
+        nameless = np.where(frame.is_null(parts.group), np.nan, 0.0)
+        keep = complete_rows({parts.group: nameless} | checked, missing)
+        if not keep.all():
+            rows = np.flatnonzero(keep)
+            frame, level = frame.take(rows), {c: v[rows] for c, v in level.items()}
         matrices = self._matrices(frame, used, training, with_outcome)
         outcome, fixed, *varying = matrices
         coef = [name for i in range(len(parts.bars)) for name in self._names(2 + i)]
@@ -351,7 +350,12 @@ def _columns(columns: dict[str, np.ndarray], names: Sequence[str], num_rows: int
 
 def _refuse_spoiled_numbers(frame: Frame, column: str) -> None:
     """A column of strings that are mostly numbers is a column of numbers gone wrong."""
-    if frame.is_numeric(column):
+    if frame.is_temporal(column):
+        raise InputError(
+            f"column {column!r} holds dates or times; make a column of numbers of it beforehand, "
+            "days since a start for example"
+        )
+    if frame.is_numeric(column) or frame.is_categorical(column):
         return
     values = frame.distinct_strings(column)
     numbers = [v for v in values if re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", v)]

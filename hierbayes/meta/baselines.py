@@ -7,6 +7,7 @@ r"""The two ends between which every method lies.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 
 from hierbayes.adaptation import Conjugate, LeastSquares
 from hierbayes.adaptation.least_squares import within_tasks
-from hierbayes.errors import InputError, announce, listing
+from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.evidence.profile import profile, profile_problem
 from hierbayes.fit import Fit
 from hierbayes.meta.marginal import named_fixed
@@ -58,6 +59,7 @@ def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = No
     resolved = model.resolve(tasks)
     within = within_tasks(statistics(tasks))
     phi: dict[str, np.ndarray] = {"beta": within.beta} if tasks.labels.shared else {}
+    refuse_idle_sigma(model, sigma)
     if "sigma" in model.likelihood.parameters():
         phi["sigma"] = np.asarray(noise(within.sigma, sigma))
     remarks = []
@@ -65,10 +67,10 @@ def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = No
         blind = [c for c, ok in zip(tasks.labels.shared, within.identified, strict=True) if not ok]
         remarks.append(
             f"without pooling the shared effect of {listing(blind)} is not identified: each task's "
-            "own coefficients absorb it"
+            "own coefficients absorb it, and are marked as unidentified where they do"
         )
     adaptation = LeastSquares()
-    training = adaptation(resolved, tasks, phi)
+    training = replace(adaptation(resolved, tasks, phi), absorbed=within.absorbed)
     assert training.unidentified is not None
     lacking = np.abs(training.unidentified).max(axis=(1, 2)) > 1e-8
     if lacking.any():
@@ -84,6 +86,12 @@ def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = No
     )  # fmt: skip
 
 
+def refuse_idle_sigma(model: HierarchicalModel, sigma: float | None) -> None:
+    """Refuse a σ that known standard errors leave no place for."""
+    if sigma is not None and "sigma" not in model.likelihood.parameters():
+        raise InputError("sigma has no place beside known standard errors; leave it out")
+
+
 def noise(estimate: float, given: float | None) -> float:
     """σ as given, or the pooled within-task estimate, where there is one."""
     if given is not None:
@@ -91,7 +99,7 @@ def noise(estimate: float, given: float | None) -> float:
             raise InputError(f"sigma must be positive, found {given}")
         return float(given)
     if not (np.isfinite(estimate) and estimate > 0):
-        raise InputError(
+        raise NotApplicable(
             "sigma cannot be estimated within tasks: the tasks' own coefficients explain every row "
             "without an error (they may have no more rows than coefficients); pass sigma=…"
         )

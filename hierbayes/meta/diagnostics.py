@@ -27,6 +27,12 @@ def remarks(
 ) -> list[str]:
     """R̂, effective sample sizes and divergences, as sentences; empty where all is well."""
     found = []
+    broken = [name for name, values in draws.items() if not np.isfinite(values).all()]
+    if broken or (theta is not None and not np.isfinite(theta).all()):
+        return [
+            f"draws of {', '.join(broken) or 'theta'} are not finite: nothing can be said from "
+            "them. Look for predictors of very different scales, or a prior far from the data"
+        ]
     diverging = int(sample_stats["diverging"].sum())
     if diverging:
         share = diverging / sample_stats["diverging"].size

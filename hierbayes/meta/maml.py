@@ -17,13 +17,13 @@ import optax
 from hierbayes.adaptation import GradientSteps
 from hierbayes.adaptation.gradient import check_step_size, curvatures, largest_curvature
 from hierbayes.adaptation.least_squares import within_tasks
-from hierbayes.errors import InputError, announce
+from hierbayes.errors import InputError, NotApplicable, announce
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
 from hierbayes.meta.ascent import maximise
-from hierbayes.meta.baselines import noise
+from hierbayes.meta.baselines import noise, refuse_idle_sigma
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64, to_numpy
+from hierbayes.numerics import as_key, float64, to_numpy
 from hierbayes.priors.hyperprior import Scales
 from hierbayes.statistics import statistics
 from hierbayes.tasks import Tasks
@@ -41,7 +41,7 @@ def maml(
     sigma: float | None = None,
     optimiser: optax.GradientTransformation | None = None,
     num_meta_steps: int = 500,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
     progress: bool | None = None,
 ) -> Fit:
     r"""Model-agnostic meta-learning, second order.
@@ -78,7 +78,7 @@ def maml(
         Of the outer loop; L-BFGS by default, which converges on these smooth problems.
     num_meta_steps : int
         Outer steps at most.
-    seed : int
+    seed : int or JAX key
         For the splits.
     progress : bool, optional
         Show a progress bar; by default where stderr is a terminal.
@@ -117,15 +117,16 @@ def maml(
                          f"found {optimiser!r}")  # fmt: skip
     model.check(tasks, learns_prior=True)
     resolved = model.resolve(tasks)
+    refuse_idle_sigma(model, sigma)
     phi = {}
     if "sigma" in model.likelihood.parameters():
         phi["sigma"] = np.asarray(noise(within_tasks(statistics(tasks)).sigma, sigma))
     longest = 1.0 / float(largest_curvature(tasks, phi).max())
     eta = longest if step_size == "auto" else float(step_size)
     check_step_size(eta, tasks, phi)
-    splits = [tasks.split(query, seed=seed + i) for i in range(num_splits)]
+    splits = [tasks.split(query, seed=_nth(seed, i)) for i in range(num_splits)]
     if not any(((s.sizes > 0) & (q.sizes > 0)).any() for s, q in splits):
-        raise InputError(
+        raise NotApplicable(
             "MAML learns by predicting some rows of a task from others, but no task has two rows; "
             "use empirical_bayes or full_bayes"
         )
@@ -184,6 +185,13 @@ def _remarks(
             "Take fewer or shorter steps"
         )
     return remarks
+
+
+def _nth(seed: int | jax.Array, i: int) -> int | jax.Array:
+    """The seed of the i-th split."""
+    if isinstance(seed, (int, np.integer)):
+        return int(seed) + i
+    return jax.random.fold_in(as_key(seed), i)
 
 
 def _check_settings(num_steps: int, num_splits: int, num_meta_steps: int) -> None:

@@ -6,6 +6,7 @@ R themselves, without the Jacobian of the correlations' parametrisation, and of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,11 +34,14 @@ TINY_RATE = 1e-8
 
 def resolve_for_mode(model: HierarchicalModel, tasks: Tasks) -> HierarchicalModel:
     """The model resolved, with Gamma(2, rate → 0) on τ where the user says nothing of it."""
-    if model.hyperprior.tau is not None:
+    given = model.hyperprior.tau
+    if given is not None and not isinstance(given, Mapping):
         return model.resolve(tasks)
     scales = Scales.of(tasks).coef
     avoiding = {c: dist.Gamma(2.0, TINY_RATE / s) for c, s in zip(tasks.coef, scales, strict=True)}
-    return replace(model, hyperprior=replace(model.hyperprior, tau=avoiding)).resolve(tasks)
+    return replace(
+        model, hyperprior=replace(model.hyperprior, tau={**avoiding, **(given or {})})
+    ).resolve(tasks)
 
 
 def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
@@ -101,7 +105,7 @@ class _Layout:
         self.at = {n: slice(e - s, e) for (n, s), e in zip(sizes.items(), ends, strict=True)}
         self.size, self.blocks = int(ends[-1]), blocks
         units = np.ones(self.size)
-        units[self.at["mu"]] = scales.coef[self.free]
+        units[self.at["mu"]] = scales.mu[self.free]
         units[self.at["gamma"]] = (scales.coef[:, None] / scales.task_predictors).ravel()
         units[self.at["beta"]] = scales.shared
         units[self.at["tau"]] = scales.coef

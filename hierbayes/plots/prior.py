@@ -48,11 +48,18 @@ def learned_prior(fits: Fit | Mapping[str, Fit], *, coef: str | None = None, ax:
         colour = styles[label]["color"]
         if "mu" not in fit.phi:
             continue
+        # the prior of an average task, where task predictors move its mean
+        w = fit.tasks.task_predictors.mean(0)
+        moved = fit.phi["gamma"][k] @ w if "gamma" in fit.phi else 0.0
         if "tau" not in fit.phi or fit.phi["tau"][k] == 0:
-            ax.axvline(fit.phi["mu"][k], color=colour, linestyle="--", linewidth=1.3, label=label)
+            ax.axvline(
+                fit.phi["mu"][k] + moved, color=colour, linestyle="--", linewidth=1.3, label=label
+            )
             continue
         draws = fit.phi_draws
         mu = np.atleast_1d(fit.phi["mu"][k] if draws is None else draws["mu"][..., k].ravel())
+        if "gamma" in fit.phi:
+            mu = mu + (moved if draws is None else (draws["gamma"][..., k, :] @ w).ravel())
         tau = np.atleast_1d(fit.phi["tau"][k] if draws is None else draws["tau"][..., k].ravel())
         thin = slice(None, None, max(len(mu) // 4000, 1))
         # a draw with τ below the grid's step would be a spike of one draw

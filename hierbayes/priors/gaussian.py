@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 from hierbayes.errors import InputError, suggestion
-from hierbayes.numerics import cholesky
+from hierbayes.numerics import semidefinite_root
 from hierbayes.priors.base import Phi, Prior
 
 
@@ -83,9 +83,7 @@ class Gaussian(Prior):
         """L with Σ = L Lᵀ: the rows of the Cholesky factor of R times τ; τ = 0 is allowed."""
         if "corr" not in phi:
             return jnp.eye(phi["tau"].shape[-1]) * phi["tau"][..., None, :]
-        factor = jnp.moveaxis(
-            cholesky(jnp.moveaxis(phi["corr"], (-2, -1), (0, 1))), (0, 1), (-2, -1)
-        )
+        factor = semidefinite_root(phi["corr"])
         return phi["tau"][..., :, None] * factor
 
     def distribution(self, phi: Phi, w: Any) -> dist.Distribution:

@@ -45,7 +45,8 @@ class HyperPrior:
     ========  ==========================================================================
     mu        Normal(0, 2.5 s_c); for a constant column (the intercept) around the mean
               outcome, with s_c² = s_y² + Σ_k (s_k mean x_k)² so that predictors need not
-              be centred
+              be centred; with task predictors wider by the root of 1 + Σ (mean w / sd w)²,
+              so that these need not be centred either
     tau       HalfNormal(s_c), with the same s_c
     corr      LKJ(2) over each correlated group
     beta      Normal(0, 2.5 s_c) with s_c of the shared column
@@ -98,11 +99,18 @@ class HyperPrior:
 
     def resolve(self, shape: Shape, tasks: Tasks) -> HyperPrior:
         """Every None replaced by its default, scaled to ``tasks``."""
+        if self._is_resolved(shape):
+            return self
+        if tasks.outcome is None:
+            raise InputError(
+                "default priors are scaled to the outcome, which these tasks do not hold: resolve "
+                "the model on the training tasks first, model.resolve(tasks)"
+            )
         scales = Scales.of(tasks)
         by_coef = list(zip(shape.coef, scales.coef, strict=True))
         defaults = {
             "mu": {
-                c: dist.Normal(scales.mu_location[i], 2.5 * scales.coef[i])
+                c: dist.Normal(scales.mu_location[i], 2.5 * scales.mu[i])
                 for i, c in enumerate(shape.coef) if shape.free_mean[i]
             },
             "tau": {c: dist.HalfNormal(s) for c, s in by_coef},
@@ -124,6 +132,22 @@ class HyperPrior:
         if "sigma" in shape.parameters and self.sigma is None:
             resolved["sigma"] = dist.HalfNormal(scales.outcome)
         return replace(self, **resolved)
+
+    def _is_resolved(self, shape: Shape) -> bool:
+        needed: dict[str, Sequence[str]] = {
+            "mu": [c for c, free in zip(shape.coef, shape.free_mean, strict=True) if free],
+            "tau": shape.coef,
+            "beta": shape.shared,
+            "gamma": shape.coef if shape.task_predictors else (),
+        }
+        for name, labels in needed.items():
+            belief = getattr(self, name)
+            if labels and (
+                belief is None or (isinstance(belief, Mapping) and not {*labels} <= {*belief})
+            ):
+                return False
+        corr_open = shape.correlated and self.corr is None
+        return not (corr_open or ("sigma" in shape.parameters and self.sigma is None))
 
     def distributions(self, shape: Shape) -> dict[str, dist.Distribution]:
         """One NumPyro distribution a name of φ, over its whole array; beliefs must be resolved."""
@@ -175,6 +199,7 @@ class Scales:
 
     outcome: float
     mu_location: np.ndarray
+    mu: np.ndarray
     coef: np.ndarray
     shared: np.ndarray
     task_predictors: np.ndarray
@@ -192,8 +217,24 @@ class Scales:
         scale = np.where(constant, at_origin / np.where(mean == 0, 1.0, np.abs(mean)), scale)
         location = np.where(constant & (mean != 0), y.mean() / np.where(mean == 0, 1.0, mean), 0.0)
         d = tasks.predictors.shape[1]
-        w_sd = tasks.task_predictors.std(axis=0)
-        return cls(outcome, location[:d], scale[:d], scale[d:], np.where(w_sd > 0, w_sd, 1.0))
+        w_sd, w_mean = tasks.task_predictors.std(axis=0), tasks.task_predictors.mean(axis=0)
+        w_sd = np.where(w_sd > 0, w_sd, 1.0)
+        at_zero = np.sqrt(1 + ((w_mean / w_sd) ** 2).sum())
+        return cls(outcome, location[:d], scale[:d] * at_zero, scale[:d], scale[d:], w_sd)
+
+
+def _refuse_negative(name: str, belief: Any) -> None:
+    """Refuse a prior that gives a standard deviation negative values."""
+    for part in belief.values() if isinstance(belief, Mapping) else [belief]:
+        if not isinstance(part, dist.Distribution):
+            continue
+        support: Any = part.support
+        if np.any(support(np.full(part.shape(), -1.0))):
+            raise InputError(
+                f"HyperPrior({name}=…) is a prior on a standard deviation, but "
+                f"{type(part).__name__} allows negative values; use HalfNormal, HalfCauchy, "
+                "Gamma or a truncated distribution"
+            )
 
 
 def _filled(name: str, belief: Belief, default: dict[str, dist.Distribution]) -> Any:

@@ -69,8 +69,8 @@ def _plain(belief: Any) -> Any:
         else:
             return {"kind": kind, "parameters": parameters}
     raise InputError(
-        f"a hyperprior of type {kind} cannot be written to a file; save the fit without it by "
-        "using a distribution of numpyro.distributions, or load with hb.load(path, model=…)"
+        f"a hyperprior of type {kind} cannot be written to a file, and so neither can the fit; "
+        "use a plain distribution of numpyro.distributions, or save fit.datatree alone"
     )
 
 
@@ -80,8 +80,6 @@ def _restored(plain: Any) -> Any:
     if "mapping" in plain:
         return {name: _restored(value) for name, value in plain["mapping"].items()}
     kind = plain["kind"]
-    if kind == "unsaved":
-        return None
     if kind == "ImproperUniform":
         batch, event = plain["shapes"]
         return dist.ImproperUniform(_SUPPORTS[plain["support"]], tuple(batch), tuple(event))

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from hierbayes.errors import InputError, suggestion
+from hierbayes.numerics import as_rng
 from hierbayes.tasks.frames import Missing
 from hierbayes.tasks.views import FILL, Labels, Task
 
@@ -253,11 +254,12 @@ class Tasks:
 
     def _position(self, name: Any) -> int:
         plain = name.item() if isinstance(name, np.generic) else name
-        if plain not in self.labels.number:
+        position = self.labels.position(plain)
+        if position is None:
             raise InputError(
                 f"no task is named {plain!r}; {suggestion(str(plain), self.names.tolist())}"
             )
-        return self.labels.number[plain]
+        return position
 
     def take(self, positions: Sequence[int] | np.ndarray) -> Tasks:
         """The tasks at these positions, in this order."""
@@ -292,7 +294,7 @@ class Tasks:
 
     # ------------------------------------------------------------------ splits
 
-    def split(self, query: float = 0.5, seed: int = 0) -> tuple[Tasks, Tasks]:
+    def split(self, query: float = 0.5, seed: int | jax.Array = 0) -> tuple[Tasks, Tasks]:
         """(support, query): every task's rows cut at random into two parts.
 
         A task of two rows or more keeps at least one row on either side; a one-row task is
@@ -302,12 +304,12 @@ class Tasks:
         ----------
         query : float in (0, 1)
             Share of each task's rows that go to the query part.
-        seed : int
+        seed : int or JAX key
         """
         chosen = self._choose_rows(query, seed, lonely_is_chosen=True)
         return self.keep_rows(~chosen), self.keep_rows(chosen)
 
-    def hold_out(self, fraction: float = 0.2, seed: int = 0) -> tuple[Tasks, Tasks]:
+    def hold_out(self, fraction: float = 0.2, seed: int | jax.Array = 0) -> tuple[Tasks, Tasks]:
         """(train, test): a share of each task's rows held out for scoring.
 
         As :meth:`split`, but a one-row task stays in the training part.
@@ -315,11 +317,13 @@ class Tasks:
         chosen = self._choose_rows(fraction, seed, lonely_is_chosen=False)
         return self.keep_rows(~chosen), self.keep_rows(chosen)
 
-    def _choose_rows(self, share: float, seed: int, *, lonely_is_chosen: bool) -> np.ndarray:
+    def _choose_rows(
+        self, share: float, seed: int | jax.Array, *, lonely_is_chosen: bool
+    ) -> np.ndarray:
         if not 0 < share < 1:
             raise InputError(f"the share of rows must lie between 0 and 1, found {share}")
         sizes, task = self.sizes, self.task_of_row
-        shuffled = np.random.default_rng(seed).random(self.num_rows)
+        shuffled = as_rng(seed).random(self.num_rows)
         order = np.lexsort((shuffled, task))
         place = np.empty(self.num_rows, dtype=int)
         place[order] = np.arange(self.num_rows) - self.starts[:-1][task]

@@ -90,6 +90,14 @@ class Frame:
         dtype = self.native[column].dtype
         return dtype.is_numeric() or dtype == nw.Boolean
 
+    def is_temporal(self, column: str) -> bool:
+        """Whether a column holds dates or times."""
+        return self.native[column].dtype.is_temporal()
+
+    def is_categorical(self, column: str) -> bool:
+        """Whether a column was declared to hold categories."""
+        return self.native[column].dtype in (nw.Categorical, nw.Enum)
+
     def distinct_strings(self, column: str) -> list[str]:
         """The different values of a column, as strings, in order of first occurrence."""
         return list(dict.fromkeys(str(v) for v in self.native[column].to_list() if v is not None))
@@ -103,12 +111,14 @@ class Frame:
             series = self.native[column]
             if self.is_numeric(column):
                 table[column] = self.numbers(column)
-            elif series.dtype in (nw.Categorical, nw.Enum):
-                table[column] = pd.Categorical(
-                    series.to_list(), categories=series.cat.get_categories().to_list()
-                )
+                continue
+            # categories are compared as text, so that they come back from a file as they were
+            text = [None if v is None else str(v) for v in series.to_list()]
+            if self.is_categorical(column):
+                order = [str(c) for c in series.cat.get_categories().to_list()]
+                table[column] = pd.Categorical(text, categories=order)
             else:
-                table[column] = np.array(series.to_list(), dtype=object)
+                table[column] = np.array(text, dtype=object)
         return pd.DataFrame(table, index=np.arange(len(self)))
 
     def take(self, rows: np.ndarray) -> Frame:
@@ -119,11 +129,14 @@ class Frame:
 def as_names(values: Sequence[Any]) -> np.ndarray:
     """Task names as one array: integers stay integers, everything else becomes strings."""
     plain = [v.item() if isinstance(v, np.generic) else v for v in values]
-    if plain and all(isinstance(v, int) and not isinstance(v, bool) for v in plain):
+    if plain and all(
+        isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**62 for v in plain
+    ):
         return np.array(plain, dtype=np.int64)
     if plain and all(isinstance(v, float) and v.is_integer() for v in plain):
         return np.array([int(v) for v in plain], dtype=np.int64)
-    return np.array([str(v) for v in plain], dtype=np.str_)
+    # 1.0 is task "1" whether or not a task 2.5 stands beside it
+    return np.array([f"{v:.15g}" if isinstance(v, float) else str(v) for v in plain], dtype=np.str_)
 
 
 def complete_rows(columns: dict[str, np.ndarray], missing: Missing) -> np.ndarray:

@@ -40,7 +40,11 @@ def read_arrays(
     sizes = np.array([len(y) for y in ys])
     zs = _per_task(shared, "shared", sizes, ndim=2) or [np.zeros((n, 0)) for n in sizes]
     se = _per_task(known_se, "known_se", sizes, ndim=1)
-    w = np.zeros((len(ys), 0)) if task_predictors is None else np.asarray(task_predictors, float)
+    w = (
+        np.zeros((len(ys), 0))
+        if task_predictors is None
+        else _array(task_predictors, "`task_predictors`", ndim=2)
+    )
     if w.ndim != 2 or len(w) != len(ys):
         raise InputError(
             f"`task_predictors` has shape {w.shape}; expected ({len(ys)}, q), one row a task"

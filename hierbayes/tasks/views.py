@@ -41,6 +41,14 @@ class Labels:
     outcome: str = "y"
     encoder: Encoder | None = None
 
+    def position(self, name: Any) -> int | None:
+        """Position of the task of this name, compared as text; None where there is none."""
+        return self._number_of_text.get(str(name))
+
+    @functools.cached_property
+    def _number_of_text(self) -> dict[str, int]:
+        return {str(name): i for i, name in enumerate(self.names.tolist())}
+
     @functools.cached_property
     def number(self) -> dict[Any, int]:
         """Position of each task by its name."""
