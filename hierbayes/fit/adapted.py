@@ -72,7 +72,9 @@ class AdaptedTasks:
             )
         of_row = np.array(found, dtype=int)[rows.task_of_row]
         if self.draws is not None:
-            means = np.einsum("sik,ik->si", self.draws[:, of_row], rows.predictors)
+            means = np.zeros((len(self.draws), rows.num_rows))
+            for k in range(rows.predictors.shape[1]):  # one coefficient at a time: S N numbers
+                means += self.draws[:, of_row, k] * rows.predictors[:, k]
             return finish("known task", self.model, rows, self.phis, means, 0.0)
         means = np.einsum("ik,ik->i", self.adapted.mean[of_row], rows.predictors)[None]
         variance: Any = 0.0

@@ -91,7 +91,11 @@ class Prediction:
         return np.stack([self.quantile(tail), self.quantile(1 - tail)])
 
     def draws(self, num_draws: int = 1000, seed: int = 0) -> np.ndarray:
-        """Predictive draws (num_draws, N)."""
+        """Predictive draws (num_draws, N) of each row by itself.
+
+        Rows of one task are drawn independently of one another: sums and means over a task's
+        rows come out too narrow where the task's own θ is uncertain.
+        """
         rng = np.random.default_rng(seed)
         component = rng.integers(len(self.means), size=num_draws)
         white = rng.standard_normal((num_draws, self.means.shape[1]))
