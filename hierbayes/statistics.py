@@ -50,10 +50,6 @@ class Statistics:
         """Number of tasks J."""
         return self.x.shape[2]
 
-    def take(self, positions: np.ndarray) -> Statistics:
-        """The statistics of some tasks only."""
-        return jax.tree.map(lambda leaf: leaf[..., positions], self)
-
 
 def row_scale(tasks: Tasks) -> np.ndarray:
     """1/sd of each row up to σ: 1/known_se where given, times the root of the weights."""

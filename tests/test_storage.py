@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ def test_a_fit_comes_back_equal(name, request, tmp_path):
     again = hb.load(tmp_path / "fit.nc")
     assert again.method == fit.method
     assert again.warnings == fit.warnings
-    assert list(again.phi) == list(fit.phi) or set(again.phi) == set(fit.phi)
+    assert set(again.phi) == set(fit.phi)
     for key in fit.phi:
         np.testing.assert_array_equal(again.phi[key], fit.phi[key])
     for key in fit.standard_errors:
@@ -153,5 +152,5 @@ def test_a_hyperprior_that_no_file_can_keep_is_named():
 def test_format_of_a_newer_package_is_refused(radon_complete_pooling, tmp_path, monkeypatch):
     radon_complete_pooling.save(tmp_path / "fit.nc")
     monkeypatch.setattr(storage, "FORMAT", 0)
-    with refuses("newer"), warnings.catch_warnings():
+    with refuses("newer"):
         hb.load(tmp_path / "fit.nc")

@@ -91,6 +91,16 @@ def dataset(values: dict[str, Any], tasks: Tasks, lead: tuple[str, ...] = ()) ->
     return xr.Dataset(variables, coords={d: c for d, c in coords.items() if d in used})
 
 
+def correlation_pairs(corr: Any) -> dict[str, Any]:
+    """The correlations above the diagonal as one variable a pair."""
+    names = corr["coef"].values.tolist()
+    return {
+        f"corr[{a}, {b}]": corr.sel(coef=a, coef_bis=b, drop=True)
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+    }
+
+
 def log_likelihood(fit: Fit, draws: dict[str, np.ndarray], by: str = "row") -> Any:
     """Log p(y_i | θ, φ) of every draw, (chain, draw, row); ``by="task"`` sums within tasks."""
     import xarray as xr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -127,7 +127,7 @@ class Fit:
 
             tree = self.datatree.posterior.to_dataset()
             if "corr" in tree:  # the diagonal is constant: no diagnostics are to be had of it
-                tree = tree.drop_vars("corr").assign(trees_pairs(tree["corr"]))
+                tree = tree.drop_vars("corr").assign(trees.correlation_pairs(tree["corr"]))
             if var_names is not None and "corr" in var_names:
                 pairs = [str(n) for n in tree.data_vars if str(n).startswith("corr[")]
                 var_names = [n for n in var_names if n != "corr"] + pairs
@@ -260,10 +260,6 @@ class Fit:
 
         save(self, path)
 
-    def with_warnings(self, *messages: str) -> Fit:
-        """The fit with more to say."""
-        return replace(self, warnings=(*self.warnings, *messages))
-
     def _location(self, phis: dict[str, np.ndarray], w: np.ndarray) -> np.ndarray:
         """μ_s + Γ_s w_j of every draw and task, (S, J, d)."""
         over_draws = jax.vmap(lambda phi: self.model.prior.location(phi, w))
@@ -274,16 +270,6 @@ class Fit:
         if self.phi_draws is None:
             return _batched(self.phi)
         return {k: v.reshape(-1, *v.shape[2:]) for k, v in self.phi_draws.items()}
-
-
-def trees_pairs(corr: Any) -> dict[str, Any]:
-    """The correlations above the diagonal as one variable a pair."""
-    names = corr["coef"].values.tolist()
-    return {
-        f"corr[{a}, {b}]": corr.sel(coef=a, coef_bis=b, drop=True)
-        for i, a in enumerate(names)
-        for b in names[i + 1 :]
-    }
 
 
 def _batched(phi: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hierbayes.fit.datatree import dataset
-from hierbayes.fit.fit import trees_pairs
+from hierbayes.fit.datatree import correlation_pairs, dataset
 from hierbayes.tasks import Tasks
 
 LARGEST_RHAT = 1.01
@@ -70,7 +69,7 @@ def _diagnostics(
 
     tree = dataset(draws, tasks, ("chain", "draw"))
     if "corr" in tree:
-        tree = tree.drop_vars("corr").assign(trees_pairs(tree["corr"]))
+        tree = tree.drop_vars("corr").assign(correlation_pairs(tree["corr"]))
     variables = {str(name): values for name, values in tree.data_vars.items()}
     if theta is not None:
         some = np.unique(np.linspace(0, tasks.num_tasks - 1, MOST_TASKS).astype(int))
