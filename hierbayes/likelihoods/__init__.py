@@ -1,9 +1,13 @@
 r"""p(D_j | θ_j, φ): what one task's data say about its parameters.
 
-.. math:: \log p(D_j \mid \theta_j, \varphi) = \sum_i \log p(y_{ij} \mid x_{ij}, \theta_j, \varphi)
+.. math::
+
+    \log p(D_j \mid \theta_j, \varphi) = \sum_i \log p(y_{ij} \mid f_{ij}, \varphi), \qquad
+    f_{ij} = f(x_{ij}; \theta_j, \varphi)
 """
 
 from hierbayes.likelihoods.base import Likelihood
+from hierbayes.likelihoods.bernoulli import Bernoulli
 from hierbayes.likelihoods.gaussian import Gaussian
 
-__all__ = ["Gaussian", "Likelihood"]
+__all__ = ["Bernoulli", "Gaussian", "Likelihood"]

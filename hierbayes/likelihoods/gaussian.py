@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
+from scipy import stats
 
 from hierbayes.errors import InputError
 from hierbayes.likelihoods.base import Likelihood
-from hierbayes.tasks import Task, Tasks
+from hierbayes.tasks import Tasks
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,7 @@ class Gaussian(Likelihood):
                 "the tasks carry known standard errors, which Gaussian() would ignore: use "
                 "Gaussian(known_se=True), or make the tasks without `known_se`"
             )
-        if tasks.predictors.ndim != 2:
-            raise InputError(
-                f"the Gaussian likelihood takes X of shape (n, d), found rows of shape "
-                f"{tasks.predictors.shape[1:]}"
-            )
-
-    def mean(self, theta: Any, phi: dict[str, Any], task: Task) -> Any:
-        """The linear predictor (n,) for one θ (d,), or for each row's own θ (n, d)."""
-        mean = (task.predictors * theta).sum(-1) + task.slots.get("offset", 0.0)
-        return mean + task.shared @ phi["beta"] if "beta" in phi else mean
+        self._refuse_slots(tasks, ())
 
     def noise_sd(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
         """Standard deviation of each row given θ: known, or σ/√weight.
@@ -77,6 +70,24 @@ class Gaussian(Likelihood):
         known = slots["known_se"] / root_weight
         return jnp.hypot(known, phi["sigma"]) if "sigma" in phi else known
 
-    def distribution(self, theta: Any, phi: dict[str, Any], task: Task) -> dist.Distribution:
-        """Normal distribution of the outcomes (n,) of one task."""
-        return dist.Normal(self.mean(theta, phi, task), self.noise_sd(phi, task.slots))
+    def family(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> dist.Distribution:
+        """N(f, s²) of every row."""
+        return dist.Normal(location, self.noise_sd(phi, slots))
+
+    def predictive(
+        self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> Any:
+        """N(f, s² + the variance of f) of every row."""
+        noise = np.asarray(self.noise_sd(phi, slots))
+        return stats.norm(location, np.sqrt(noise**2 + variance))
+
+    def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
+        """1/s², whatever f."""
+        return 1.0 / self.noise_sd({"sigma": 1.0} | phi, slots) ** 2
+
+    def units(self, tasks: Tasks) -> tuple[float, float]:
+        """Mean and standard deviation of the outcome less its offset."""
+        y = tasks.outcome - tasks.slots.get("offset", 0.0)
+        return float(y.mean()), float(np.std(y)) or max(float(np.abs(y).max(initial=0.0)), 1.0)
