@@ -16,16 +16,19 @@ import optax
 
 from hierbayes.adaptation import GradientSteps
 from hierbayes.adaptation.gradient import check_step_size, curvatures, largest_curvature
-from hierbayes.adaptation.least_squares import within_tasks
-from hierbayes.errors import InputError, NotApplicable, announce
+from hierbayes.errors import InputError, announce
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
 from hierbayes.meta.ascent import maximise
-from hierbayes.meta.baselines import noise, refuse_idle_sigma
+from hierbayes.meta.inner_loop import (
+    check_counts,
+    check_optimiser,
+    inner_noise,
+    outer_parameters,
+    support_query_splits,
+)
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import as_key, float64, to_numpy
-from hierbayes.priors.hyperprior import Scales
-from hierbayes.statistics import statistics
+from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
 
 
@@ -109,31 +112,31 @@ def maml(
     """
     started = time.perf_counter()
     tasks = model.tasks(tasks)
-    _check_settings(num_steps, num_splits, num_meta_steps)
+    check_counts(num_steps=num_steps, num_splits=num_splits, num_meta_steps=num_meta_steps)
     if isinstance(step_size, str) and step_size != "auto":
         raise InputError(f'step_size must be a number or "auto", found {step_size!r}')
-    if not (optimiser is None or isinstance(optimiser, optax.GradientTransformation)):
-        raise InputError(f"optimiser must be an Optax optimiser, for example optax.adam(0.01), "
-                         f"found {optimiser!r}")  # fmt: skip
+    check_optimiser(optimiser)
     model.check(tasks, learns_prior=True)
     resolved = model.resolve(tasks)
-    refuse_idle_sigma(model, sigma)
-    phi = {}
-    if "sigma" in model.likelihood.parameters():
-        phi["sigma"] = np.asarray(noise(within_tasks(statistics(tasks)).sigma, sigma))
+    phi = inner_noise(resolved, tasks, sigma)
     longest = 1.0 / float(largest_curvature(tasks, phi).max())
     eta = longest if step_size == "auto" else float(step_size)
     check_step_size(eta, tasks, phi)
-    splits = [tasks.split(query, seed=_nth(seed, i)) for i in range(num_splits)]
-    if not any(((s.sizes > 0) & (q.sizes > 0)).any() for s, q in splits):
-        raise NotApplicable(
-            "MAML learns by predicting some rows of a task from others, but no task has two rows; "
-            "use empirical_bayes or full_bayes"
-        )
+    splits = support_query_splits(tasks, query, num_splits, seed, "MAML")
     adaptation = GradientSteps(num_steps, None if learn_step_size else eta)
     evidence = Predictive(adaptation)
     with float64():
-        start, unpack = _parameters(resolved, tasks, phi, eta, max(longest, eta), learn_step_size)
+        start, to_phi = outer_parameters(resolved, tasks, phi)
+        if learn_step_size:
+            share = min(eta / max(longest, eta), 0.9)
+            start["step_size"] = jnp.asarray(np.log(share / (1 - share)))
+
+        def unpack(parameters: Any) -> dict[str, Any]:
+            if not learn_step_size:
+                return to_phi(parameters)
+            learned = max(longest, eta) * jax.nn.sigmoid(parameters["step_size"])
+            return to_phi(parameters) | {"step_size": learned}
+
         total = sum(q.num_rows for _, q in splits)
 
         def objective(parameters: Any) -> jax.Array:
@@ -185,53 +188,3 @@ def _remarks(
             "Take fewer or shorter steps"
         )
     return remarks
-
-
-def _nth(seed: int | jax.Array, i: int) -> int | jax.Array:
-    """The seed of the i-th split."""
-    if isinstance(seed, (int, np.integer)):
-        return int(seed) + i
-    return jax.random.fold_in(as_key(seed), i)
-
-
-def _check_settings(num_steps: int, num_splits: int, num_meta_steps: int) -> None:
-    settings = {"num_steps": num_steps, "num_splits": num_splits, "num_meta_steps": num_meta_steps}
-    for name, value in settings.items():
-        if not (isinstance(value, (int, np.integer)) and value >= 1):
-            raise InputError(f"{name} must be a positive integer, found {value!r}")
-
-
-def _parameters(
-    model: HierarchicalModel,
-    tasks: Tasks,
-    fixed: dict[str, Any],
-    eta: float,
-    longest: float,
-    learn_step_size: bool,
-) -> tuple[dict[str, Any], Any]:
-    """Starting values of order one, and the way from them to φ."""
-    scales, shape = Scales.of(tasks), model.shape(tasks)
-    free = jnp.asarray(shape.free_mean)
-    d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
-    start = {"mu": jnp.asarray(scales.mu_location / scales.coef), "log_sigma_query": jnp.zeros(())}
-    if p:
-        start["beta"] = jnp.zeros(p)
-    if q:
-        start["gamma"] = jnp.zeros((d, q))
-    if learn_step_size:
-        share = min(eta / longest, 0.9)
-        start["step_size"] = jnp.asarray(np.log(share / (1 - share)))
-
-    def unpack(parameters: dict[str, Any]) -> dict[str, Any]:
-        phi = {name: jnp.asarray(value) for name, value in fixed.items()}
-        phi["mu"] = jnp.where(free, parameters["mu"] * scales.coef, 0.0)
-        phi["sigma_query"] = scales.outcome * jnp.exp(parameters["log_sigma_query"])
-        if p:
-            phi["beta"] = parameters["beta"] * scales.shared
-        if q:
-            phi["gamma"] = parameters["gamma"] * scales.coef[:, None] / scales.task_predictors
-        if learn_step_size:
-            phi["step_size"] = longest * jax.nn.sigmoid(parameters["step_size"])
-        return phi
-
-    return start, unpack

@@ -1,0 +1,113 @@
+r"""What the methods share that learn φ through an inner loop.
+
+.. math:: \theta_j = A(D_j^{\text{support}}; \varphi), \qquad
+          \max_\varphi \sum_j \log p(D_j^{\text{query}} \mid \theta_j)
+
+The noise σ that sets the inner loop's units, support/query splits, and parameters of order one for
+the outer loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hierbayes.adaptation.least_squares import within_tasks
+from hierbayes.errors import InputError, NotApplicable
+from hierbayes.meta.baselines import noise, refuse_idle_sigma
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import as_key
+from hierbayes.priors.hyperprior import Scales
+from hierbayes.statistics import statistics
+from hierbayes.tasks import Tasks
+
+Parameters = dict[str, jax.Array]
+"""Parameters of the outer loop by name, unconstrained and of order one."""
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse settings that are not positive integers, by name."""
+    for name, value in counts.items():
+        if not (isinstance(value, (int, np.integer)) and value >= 1):
+            raise InputError(f"{name} must be a positive integer, found {value!r}")
+
+
+def check_optimiser(optimiser: Any) -> None:
+    """Refuse an outer optimiser that is neither None nor of Optax."""
+    if not (optimiser is None or isinstance(optimiser, optax.GradientTransformation)):
+        raise InputError(
+            f"optimiser must be an Optax optimiser, for example optax.adam(0.01), "
+            f"found {optimiser!r}"
+        )
+
+
+def inner_noise(
+    model: HierarchicalModel, tasks: Tasks, sigma: float | None
+) -> dict[str, np.ndarray]:
+    """φ's part that is not learned: ``sigma`` as given or pooled within tasks, where it has one.
+
+    σ sets the units of the inner loop; likelihoods without a σ of their own get an empty part.
+    """
+    refuse_idle_sigma(model, sigma)
+    if "sigma" not in model.likelihood.parameters():
+        return {}
+    return {"sigma": np.asarray(noise(within_tasks(statistics(tasks)).sigma, sigma))}
+
+
+def nth_seed(seed: int | jax.Array, i: int) -> int | jax.Array:
+    """The seed of the i-th split."""
+    if isinstance(seed, (int, np.integer)):
+        return int(seed) + i
+    return jax.random.fold_in(as_key(seed), i)
+
+
+def support_query_splits(
+    tasks: Tasks, query: float, num_splits: int, seed: int | jax.Array, method: str
+) -> list[tuple[Tasks, Tasks]]:
+    """Random (support, query) parts of every task; refused where no task has both."""
+    splits = [tasks.split(query, seed=nth_seed(seed, i)) for i in range(num_splits)]
+    if not any(((s.sizes > 0) & (q.sizes > 0)).any() for s, q in splits):
+        raise NotApplicable(
+            f"{method} learns by predicting some rows of a task from others, but no task has two "
+            "rows; use empirical_bayes or full_bayes"
+        )
+    return splits
+
+
+def outer_parameters(
+    model: HierarchicalModel, tasks: Tasks, fixed: dict[str, Any]
+) -> tuple[Parameters, Callable[[Parameters], dict[str, Any]]]:
+    """Starting values of order one for μ, β, Γ and σ_query, and the way from them to φ.
+
+    ``sigma_query`` is the plug-in predictive deviation of the query rows; a discrete outcome has
+    none. ``fixed`` is the part of φ that is not learned. The way to φ passes over parameters that
+    it does not know, so that a method can add its own to both.
+    """
+    scales, shape = Scales.of(tasks), model.shape(tasks)
+    free = jnp.asarray(shape.free_mean)
+    d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
+    start = {"mu": jnp.asarray(scales.mu_location / scales.coef)}
+    if not model.likelihood.discrete:
+        start["log_sigma_query"] = jnp.zeros(())
+    if p:
+        start["beta"] = jnp.zeros(p)
+    if q:
+        start["gamma"] = jnp.zeros((d, q))
+
+    def unpack(parameters: Parameters) -> dict[str, Any]:
+        phi: dict[str, Any] = {name: jnp.asarray(value) for name, value in fixed.items()}
+        phi["mu"] = jnp.where(free, parameters["mu"] * scales.coef, 0.0)
+        if "log_sigma_query" in parameters:
+            phi["sigma_query"] = scales.outcome * jnp.exp(parameters["log_sigma_query"])
+        if p:
+            phi["beta"] = parameters["beta"] * scales.shared
+        if q:
+            phi["gamma"] = parameters["gamma"] * scales.coef[:, None] / scales.task_predictors
+        return phi
+
+    return start, unpack
