@@ -5,7 +5,7 @@ r"""K gradient steps from φ.
 
 Step sizes are in units of the **sum** of the log likelihood over a task's rows, so that more rows
 mean longer steps. Beyond η = 2/λ_max, with λ_max the largest curvature of a task's log likelihood,
-the steps diverge.
+the steps diverge; where the curvature depends on θ, λ_max is a bound and they can diverge.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from hierbayes.adaptation.base import Adaptation, Adapted
 from hierbayes.errors import InputError
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
-from hierbayes.statistics import row_scale
 from hierbayes.tasks import Task, Tasks
 
 
@@ -63,7 +62,7 @@ class GradientSteps(Adaptation):
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
         """θ_K of every task, a point; a step size too long for a task is refused, naming it."""
         eta = float(phi["step_size"]) if self.step_size is None else self.step_size
-        check_step_size(eta, tasks, phi)
+        check_step_size(eta, model, tasks, phi)
         with float64():
             theta = _steps(
                 self, model.without_encoder(), dict(phi), tasks.flat(), tasks.task_of_row
@@ -82,30 +81,38 @@ def _steps(
     return adaptation.steps(model, phi, rows, of_row)
 
 
-def curvatures(tasks: Tasks, phi: dict[str, Any]) -> np.ndarray:
-    """Eigenvalues of each task's −∇² log p(D_j | θ), ascending, (J, d); zero without rows."""
-    sigma = float(phi.get("sigma", 1.0))
-    scaled = tasks.predictors * (row_scale(tasks) / sigma)[:, None]
+def curvatures(model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> np.ndarray:
+    """Eigenvalues of each task's −∇² log p(D_j | θ), ascending, (J, d); zero without rows.
+
+    Exact for Gaussian tasks; elsewhere of XᵀCX with the bounds C on each row's curvature, which no
+    θ exceeds.
+    """
+    with float64():
+        bound = np.asarray(model.likelihood.curvature_bound(phi, tasks.slots))
+    scaled = tasks.predictors * np.sqrt(np.broadcast_to(bound, tasks.num_rows))[:, None]
     grams = np.zeros((tasks.num_tasks, scaled.shape[1], scaled.shape[1]))
     np.add.at(grams, tasks.task_of_row, scaled[:, :, None] * scaled[:, None, :])
     return np.linalg.eigvalsh(grams)
 
 
-def largest_curvature(tasks: Tasks, phi: dict[str, Any]) -> np.ndarray:
-    """λ_max of each task, (J,)."""
-    return curvatures(tasks, phi)[:, -1]
+def largest_curvature(model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> np.ndarray:
+    """λ_max of each task, (J,); a bound where the curvature depends on θ."""
+    return curvatures(model, tasks, phi)[:, -1]
 
 
-def check_step_size(step_size: float, tasks: Tasks, phi: dict[str, Any]) -> None:
-    """Refuse a step size at which some task's gradient steps would diverge."""
+def check_step_size(
+    step_size: float, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]
+) -> None:
+    """Refuse a step size at which some task's gradient steps diverge, or can diverge."""
     if not (np.isfinite(step_size) and step_size > 0):
         raise InputError(f"step_size must be positive, found {step_size}")
-    curvature = largest_curvature(tasks, phi)
+    curvature = largest_curvature(model, tasks, phi)
     product = step_size * curvature
     if (bad := product > 2).any():
         worst = int(np.argmax(product))
+        certain = "makes" if model.likelihood.gaussian_in_theta else "can make"
         raise InputError(
-            f"step_size={step_size:.3g} makes gradient steps diverge in {bad.sum()} of "
+            f"step_size={step_size:.3g} {certain} gradient steps diverge in {bad.sum()} of "
             f"{tasks.num_tasks} tasks, most in {tasks.names.tolist()[worst]!r} "
             f"({tasks.sizes[worst]} rows), where it must stay below 2/λ_max = "
             f"{2 / curvature[worst]:.3g}; step sizes are in sum-of-log-likelihood units, "

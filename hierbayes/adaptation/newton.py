@@ -1,6 +1,7 @@
 r"""The mode of every task's penalised log likelihood, by damped Newton steps, all tasks at once.
 
-.. math:: z_j^* = \arg\max_z \; \Psi_j(z) = \log p(D_j \mid m_j + L z, \varphi) - \tfrac12 z^\top Q z
+.. math:: z_j^* = \arg\max_z \Psi_j(z), \qquad
+          \Psi_j(z) = \log p(D_j \mid m_j + L z, \varphi) - \tfrac12 z^\top Q z
 
 With Q = I and Σ = L Lᵀ this is the MAP estimate under N(m, Σ), well conditioned as Σ → 0; with
 L = I and Q = P the one under any precision P. A step is halved until Ψ_j rises: undamped Newton
@@ -57,7 +58,7 @@ def climb(
     start: jax.Array,
     kind: Kind = "hessian",
 ) -> Mode:
-    """The mode of Ψ_j from ``start`` z (J, d); ``root`` L and ``penalty`` Q are (d, d) or (J, d, d)."""
+    """The mode of Ψ_j from ``start`` z (J, d); L and Q are (d, d), or (J, d, d), one a task."""
     num_tasks, d = location.shape
     root = jnp.broadcast_to(root, (num_tasks, d, d))
     penalty = jnp.broadcast_to(penalty, (num_tasks, d, d))
