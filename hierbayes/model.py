@@ -24,6 +24,7 @@ from hierbayes.numerics import float64
 from hierbayes.priors import HyperPrior, Prior
 from hierbayes.priors.gaussian import Gaussian as GaussianPrior
 from hierbayes.priors.hyperprior import Shape
+from hierbayes.priors.scales import Scales
 from hierbayes.tasks import Encoder, Tasks
 
 
@@ -80,13 +81,18 @@ class HierarchicalModel:
             self.likelihood.parameters(),
         )  # fmt: skip
 
+    def scales(self, tasks: Tasks) -> Scales:
+        """Natural units of f and of every coefficient in these tasks."""
+        return Scales.of(tasks, self.likelihood)
+
     def resolve(self, tasks: Any) -> HierarchicalModel:
         """The model with every default of its hyperprior filled in, scaled to these tasks.
 
         Resolving twice changes nothing: defaults are never recomputed.
         """
         tasks = self.tasks(tasks)
-        return replace(self, hyperprior=self.hyperprior.resolve(self.shape(tasks), tasks))
+        hyperprior = self.hyperprior.resolve(self.shape(tasks), tasks, self.likelihood)
+        return replace(self, hyperprior=hyperprior)
 
     def check(self, tasks: Tasks, *, learns_prior: bool) -> None:
         """Refuse tasks that the model cannot be fitted to, before any computation."""
@@ -96,7 +102,8 @@ class HierarchicalModel:
             raise InputError(f"the data hold no outcome {tasks.labels.outcome!r} to fit")
         if tasks.num_rows == 0:
             raise InputError("the tasks hold no rows")
-        if "sigma" in self.likelihood.parameters() and np.ptp(tasks.outcome) == 0:
+        informed = "sigma" in self.likelihood.parameters() or self.likelihood.discrete
+        if informed and np.ptp(tasks.outcome) == 0:
             raise InputError(
                 f"the outcome {tasks.labels.outcome!r} is {tasks.outcome[0]:g} in every row: there "
                 "is nothing to learn from a constant"

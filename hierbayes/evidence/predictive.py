@@ -4,7 +4,8 @@ r"""MAML's evidence: how well the adapted θ_j predicts rows that it has not see
           \hat\theta_j = A(D_j^{\text{support}}; \varphi)
 
 The support rows set the inner loop's units by σ; the query rows are scored with the plug-in
-predictive deviation ``sigma_query``, which absorbs the posterior variance of θ_j.
+predictive deviation ``sigma_query``, which absorbs the posterior variance of θ_j. A likelihood
+without a noise of its own (Bernoulli) scores them at θ̂_j as it is.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Predictive:
     ) -> jax.Array:
         """Log p(y^query | A(D^support; φ), φ) of every query row."""
         thetas = self.adaptation.steps(model, phi, support.flat(), support.task_of_row)
-        scored = phi | {"sigma": phi["sigma_query"]}
+        scored = model.likelihood.plug_in(phi)
         return model.likelihood.log_likelihood_of_rows(
             thetas, scored, query.flat(), query.task_of_row
         )

@@ -85,7 +85,8 @@ class Gaussian(Likelihood):
 
     def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
         """1/s², whatever f."""
-        return 1.0 / self.noise_sd({"sigma": 1.0} | phi, slots) ** 2
+        noise = phi if self.known_se else {"sigma": 1.0} | phi
+        return 1.0 / self.noise_sd(noise, slots) ** 2
 
     def units(self, tasks: Tasks) -> tuple[float, float]:
         """Mean and standard deviation of the outcome less its offset."""

@@ -87,9 +87,13 @@ def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = No
 
 
 def refuse_idle_sigma(model: HierarchicalModel, sigma: float | None) -> None:
-    """Refuse a σ that known standard errors leave no place for."""
-    if sigma is not None and "sigma" not in model.likelihood.parameters():
+    """Refuse a σ that the likelihood has no place for."""
+    if sigma is None or "sigma" in model.likelihood.parameters():
+        return
+    if model.likelihood.gaussian_in_theta:
         raise InputError("sigma has no place beside known standard errors; leave it out")
+    kind = type(model.likelihood).__name__
+    raise InputError(f"the {kind} likelihood has no sigma; leave it out")
 
 
 def noise(estimate: float, given: float | None) -> float:

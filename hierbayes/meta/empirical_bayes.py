@@ -20,7 +20,6 @@ from hierbayes.meta.marginal import maximise_likelihood
 from hierbayes.meta.posterior_mode import maximise_posterior, resolve_for_mode
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key
-from hierbayes.priors.hyperprior import Scales
 from hierbayes.tasks import Tasks
 
 LARGEST_THETA = 20_000_000
@@ -117,17 +116,18 @@ def empirical_bayes(
         rng = np.random.default_rng(np.asarray(jax.random.key_data(as_key(seed))))
         draws = training.draw(rng, num_chains * num_draws)
         draws = draws.reshape(num_chains, num_draws, *training.mean.shape)
+    remarks = _remarks(tasks, optimum.phi, resolved.scales(tasks).spread)
     return Fit(
         "empirical Bayes", resolved, tasks, optimum.phi, adaptation, training,
         theta_draws=draws, standard_errors=optimum.standard_errors,
         evidence=optimum.log_evidence, log_posterior=optimum.log_posterior,
-        warnings=announce([*optimum.warnings, *_remarks(tasks, optimum.phi)]),
+        warnings=announce([*optimum.warnings, *remarks]),
         info={"criterion": criterion, "evidence": "exact", "num_draws": num_draws,
               "num_chains": num_chains, "seconds": time.perf_counter() - started},
     )  # fmt: skip
 
 
-def _remarks(tasks: Tasks, phi: dict[str, np.ndarray]) -> list[str]:
+def _remarks(tasks: Tasks, phi: dict[str, np.ndarray], spread: float) -> list[str]:
     """What the estimate alone does not tell."""
     remarks = []
     zero = [c for c, tau in zip(tasks.coef, phi["tau"], strict=True) if tau == 0]
@@ -138,7 +138,7 @@ def _remarks(tasks: Tasks, phi: dict[str, np.ndarray]) -> list[str]:
             'common and says little; full_bayes averages over tau, and criterion="map" with its '
             "default prior keeps it off the boundary"
         )
-    if "sigma" in phi and phi["sigma"] < 1e-6 * Scales.of(tasks).outcome:
+    if "sigma" in phi and phi["sigma"] < 1e-6 * spread:
         remarks.append(
             f"sigma is estimated as {float(phi['sigma']):.2g}, next to nothing beside the "
             "outcome's spread: the coefficients explain the rows almost without an error, the "

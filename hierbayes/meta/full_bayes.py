@@ -25,7 +25,6 @@ from hierbayes.meta.diagnostics import remarks
 from hierbayes.meta.sampling import run_nuts
 from hierbayes.model import HierarchicalModel, sample_phi
 from hierbayes.numerics import as_key, float64
-from hierbayes.priors.hyperprior import Scales
 from hierbayes.statistics import statistics
 from hierbayes.tasks import Tasks
 
@@ -157,12 +156,12 @@ def _start(
     model: HierarchicalModel, tasks: Tasks, key: jax.Array, num_chains: int
 ) -> dict[str, jax.Array]:
     """Overdispersed starting points, unconstrained, around a pooled fit."""
-    scales, shape = Scales.of(tasks), model.shape(tasks)
+    scales, shape = model.scales(tasks), model.shape(tasks)
     rows = np.column_stack([tasks.predictors, tasks.shared])
     y = tasks.outcome - tasks.slots.get("offset", 0.0)
     pooled, *_ = np.linalg.lstsq(rows, y, rcond=None)
     d = len(shape.coef)
-    residual = float(np.std(y - rows @ pooled)) or scales.outcome
+    residual = float(np.std(y - rows @ pooled)) or scales.spread
     guess = {
         "mu": np.where(shape.free_mean, pooled[:d], 0.0), "tau": 0.3 * scales.coef,
         "corr": np.eye(d), "beta": pooled[d:],

@@ -22,7 +22,6 @@ from hierbayes.errors import InputError, NotApplicable
 from hierbayes.meta.baselines import noise, refuse_idle_sigma
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key
-from hierbayes.priors.hyperprior import Scales
 from hierbayes.statistics import statistics
 from hierbayes.tasks import Tasks
 
@@ -88,7 +87,7 @@ def outer_parameters(
     none. ``fixed`` is the part of φ that is not learned. The way to φ passes over parameters that
     it does not know, so that a method can add its own to both.
     """
-    scales, shape = Scales.of(tasks), model.shape(tasks)
+    scales, shape = model.scales(tasks), model.shape(tasks)
     free = jnp.asarray(shape.free_mean)
     d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
     start = {"mu": jnp.asarray(scales.mu_location / scales.coef)}
@@ -103,7 +102,7 @@ def outer_parameters(
         phi: dict[str, Any] = {name: jnp.asarray(value) for name, value in fixed.items()}
         phi["mu"] = jnp.where(free, parameters["mu"] * scales.coef, 0.0)
         if "log_sigma_query" in parameters:
-            phi["sigma_query"] = scales.outcome * jnp.exp(parameters["log_sigma_query"])
+            phi["sigma_query"] = scales.spread * jnp.exp(parameters["log_sigma_query"])
         if p:
             phi["beta"] = parameters["beta"] * scales.shared
         if q:

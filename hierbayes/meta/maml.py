@@ -119,9 +119,9 @@ def maml(
     model.check(tasks, learns_prior=True)
     resolved = model.resolve(tasks)
     phi = inner_noise(resolved, tasks, sigma)
-    longest = 1.0 / float(largest_curvature(tasks, phi).max())
+    longest = 1.0 / float(largest_curvature(resolved, tasks, phi).max())
     eta = longest if step_size == "auto" else float(step_size)
-    check_step_size(eta, tasks, phi)
+    check_step_size(eta, resolved, tasks, phi)
     splits = support_query_splits(tasks, query, num_splits, seed, "MAML")
     adaptation = GradientSteps(num_steps, None if learn_step_size else eta)
     evidence = Predictive(adaptation)
@@ -152,7 +152,9 @@ def maml(
         "MAML", resolved, tasks, phi, adaptation,
         no_evidence="MAML maximises the predictive evidence of the query rows, in "
         'info["query_log_density"], not log p(D | φ)',
-        warnings=announce(best.warnings + _remarks(chosen, longest, num_steps, supports, phi)),
+        warnings=announce(
+            best.warnings + _remarks(resolved, chosen, longest, num_steps, supports, phi)
+        ),
         info={
             "num_steps": num_steps, "step_size": chosen,
             "query_log_density": best.value * total / num_splits, "query": query,
@@ -167,18 +169,29 @@ HARDLY_MATTERS = 0.1
 
 
 def _remarks(
-    step_size: float, longest: float, num_steps: int, supports: list[Tasks], phi: dict[str, Any]
+    model: HierarchicalModel,
+    step_size: float,
+    longest: float,
+    num_steps: int,
+    supports: list[Tasks],
+    phi: dict[str, Any],
 ) -> list[str]:
     """What to say of the steps chosen: too long for a prior, or so many that φ is forgotten."""
     remarks = []
+    exact = model.likelihood.gaussian_in_theta
     if step_size > longest * (1 + 1e-9):
         remarks.append(
             f"step_size={step_size:.3g} is longer than 1/λ_max = {longest:.3g}: gradient steps "
-            "overshoot in some tasks, and for odd num_steps no Gaussian prior makes them a MAP "
-            "estimate"
+            f"{'' if exact else 'may '}overshoot in some tasks, and for odd num_steps no Gaussian "
+            "prior makes them a MAP estimate"
         )
+    if not exact:  # a bound on the curvature does not tell how much of φ is left
+        return remarks
     left = max(
-        float(np.abs(1 - step_size * curvatures(s, phi)[s.sizes > 0]).max(initial=0) ** num_steps)
+        float(
+            np.abs(1 - step_size * curvatures(model, s, phi)[s.sizes > 0]).max(initial=0)
+            ** num_steps
+        )
         for s in supports
     )
     if left < HARDLY_MATTERS and all((s.sizes > 0).all() for s in supports):

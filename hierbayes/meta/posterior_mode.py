@@ -21,7 +21,8 @@ from hierbayes.meta.marginal import SINGULAR, maximise_likelihood
 from hierbayes.meta.optimum import Optimum, curvature, minimise
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
-from hierbayes.priors.hyperprior import Scales, Shape
+from hierbayes.priors.hyperprior import Shape
+from hierbayes.priors.scales import Scales
 from hierbayes.statistics import statistics
 from hierbayes.tasks import Tasks
 
@@ -37,7 +38,7 @@ def resolve_for_mode(model: HierarchicalModel, tasks: Tasks) -> HierarchicalMode
     given = model.hyperprior.tau
     if given is not None and not isinstance(given, Mapping):
         return model.resolve(tasks)
-    scales = Scales.of(tasks).coef
+    scales = model.scales(tasks).coef
     avoiding = {c: dist.Gamma(2.0, TINY_RATE / s) for c, s in zip(tasks.coef, scales, strict=True)}
     return replace(
         model, hyperprior=replace(model.hyperprior, tau={**avoiding, **(given or {})})
@@ -46,7 +47,7 @@ def resolve_for_mode(model: HierarchicalModel, tasks: Tasks) -> HierarchicalMode
 
 def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
     """φ̂ at the mode of p(φ | D), with standard errors from the Hessian."""
-    shape, scales = resolved.shape(tasks), Scales.of(tasks)
+    shape, scales = resolved.shape(tasks), resolved.scales(tasks)
     start = maximise_likelihood(resolved, tasks, reml=False)
     with float64():
         stats = jax.tree.map(jnp.asarray, statistics(tasks))
@@ -121,7 +122,7 @@ class _Layout:
         if self.shape.shared:
             phi["beta"] = v[self.at["beta"]]
         if "sigma" in self.shape.parameters:
-            phi["sigma"] = self.scales.outcome * jnp.exp(v[self.at["sigma"]][0])
+            phi["sigma"] = self.scales.spread * jnp.exp(v[self.at["sigma"]][0])
         if self.blocks:
             corr, start = jnp.eye(d), 0
             for b in self.blocks:
@@ -142,7 +143,7 @@ class _Layout:
         v[self.at["tau"]] = np.maximum(phi["tau"], 0.1 * floor * self.scales.coef)
         v = v / self.units
         if "sigma" in phi:
-            v[self.at["sigma"]] = np.log(phi["sigma"] / self.scales.outcome)
+            v[self.at["sigma"]] = np.log(phi["sigma"] / self.scales.spread)
         return v
 
     def errors(

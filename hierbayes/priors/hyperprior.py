@@ -10,7 +10,9 @@ import numpy as np
 import numpyro.distributions as dist
 
 from hierbayes.errors import InputError, suggestion
+from hierbayes.likelihoods import Likelihood
 from hierbayes.priors.assembled import Assembled
+from hierbayes.priors.scales import Scales
 from hierbayes.tasks import Tasks
 
 Belief = dist.Distribution | Mapping[str, dist.Distribution] | None
@@ -39,7 +41,8 @@ class HyperPrior:
 
     Every field is a NumPyro distribution (of one entry, applied to each), a mapping from
     coefficient name to distribution, or None for the default. Defaults are weakly informative and
-    scaled to the data once. With s_y the outcome's standard deviation over all rows and
+    scaled to the data once. With s_y the outcome's standard deviation over all rows (under a
+    Bernoulli likelihood one logit, and the logit of the overall share for the mean outcome) and
     s_c = s_y / sd(x_c) for a predictor x_c,
 
     ========  ==========================================================================
@@ -97,7 +100,7 @@ class HyperPrior:
             if isinstance(value, (int, float)) and number and not value > 0:
                 raise InputError(f"the LKJ concentration must be positive, found {value}")
 
-    def resolve(self, shape: Shape, tasks: Tasks) -> HyperPrior:
+    def resolve(self, shape: Shape, tasks: Tasks, likelihood: Likelihood) -> HyperPrior:
         """Every None replaced by its default, scaled to ``tasks``."""
         if self._is_resolved(shape):
             return self
@@ -106,7 +109,7 @@ class HyperPrior:
                 "default priors are scaled to the outcome, which these tasks do not hold: resolve "
                 "the model on the training tasks first, model.resolve(tasks)"
             )
-        scales = Scales.of(tasks)
+        scales = Scales.of(tasks, likelihood)
         by_coef = list(zip(shape.coef, scales.coef, strict=True))
         defaults = {
             "mu": {
@@ -130,7 +133,7 @@ class HyperPrior:
         if shape.correlated and self.corr is None:
             resolved["corr"] = 2.0
         if "sigma" in shape.parameters and self.sigma is None:
-            resolved["sigma"] = dist.HalfNormal(scales.outcome)
+            resolved["sigma"] = dist.HalfNormal(scales.spread)
         return replace(self, **resolved)
 
     def _is_resolved(self, shape: Shape) -> bool:
@@ -191,36 +194,6 @@ class HyperPrior:
             return lkj(d)
         parts = [(lkj(len(b)), np.ix_(b, b)) for b in shape.blocks if len(b) > 1]
         return Assembled(parts, np.eye(d))
-
-
-@dataclass(frozen=True)
-class Scales:
-    """Natural units of the outcome and of every coefficient, from the data."""
-
-    outcome: float
-    mu_location: np.ndarray
-    mu: np.ndarray
-    coef: np.ndarray
-    shared: np.ndarray
-    task_predictors: np.ndarray
-
-    @classmethod
-    def of(cls, tasks: Tasks) -> Scales:
-        """Outcome's sd over all rows, divided by each predictor's."""
-        y = tasks.outcome - tasks.slots.get("offset", 0.0)
-        outcome = float(np.std(y)) or max(float(np.abs(y).max(initial=0.0)), 1.0)
-        columns = np.column_stack([tasks.predictors, tasks.shared])
-        sd, mean = columns.std(axis=0), columns.mean(axis=0)
-        constant = sd <= 1e-12 * np.maximum(np.abs(mean), 1e-300)
-        scale = outcome / np.where(constant, 1.0, sd)
-        at_origin = np.hypot(outcome, np.linalg.norm(np.where(constant, 0.0, scale * mean)))
-        scale = np.where(constant, at_origin / np.where(mean == 0, 1.0, np.abs(mean)), scale)
-        location = np.where(constant & (mean != 0), y.mean() / np.where(mean == 0, 1.0, mean), 0.0)
-        d = tasks.predictors.shape[1]
-        w_sd, w_mean = tasks.task_predictors.std(axis=0), tasks.task_predictors.mean(axis=0)
-        w_sd = np.where(w_sd > 0, w_sd, 1.0)
-        at_zero = np.sqrt(1 + ((w_mean / w_sd) ** 2).sum())
-        return cls(outcome, location[:d], scale[:d] * at_zero, scale[:d], scale[d:], w_sd)
 
 
 def _refuse_negative(name: str, belief: Any) -> None:
