@@ -10,6 +10,7 @@ One model definition; every way of learning its prior; one side-by-side comparis
 """
 
 from hierbayes import datasets, likelihoods, plots, priors
+from hierbayes.adaptation import equivalent_prior
 from hierbayes.compare import Comparison, compare
 from hierbayes.errors import FitWarning, InputError
 from hierbayes.fit import Fit, Prediction, load
@@ -34,6 +35,7 @@ __all__ = [
     "complete_pooling",
     "datasets",
     "empirical_bayes",
+    "equivalent_prior",
     "from_formula",
     "full_bayes",
     "likelihoods",

@@ -4,12 +4,29 @@ r"""A: what one task concludes, given the prior.
 
 Its exact posterior (:mod:`~hierbayes.adaptation.conjugate`), K gradient steps from φ
 (:mod:`~hierbayes.adaptation.gradient`), or least squares, where the prior says nothing
-(:mod:`~hierbayes.adaptation.least_squares`).
+(:mod:`~hierbayes.adaptation.least_squares`). :mod:`~hierbayes.adaptation.equivalence` says under
+which Gaussian prior the K steps are a MAP estimate.
 """
 
 from hierbayes.adaptation.base import Adaptation, Adapted
 from hierbayes.adaptation.conjugate import Conjugate
+from hierbayes.adaptation.descent import Descent, Flow, implied_precision
+from hierbayes.adaptation.equivalence import equivalent_prior
 from hierbayes.adaptation.gradient import GradientSteps
+from hierbayes.adaptation.implied import Discrepancy, EquivalentPrior, Status
 from hierbayes.adaptation.least_squares import LeastSquares
 
-__all__ = ["Adaptation", "Adapted", "Conjugate", "GradientSteps", "LeastSquares"]
+__all__ = [
+    "Adaptation",
+    "Adapted",
+    "Conjugate",
+    "Descent",
+    "Discrepancy",
+    "EquivalentPrior",
+    "Flow",
+    "GradientSteps",
+    "LeastSquares",
+    "Status",
+    "equivalent_prior",
+    "implied_precision",
+]

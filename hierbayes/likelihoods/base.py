@@ -51,6 +51,13 @@ class Likelihood(abc.ABC):
     def check(self, tasks: Tasks) -> None:
         """Refuse tasks that this likelihood cannot describe."""
 
+    def divergence(
+        self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> jax.Array:
+        """KL(p(y | f) ‖ p(y | f′)) of each row (n,), for f = ``location`` and f′ = ``other``."""
+        here, there = self.family(location, phi, slots), self.family(other, phi, slots)
+        return jnp.asarray(dist.kl_divergence(here, there))
+
     def parameters(self) -> tuple[str, ...]:
         """Names of the likelihood's own parameters in φ."""
         return ()

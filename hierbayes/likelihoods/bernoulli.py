@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 import numpyro.distributions as dist
 from scipy import special, stats
@@ -67,6 +68,14 @@ class Bernoulli(Likelihood):
         for node, weight in zip(NODES, weights / weights.sum(), strict=True):
             chance += weight * special.expit(location + node * sd)
         return stats.bernoulli(chance)
+
+    def divergence(
+        self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> jax.Array:
+        """KL of two Bernoulli distributions by their logits."""
+        del phi, slots
+        between = jax.nn.sigmoid(location) * (location - other)
+        return between - jax.nn.softplus(location) + jax.nn.softplus(other)
 
     def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
         """p (1 − p) is at most ¼."""

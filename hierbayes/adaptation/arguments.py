@@ -1,0 +1,175 @@
+"""What a user may hand to the equivalence, read and refused before any computation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+
+from hierbayes.adaptation.descent import Descent, Flow, check_linear
+from hierbayes.errors import InputError, listing
+from hierbayes.model import HierarchicalModel
+from hierbayes.tasks import Tasks
+
+
+def read_tasks(model: HierarchicalModel, task: Any) -> tuple[Tasks, bool]:
+    """(tasks, whether it was one task given as (X, y)): with outcomes that the model describes."""
+    single = isinstance(task, tuple) and len(task) == 2
+    tasks = Tasks.from_arrays([task]) if single else model.tasks(task)
+    model.likelihood.check(tasks)
+    if tasks.outcome is None:
+        raise InputError(f"the tasks hold no outcome {tasks.labels.outcome!r} to adapt to")
+    return tasks, single
+
+
+def read_phi(
+    model: HierarchicalModel, tasks: Tasks, phi: Any, sigma: Any = None, beta: Any = None
+) -> dict[str, np.ndarray]:
+    """φ by name, from a fit's φ or from an array shaped like θ; finite and of the right shapes."""
+    labels, d = tasks.labels, len(tasks.coef)
+    found = dict(phi) if isinstance(phi, Mapping) else {"mu": phi}
+    found |= {k: v for k, v in {"sigma": sigma, "beta": beta}.items() if v is not None}
+    if "mu" not in found:
+        raise InputError(f"phi holds no 'mu' to start from; it holds {listing(sorted(found))}")
+    shapes: dict[str, tuple[int, ...]] = {"mu": (d,)}
+    if labels.shared:
+        shapes["beta"] = (len(labels.shared),)
+    if labels.task_predictors and "gamma" in found:
+        shapes["gamma"] = (d, len(labels.task_predictors))
+    shapes |= dict.fromkeys(model.likelihood.parameters(), ())
+    read = {}
+    for name, shape in shapes.items():
+        if name not in found:
+            raise InputError(
+                f"phi holds no {name!r}, which these tasks need; pass {name}=… or a fit's phi"
+            )
+        try:
+            value = np.asarray(found[name], dtype=float)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"phi's {name} is not a number or an array of numbers") from error
+        if value.shape != shape:
+            of = f" for the coefficients {', '.join(tasks.coef)}" if name == "mu" else ""
+            raise InputError(f"phi's {name} has shape {value.shape}; expected {shape}{of}")
+        if not np.isfinite(value).all():
+            raise InputError(f"phi's {name} is not finite: {value}")
+        read[name] = value
+    for name in model.likelihood.parameters():
+        if not read[name] > 0:
+            raise InputError(f"phi's {name} must be positive, found {read[name]:g}")
+    return read
+
+
+def read_method(
+    num_steps: Any, step_size: Any, momentum: Any, nesterov: bool, optimiser: Any, time: Any
+) -> Descent | Flow:
+    """The first-order method asked for, whose coefficients must be fixed before the data."""
+    if time is not None:
+        if not (num_steps is None and step_size is None and optimiser is None and not momentum):
+            raise InputError(
+                "time is for gradient flow, which has no steps: leave num_steps, step_size, "
+                "momentum and optimiser out"
+            )
+        return Flow(_positive("time", time))
+    if not (isinstance(num_steps, (int, np.integer)) and num_steps >= 1):
+        raise InputError(
+            f"num_steps must be a positive integer, found {num_steps!r}; for gradient flow, the "
+            "limit of many small steps, pass time=… alone"
+        )
+    num_steps = int(num_steps)
+    if isinstance(step_size, optax.GradientTransformation):
+        raise InputError("an Optax optimiser is passed as optimiser=…, in the place of step_size")
+    if optimiser is not None:
+        if not isinstance(optimiser, optax.GradientTransformation):
+            raise InputError(f"optimiser must be an Optax optimiser, found {optimiser!r}")
+        if step_size is not None or momentum:
+            raise InputError(
+                "an optimiser has its own step size and momentum: leave step_size and momentum out"
+            )
+        check_linear(optimiser, num_steps)
+        return Descent(num_steps, optimiser=optimiser)
+    if step_size is None:
+        raise InputError("pass step_size=…, in units of the summed log likelihood")
+    if np.ndim(step_size) == 0:
+        sizes: Any = _positive("step_size", step_size)
+    else:
+        sizes = np.array([_positive("step_size", eta) for eta in step_size])
+        if sizes.shape != (num_steps,):
+            raise InputError(
+                f"step_size holds {len(sizes)} values for {num_steps} steps; give one, or one a "
+                "step"
+            )
+    kept = float(momentum or 0.0)
+    if not 0 <= kept < 1:
+        raise InputError(f"momentum must lie in [0, 1), found {momentum}")
+    if nesterov and not kept:
+        raise InputError("nesterov=True needs a momentum to look ahead by; pass momentum=…")
+    return Descent(num_steps, sizes, kept or None, nesterov)
+
+
+def _positive(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} must be a positive number, found {value!r}") from error
+    if not (np.isfinite(number) and number > 0):
+        raise InputError(f"{name} must be positive, found {value!r}")
+    return number
+
+
+class Preconditioner(NamedTuple):
+    """B = C Cᵀ: ``root`` C, (d, d) or (J, d, d); or ``per_step`` matrices (K, d, d)."""
+
+    root: np.ndarray
+    per_step: np.ndarray | None = None
+
+
+def read_preconditioner(given: Any, tasks: Tasks, method: Descent | Flow) -> Preconditioner:
+    """B from a diagonal (d,), a matrix (d, d), one a task (J, d, d), or a list, one a step."""
+    d, num_tasks = len(tasks.coef), tasks.num_tasks
+    if given is None:
+        return Preconditioner(np.eye(d))
+    if isinstance(given, Sequence) and len(given) and np.ndim(given[0]) == 2:
+        stack = np.stack([_definite(b, tasks, d) for b in given])
+        num_steps = getattr(method, "num_steps", None)
+        if len(stack) != num_steps:
+            raise InputError(
+                f"preconditioner lists {len(stack)} matrices for {num_steps} steps; a list holds "
+                "one a step"
+            )
+        if not isinstance(method, Descent) or method.optimiser is not None or method.momentum:
+            raise InputError("a preconditioner for every step goes with plain gradient steps only")
+        return Preconditioner(np.eye(d), stack)
+    matrix = np.asarray(given, dtype=float)
+    if matrix.shape == (d,):
+        matrix = np.diag(matrix)
+    if matrix.shape not in ((d, d), (num_tasks, d, d)):
+        raise InputError(
+            f"preconditioner has shape {matrix.shape}; expected ({d},), ({d}, {d}), "
+            f"({num_tasks}, {d}, {d}) with one a task, or a list with one a step"
+        )
+    return Preconditioner(np.linalg.cholesky(_definite(matrix, tasks, d)))
+
+
+def _definite(matrix: Any, tasks: Tasks, d: int) -> np.ndarray:
+    """The matrices, if all are symmetric and positive definite."""
+    matrix = np.asarray(matrix, dtype=float)
+    if matrix.shape[-2:] != (d, d):
+        raise InputError(f"preconditioner has shape {matrix.shape}; expected ({d}, {d})")
+    if not np.isfinite(matrix).all():
+        raise InputError("preconditioner is not finite")
+    scale = np.abs(matrix).max()
+    if np.abs(matrix - np.swapaxes(matrix, -1, -2)).max() > 1e-10 * scale:
+        raise InputError("preconditioner is not symmetric")
+    matrix = 0.5 * (matrix + np.swapaxes(matrix, -1, -2))
+    least = np.linalg.eigvalsh(matrix)[..., 0]
+    if (least <= 0).any():
+        where = ""
+        if matrix.ndim == 3:
+            where = f" for task {listing([tasks.names.tolist()[int(np.argmin(least))]])}"
+        raise InputError(
+            f"preconditioner is not positive definite{where}: its smallest eigenvalue is "
+            f"{least.min():.3g}"
+        )
+    return matrix

@@ -1,0 +1,308 @@
+r"""K gradient steps from φ as a MAP estimate under a Gaussian prior centred at φ.
+
+.. math::
+
+    \theta_K = \varphi + \Sigma_K g = \varphi + (H + P)^{-1} g, \qquad
+    \Sigma_K = \eta \sum_{k<K} (I - \eta H)^k, \qquad P = \Sigma_K^{-1} - H
+
+exact where the log likelihood is quadratic, with H its curvature and g its slope at φ. Along each
+eigenvector of H the prior's precision is p = λ r / (1 − r), r = (1 − ηλ)^K being what the steps
+leave of φ; Σ_K is the implied posterior's covariance. P depends on the task's own H: it is one
+prior for all tasks only where all H are equal, or as ηλ → 0, where P → I / (Kη).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hierbayes.adaptation.arguments import (
+    Preconditioner,
+    read_method,
+    read_phi,
+    read_preconditioner,
+    read_tasks,
+)
+from hierbayes.adaptation.curvature import Kind, curvatures_at, slopes
+from hierbayes.adaptation.descent import Descent, Flow
+from hierbayes.adaptation.discrepancy import WORST, measure
+from hierbayes.adaptation.implied import Discrepancy, EquivalentPrior, Status, judge
+from hierbayes.errors import InputError, announce, listing
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import float64, to_numpy
+from hierbayes.tasks import Task, Tasks
+
+NULL = 1e-10
+"""Curvatures below this share of a task's largest count as zero, where ``null="pinned"``."""
+
+
+def equivalent_prior(
+    model: HierarchicalModel,
+    task: Any,
+    phi: Any,
+    num_steps: int | None = None,
+    step_size: Any = None,
+    *,
+    sigma: float | None = None,
+    beta: Any = None,
+    preconditioner: Any = None,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    optimiser: optax.GradientTransformation | None = None,
+    time: float | None = None,
+    null: Literal["limit", "pinned"] = "limit",
+    curvature: Kind = "ggn",
+) -> EquivalentPrior:
+    r"""The Gaussian prior under which K gradient steps from φ are a MAP estimate.
+
+    .. math::
+
+        P = \sum_i \frac{\lambda_i r_i}{1 - r_i} v_i v_i^\top, \qquad
+        r_i = (1 - \eta\lambda_i)^K, \qquad \theta_K = \varphi + (H + P)^{-1} g
+
+    with λ_i, v_i the curvatures and directions of the task's log likelihood at φ. Exact where the
+    likelihood is Gaussian, for any design, rank-deficient ones too; elsewhere of the linearised
+    task, and ``validity`` says how far the steps are from the MAP estimate.
+
+    Parameters
+    ----------
+    model : HierarchicalModel
+    task : Tasks, DataFrame or (X, y)
+        Many tasks at once, or one as a pair of arrays.
+    phi : mapping or array (d,)
+        A fit's ``phi``, or where the steps start, with ``sigma`` and ``beta`` beside it.
+    num_steps : int
+        K.
+    step_size : float or sequence of K floats
+        η, or one a step, in units of the **sum** of the log likelihood over a task's rows. A step
+        on the mean over n rows is one of η / n here; one on squared errors without noise, ησ².
+    sigma, beta : optional
+        Noise and shared effects, where ``phi`` does not hold them.
+    preconditioner : array (d,), (d, d), (J, d, d) or list of K matrices, optional
+        B in θ ← θ + ηB∇: diagonal, a matrix, one a task, or one a step. Small steps then imply a
+        prior covariance of about KηB.
+    momentum : float
+        β of the heavy ball, in [0, 1).
+    nesterov : bool
+        Nesterov's momentum: the slope is taken where momentum leads.
+    optimiser : optax.GradientTransformation, optional
+        In the place of ``step_size`` and ``momentum``: any whose steps are linear in the slopes,
+        ``optax.sgd`` with momentum or schedule for example. Adam and others whose coefficients
+        depend on the data are refused: no prior that is fixed before the data corresponds to them.
+    time : float, optional
+        Gradient flow for this time t, the limit of K → ∞ steps of t / K; then no steps are given.
+    null : "limit" or "pinned"
+        Directions that a task's rows say nothing about. The steps do not move there under any
+        prior; "limit" takes the limit λ → 0 of the formula, precision 1/(Kη), "pinned" infinite
+        precision.
+    curvature : "ggn" or "hessian"
+        H at φ: generalised Gauss–Newton, or the exact Hessian, whose eigenvalues may be negative.
+
+    Returns
+    -------
+    EquivalentPrior
+        ``precision``, ``covariance``, ``posterior_mean`` (θ_K), ``posterior_covariance`` (Σ_K),
+        ``shrinkage``, ``filter``, ``status``, ``messages``, ``validity``, ``table``.
+
+    Raises
+    ------
+    InputError
+        Steps that diverge in a task (step_size beyond 2/λ_max), naming it; φ that is not finite or
+        of the wrong dimension; a preconditioner that is not positive definite; an optimiser whose
+        steps depend on the data; preconditioners that vary so that Σ_K is not symmetric.
+
+    References
+    ----------
+    Santos (1996), Equivalence of regularization and truncated iteration for general ill-posed
+    problems, Linear Algebra and its Applications 236. Grant et al. (2018), Recasting gradient-based
+    meta-learning as hierarchical Bayes, ICLR, section 3.
+
+    Examples
+    --------
+    >>> import numpy as np, hierbayes as hb
+    >>> model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
+    >>> task = np.ones((4, 1)), np.array([1.0, 2.0, 3.0, 2.0])  # curvature n / σ² = 4
+    >>> implied = hb.equivalent_prior(model, task, [0.0], num_steps=1, step_size=0.1, sigma=1.0)
+    >>> implied.precision.round(12).tolist()  # I / η − H
+    [[6.0]]
+    >>> implied.posterior_mean.round(12).tolist()  # 4 / (4 + 6) of the way to the mean
+    [0.8]
+    """
+    tasks, single = read_tasks(model, task)
+    found = read_phi(model, tasks, phi, sigma, beta)
+    method = read_method(num_steps, step_size, momentum, nesterov, optimiser, time)
+    scaling = read_preconditioner(preconditioner, tasks, method)
+    if null not in ("limit", "pinned"):
+        raise InputError(f'null must be "limit" or "pinned", found {null!r}')
+    if curvature not in ("ggn", "hessian"):
+        raise InputError(f'curvature must be "ggn" or "hessian", found {curvature!r}')
+    bare, rows = model.without_encoder(), (tasks.flat(), tasks.task_of_row)
+    with float64():
+        location = np.asarray(model.prior.location(found, np.asarray(tasks.task_predictors)))
+        at = _linearise(bare, curvature, found, *rows, location)
+        parts = to_numpy(_respond(*at, method, scaling.root, scaling.per_step))
+    if scaling.per_step is not None:
+        _refuse_asymmetric(parts.asymmetry, tasks)
+    hessian, slope = to_numpy(at)
+    status, messages = judge(tasks, method, parts.curvature, parts.left, parts.moved)
+    pinned = np.zeros(parts.left.shape, dtype=bool)
+    if null == "pinned":
+        size = np.abs(parts.curvature)
+        pinned = size <= NULL * size.max(axis=1, keepdims=True)
+        if pinned.any():
+            messages.append(
+                f"{pinned.any(1).sum()} task(s) say nothing in some direction, which is pinned to "
+                "phi: its precision is infinite, and stands as 0 in `precision`"
+            )
+    linear = location + np.einsum(
+        "jki,ji,jli,jl->jk", parts.directions, parts.moved, parts.directions, slope, optimize=True
+    )
+    theta, validity = linear, _exact(tasks.num_tasks)
+    if not model.likelihood.gaussian_in_theta:
+        with float64():
+            theta = np.asarray(_run(bare, found, *rows, location, method, scaling))
+        _refuse_diverged(theta, tasks)
+        with float64():
+            precision = np.einsum(
+                "jki,ji,jli->jkl", parts.dual, parts.left / parts.moved, parts.dual, optimize=True
+            )
+            measured = measure(
+                bare, curvature, found, *rows, location, theta, linear, hessian, precision
+            )
+        validity = Discrepancy(*to_numpy(measured))
+        validity = _judge_validity(validity, status, tasks, messages)
+    result = EquivalentPrior(
+        tasks, method, location, theta, parts.curvature, parts.directions, parts.dual, parts.left,
+        np.where(pinned, 0.0, parts.moved), pinned, status, announce(messages), validity,
+    )  # fmt: skip
+    return result[tasks.names[0]] if single else result
+
+
+class Response(NamedTuple):
+    """λ, v, ṽ, r, s of every task and direction, and how far Σ_K is from symmetric."""
+
+    curvature: Any
+    directions: Any
+    dual: Any
+    left: Any
+    moved: Any
+    asymmetry: Any
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _linearise(
+    model: HierarchicalModel, kind: Kind, phi: Any, rows: Task, task_of_row: Any, location: Any
+) -> tuple[jax.Array, jax.Array]:
+    """H and g of every task at φ."""
+    hessian = curvatures_at(model, phi, rows, task_of_row, location, kind)
+    return hessian, slopes(model, phi, rows, task_of_row, location)
+
+
+@jax.jit
+def _respond(hessian: Any, slope: Any, method: Descent | Flow, root: Any, per_step: Any) -> Any:
+    """What the method does along each direction of the (preconditioned) curvature."""
+    del slope
+    asymmetry = jnp.zeros(len(hessian))
+    if per_step is not None:
+        covariance = _compose(hessian, method, per_step)
+        turned = jnp.swapaxes(covariance, -1, -2)
+        asymmetry = jnp.linalg.norm(covariance - turned, axis=(-2, -1))
+        asymmetry = asymmetry / jnp.linalg.norm(covariance, axis=(-2, -1))
+        # Σ_K itself as the preconditioner of one unit step
+        root, method = jnp.linalg.cholesky(0.5 * (covariance + turned)), Descent(1, 1.0)
+    root = jnp.broadcast_to(root, hessian.shape)
+    white = jnp.einsum("jki,jkl,jlm->jim", root, hessian, root)
+    values, vectors = jnp.linalg.eigh(white)
+    dual = jnp.linalg.solve(jnp.swapaxes(root, -1, -2), vectors)
+    left, moved = method.responses(values)
+    return Response(values, root @ vectors, dual, left, moved, asymmetry)
+
+
+def _compose(hessian: Any, method: Any, per_step: Any) -> jax.Array:
+    """Σ_K of steps with their own preconditioners B_k: δ → (I − η_k B_k H) δ + η_k B_k g."""
+    etas = jnp.broadcast_to(jnp.asarray(method.step_size), (method.num_steps,))
+
+    def step(total: Any, at: Any) -> Any:
+        eta, scaling = at
+        return total + eta * scaling @ (jnp.eye(hessian.shape[-1]) - hessian @ total), None
+
+    return jax.lax.scan(step, jnp.zeros_like(hessian), (etas, per_step))[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(
+    model: HierarchicalModel,
+    phi: Any,
+    rows: Task,
+    task_of_row: Any,
+    location: Any,
+    method: Descent | Flow,
+    scaling: Preconditioner,
+) -> jax.Array:
+    """θ_K of the steps themselves."""
+    if scaling.per_step is not None:
+        assert isinstance(method, Descent)
+        etas = jnp.broadcast_to(jnp.asarray(method.step_size), (method.num_steps,))
+        theta = jnp.asarray(location)
+        for eta, matrix in zip(etas, scaling.per_step, strict=True):
+            theta = theta + eta * slopes(model, phi, rows, task_of_row, theta) @ matrix
+        return theta
+    matrix = scaling.root @ jnp.swapaxes(scaling.root, -1, -2)
+
+    def uphill(theta: jax.Array) -> jax.Array:
+        slope = slopes(model, phi, rows, task_of_row, theta)
+        return (matrix @ slope[..., None])[..., 0]
+
+    return method.run(uphill, jnp.asarray(location))
+
+
+def _refuse_diverged(theta: np.ndarray, tasks: Tasks) -> None:
+    lost = ~np.isfinite(theta).all(1)
+    if lost.any():
+        raise InputError(
+            f"the steps themselves diverge in {lost.sum()} of {len(lost)} task(s) "
+            f"({listing(tasks.names[lost].tolist(), 3)}), where the log likelihood bends more away "
+            "from phi than at it; take shorter steps"
+        )
+
+
+def _exact(num_tasks: int) -> Discrepancy:
+    return Discrepancy(*(np.zeros(num_tasks) for _ in range(4)))
+
+
+def _refuse_asymmetric(asymmetry: np.ndarray, tasks: Tasks) -> None:
+    worst = int(np.argmax(asymmetry))
+    if asymmetry[worst] > 1e-8:
+        raise InputError(
+            "steps with these preconditioners have no equivalent prior: Σ_K is not symmetric "
+            f"(‖Σ_K − Σ_Kᵀ‖ / ‖Σ_K‖ = {asymmetry[worst]:.2g} in task "
+            f"{listing([tasks.names.tolist()[worst]])}), as the preconditioners of different steps "
+            "do not commute there; use one for all steps"
+        )
+
+
+def _judge_validity(
+    validity: Discrepancy, status: np.ndarray, tasks: Tasks, messages: list[str]
+) -> Discrepancy:
+    """Say where the equivalence has stopped holding; no MAP estimate exists without a prior."""
+    none = status == Status.NO_PRIOR
+    broken = ~(validity.missed <= WORST) & ~none
+    if broken.any():
+        largest = float(np.nanmax(validity.missed[broken], initial=np.nan))
+        messages.append(
+            f"the steps are no longer a MAP estimate in {broken.sum()} of {len(broken)} task(s) "
+            f"({listing(tasks.names[broken].tolist(), 3)}): they miss it "
+            f"by up to {largest:.2g} nats, since the log likelihood is not quadratic over their "
+            "length; take fewer or shorter steps, or use the exact posterior"
+        )
+    return Discrepancy(
+        *(
+            np.where(none, np.nan, value) if name in ("missed", "predictive_kl") else value
+            for name, value in vars(validity).items()
+        )
+    )

@@ -1,0 +1,281 @@
+"""The prior and posterior that gradient steps imply: what :func:`equivalent_prior` returns."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from hierbayes.adaptation.descent import Descent, Flow
+from hierbayes.errors import InputError, listing
+from hierbayes.tasks import Tasks
+
+
+class Status(enum.StrEnum):
+    """What the steps are, as a prior, for one task."""
+
+    PROPER = "proper"
+    """A Gaussian prior of positive precision in every direction."""
+
+    OVERSHOOTS = "overshoots"
+    """Proper, but the steps pass the optimum and come back: the prior tightens with more of η."""
+
+    FLAT = "flat"
+    """The steps reach the optimum in some direction: the prior's precision is 0 there."""
+
+    NO_PRIOR = "no prior"
+    """Negative precision in some direction: no Gaussian prior makes the steps a MAP estimate."""
+
+
+@dataclass(frozen=True)
+class Discrepancy:
+    r"""How far K steps are from the MAP estimate under their equivalent prior, one value a task.
+
+    Zero for Gaussian tasks. With L = −log p(D | θ), H its curvature and P the prior's precision:
+
+    Attributes
+    ----------
+    missed : array (J,)
+        ½ρ², ρ² = Gᵀ(H(θ_K) + P)⁻¹G with G = ∇L(θ_K) + P(θ_K − φ): about the nats by which θ_K
+        misses the maximum of the posterior under P. Above 0.5 the claim has stopped holding.
+    linearisation : array (J,)
+        ‖θ_K − θ_lin‖ in implied posterior sds, with θ_lin the end of the linearised steps.
+    curvature_drift : array (J,)
+        ‖H(θ_K) − H(φ)‖ / ‖H(φ)‖ (Frobenius).
+    predictive_kl : array (J,)
+        Mean over the task's rows of KL(p(y | θ_MAP) ‖ p(y | θ_K)), with θ_MAP the converged MAP
+        estimate under P; NaN where P is no prior or the climb to θ_MAP did not converge.
+    """
+
+    missed: np.ndarray
+    linearisation: np.ndarray
+    curvature_drift: np.ndarray
+    predictive_kl: np.ndarray
+
+    def take(self, j: int) -> Discrepancy:
+        """Of one task."""
+        return Discrepancy(**{name: value[j] for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True, eq=False)
+class EquivalentPrior:
+    r"""Gradient steps from φ as a Gaussian prior centred at φ, one a task.
+
+    .. math:: P = \sum_i p_i\, \tilde v_i \tilde v_i^\top, \quad
+              \Sigma_K = \sum_i s_i\, v_i v_i^\top, \quad
+              p_i = r_i / s_i, \quad s_i = (1 - r_i) / \lambda_i
+
+    with λ_i, v_i the curvatures and directions of the task's log likelihood at φ (ṽ_i dual to v_i;
+    the same without a preconditioner). All in units of the summed log likelihood. Arrays have the
+    tasks on their leading axis, or none for one task given as (X, y) or taken by ``prior[name]``.
+
+    Attributes
+    ----------
+    location : array (J, d)
+        Where the prior is centred: φ, where the steps start.
+    posterior_mean : array (J, d)
+        θ_K.
+    curvature : array (J, d)
+        λ_i, ascending.
+    directions : array (J, d, d)
+        v_i, in columns.
+    filter : array (J, d)
+        r_i: the share of φ that the steps leave in each direction; (1 − ηλ_i)^K.
+    status : array (J,) of str
+        "proper", "overshoots", "flat" or "no prior": see :class:`Status`.
+    messages : tuple of str
+        What to know before relying on these numbers.
+    validity : Discrepancy
+        How far θ_K is from the MAP estimate: zero for Gaussian tasks.
+    """
+
+    tasks: Tasks = field(repr=False)
+    method: Descent | Flow = field(repr=False)
+    location: np.ndarray
+    posterior_mean: np.ndarray
+    curvature: np.ndarray
+    directions: np.ndarray = field(repr=False)
+    dual: np.ndarray = field(repr=False)
+    filter: np.ndarray
+    moved: np.ndarray = field(repr=False)
+    pinned: np.ndarray = field(repr=False)
+    status: np.ndarray
+    messages: tuple[str, ...]
+    validity: Discrepancy = field(repr=False)
+
+    # -------------------------------------------------------------- directions
+
+    @property
+    def shrinkage(self) -> np.ndarray:
+        """1 − r_i (J, d): how far each direction goes from φ to the task's own optimum."""
+        return np.where(self.pinned, 0.0, 1.0 - self.filter)
+
+    @property
+    def strength(self) -> np.ndarray:
+        """p_i (J, d): the prior's precision in each direction; inf where it is pinned."""
+        pinned = np.where(self.pinned, np.inf, 0.0)
+        return pinned + self.filter / np.where(self.pinned, 1.0, self.moved)
+
+    @property
+    def effective_parameters(self) -> np.ndarray:
+        """Σ_i (1 − r_i) (J,): how many parameters the steps have fitted."""
+        return self.shrinkage.sum(-1)
+
+    # ---------------------------------------------------------------- matrices
+
+    @property
+    def precision(self) -> np.ndarray:
+        """P (J, d, d); zero in pinned directions, whose precision is infinite."""
+        return _spectral(self.dual, np.where(self.pinned, 0.0, self.strength))
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """P⁻¹ (J, d, d); zero in pinned directions.
+
+        NaN without a prior; where a flat direction touches a coefficient, inf on the diagonal and
+        NaN beside it.
+        """
+        strength = self.strength
+        flat = np.abs(self.filter) <= FLAT
+        finite = _spectral(self.directions, np.where(flat, 0.0, 1.0 / np.where(flat, 1, strength)))
+        touched = (np.abs(self.directions) * flat[..., None, :]).max(-1) > 1e-12
+        both = touched[..., :, None] | touched[..., None, :]
+        diagonal = np.eye(finite.shape[-1], dtype=bool)
+        finite = np.where(both, np.where(diagonal, np.inf, np.nan), finite)
+        none = (self.status == Status.NO_PRIOR)[..., None, None]
+        return np.where(none, np.nan, finite)
+
+    @property
+    def posterior_covariance(self) -> np.ndarray:
+        """Σ_K (J, d, d): the covariance of the posterior under P, of mean θ_K."""
+        return _spectral(self.directions, self.moved)
+
+    def draws(self, num_draws: int = 1000, seed: int = 0) -> np.ndarray:
+        """Draws (num_draws, J, d) from the implied posterior N(θ_K, Σ_K)."""
+        white = np.random.default_rng(seed).standard_normal((num_draws, *self.filter.shape))
+        scaled = white * np.sqrt(self.moved)
+        return self.posterior_mean + np.einsum("...ki,...i->...k", self.directions, scaled)
+
+    # ------------------------------------------------------------------- tasks
+
+    def __getitem__(self, name: Any) -> EquivalentPrior:
+        """Of the task of this name: the same arrays without the task axis."""
+        one = self.tasks[name]
+        if self.filter.ndim == 1:
+            return self
+        j = self.tasks.labels.position(name)
+        assert j is not None
+        arrays = {f: getattr(self, f)[j] for f in ARRAYS}
+        return replace(self, tasks=one, validity=self.validity.take(j), **arrays)
+
+    @property
+    def table(self) -> Any:
+        """A row a task, as a pandas DataFrame: rows, status, the range of each quantity."""
+        import pandas as pd
+
+        strength, shrinkage = np.atleast_2d(self.strength), np.atleast_2d(self.shrinkage)
+        none = np.atleast_1d(self.status == Status.NO_PRIOR)
+        validity = {name: np.atleast_1d(value) for name, value in vars(self.validity).items()}
+        return pd.DataFrame(
+            {
+                "rows": self.tasks.sizes,
+                "status": [str(s) for s in np.atleast_1d(self.status)],
+                "largest_curvature": np.atleast_2d(self.curvature)[:, -1],
+                "weakest_precision": np.where(none, np.nan, strength.min(1)),
+                "strongest_precision": np.where(none, np.nan, strength.max(1)),
+                "least_shrinkage": shrinkage.min(1),
+                "most_shrinkage": shrinkage.max(1),
+                "effective_parameters": np.atleast_1d(self.effective_parameters),
+                **validity,
+            },
+            index=pd.Index(self.tasks.names, name="task"),
+        )
+
+    def __str__(self) -> str:
+        status = np.atleast_1d(self.status)
+        counts = ", ".join(f"{(status == s).sum()} {s}" for s in Status if (status == s).any())
+        lines = [f"{described(self.method)} as a Gaussian prior: {len(status)} task(s), {counts}"]
+        return "\n".join([*lines, *(f"- {message}" for message in self.messages)])
+
+
+ARRAYS = (
+    "location", "posterior_mean", "curvature", "directions", "dual", "filter", "moved", "pinned",
+    "status",
+)  # fmt: skip
+
+FLAT = 1e-12
+"""Share of φ left below which the steps count as having reached the optimum."""
+
+
+def described(method: Descent | Flow) -> str:
+    """The method in words."""
+    if isinstance(method, Flow):
+        return f"gradient flow for a time of {float(method.time):.3g}"
+    steps = f"{method.num_steps} step{'s' if method.num_steps > 1 else ''}"
+    if method.optimiser is not None:
+        return f"{steps} of an Optax optimiser"
+    size = np.asarray(method.step_size)
+    text = f"{steps} of {size:.3g}" if size.ndim == 0 else (
+        f"{steps} of {size.min():.3g} to {size.max():.3g}"
+    )  # fmt: skip
+    if method.momentum is None:
+        return text
+    return f"{text} with {'Nesterov ' if method.nesterov else ''}momentum {method.momentum:g}"
+
+
+def _spectral(vectors: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return np.einsum("...ki,...i,...li->...kl", vectors, values, vectors, optimize=True)
+
+
+def judge(
+    tasks: Tasks, method: Descent | Flow, curvature: np.ndarray, left: np.ndarray, moved: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
+    """Status of each task, and what to say of it; steps that diverge are refused, naming the task.
+
+    ``curvature`` (J, d) may be that of the preconditioned problem.
+    """
+    names = np.asarray(tasks.names)
+    with np.errstate(invalid="ignore"):
+        away = (moved <= 0) | (left <= -1) | ~np.isfinite(left)
+    if away.any():
+        bad = away.any(1)
+        worst = int(np.argmax(np.where(bad, curvature[:, -1], -np.inf)))
+        limit = ""
+        if isinstance(method, Descent) and method.plain:
+            limit = f"; step_size must stay below 2/λ_max = {2 / curvature[worst, -1]:.3g} there"
+        raise InputError(
+            f"{described(method)} diverge in {bad.sum()} of {len(names)} task(s), most in "
+            f"{listing([names[worst]])} ({tasks.sizes[worst]} rows), whose largest curvature is "
+            f"λ_max = {curvature[worst, -1]:.3g}{limit}"
+        )
+    none = (left < -FLAT).any(1)
+    flat = (np.abs(left) <= FLAT).any(1)
+    over = np.zeros(len(names), dtype=bool)
+    if isinstance(method, Descent) and method.plain:
+        over = (float(method.step_size) * curvature > 1 + 1e-9).any(1)
+    status = np.select(
+        [none, over, flat], [Status.NO_PRIOR, Status.OVERSHOOTS, Status.FLAT], Status.PROPER
+    )
+    messages = []
+    if none.any():
+        messages.append(
+            f"no Gaussian prior makes these steps a MAP estimate in {none.sum()} of {len(names)} "
+            f"task(s) ({listing(names[none].tolist(), 3)}): they end "
+            "beyond the optimum, and the implied precision is negative"
+            + ("; take an even number of steps or shorter ones" if over.any() else "")
+        )
+    if (only := over & ~none).any():
+        messages.append(
+            f"the steps overshoot and come back in {only.sum()} of {len(names)} task(s) "
+            f"({listing(names[only].tolist(), 3)}), where step_size "
+            "is longer than 1/λ_max: the implied prior is proper but tightens again as step_size "
+            "grows"
+        )
+    if (only := flat & ~none).any():
+        messages.append(
+            f"in {only.sum()} of {len(names)} task(s) some direction reaches its optimum: the "
+            "implied prior is flat there and its covariance infinite"
+        )
+    return np.asarray(status, dtype=object), messages
