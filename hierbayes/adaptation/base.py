@@ -6,10 +6,12 @@ import abc
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
+from hierbayes.errors import NotApplicable
 from hierbayes.model import HierarchicalModel
-from hierbayes.tasks import Tasks
+from hierbayes.tasks import Task, Tasks
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,15 @@ class Adapted:
 
     ``mean`` (J, d); ``covariance`` (J, d, d) or None; ``unidentified`` (J, d, d) or None: the
     projection on the directions of θ_j that nothing determines; ``absorbed`` (J, d) of bool or
-    None: coefficients that hold the effect of a shared column which is not identified.
+    None: coefficients that hold the effect of a shared column which is not identified;
+    ``remarks``: what went wrong, in sentences that name the tasks.
     """
 
     mean: np.ndarray
     covariance: np.ndarray | None = None
     unidentified: np.ndarray | None = None
     absorbed: np.ndarray | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def identified(self) -> np.ndarray:
@@ -54,3 +58,20 @@ class Adaptation(abc.ABC):
     @abc.abstractmethod
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
         """What each task of ``tasks`` concludes under φ."""
+
+    def draws(
+        self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: jax.Array
+    ) -> np.ndarray:
+        """Draws (S, J, d), one for each of the S values of φ; where A is a distribution."""
+        del model, tasks, phis, key
+        raise NotApplicable(f"{self.name}: a point estimate has no distribution to draw from")
+
+
+class PointAdaptation(Adaptation):
+    """A(D; φ) as a point that is differentiable in φ, so that φ can be learned through it."""
+
+    @abc.abstractmethod
+    def steps(
+        self, model: HierarchicalModel, phi: dict[str, Any], rows: Task, task_of_row: Any
+    ) -> Any:
+        """θ̂_j of every task (J, …), from flat rows and the task of each."""

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hierbayes.adaptation.base import Adaptation, Adapted
+from hierbayes.adaptation.base import Adapted, PointAdaptation
 from hierbayes.errors import InputError
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
@@ -25,7 +25,7 @@ from hierbayes.tasks import Task, Tasks
 
 
 @dataclass(frozen=True)
-class GradientSteps(Adaptation):
+class GradientSteps(PointAdaptation):
     """A(D; φ) = K gradient steps from the prior's location, with the step size η of φ or fixed.
 
     Parameters

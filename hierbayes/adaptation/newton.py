@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hierbayes.adaptation.curvature import Kind, curvatures_at, slopes
+from hierbayes.errors import listing
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task
 
@@ -111,3 +113,22 @@ def climb(
     z, _, _ = jax.lax.while_loop(unfinished, body, (start, 0, jnp.asarray(True)))
     _, gain, bend, definite = newton(z)
     return Mode(theta_of(z), z, bend, gain, definite)
+
+
+def trouble(names: np.ndarray, converged: Any, definite: Any) -> tuple[str, ...]:
+    """What to say of tasks whose climb has not ended on a maximum; a task's axis is the last."""
+    bent = ~np.asarray(definite).reshape(-1, len(names)).all(0)
+    stopped = ~np.asarray(converged).reshape(-1, len(names)).all(0) & ~bent
+    remarks = []
+    if stopped.any():
+        remarks.append(
+            f"Newton's method has not converged in {stopped.sum()} of {len(names)} tasks "
+            f"({listing(names[stopped].tolist(), 3)}): their theta is not yet the mode"
+        )
+    if bent.any():
+        remarks.append(
+            f"the log posterior of {bent.sum()} of {len(names)} tasks "
+            f"({listing(names[bent].tolist(), 3)}) is not concave where Newton's method ended: "
+            "no maximum was found there, and no covariance exists"
+        )
+    return tuple(remarks)

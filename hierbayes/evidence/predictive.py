@@ -1,4 +1,4 @@
-r"""MAML's evidence: how well the adapted θ_j predicts rows that it has not seen.
+r"""The evidence of MAML and iMAML: how well the adapted θ_j predicts rows that it has not seen.
 
 .. math:: \log p(D_j^{\text{query}} \mid \hat\theta_j,\, \sigma_{\text{query}}), \qquad
           \hat\theta_j = A(D_j^{\text{support}}; \varphi)
@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from hierbayes.adaptation.gradient import GradientSteps
+from hierbayes.adaptation.base import PointAdaptation
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
 
@@ -24,7 +24,7 @@ from hierbayes.tasks import Tasks
 class Predictive:
     """Predictive evidence after an adaptation."""
 
-    adaptation: GradientSteps
+    adaptation: PointAdaptation
     name = "predictive"
 
     def __call__(

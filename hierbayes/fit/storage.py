@@ -10,6 +10,8 @@ import numpy as np
 
 from hierbayes import likelihoods, priors
 from hierbayes.adaptation import Adaptation, Adapted, Conjugate, GradientSteps, LeastSquares
+from hierbayes.adaptation.laplace import Laplace
+from hierbayes.adaptation.proximal import Proximal
 from hierbayes.errors import InputError
 from hierbayes.files import whole_file
 from hierbayes.fit.fit import Fit
@@ -22,6 +24,7 @@ from hierbayes.tasks.reading import ColumnReader
 from hierbayes.tasks.views import SLOTS
 
 GROUP = "hierbayes"
+KINDS = (Conjugate, GradientSteps, Laplace, LeastSquares, Proximal)
 FORMAT = 1
 
 
@@ -172,7 +175,7 @@ def _arrays(fit: Fit) -> Any:
     arrays = {f"phi.{name}": value for name, value in fit.phi.items()}
     arrays |= {f"se.{name}": value for name, value in fit.standard_errors.items()}
     if fit.training is not None:
-        moments = {n: v for n, v in vars(fit.training).items() if v is not None}
+        moments = {n: v for n, v in vars(fit.training).items() if isinstance(v, np.ndarray)}
         arrays |= {f"training.{name}": value for name, value in moments.items()}
     return xr.Dataset(
         {
@@ -234,7 +237,7 @@ def _model(described: dict[str, Any] | None, encoder: Any) -> HierarchicalModel:
 
 
 def _adaptation(described: dict[str, Any]) -> Adaptation:
-    kinds = {kind.__name__: kind for kind in (Conjugate, GradientSteps, LeastSquares)}
+    kinds = {kind.__name__: kind for kind in KINDS}
     return kinds[described["kind"]](**described["settings"])
 
 

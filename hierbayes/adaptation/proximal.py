@@ -1,0 +1,81 @@
+r"""The MAP estimate of every task under the prior, differentiable in φ.
+
+.. math::
+
+    \theta_j^* = \arg\max_\theta \left[\log p(D_j \mid \theta, \varphi)
+        + \log N(\theta;\, \mu + \Gamma w_j,\, \Sigma(\varphi))\right]
+
+With Σ = λ⁻¹ I this is iMAML's inner problem, the negative log likelihood plus λ/2 ‖θ − φ‖². In
+whitened coordinates θ = m + L z, with Ψ the bracket and A = −∇²Ψ, one Newton step
+
+.. math:: z^\dagger = z^* + A^{-1}\, \nabla_z \Psi(z^*, \varphi), \qquad
+          \frac{dz^\dagger}{d\varphi} = A^{-1}\, \partial_\varphi \nabla_z \Psi(z^*, \varphi)
+
+with z* and A held constant leaves z* where it is and has the slope of the implicit function
+theorem. Its second derivative is not that of z*. Where the likelihood is Gaussian in θ one step
+from z = 0 is the mode in closed form, and nothing is held constant: every derivative is right.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hierbayes.adaptation.base import Adapted, PointAdaptation
+from hierbayes.adaptation.curvature import curvatures_at, slopes
+from hierbayes.adaptation.laplace import mode
+from hierbayes.adaptation.newton import trouble
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import cholesky, float64, solve_lower, solve_upper, to_numpy
+from hierbayes.tasks import Task, Tasks
+
+
+@dataclass(frozen=True)
+class Proximal(PointAdaptation):
+    """A(D; φ) = the mode of p(θ | D, φ), a point."""
+
+    name = "MAP"
+
+    def steps(
+        self, model: HierarchicalModel, phi: dict[str, Any], rows: Task, task_of_row: Any
+    ) -> jax.Array:
+        """θ* of every task (J, d), differentiable in φ: once, or ever where Gaussian in θ."""
+        return _adapt(model, phi, rows, task_of_row)[0]
+
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+        """θ* of every task; ``remarks`` name those where Newton's method has not reached it."""
+        plain = model.without_encoder()
+        with float64():
+            theta, *went = to_numpy(_points(plain, dict(phi), tasks.flat(), tasks.task_of_row))
+        return Adapted(theta, remarks=trouble(tasks.names, *went))
+
+
+def _adapt(model: HierarchicalModel, phi: dict[str, Any], rows: Task, of_row: Any) -> Any:
+    """θ* (J, d), and whether Newton's method converged, on a maximum, (J,) each."""
+    location = model.prior.location(phi, rows.task_predictors)
+    root = model.prior.scale_tril(phi)
+    fine = jnp.ones(location.shape[0], bool)
+    converged, definite = fine, fine
+    if model.likelihood.gaussian_in_theta:
+        z = jnp.zeros_like(location)
+        at = location
+        bend = curvatures_at(model, phi, rows, of_row, at, "hessian")
+        bend = jnp.einsum("ki,jkl,lm->jim", root, bend, root) + jnp.eye(root.shape[0])
+    else:
+        still = mode(model, jax.lax.stop_gradient(phi), rows, of_row)
+        z, bend = still.z, still.curvature
+        at = location + z @ root.T
+        converged, definite = still.converged, still.definite
+    slope = slopes(model, phi, rows, of_row, at) @ root - z
+    factor = cholesky(jnp.moveaxis(bend, 0, -1))
+    step = solve_upper(factor, solve_lower(factor, slope.T)).T
+    return location + (z + step) @ root.T, converged, definite
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _points(model: HierarchicalModel, phi: dict[str, Any], rows: Task, of_row: Any) -> Any:
+    return _adapt(model, phi, rows, of_row)
