@@ -2,19 +2,22 @@ r"""A: what one task concludes, given the prior.
 
 .. math:: A(D_j; \varphi) \to \theta_j
 
-Its exact posterior (:mod:`~hierbayes.adaptation.conjugate`), K gradient steps from φ
-(:mod:`~hierbayes.adaptation.gradient`), or least squares, where the prior says nothing
-(:mod:`~hierbayes.adaptation.least_squares`). :mod:`~hierbayes.adaptation.equivalence` says under
+Its exact posterior (:mod:`~hierbayes.adaptation.conjugate`), the normal at its mode
+(:mod:`~hierbayes.adaptation.laplace`), the mode alone (:mod:`~hierbayes.adaptation.proximal`),
+K gradient steps from φ (:mod:`~hierbayes.adaptation.gradient`), or least squares, where the prior
+says nothing (:mod:`~hierbayes.adaptation.least_squares`). :mod:`~hierbayes.adaptation.equivalence` says under
 which Gaussian prior the K steps are a MAP estimate.
 """
 
-from hierbayes.adaptation.base import Adaptation, Adapted
+from hierbayes.adaptation.base import Adaptation, Adapted, PointAdaptation
 from hierbayes.adaptation.conjugate import Conjugate
 from hierbayes.adaptation.descent import Descent, Flow, implied_precision
 from hierbayes.adaptation.equivalence import equivalent_prior
 from hierbayes.adaptation.gradient import GradientSteps
 from hierbayes.adaptation.implied import Discrepancy, EquivalentPrior, Status
+from hierbayes.adaptation.laplace import Laplace
 from hierbayes.adaptation.least_squares import LeastSquares
+from hierbayes.adaptation.proximal import Proximal
 
 __all__ = [
     "Adaptation",
@@ -25,7 +28,10 @@ __all__ = [
     "EquivalentPrior",
     "Flow",
     "GradientSteps",
+    "Laplace",
     "LeastSquares",
+    "PointAdaptation",
+    "Proximal",
     "Status",
     "equivalent_prior",
     "implied_precision",

@@ -9,9 +9,15 @@ from typing import Any
 import numpy as np
 
 from hierbayes import likelihoods, priors
-from hierbayes.adaptation import Adaptation, Adapted, Conjugate, GradientSteps, LeastSquares
-from hierbayes.adaptation.laplace import Laplace
-from hierbayes.adaptation.proximal import Proximal
+from hierbayes.adaptation import (
+    Adaptation,
+    Adapted,
+    Conjugate,
+    GradientSteps,
+    Laplace,
+    LeastSquares,
+    Proximal,
+)
 from hierbayes.errors import InputError
 from hierbayes.files import whole_file
 from hierbayes.fit.fit import Fit
