@@ -38,7 +38,7 @@ def simple_prediction(means, sds, y, sizes):
     arrays = [(np.ones((n, 1)), part) for n, part in zip(sizes, np.split(y, np.cumsum(sizes)[:-1]),
                                                          strict=True)]  # fmt: skip
     tasks = hb.Tasks.from_arrays(arrays)
-    return Prediction("known task", tasks, means, sds, np.zeros(len(y), bool))
+    return Prediction("known task", tasks, stats.norm(means, sds), np.zeros(len(y), bool))
 
 
 def test_scores_of_a_single_normal_by_hand():

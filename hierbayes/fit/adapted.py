@@ -11,6 +11,7 @@ from hierbayes.adaptation import Adapted
 from hierbayes.errors import InputError, listing
 from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import float64
 from hierbayes.tasks import Tasks
 
 
@@ -77,7 +78,7 @@ class AdaptedTasks:
                 means += self.draws[:, of_row, k] * rows.predictors[:, k]
             return finish("known task", self.model, rows, self.phis, means, 0.0)
         means = np.einsum("ik,ik->i", self.adapted.mean[of_row], rows.predictors)[None]
-        variance: Any = 0.0
+        variance = None
         if self.adapted.covariance is not None:
             variance = quadratic(rows.predictors, self.adapted.covariance[of_row])[None]
         blind = None
@@ -107,16 +108,20 @@ def finish(
     variance: Any,
     unidentified: np.ndarray | None = None,
 ) -> Prediction:
-    """Add offsets, shared effects and noise to the varying part's (S, N) means and variance."""
+    """Predictions from the varying part's means (S, N) and its variance, None for a point θ.
+
+    ``sigma_query`` absorbs the variance of θ, so it takes the place of ``sigma`` for a point only.
+    """
     if "beta" in phis:
         means = means + phis["beta"] @ rows.shared.T
     means = means + rows.slots.get("offset", 0.0)
-    noise = phis.get("sigma_query", phis.get("sigma"))
-    phi = {} if noise is None else {"sigma": np.asarray(noise)[:, None]}
-    sds = np.asarray(model.likelihood.noise_sd(phi, rows.slots))  # type: ignore[attr-defined]
-    sds = np.broadcast_to(np.sqrt(sds**2 + variance), means.shape)
+    phi = {name: np.asarray(v)[:, None] for name, v in phis.items() if np.ndim(v) == 1}
+    if variance is None:
+        phi, variance = model.likelihood.plug_in(phi), 0.0
+    with float64():
+        components = model.likelihood.predictive(means, variance, phi, rows.slots)
     blind = np.zeros(rows.num_rows, bool) if unidentified is None else unidentified
-    return Prediction(target, rows, means, sds, blind)
+    return Prediction(target, rows, components, blind)
 
 
 def quadratic(x: np.ndarray, matrices: np.ndarray) -> np.ndarray:

@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
-from scipy import stats
 
-from hierbayes.tasks import Tasks
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import float64
+from hierbayes.tasks import Task, Tasks
 
 if TYPE_CHECKING:
     from hierbayes.fit.fit import Fit
@@ -106,19 +109,18 @@ def log_likelihood(fit: Fit, draws: dict[str, np.ndarray], by: str = "row") -> A
     import xarray as xr
 
     tasks, theta = fit.tasks, draws["theta"]
-    values = np.empty((*theta.shape[:2], tasks.num_rows))
-    for chain in range(theta.shape[0]):
-        phis = {
-            name: draws[name][chain] if name in draws else np.asarray(fit.phi[name])[None]
-            for name in fit.phi
-        }
-        mean = np.einsum("sik,ik->si", theta[chain][:, tasks.task_of_row], tasks.predictors)
-        if "beta" in phis:
-            mean = mean + phis["beta"] @ tasks.shared.T
-        mean = mean + tasks.slots.get("offset", 0.0)
-        noise = {"sigma": phis["sigma"][:, None]} if "sigma" in phis else {}
-        sd = np.asarray(fit.model.likelihood.noise_sd(noise, tasks.slots))  # type: ignore[attr-defined]
-        values[chain] = stats.norm.logpdf(tasks.outcome, mean, sd)
+    lead = theta.shape[:2]
+    phis = {
+        name: draws[name] if name in draws else np.broadcast_to(value, (*lead, *np.shape(value)))
+        for name, value in fit.phi.items()
+    }
+    flat = {name: value.reshape(-1, *value.shape[2:]) for name, value in phis.items()}
+    with float64():
+        by_row = _log_likelihood(
+            fit.model.without_encoder(), theta.reshape(-1, *theta.shape[2:]), flat,
+            tasks.flat(), tasks.task_of_row,
+        )  # fmt: skip
+        values = np.asarray(by_row).reshape(*lead, tasks.num_rows)
     coords = {"chain": np.arange(theta.shape[0]), "draw": np.arange(theta.shape[1])}
     if by == "task":
         upto = np.concatenate([np.zeros((*theta.shape[:2], 1)), values.cumsum(axis=-1)], axis=-1)
@@ -127,6 +129,19 @@ def log_likelihood(fit: Fit, draws: dict[str, np.ndarray], by: str = "row") -> A
         return xr.Dataset({"y": data}, coords={**coords, "task": tasks.names})
     rows = _by_row(values, tasks, ("chain", "draw"))
     return xr.Dataset({"y": rows}, coords=coords)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_likelihood(
+    model: HierarchicalModel, thetas: Any, phis: dict[str, Any], rows: Task, task_of_row: Any
+) -> jax.Array:
+    """Log p(y_i | θ, φ) of S draws of (φ, θ), (S, N)."""
+
+    def one(draw: Any) -> jax.Array:
+        theta, phi = draw
+        return model.likelihood.log_likelihood_of_rows(theta, phi, rows, task_of_row)
+
+    return jax.lax.map(one, (thetas, phis), batch_size=64)
 
 
 def _by_row(values: Any, tasks: Tasks, lead: tuple[str, ...] = ()) -> Any:

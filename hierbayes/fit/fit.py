@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import numpyro.distributions as dist
 
-from hierbayes.adaptation import Adaptation, Adapted, Conjugate, LeastSquares
+from hierbayes.adaptation import Adaptation, Adapted, LeastSquares
 from hierbayes.errors import InputError
 from hierbayes.fit import datatree as trees
 from hierbayes.fit.adapted import AdaptedTasks, check_columns, finish, quadratic
@@ -207,7 +207,6 @@ class Fit:
         if self.phi_draws is None:
             adapted = self.adaptation(self.model, tasks, dict(self.phi))
             return AdaptedTasks(self.model, tasks, _batched(self.phi), adapted)
-        assert isinstance(self.adaptation, Conjugate)
         phis = self._phis()
         draws = self.adaptation.draws(self.model, tasks, phis, as_key(seed))
         return AdaptedTasks(self.model, tasks, phis, _moments(draws), draws)
@@ -241,7 +240,7 @@ class Fit:
             phis = {k: np.asarray(v) for k, v in self._phis().items()}
             location = self._location(phis, rows.task_predictors)
             means = np.einsum("sik,ik->si", location[:, rows.task_of_row], rows.predictors)
-            variance: Any = 0.0
+            variance: Any = None
             if target == "new" and "tau" in phis:
                 covariance = to_numpy(self.model.prior.covariance(phis))
                 variance = quadratic(rows.predictors[None], covariance[:, None])

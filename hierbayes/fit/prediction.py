@@ -1,8 +1,8 @@
 r"""Predictive distributions of single rows.
 
-.. math:: p(y \mid x, D) = \frac1S \sum_s N(y \mid m_s,\; v_s)
+.. math:: p(y \mid x, D) = \frac1S \sum_s p(y \mid x, \varphi_s)
 
-One component for a point φ, one a draw under full Bayes.
+One component for a point φ, one a draw under full Bayes; θ is integrated out of each, or drawn.
 """
 
 from __future__ import annotations
@@ -27,22 +27,34 @@ class Prediction:
         "known task", "new task" or "population".
     tasks : Tasks
         The rows predicted.
-    means : array (S, N)
-        Means of the components, equally weighted.
-    sds : array (S, N)
-        Their standard deviations.
+    components : SciPy distribution over (S, N)
+        Of which the prediction is the equally weighted mixture over S.
     unidentified : array (N,) of bool
         Rows that need a coefficient which the fit does not know; they are left out of scores.
     """
 
     target: str
     tasks: Tasks
-    means: np.ndarray
-    sds: np.ndarray
+    components: Any
     unidentified: np.ndarray
 
     def __repr__(self) -> str:
-        return f"Prediction({self.means.shape[1]} rows, target={self.target!r})"
+        return f"Prediction({self.tasks.num_rows} rows, target={self.target!r})"
+
+    @property
+    def discrete(self) -> bool:
+        """True where outcomes are counts or categories."""
+        return isinstance(self.components.dist, stats.rv_discrete)
+
+    @property
+    def means(self) -> np.ndarray:
+        """Means of the components (S, N)."""
+        return self.components.mean()
+
+    @property
+    def sds(self) -> np.ndarray:
+        """Standard deviations of the components (S, N)."""
+        return self.components.std()
 
     @property
     def mean(self) -> np.ndarray:
@@ -52,7 +64,7 @@ class Prediction:
     @property
     def sd(self) -> np.ndarray:
         """Predictive standard deviation of each row (N,); NaN where unidentified."""
-        return self._known(np.sqrt((self.sds**2).mean(0) + self.means.var(0)))
+        return self._known(np.sqrt(self.components.var().mean(0) + self.means.var(0)))
 
     def _known(self, values: np.ndarray) -> np.ndarray:
         return np.where(self.unidentified, np.nan, values)
@@ -64,29 +76,36 @@ class Prediction:
         return outcome
 
     def log_density(self, outcome: np.ndarray | None = None) -> np.ndarray:
-        """Log predictive density of each observed row (N,); NaN where unidentified."""
-        parts = stats.norm.logpdf(self._outcome(outcome), self.means, self.sds)
-        return self._known(special.logsumexp(parts, axis=0) - np.log(len(self.means)))
+        """Log predictive density of each observed row (N,); NaN where unidentified.
+
+        Of discrete outcomes the log probability.
+        """
+        of = self.components.logpmf if self.discrete else self.components.logpdf
+        parts = of(self._outcome(outcome))
+        return self._known(special.logsumexp(parts, axis=0) - np.log(len(parts)))
 
     def pit(self, outcome: np.ndarray | None = None) -> np.ndarray:
         """P(new outcome ≤ the observed one) of each row (N,); NaN where unidentified."""
-        return self._known(stats.norm.cdf(self._outcome(outcome), self.means, self.sds).mean(0))
+        return self._known(self.components.cdf(self._outcome(outcome)).mean(0))
 
     def quantile(self, probability: float) -> np.ndarray:
-        """Predictive quantile of each row (N,), by bisection on the mixture's cdf."""
-        low = (self.means - 12 * self.sds).min(0)
-        high = (self.means + 12 * self.sds).max(0)
-        if len(self.means) == 1:
-            return self._known(stats.norm.ppf(probability, self.means[0], self.sds[0]))
-        tightest = 1e-6 * self.sds.min()
-        while (high - low).max() > tightest:
+        """The smallest y with P(Y ≤ y) ≥ probability of each row (N,); NaN where unidentified."""
+        if not 0 < probability < 1:
+            raise InputError(f"a probability lies between 0 and 1, found {probability}")
+        # a mixture's quantile lies between the smallest and the largest of its components'
+        parts = self.components.ppf(probability)
+        low, high = parts.min(0), parts.max(0)
+        step = 1.0 if self.discrete else 0.0
+        tightest = 0.0 if self.discrete else 1e-6 * self.sds.min(initial=np.inf)
+        while (high - low).max(initial=0.0) > tightest:
             middle = 0.5 * (low + high)
-            below = special.ndtr((middle - self.means) / self.sds).mean(0) < probability
-            low, high = np.where(below, middle, low), np.where(below, high, middle)
-        return self._known(0.5 * (low + high))
+            middle = np.floor(middle) if self.discrete else middle
+            below = self.components.cdf(middle).mean(0) < probability
+            low, high = np.where(below, middle + step, low), np.where(below, high, middle)
+        return self._known(high if self.discrete else 0.5 * (low + high))
 
     def interval(self, probability: float = 0.95) -> np.ndarray:
-        """Central interval of each row, (2, N)."""
+        """Central interval of each row, (2, N), of at least this probability."""
         tail = (1 - probability) / 2
         return np.stack([self.quantile(tail), self.quantile(1 - tail)])
 
@@ -97,9 +116,20 @@ class Prediction:
         rows come out too narrow where the task's own θ is uncertain.
         """
         rng = np.random.default_rng(seed)
-        component = rng.integers(len(self.means), size=num_draws)
-        white = rng.standard_normal((num_draws, self.means.shape[1]))
-        return self._known(self.means[component] + self.sds[component] * white)
+        frozen = self.components
+        shape = self.means.shape
+        component = rng.integers(shape[0], size=num_draws)
+
+        def chosen(parameter: Any) -> np.ndarray:
+            return np.broadcast_to(parameter, shape)[component]
+
+        drawn = frozen.dist.rvs(
+            *map(chosen, frozen.args),
+            **{name: chosen(value) for name, value in frozen.kwds.items()},
+            size=(num_draws, shape[1]),
+            random_state=rng,
+        )
+        return self._known(drawn)
 
     def to_dataframe(self) -> Any:
         """Task, mean, sd and 95 % interval of each row, in the order of the data it came from."""
