@@ -5,8 +5,9 @@ r"""A: what one task concludes, given the prior.
 Its exact posterior (:mod:`~hierbayes.adaptation.conjugate`), the normal at its mode
 (:mod:`~hierbayes.adaptation.laplace`), the mode alone (:mod:`~hierbayes.adaptation.proximal`),
 K gradient steps from φ (:mod:`~hierbayes.adaptation.gradient`), or least squares, where the prior
-says nothing (:mod:`~hierbayes.adaptation.least_squares`). :mod:`~hierbayes.adaptation.equivalence` says under
-which Gaussian prior the K steps are a MAP estimate.
+says nothing (:mod:`~hierbayes.adaptation.least_squares`).
+:mod:`~hierbayes.adaptation.equivalence` says under which Gaussian prior the K steps are a MAP
+estimate.
 """
 
 from hierbayes.adaptation.base import Adaptation, Adapted, PointAdaptation
