@@ -10,7 +10,7 @@ One model definition; every way of learning its prior; one side-by-side comparis
 """
 
 from hierbayes import datasets, likelihoods, plots, priors
-from hierbayes.adaptation import equivalent_prior
+from hierbayes.adaptation import equivalent_prior, equivalent_steps
 from hierbayes.compare import Comparison, compare
 from hierbayes.errors import FitWarning, InputError
 from hierbayes.fit import Fit, Prediction, load
@@ -36,6 +36,7 @@ __all__ = [
     "datasets",
     "empirical_bayes",
     "equivalent_prior",
+    "equivalent_steps",
     "from_formula",
     "full_bayes",
     "likelihoods",

@@ -18,6 +18,7 @@ from hierbayes.adaptation.gradient import GradientSteps
 from hierbayes.adaptation.implied import Discrepancy, EquivalentPrior, Status
 from hierbayes.adaptation.laplace import Laplace
 from hierbayes.adaptation.least_squares import LeastSquares
+from hierbayes.adaptation.matching import EquivalentSteps, equivalent_steps
 from hierbayes.adaptation.proximal import Proximal
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Descent",
     "Discrepancy",
     "EquivalentPrior",
+    "EquivalentSteps",
     "Flow",
     "GradientSteps",
     "Laplace",
@@ -35,5 +37,6 @@ __all__ = [
     "Proximal",
     "Status",
     "equivalent_prior",
+    "equivalent_steps",
     "implied_precision",
 ]
