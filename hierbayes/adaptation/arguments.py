@@ -66,10 +66,11 @@ def read_method(
 ) -> Descent | Flow:
     """The first-order method asked for, whose coefficients must be fixed before the data."""
     if time is not None:
-        if not (num_steps is None and step_size is None and optimiser is None and not momentum):
+        rest = (step_size is None, optimiser is None, not momentum, not nesterov)
+        if not (num_steps is None and all(rest)):
             raise InputError(
                 "time is for gradient flow, which has no steps: leave num_steps, step_size, "
-                "momentum and optimiser out"
+                "momentum, nesterov and optimiser out"
             )
         return Flow(_positive("time", time))
     if not (isinstance(num_steps, (int, np.integer)) and num_steps >= 1):
@@ -83,9 +84,10 @@ def read_method(
     if optimiser is not None:
         if not isinstance(optimiser, optax.GradientTransformation):
             raise InputError(f"optimiser must be an Optax optimiser, found {optimiser!r}")
-        if step_size is not None or momentum:
+        if step_size is not None or momentum or nesterov:
             raise InputError(
-                "an optimiser has its own step size and momentum: leave step_size and momentum out"
+                "an optimiser has its own step size and momentum: leave step_size, momentum and "
+                "nesterov out"
             )
         check_linear(optimiser, num_steps)
         return Descent(num_steps, optimiser=optimiser)
@@ -100,7 +102,10 @@ def read_method(
                 f"step_size holds {len(sizes)} values for {num_steps} steps; give one, or one a "
                 "step"
             )
-    kept = float(momentum or 0.0)
+    try:
+        kept = float(momentum)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"momentum must be a number in [0, 1), found {momentum!r}") from error
     if not 0 <= kept < 1:
         raise InputError(f"momentum must lie in [0, 1), found {momentum}")
     if nesterov and not kept:
@@ -141,7 +146,7 @@ def read_preconditioner(given: Any, tasks: Tasks, method: Descent | Flow) -> Pre
         if not isinstance(method, Descent) or method.optimiser is not None or method.momentum:
             raise InputError("a preconditioner for every step goes with plain gradient steps only")
         return Preconditioner(np.eye(d), stack)
-    matrix = np.asarray(given, dtype=float)
+    matrix = _numbers(given)
     if matrix.shape == (d,):
         matrix = np.diag(matrix)
     if matrix.shape not in ((d, d), (num_tasks, d, d)):
@@ -152,9 +157,16 @@ def read_preconditioner(given: Any, tasks: Tasks, method: Descent | Flow) -> Pre
     return Preconditioner(np.linalg.cholesky(_definite(matrix, tasks, d)))
 
 
+def _numbers(given: Any) -> np.ndarray:
+    try:
+        return np.asarray(given, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise InputError("preconditioner is not an array of numbers, or a list of them") from error
+
+
 def _definite(matrix: Any, tasks: Tasks, d: int) -> np.ndarray:
     """The matrices, if all are symmetric and positive definite."""
-    matrix = np.asarray(matrix, dtype=float)
+    matrix = _numbers(matrix)
     if matrix.shape[-2:] != (d, d):
         raise InputError(f"preconditioner has shape {matrix.shape}; expected ({d}, {d})")
     if not np.isfinite(matrix).all():

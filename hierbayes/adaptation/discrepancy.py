@@ -35,8 +35,10 @@ def measure(
     slope = -slopes(model, phi, rows, task_of_row, theta)
     slope = slope + jnp.einsum("jkl,jl->jk", precision, theta - location)
     there = curvatures_at(model, phi, rows, task_of_row, theta, kind)
-    solved = jnp.linalg.solve(there + precision, slope[..., None])[..., 0]
-    missed = 0.5 * (slope * solved).sum(-1)
+    factor = jnp.linalg.cholesky(there + precision)
+    white = jax.scipy.linalg.solve_triangular(factor, slope[..., None], lower=True)[..., 0]
+    # without a factor the posterior under P is not concave at θ_K: no maximum is near
+    missed = jnp.where(jnp.isfinite(factor).all((-2, -1)), 0.5 * (white**2).sum(-1), jnp.inf)
     gap = theta - theta_linear
     squares = jnp.einsum("jk,jkl,jl->j", gap, curvature + precision, gap)
     linearisation = jnp.sqrt(jnp.maximum(squares, 0.0) / d)

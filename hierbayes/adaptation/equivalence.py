@@ -149,7 +149,10 @@ def equivalent_prior(
     if scaling.per_step is not None:
         _refuse_asymmetric(parts.asymmetry, tasks)
     hessian, slope = to_numpy(at)
-    status, messages = judge(tasks, method, parts.curvature, parts.left, parts.moved)
+    composed = scaling.per_step is not None
+    status, messages = judge(
+        tasks, method, parts.curvature, parts.left, parts.moved, composed=composed
+    )
     pinned = np.zeros(parts.left.shape, dtype=bool)
     if null == "pinned":
         size = np.abs(parts.curvature)

@@ -20,7 +20,7 @@ class Status(enum.StrEnum):
     """A Gaussian prior of positive precision in every direction."""
 
     OVERSHOOTS = "overshoots"
-    """Proper, but the steps pass the optimum and come back: the prior tightens with more of η."""
+    """Proper, but equal steps pass the optimum and come back: the prior tightens with more of η."""
 
     FLAT = "flat"
     """The steps reach the optimum in some direction: the prior's precision is 0 there."""
@@ -39,7 +39,8 @@ class Discrepancy:
     ----------
     missed : array (J,)
         ½ρ², ρ² = Gᵀ(H(θ_K) + P)⁻¹G with G = ∇L(θ_K) + P(θ_K − φ): about the nats by which θ_K
-        misses the maximum of the posterior under P. Above 0.5 the claim has stopped holding.
+        misses the maximum of the posterior under P. Above 0.5 the claim has stopped holding; inf
+        where that posterior is not concave at θ_K.
     linearisation : array (J,)
         ‖θ_K − θ_lin‖ in implied posterior sds, with θ_lin the end of the linearised steps.
     curvature_drift : array (J,)
@@ -144,7 +145,7 @@ class EquivalentPrior:
         both = touched[..., :, None] | touched[..., None, :]
         diagonal = np.eye(finite.shape[-1], dtype=bool)
         finite = np.where(both, np.where(diagonal, np.inf, np.nan), finite)
-        none = (self.status == Status.NO_PRIOR)[..., None, None]
+        none = np.asarray(self.status == Status.NO_PRIOR)[..., None, None]
         return np.where(none, np.nan, finite)
 
     @property
@@ -230,30 +231,29 @@ def _spectral(vectors: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def judge(
-    tasks: Tasks, method: Descent | Flow, curvature: np.ndarray, left: np.ndarray, moved: np.ndarray
+    tasks: Tasks,
+    method: Descent | Flow,
+    curvature: np.ndarray,
+    left: np.ndarray,
+    moved: np.ndarray,
+    *,
+    composed: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
     """Status of each task, and what to say of it; steps that diverge are refused, naming the task.
 
-    ``curvature`` (J, d) may be that of the preconditioned problem.
+    ``curvature`` (J, d) may be that of the preconditioned problem; ``composed`` says that it is
+    that of all steps together, which no single step size can be held against.
     """
+    plain = isinstance(method, Descent) and method.plain and not composed
     names = np.asarray(tasks.names)
     with np.errstate(invalid="ignore"):
         away = (moved <= 0) | (left <= -1) | ~np.isfinite(left)
     if away.any():
-        bad = away.any(1)
-        worst = int(np.argmax(np.where(bad, curvature[:, -1], -np.inf)))
-        limit = ""
-        if isinstance(method, Descent) and method.plain:
-            limit = f"; step_size must stay below 2/λ_max = {2 / curvature[worst, -1]:.3g} there"
-        raise InputError(
-            f"{described(method)} diverge in {bad.sum()} of {len(names)} task(s), most in "
-            f"{listing([names[worst]])} ({tasks.sizes[worst]} rows), whose largest curvature is "
-            f"λ_max = {curvature[worst, -1]:.3g}{limit}"
-        )
+        _refuse_divergence(tasks, method, curvature, away, plain=plain, composed=composed)
     none = (left < -FLAT).any(1)
     flat = (np.abs(left) <= FLAT).any(1)
     over = np.zeros(len(names), dtype=bool)
-    if isinstance(method, Descent) and method.plain:
+    if plain:
         over = (float(method.step_size) * curvature > 1 + 1e-9).any(1)
     status = np.select(
         [none, over, flat], [Status.NO_PRIOR, Status.OVERSHOOTS, Status.FLAT], Status.PROPER
@@ -279,3 +279,29 @@ def judge(
             "implied prior is flat there and its covariance infinite"
         )
     return np.asarray(status, dtype=object), messages
+
+
+def _refuse_divergence(
+    tasks: Tasks,
+    method: Descent | Flow,
+    curvature: np.ndarray,
+    away: np.ndarray,
+    *,
+    plain: bool,
+    composed: bool,
+) -> None:
+    bad = away.any(1)
+    worst = int(np.argmax(np.where(away, np.abs(curvature), -np.inf).max(1)))
+    bend = curvature[worst, away[worst]]
+    bend = bend[np.argmax(np.abs(bend))]
+    cause = ""
+    if bend <= 0:
+        cause = f", where the log likelihood bends away from its optimum (curvature {bend:.3g})"
+    elif not composed:
+        cause = f", whose largest curvature is λ_max = {bend:.3g}"
+        if plain:
+            cause += f"; step_size must stay below 2/λ_max = {2 / bend:.3g} there"
+    raise InputError(
+        f"{described(method)} diverge in {bad.sum()} of {len(bad)} task(s), most in "
+        f"{listing([tasks.names[worst]])} ({tasks.sizes[worst]} rows){cause}"
+    )
