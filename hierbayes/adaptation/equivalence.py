@@ -268,7 +268,7 @@ def _refuse_diverged(theta: np.ndarray, tasks: Tasks) -> None:
     lost = ~np.isfinite(theta).all(1)
     if lost.any():
         raise InputError(
-            f"the steps themselves diverge in {lost.sum()} of {len(lost)} task(s) "
+            f"the steps themselves diverge in {lost.sum()} of {tasks.num_tasks} task(s) "
             f"({listing(tasks.names[lost].tolist(), 3)}), where the log likelihood bends more away "
             "from phi than at it; take shorter steps"
         )

@@ -244,17 +244,17 @@ def judge(
     ``curvature`` (J, d) may be that of the preconditioned problem; ``composed`` says that it is
     that of all steps together, which no single step size can be held against.
     """
-    plain = isinstance(method, Descent) and method.plain and not composed
+    equal = None if composed or isinstance(method, Flow) or not method.plain else method.step_size
     names = np.asarray(tasks.names)
     with np.errstate(invalid="ignore"):
         away = (moved <= 0) | (left <= -1) | ~np.isfinite(left)
     if away.any():
-        _refuse_divergence(tasks, method, curvature, away, plain=plain, composed=composed)
+        _refuse_divergence(tasks, method, curvature, away, composed=composed)
     none = (left < -FLAT).any(1)
     flat = (np.abs(left) <= FLAT).any(1)
     over = np.zeros(len(names), dtype=bool)
-    if plain:
-        over = (float(method.step_size) * curvature > 1 + 1e-9).any(1)
+    if equal is not None:
+        over = (float(equal) * curvature > 1 + 1e-9).any(1)
     status = np.select(
         [none, over, flat], [Status.NO_PRIOR, Status.OVERSHOOTS, Status.FLAT], Status.PROPER
     )
@@ -287,10 +287,9 @@ def _refuse_divergence(
     curvature: np.ndarray,
     away: np.ndarray,
     *,
-    plain: bool,
     composed: bool,
 ) -> None:
-    bad = away.any(1)
+    bad = np.any(away, axis=1)
     worst = int(np.argmax(np.where(away, np.abs(curvature), -np.inf).max(1)))
     bend = curvature[worst, away[worst]]
     bend = bend[np.argmax(np.abs(bend))]
@@ -299,9 +298,9 @@ def _refuse_divergence(
         cause = f", where the log likelihood bends away from its optimum (curvature {bend:.3g})"
     elif not composed:
         cause = f", whose largest curvature is λ_max = {bend:.3g}"
-        if plain:
+        if isinstance(method, Descent) and method.plain:
             cause += f"; step_size must stay below 2/λ_max = {2 / bend:.3g} there"
     raise InputError(
-        f"{described(method)} diverge in {bad.sum()} of {len(bad)} task(s), most in "
+        f"{described(method)} diverge in {bad.sum()} of {bad.size} task(s), most in "
         f"{listing([tasks.names[worst]])} ({tasks.sizes[worst]} rows){cause}"
     )
