@@ -11,11 +11,19 @@ One model definition; every way of learning its prior; one side-by-side comparis
 
 from hierbayes import datasets, likelihoods, plots, priors
 from hierbayes.adaptation import equivalent_prior, equivalent_steps
-from hierbayes.compare import Comparison, compare
+from hierbayes.compare import Comparison, compare, equivalence_report
 from hierbayes.errors import FitWarning, InputError
 from hierbayes.fit import Fit, Prediction, load
 from hierbayes.formula import from_formula
-from hierbayes.meta import complete_pooling, empirical_bayes, full_bayes, maml, no_pooling
+from hierbayes.meta import (
+    complete_pooling,
+    empirical_bayes,
+    full_bayes,
+    imaml,
+    maml,
+    no_pooling,
+    reptile,
+)
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors import HyperPrior
 from hierbayes.tasks import Tasks
@@ -35,14 +43,17 @@ __all__ = [
     "complete_pooling",
     "datasets",
     "empirical_bayes",
+    "equivalence_report",
     "equivalent_prior",
     "equivalent_steps",
     "from_formula",
     "full_bayes",
+    "imaml",
     "likelihoods",
     "load",
     "maml",
     "no_pooling",
     "plots",
     "priors",
+    "reptile",
 ]

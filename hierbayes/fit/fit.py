@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import numpyro.distributions as dist
 
-from hierbayes.adaptation import Adaptation, Adapted, LeastSquares
-from hierbayes.errors import InputError
+from hierbayes.adaptation import Adaptation, Adapted, GradientSteps, LeastSquares
+from hierbayes.errors import InputError, announce
 from hierbayes.fit import datatree as trees
 from hierbayes.fit.adapted import AdaptedTasks, check_columns, finish, quadratic
 from hierbayes.fit.prediction import Prediction
@@ -173,8 +173,8 @@ class Fit:
         if "tau" not in self.phi:
             raise AttributeError(
                 f"{self.method} learns no prior that all tasks share; the prior that gradient "
-                "steps imply depends on each task's own curvature"
-                if self.method == "MAML"
+                "steps imply depends on each task's own curvature: ask hb.equivalent_prior for it"
+                if isinstance(self.adaptation, GradientSteps)
                 else f"{self.method} learns no prior"
             )
         with float64():
@@ -206,6 +206,7 @@ class Fit:
             raise InputError(f"the new tasks hold no outcome {tasks.labels.outcome!r}")
         if self.phi_draws is None:
             adapted = self.adaptation(self.model, tasks, dict(self.phi))
+            announce(adapted.remarks)
             return AdaptedTasks(self.model, tasks, _batched(self.phi), adapted)
         phis = self._phis()
         draws = self.adaptation.draws(self.model, tasks, phis, as_key(seed))

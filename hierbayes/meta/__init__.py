@@ -3,13 +3,24 @@ r"""M: what all tasks together say about the prior.
 .. math:: M(D_1, \dots, D_J) \to \varphi
 
 Every method is an evidence, an adaptation and a way to read φ: maximise the summed evidence
-(:func:`empirical_bayes`, :func:`maml`), integrate over φ (:func:`full_bayes`), or take a limit of
-the prior (:func:`no_pooling`, :func:`complete_pooling`).
+(:func:`empirical_bayes`, :func:`maml`, :func:`imaml`), integrate over φ (:func:`full_bayes`),
+follow a direction that maximises nothing (:func:`reptile`), or take a limit of the prior
+(:func:`no_pooling`, :func:`complete_pooling`).
 """
 
 from hierbayes.meta.baselines import complete_pooling, no_pooling
 from hierbayes.meta.empirical_bayes import empirical_bayes
 from hierbayes.meta.full_bayes import full_bayes
+from hierbayes.meta.imaml import imaml
 from hierbayes.meta.maml import maml
+from hierbayes.meta.reptile import reptile
 
-__all__ = ["complete_pooling", "empirical_bayes", "full_bayes", "maml", "no_pooling"]
+__all__ = [
+    "complete_pooling",
+    "empirical_bayes",
+    "full_bayes",
+    "imaml",
+    "maml",
+    "no_pooling",
+    "reptile",
+]

@@ -12,14 +12,18 @@ from hierbayes.fit import Fit
 _COLOURS = {
     "no pooling": "#777777",
     "MAML": "#D55E00",
+    "Reptile": "#E69F00",
+    "iMAML": "#CC79A7",
     "empirical Bayes": "#009E73",
     "full Bayes": "#0072B2",
     "complete pooling": "#000000",
 }
-_MORE = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+_MORE = ("#56B4E9", "#F0E442")
 _MARKERS = {
     "no pooling": "x",
     "MAML": "D",
+    "Reptile": "v",
+    "iMAML": "P",
     "empirical Bayes": "s",
     "full Bayes": "o",
     "complete pooling": "|",
@@ -32,7 +36,9 @@ def looks(fits: Mapping[str, Fit]) -> dict[str, dict[str, Any]]:
     """Colour and marker of each fit: by its method, further ones of a method in other colours."""
     used: set[str] = set()
     styles = {}
-    spare = iter(_MORE * (1 + len(fits)))
+    own = {_COLOURS.get(fit.method) for fit in fits.values()}
+    free = [colour for colour in (*_MORE, *_COLOURS.values()) if colour not in own]
+    spare = iter(free * (1 + len(fits)))
     for label, fit in fits.items():
         colour = _COLOURS.get(fit.method)
         if colour is None or colour in used:

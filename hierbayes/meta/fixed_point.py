@@ -1,0 +1,142 @@
+r"""Follow an update direction to where it vanishes, for methods that maximise nothing.
+
+.. math:: \varphi \leftarrow \varphi + \Delta(\varphi) \quad\text{until}\quad
+          \lVert \Delta(\varphi) \rVert \approx 0
+
+Plain steps shrink the distance by a constant factor, which may be close to one. Anderson's
+acceleration takes the combination of earlier steps whose direction is smallest; where Δ is linear
+in φ it ends after about dim φ + 1 of them, as GMRES does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+from hierbayes.meta.ascent import CHUNK
+
+MEMORY = 30
+"""Earlier steps that the acceleration combines at most."""
+
+GROWTH = 1e3
+"""A direction longer than the shortest so far by this factor ends the acceleration's memory."""
+
+DIVERGED = 1e6
+"""Norm of the parameters, which are of order one, that is taken for divergence."""
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """Where the iteration ended, after how many steps."""
+
+    parameters: Any
+    taken: int
+    warnings: list[str]
+
+
+def follow(
+    direction: Callable[[Any], Any],
+    start: Any,
+    optimiser: optax.GradientTransformation | None,
+    num_steps: int,
+    tolerance: float,
+    progress: bool | None,
+    name: str,
+) -> FixedPoint:
+    """Follow ``direction`` from ``start``, both of order one; accelerated unless told otherwise.
+
+    An Optax optimiser is given minus the direction in the place of a gradient.
+    """
+    from tqdm.auto import tqdm
+
+    shown = sys.stderr.isatty() if progress is None else progress
+    with tqdm(total=num_steps, desc=name, disable=not shown, leave=False, delay=1.0) as bar:
+        if optimiser is None:
+            parameters, norm, taken = _accelerated(direction, start, num_steps, tolerance, bar)
+        else:
+            parameters, norm, taken = _optax(direction, start, optimiser, num_steps, tolerance, bar)
+    warnings = []
+    if not np.isfinite(norm):
+        warnings.append(
+            f"{name} diverged after {taken} outer steps; lower the outer optimiser's rate, or the "
+            "inner step_size"
+        )
+    elif norm > tolerance:
+        warnings.append(
+            f"{name} has not converged after {taken} outer steps (its direction has norm "
+            f"{norm:.1e} in scaled parameters, {tolerance:.0e} wanted); raise num_meta_steps"
+        )
+    return FixedPoint(parameters, taken, warnings)
+
+
+def _accelerated(
+    direction: Callable[[Any], Any], start: Any, num_steps: int, tolerance: float, bar: Any
+) -> tuple[Any, float, int]:
+    """Anderson's acceleration of full steps; returns the point of the shortest direction."""
+    flat, unravel = ravel_pytree(start)
+    compiled = jax.jit(lambda v: ravel_pytree(direction(unravel(v)))[0])
+    at = np.asarray(flat)
+    points, moves = [], []
+    best, shortest = at, np.inf
+    for taken in range(1, num_steps + 1):
+        move = np.asarray(compiled(at))
+        norm = float(np.linalg.norm(move))
+        bar.update(1)
+        bar.set_postfix({"direction": f"{norm:.1e}"})
+        if norm < shortest:
+            best, shortest = at, norm
+        if shortest <= tolerance:
+            return unravel(jnp.asarray(best)), shortest, taken
+        if not norm <= GROWTH * shortest:  # a NaN too
+            if not points:
+                return unravel(jnp.asarray(best)), np.nan, taken
+            at, points, moves = best, [], []
+            continue
+        points, moves = [*points, at][-MEMORY:], [*moves, move][-MEMORY:]
+        at = at + move
+        if len(points) > 1:
+            turned = np.diff(moves, axis=0).T
+            units = np.linalg.norm(turned, axis=0)
+            units = np.where(units > 0, units, 1.0)
+            share = np.linalg.lstsq(turned / units, move, rcond=1e-13)[0] / units
+            at = at - (np.diff(points, axis=0).T + turned) @ share
+    return unravel(jnp.asarray(best)), shortest, num_steps
+
+
+def _optax(
+    direction: Callable[[Any], Any],
+    start: Any,
+    optimiser: optax.GradientTransformation,
+    num_steps: int,
+    tolerance: float,
+    bar: Any,
+) -> tuple[Any, float, int]:
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        parameters, state = carry
+        falling = jax.tree.map(jnp.negative, direction(parameters))
+        updates, state = optimiser.update(falling, state, parameters)
+        return (optax.apply_updates(parameters, updates), state), None
+
+    def run(carry: Any, length: int) -> Any:
+        carry, _ = jax.lax.scan(step, carry, None, length)
+        return carry, optax.tree.norm(direction(carry[0])), optax.tree.norm(carry[0])
+
+    chunk = jax.jit(run, static_argnums=1)
+    carry, taken, norm = (start, optimiser.init(start)), 0, np.inf
+    while taken < num_steps and norm > tolerance:
+        size = min(CHUNK, num_steps - taken)
+        carry, norm, far = chunk(carry, size)
+        norm, taken = float(norm), taken + size
+        bar.update(size)
+        bar.set_postfix({"direction": f"{norm:.1e}"})
+        if not float(far) < DIVERGED:
+            return carry[0], np.nan, taken
+    return carry[0], norm, taken

@@ -1,0 +1,247 @@
+r"""Reptile: φ is where the tasks, after K gradient steps, pull it nowhere.
+
+.. math:: \varphi \leftarrow \varphi + \epsilon\, \frac1J \sum_j
+          \left(\theta_j^K(\varphi) - \varphi\right)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hierbayes.adaptation import GradientSteps
+from hierbayes.adaptation.gradient import check_step_size, largest_curvature
+from hierbayes.errors import InputError, announce
+from hierbayes.evidence import Predictive
+from hierbayes.fit import Fit
+from hierbayes.meta.ascent import maximise
+from hierbayes.meta.fixed_point import follow
+from hierbayes.meta.inner_loop import (
+    Parameters,
+    check_counts,
+    check_optimiser,
+    inner_noise,
+    outer_parameters,
+)
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import float64, to_numpy
+from hierbayes.tasks import Tasks
+
+
+def reptile(
+    model: HierarchicalModel,
+    tasks: Any,
+    num_steps: int = 5,
+    step_size: float | Literal["auto"] = "auto",
+    *,
+    sigma: float | None = None,
+    optimiser: optax.GradientTransformation | None = None,
+    num_meta_steps: int = 1000,
+    tolerance: float = 1e-10,
+    query: float = 0.5,
+    seed: int | jax.Array = 0,
+    progress: bool | None = None,
+) -> Fit:
+    r"""Reptile, full batch: φ moves to where tasks go from it, until they go nowhere on average.
+
+    .. math::
+
+        \theta_j^0 = \mu + \Gamma w_j, \qquad
+        \theta_j^{k+1} = \theta_j^k + \eta \nabla \log p(D_j \mid \theta_j^k, \beta, \sigma),
+        \qquad \Delta_\mu = \frac1J \sum_j (\theta_j^K - \theta_j^0)
+
+    There is no objective, only this direction, and no split: all rows of a task are in its inner
+    loop. With task predictors (Δ_μ, Δ_Γ) is the least-squares regression of the moves
+    θ_j^K − θ_j^0 on (1, w_j), over the tasks with rows. The shared effects β stay as they are in
+    the inner loop; their direction is the gradient of Σ_j log p(D_j | θ_j^K, β), multiplied by
+    (Zᵀ C Z)⁻¹ with C the largest curvature that a row can have (1/σ² for Gaussian rows), so that a
+    step of length one is as long as it may be. Where gradient steps are linear in φ the fixed
+    point solves
+
+    .. math:: \sum_j W_j (\hat\theta_j - \varphi) = 0, \qquad W_j = I - (I - \eta H_j)^K,
+
+    a weighted mean of the tasks' own least squares: what K steps can reach counts.
+
+    Parameters
+    ----------
+    model : HierarchicalModel
+    tasks : Tasks or DataFrame
+    num_steps : int
+        K, inner gradient steps.
+    step_size : float or "auto"
+        η in units of the **sum** of the log likelihood over a task's rows; "auto" is 1/λ_max over
+        all tasks. Beyond 2/λ_max the steps diverge, which is refused.
+    sigma : float, optional
+        Within-task noise σ, which sets the units of the inner loop; by default the pooled
+        within-task estimate. A Bernoulli likelihood has none.
+    optimiser : optax.GradientTransformation, optional
+        Given minus the direction, in scaled parameters, in the place of a gradient:
+        ``optax.sgd(1.0)`` is Reptile with ε = 1. By default these steps of length one with
+        Anderson's acceleration, which has the same fixed point and reaches it sooner: plain steps
+        are slow where K steps hardly move a task.
+    num_meta_steps : int
+        Outer steps at most.
+    tolerance : float
+        Norm of the direction, in scaled parameters, at which the iteration ends.
+    query : float
+        Share of each task's rows on which ``sigma_query`` is learned, φ being known by then: the
+        plug-in predictive deviation of these rows after steps on the others.
+    seed : int or JAX key
+        For that split.
+    progress : bool, optional
+        Show a progress bar; by default where stderr is a terminal.
+
+    Returns
+    -------
+    Fit
+        ``phi`` holds ``mu``, ``beta``, ``gamma``, ``sigma`` and ``sigma_query``, the last where
+        some task has two rows. ``theta`` are K steps from φ on all rows of a task.
+
+    Raises
+    ------
+    InputError
+        A step size beyond 2/λ_max (naming the task), or a single task.
+
+    References
+    ----------
+    Nichol, Achiam and Schulman (2018), On first-order meta-learning algorithms, arXiv:1803.02999,
+    algorithm 1.
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> model, tasks = hb.from_formula(
+    ...     "log_radon ~ 1 + floor + (1 + floor | county)", hb.datasets.radon()
+    ... )
+    >>> sorted(hb.reptile(model, tasks, num_steps=5).phi)
+    ['mu', 'sigma', 'sigma_query']
+    """
+    started = time.perf_counter()
+    tasks = model.tasks(tasks)
+    check_counts(num_steps=num_steps, num_meta_steps=num_meta_steps)
+    if isinstance(step_size, str) and step_size != "auto":
+        raise InputError(f'step_size must be a number or "auto", found {step_size!r}')
+    if not (np.isfinite(tolerance) and tolerance > 0):
+        raise InputError(f"tolerance must be positive, found {tolerance!r}")
+    check_optimiser(optimiser)
+    model.check(tasks, learns_prior=True)
+    resolved = model.resolve(tasks)
+    fixed = inner_noise(resolved, tasks, sigma)
+    longest = 1.0 / float(largest_curvature(resolved, tasks, fixed).max())
+    eta = longest if step_size == "auto" else float(step_size)
+    check_step_size(eta, resolved, tasks, fixed)
+    adaptation = GradientSteps(num_steps, eta)
+    with float64():
+        start, to_phi = outer_parameters(resolved, tasks, fixed)
+        start.pop("log_sigma_query", None)
+        found = follow(
+            _direction(resolved, tasks, adaptation, to_phi),
+            start, optimiser, num_meta_steps, tolerance, progress, "Reptile",
+        )  # fmt: skip
+        phi = to_numpy(to_phi(found.parameters))
+    remarks = list(found.warnings)
+    if eta > longest * (1 + 1e-9):
+        remarks.append(
+            f"step_size={eta:.3g} is longer than 1/λ_max = {longest:.3g}: gradient steps overshoot "
+            "in some tasks, and for odd num_steps no Gaussian prior makes them a MAP estimate"
+        )
+    density = None
+    if not resolved.likelihood.discrete:
+        more, density, said = _sigma_query(resolved, tasks, adaptation, phi, query, seed)
+        phi, remarks = phi | more, [*remarks, *said]
+    return Fit(
+        "Reptile", resolved, tasks, phi, adaptation,
+        no_evidence="Reptile follows a direction and maximises nothing",
+        warnings=announce(remarks),
+        info={
+            "num_steps": num_steps, "step_size": eta, "query": query,
+            "query_log_density": density, "sigma": sigma, "outer_steps": found.taken,
+            "seed": seed, "seconds": time.perf_counter() - started,
+        },
+    )  # fmt: skip
+
+
+def _direction(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    adaptation: GradientSteps,
+    to_phi: Callable[[Parameters], dict[str, Any]],
+) -> Callable[[Parameters], Parameters]:
+    """Where the tasks pull μ, Γ and β, in scaled parameters."""
+    plain, scales = model.without_encoder(), model.scales(tasks)
+    rows, of_row = tasks.flat(), tasks.task_of_row
+    regression = jnp.asarray(_regression(tasks, np.array(model.shape(tasks).free_mean)))
+
+    def direction(parameters: Parameters) -> Parameters:
+        phi = to_phi(parameters)
+        thetas = adaptation.steps(plain, phi, rows, of_row)
+        moves = thetas - plain.prior.location(phi, rows.task_predictors)
+        effects = jnp.einsum("ckj,jc->ck", regression, moves)
+        pull = {"mu": effects[:, 0] / scales.coef}
+        if "gamma" in parameters:
+            pull["gamma"] = effects[:, 1:] * scales.task_predictors / scales.coef[:, None]
+        if "beta" in parameters:
+
+            def log_likelihood(beta: Any) -> Any:
+                each = plain.likelihood.log_likelihood_of_rows(
+                    thetas, phi | {"beta": beta}, rows, of_row
+                )
+                return each.sum()
+
+            bound = jnp.broadcast_to(
+                plain.likelihood.curvature_bound(phi, rows.slots), (tasks.num_rows,)
+            )
+            curvature = tasks.shared.T @ (bound[:, None] * tasks.shared)
+            slope = jax.grad(log_likelihood)(phi["beta"])
+            pull["beta"] = jnp.linalg.solve(curvature, slope) / scales.shared
+        return pull
+
+    return direction
+
+
+def _regression(tasks: Tasks, free: np.ndarray) -> np.ndarray:
+    """(d, 1 + q, J): from a coefficient's moves to its effects of (1, w), least squares.
+
+    A mean that is pinned has no effect of 1; tasks without rows have nothing to say.
+    """
+    with_rows = (tasks.sizes > 0).astype(float)[:, None]
+    columns = with_rows * np.column_stack([np.ones(tasks.num_tasks), tasks.task_predictors])
+    pinned = columns * np.array([0.0] + [1.0] * (columns.shape[1] - 1))
+    return np.stack([np.linalg.pinv(columns if f else pinned) for f in free])
+
+
+def _sigma_query(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    adaptation: GradientSteps,
+    phi: dict[str, Any],
+    query: float,
+    seed: int | jax.Array,
+) -> tuple[dict[str, Any], float | None, list[str]]:
+    """``sigma_query`` at its maximum given the rest of φ, that log density, and what to say."""
+    support, asked = tasks.split(query, seed=seed)
+    if not ((support.sizes > 0) & (asked.sizes > 0)).any():
+        return {}, None, [
+            "no task has two rows, so that sigma_query, the deviation of rows from what the others "
+            "of their task predict, cannot be learned: predictions hold the noise alone and are "
+            "too narrow"
+        ]  # fmt: skip
+    evidence, plain = Predictive(adaptation), model.without_encoder()
+    unit = model.scales(tasks).spread
+    with float64():
+
+        def at(log_sigma: Any) -> dict[str, Any]:
+            return phi | {"sigma_query": unit * jnp.exp(log_sigma)}
+
+        def objective(log_sigma: Any) -> jax.Array:
+            return evidence(plain, at(log_sigma), support, asked).sum() / asked.num_rows
+
+        best = maximise(objective, jnp.zeros(()), None, 100, False, "Reptile's sigma_query")
+        learned = to_numpy(at(best.parameters))["sigma_query"]
+    return {"sigma_query": learned}, best.value * asked.num_rows, best.warnings
