@@ -18,7 +18,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
-from hierbayes.errors import InputError, listing
+from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.likelihoods import Likelihood
 from hierbayes.numerics import float64
 from hierbayes.priors import HyperPrior, Prior
@@ -93,6 +93,17 @@ class HierarchicalModel:
         tasks = self.tasks(tasks)
         hyperprior = self.hyperprior.resolve(self.shape(tasks), tasks, self.likelihood)
         return replace(self, hyperprior=hyperprior)
+
+    def require_gaussian(
+        self, method: str, needs: str, instead: str = "use full_bayes or maml"
+    ) -> None:
+        """Refuse a method that needs what only a Gaussian likelihood gives."""
+        if not self.likelihood.gaussian_in_theta:
+            kind = type(self.likelihood).__name__
+            raise NotApplicable(
+                f"{method} needs {needs}, which is not to be had under a {kind} likelihood; "
+                f"{instead}"
+            )
 
     def check(self, tasks: Tasks, *, learns_prior: bool) -> None:
         """Refuse tasks that the model cannot be fitted to, before any computation."""

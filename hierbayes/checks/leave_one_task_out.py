@@ -32,7 +32,8 @@ def leave_one_task_out(fit: Fit) -> dict[str, Any]:
     ----------
     fit : Fit
         Of full Bayes, empirical Bayes, MAML or complete pooling; no pooling learns nothing about
-        tasks that it has not seen.
+        tasks that it has not seen, and of fits with a non-Gaussian likelihood only MAML's are
+        scored, since the evidence of the others is not exact.
 
     Returns
     -------
@@ -41,6 +42,11 @@ def leave_one_task_out(fit: Fit) -> dict[str, Any]:
     """
     if isinstance(fit.adaptation, LeastSquares):
         raise InputError("no pooling learns nothing about tasks that it has not seen")
+    if "tau" in fit.phi:
+        fit.model.require_gaussian(
+            "leave_one_task_out", "the exact evidence log p(D_j | φ)",
+            instead="score held-out rows of known tasks",
+        )  # fmt: skip
     if fit.phi_draws is not None:
         return _importance(fit)
     from tqdm.auto import tqdm

@@ -32,7 +32,9 @@ def held_out_scores(prediction: Prediction) -> dict[str, float]:
     dict
         ``rows`` scored, ``left_out``; ``log_density`` a row and ``log_density_se``; ``rmse`` and
         ``rmse_se``; ``coverage_50``, ``coverage_80``, ``coverage_95`` and ``width_50``, … in the
-        outcome's units.
+        outcome's units. Of discrete outcomes coverage and width are NaN, since central intervals
+        of a few values say nothing; ``rmse`` of binary ones is the root of the Brier score, the
+        mean of (y − P(Y = 1))².
     """
     outcome = prediction.tasks.outcome
     if outcome is None:
@@ -52,6 +54,11 @@ def held_out_scores(prediction: Prediction) -> dict[str, float]:
         "rmse": rmse,
         "rmse_se": squared_se / (2 * rmse) if rmse > 0 else 0.0,
     }
+    if prediction.discrete:
+        of_intervals = [
+            f"{kind}_{round(100 * p)}" for kind in ("coverage", "width") for p in LEVELS
+        ]
+        return scores | dict.fromkeys(of_intervals, float("nan"))
     pit = prediction.pit()[keep]
     for level in LEVELS:
         scores[f"coverage_{round(100 * level)}"] = float((np.abs(pit - 0.5) <= level / 2).mean())

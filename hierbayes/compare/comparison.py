@@ -222,8 +222,8 @@ def _by_task(
         values = result["log_density"]
         if fit.method == "MAML":
             notes.append(
-                f"{label}: a task left out is scored at φ, before any step, rows independent given "
-                "sigma_query; MAML learns no distribution of new tasks"
+                f"{label}: a task left out is scored at φ, before any step, its rows independent "
+                "of one another; MAML learns no distribution of new tasks"
             )
         pointwise[label] = values
         mean, se = _per_row(values, fit.tasks.sizes)

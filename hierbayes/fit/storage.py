@@ -31,7 +31,9 @@ from hierbayes.tasks.views import SLOTS
 
 GROUP = "hierbayes"
 KINDS = (Conjugate, GradientSteps, Laplace, LeastSquares, Proximal)
-FORMAT = 1
+LIKELIHOODS = (likelihoods.Bernoulli, likelihoods.Gaussian)
+FORMAT = 2
+"""2 names the likelihood; 1 knew the Gaussian one alone, by its ``known_se``."""
 
 
 def save(fit: Fit, path: Any) -> None:
@@ -131,11 +133,11 @@ def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:
     """Everything but arrays as JSON, and the encoder's training columns as a Dataset."""
     model, labels = fit.model, fit.tasks.labels
     likelihood, prior = model.likelihood, model.prior
-    if type(likelihood) is not likelihoods.Gaussian or type(prior) is not priors.Gaussian:
+    if type(likelihood) not in LIKELIHOODS or type(prior) is not priors.Gaussian:
         model_json = None
     else:
         model_json = {
-            "known_se": likelihood.known_se,
+            "likelihood": {"kind": type(likelihood).__name__, "settings": vars(likelihood)},
             "correlated": prior.correlated,
             "zero_mean": prior.zero_mean,
             "hyperprior": hyperprior_to_plain(model.hyperprior),
@@ -234,8 +236,11 @@ def _encoder(described: dict[str, Any] | None, tree: Any) -> Any:
 def _model(described: dict[str, Any] | None, encoder: Any) -> HierarchicalModel:
     if described is None:
         raise InputError("this fit's model holds functions: pass it, hb.load(path, model=…)")
+    settings = {"known_se": described["known_se"]} if "known_se" in described else {}
+    likelihood = described.get("likelihood", {"kind": "Gaussian", "settings": settings})
+    kinds = {kind.__name__: kind for kind in LIKELIHOODS}
     return HierarchicalModel(
-        likelihoods.Gaussian(described["known_se"]),
+        kinds[likelihood["kind"]](**likelihood["settings"]),
         priors.Gaussian(_tuples(described["correlated"]), tuple(described["zero_mean"])),
         hyperprior_from_plain(described["hyperprior"]),
         encoder,

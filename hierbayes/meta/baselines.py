@@ -55,6 +55,7 @@ def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = No
     """
     started = time.perf_counter()
     tasks = model.tasks(tasks)
+    model.require_gaussian("no_pooling", "least squares within tasks")
     model.check(tasks, learns_prior=False)
     resolved = model.resolve(tasks)
     within = within_tasks(statistics(tasks))
@@ -135,6 +136,7 @@ def complete_pooling(model: HierarchicalModel, tasks: Any) -> Fit:
     """
     started = time.perf_counter()
     tasks = model.tasks(tasks)
+    model.require_gaussian("complete_pooling", "least squares over all tasks")
     model.check(tasks, learns_prior=False)
     resolved = model.resolve(tasks)
     shape = resolved.shape(tasks)

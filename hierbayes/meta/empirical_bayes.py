@@ -102,6 +102,7 @@ def empirical_bayes(
     for name, value in {"num_draws": num_draws, "num_chains": num_chains}.items():
         if not (isinstance(value, (int, np.integer)) and value >= 1):
             raise InputError(f"{name} must be a positive integer, found {value!r}")
+    model.require_gaussian("empirical_bayes", "the exact evidence log p(D_j | φ)")
     model.check(tasks, learns_prior=True)
     if criterion == "map":
         resolved = resolve_for_mode(model, tasks)

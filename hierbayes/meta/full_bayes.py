@@ -17,7 +17,7 @@ import numpy as np
 import numpyro
 from numpyro.distributions import biject_to
 
-from hierbayes.adaptation import Adapted, Conjugate
+from hierbayes.adaptation import Adapted, Conjugate, Laplace
 from hierbayes.errors import InputError, announce
 from hierbayes.evidence.exact import log_evidence
 from hierbayes.fit import Fit
@@ -54,7 +54,9 @@ def full_bayes(
     method : "auto", "collapsed" or "nuts"
         "collapsed" integrates θ out exactly, samples φ by NUTS, then draws each θ_j from its exact
         posterior given φ: no funnel, and a cost that does not depend on the number of rows.
-        "nuts" samples φ and θ jointly, non-centred. "auto" collapses where the evidence is exact.
+        "nuts" samples φ and θ jointly, non-centred. "auto" collapses where the evidence is exact
+        (Gaussian likelihoods). Without it :meth:`Fit.adapt` draws new tasks' θ from Laplace
+        posteriors.
     num_draws, num_chains, num_warmup : int
         Draws kept a chain, chains, and warm-up draws a chain.
     seed : int or JAX key
@@ -120,7 +122,7 @@ def full_bayes(
             draws, sample_stats = run_nuts(program, key, start, dense=False, **settings)  # type: ignore[arg-type]
     theta = draws.pop("theta", None)
     draws.pop("z", None)
-    adaptation = Conjugate()
+    adaptation = Conjugate() if exact else Laplace()
     if theta is None:
         phis = {name: value.reshape(-1, *value.shape[2:]) for name, value in draws.items()}
         if num_chains * num_draws * tasks.num_tasks * len(tasks.coef) <= LARGEST_THETA:
@@ -155,13 +157,19 @@ def collapsed_program(model: HierarchicalModel, tasks: Tasks) -> Any:
 def _start(
     model: HierarchicalModel, tasks: Tasks, key: jax.Array, num_chains: int
 ) -> dict[str, jax.Array]:
-    """Overdispersed starting points, unconstrained, around a pooled fit."""
+    """Overdispersed starting points, unconstrained, around a pooled fit.
+
+    Least squares where the likelihood is Gaussian, else the overall level of f alone.
+    """
     scales, shape = model.scales(tasks), model.shape(tasks)
-    rows = np.column_stack([tasks.predictors, tasks.shared])
-    y = tasks.outcome - tasks.slots.get("offset", 0.0)
-    pooled, *_ = np.linalg.lstsq(rows, y, rcond=None)
     d = len(shape.coef)
-    residual = float(np.std(y - rows @ pooled)) or scales.spread
+    pooled = np.concatenate([scales.mu_location, np.zeros(len(shape.shared))])
+    residual = scales.spread
+    if model.likelihood.gaussian_in_theta:
+        rows = np.column_stack([tasks.predictors, tasks.shared])
+        y = tasks.outcome - tasks.slots.get("offset", 0.0)
+        pooled, *_ = np.linalg.lstsq(rows, y, rcond=None)
+        residual = float(np.std(y - rows @ pooled)) or scales.spread
     guess = {
         "mu": np.where(shape.free_mean, pooled[:d], 0.0), "tau": 0.3 * scales.coef,
         "corr": np.eye(d), "beta": pooled[d:],

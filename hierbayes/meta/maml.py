@@ -65,8 +65,8 @@ def maml(
         K, inner gradient steps.
     step_size : float or "auto"
         η in units of the **sum** of the log likelihood over a task's rows; "auto" is 1/λ_max over
-        all tasks, with λ_max the largest curvature from all of a task's rows. Beyond 2/λ_max the
-        steps diverge, which is refused.
+        all tasks, with λ_max the largest curvature from all of a task's rows (Bernoulli: the
+        largest that any θ can give). Beyond 2/λ_max the steps can diverge, which is refused.
     learn_step_size : bool
         Learn η too, within (0, 1/λ_max), where the steps are a MAP estimate for every K.
     query : float
@@ -76,7 +76,8 @@ def maml(
     sigma : float, optional
         Within-task noise σ, which sets the units of the inner loop; by default the pooled
         within-task estimate. It is not learned: ``sigma_query``, the plug-in predictive
-        deviation of the query rows, is, and absorbs the posterior variance of θ_j.
+        deviation of the query rows, is, and absorbs the posterior variance of θ_j. A likelihood
+        without a noise of its own (Bernoulli) has neither.
     optimiser : optax.GradientTransformation, optional
         Of the outer loop; L-BFGS by default, which converges on these smooth problems.
     num_meta_steps : int

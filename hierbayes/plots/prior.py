@@ -16,8 +16,8 @@ from hierbayes.plots.style import as_fits, axes_or_new, looks, pick_coef
 def learned_prior(fits: Fit | Mapping[str, Fit], *, coef: str | None = None, ax: Any = None) -> Any:
     """p(θ_new | D) of one coefficient, over the tasks' own estimates.
 
-    The marks below are the tasks' least-squares estimates. A method without a shared prior
-    (MAML) is a vertical line at φ; a prior without width (τ̂ = 0) too.
+    The marks below are the least-squares estimates of Gaussian tasks. A method without a shared
+    prior (MAML) is a vertical line at φ; a prior without width (τ̂ = 0) too.
 
     Parameters
     ----------
@@ -35,10 +35,11 @@ def learned_prior(fits: Fit | Mapping[str, Fit], *, coef: str | None = None, ax:
     ax = axes_or_new(ax, (6.0, 3.8))
     first = next(iter(fits.values()))
     k = first.tasks.coef.index(name)
-    within = next((f.phi for f in fits.values() if "sigma" in f.phi), first.phi)
-    alone = LeastSquares()(first.model, first.tasks, dict(within))
-    assert alone.unidentified is not None
-    own = alone.mean[alone.unidentified[:, k, k] < 1e-8, k]
+    own = np.zeros(0)
+    if first.model.likelihood.gaussian_in_theta:
+        within = next((f.phi for f in fits.values() if "sigma" in f.phi), first.phi)
+        alone = LeastSquares()(first.model, first.tasks, dict(within))
+        own = alone.mean[alone.identified[:, k], k]
     spread = [f.theta.values[:, k] for f in fits.values() if "mu" in f.phi]
     low, high = np.quantile(own, [0.02, 0.98]) if own.size else (-1.0, 1.0)
     low, high = min([low, *(s.min() for s in spread)]), max([high, *(s.max() for s in spread)])
