@@ -11,7 +11,7 @@ One model definition; every way of learning its prior; one side-by-side comparis
 
 from hierbayes import datasets, likelihoods, plots, priors
 from hierbayes.adaptation import equivalent_prior, equivalent_steps
-from hierbayes.compare import Comparison, compare
+from hierbayes.compare import Comparison, compare, equivalence_report
 from hierbayes.errors import FitWarning, InputError
 from hierbayes.fit import Fit, Prediction, load
 from hierbayes.formula import from_formula
@@ -43,6 +43,7 @@ __all__ = [
     "complete_pooling",
     "datasets",
     "empirical_bayes",
+    "equivalence_report",
     "equivalent_prior",
     "equivalent_steps",
     "from_formula",

@@ -80,9 +80,13 @@ class Prediction:
 
         Of discrete outcomes the log probability.
         """
-        of = self.components.logpmf if self.discrete else self.components.logpdf
-        parts = of(self._outcome(outcome))
+        parts = self.log_density_of_components(outcome)
         return self._known(special.logsumexp(parts, axis=0) - np.log(len(parts)))
+
+    def log_density_of_components(self, outcome: np.ndarray | None = None) -> np.ndarray:
+        """Log density of each observed row under each component, (S, N)."""
+        of = self.components.logpmf if self.discrete else self.components.logpdf
+        return of(self._outcome(outcome))
 
     def pit(self, outcome: np.ndarray | None = None) -> np.ndarray:
         """P(new outcome ≤ the observed one) of each row (N,); NaN where unidentified."""

@@ -1,8 +1,10 @@
 """Pictures of fits; every function takes ``ax=`` and returns axes, as matplotlib users expect."""
 
+from hierbayes.plots.adaptation_path import adaptation_path
 from hierbayes.plots.forest import forest
+from hierbayes.plots.ladder import ladder
 from hierbayes.plots.prior import learned_prior
 from hierbayes.plots.scores import scores
 from hierbayes.plots.shrinkage import shrinkage
 
-__all__ = ["forest", "learned_prior", "scores", "shrinkage"]
+__all__ = ["adaptation_path", "forest", "ladder", "learned_prior", "scores", "shrinkage"]

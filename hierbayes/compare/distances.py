@@ -1,0 +1,82 @@
+"""Distances of one fit's θ from another's, task by task, and what Monte-Carlo error alone gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hierbayes.checks.gaussians import LEVELS, coverage, kl_divergence, wasserstein
+from hierbayes.fit import Fit, Prediction
+
+
+class Reference:
+    """The full posterior's moments of every task, and how well the draws tell them."""
+
+    def __init__(self, posterior: Fit):
+        import arviz_stats
+        import xarray as xr
+
+        theta = posterior.theta_draws
+        assert theta is not None
+        adapted = posterior.adapted.adapted
+        assert adapted.covariance is not None
+        self.mean, self.covariance = adapted.mean, adapted.covariance
+        self.draws = theta.reshape(-1, *theta.shape[2:])
+        data = xr.Dataset({"theta": (("chain", "draw", "task", "coef"), theta)})
+        effective: Any = arviz_stats.ess(data)
+        self.ess = np.asarray(effective["theta"].values).min(1)
+        self.num_coef = theta.shape[-1]
+
+
+def distances(fit: Fit, reference: Reference) -> dict[str, np.ndarray]:
+    """Of every task (J,) from the full posterior, and the share of its draws inside intervals."""
+    adapted = fit.adapted.adapted
+    assert adapted.covariance is not None
+    here = (adapted.mean, adapted.covariance)
+    there = (reference.mean, reference.covariance)
+    values = between(here, there)
+    for level, inside in zip(LEVELS, coverage(*here, reference.draws), strict=True):
+        values[f"coverage_{round(100 * level)}"] = inside
+    return values
+
+
+def between(here: Any, there: Any) -> dict[str, np.ndarray]:
+    """Distances of each task from one normal posterior to another."""
+    sd = np.sqrt(np.diagonal(there[1], axis1=1, axis2=2))
+    own = np.sqrt(np.maximum(np.diagonal(here[1], axis1=1, axis2=2), 0.0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.exp(np.log(own / sd).mean(1))
+        return {
+            "kl": kl_divergence(*here, *there),
+            "wasserstein": wasserstein(*here, *there),
+            "mean_shift": (np.abs(here[0] - there[0]) / sd).mean(1),
+            "sd_ratio": ratio,
+        }
+
+
+def summarise(values: dict[str, np.ndarray]) -> dict[str, float]:
+    """Over tasks: medians of divergences, means of shifts, geometric means of ratios."""
+
+    def over(name: str, value: np.ndarray) -> float:
+        known = value[~np.isnan(value)]
+        if not known.size:
+            return np.nan
+        if name in ("kl", "wasserstein"):
+            return float(np.median(known))
+        if name == "sd_ratio":
+            with np.errstate(divide="ignore"):
+                return float(np.exp(np.log(known).mean()))
+        return float(known.mean())
+
+    return {name: over(name, value) for name, value in values.items()}
+
+
+def density_error(prediction: Prediction, ess: float) -> float:
+    """Monte-Carlo error of the mean log density: each draw's influence on Σ_i log mean_s p_is."""
+    parts = prediction.log_density_of_components()
+    if len(parts) == 1:
+        return 0.0
+    weight = np.exp(parts - parts.max(0))
+    influence = (weight / weight.mean(0)).sum(1)
+    return float(influence.std() / np.sqrt(ess) / parts.shape[1])

@@ -1,0 +1,301 @@
+"""How far K gradient steps are from the full posterior, and why: one table, one picture."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hierbayes import plots
+from hierbayes.adaptation import EquivalentPrior, Status, equivalent_prior
+from hierbayes.checks.gaussians import LEVELS, coverage, kl_floor, wasserstein_floor
+from hierbayes.checks.scores import mean_over_tasks
+from hierbayes.compare.distances import Reference, between, density_error, distances, summarise
+from hierbayes.compare.ladder import CAUSES, FULL, STEPS, build_ladder
+from hierbayes.errors import FitWarning, InputError
+from hierbayes.fit import Fit
+
+FLOOR = "Monte-Carlo floor"
+"""The last row of the table."""
+
+FEWEST = 400
+"""Effective draws of a task's θ below which the reference's moments are called rough."""
+
+
+@dataclass(frozen=True)
+class EquivalenceReport:
+    """K gradient steps, rung by rung, against the full posterior.
+
+    Attributes
+    ----------
+    fits : dict
+        The rungs as fits: "gradient steps" (the normal N(θ_K, Σ_K) that the steps imply), "MAP,
+        learned prior" (from the same φ, under the learned prior), "empirical Bayes" (the posterior
+        at a point φ), "full Bayes". Each has draws of θ in its ``datatree``.
+    table : DataFrame
+        A row a rung, against the full posterior: ``kl`` (median over tasks, nats) and
+        ``kl_worst``; ``wasserstein`` (median, in posterior sds); ``mean_shift`` (mean of |shift|
+        in posterior sds); ``sd_ratio`` (geometric mean); ``coverage_50`` … (share of the full
+        posterior's draws inside the rung's central intervals); ``log_density`` a held-out row with
+        ``log_density_se`` over tasks; and for each its ``_floor``: what the reference's
+        Monte-Carlo error alone would give. With ``truth``, ``truth_50`` …: the share of true θ_j
+        inside the intervals.
+    gaps : DataFrame
+        A row a step of the ladder: what changes, and the same distances between neighbours.
+    by_task : DataFrame
+        The distances of every rung and task, with the status of the task's equivalent prior.
+    implied : EquivalentPrior
+        The priors that the steps imply.
+    notes : tuple of str
+        What to know when reading the table.
+    """
+
+    fits: dict[str, Fit]
+    table: Any
+    gaps: Any = field(repr=False)
+    by_task: Any = field(repr=False)
+    implied: EquivalentPrior = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The tables as text, and the notes."""
+        lines = [
+            "Against the full posterior:", self.table.round(3).to_string(), "",
+            "From rung to rung:", self.gaps.round(3).to_string(), "",
+        ]  # fmt: skip
+        return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<li>{note}</li>" for note in self.notes)
+        return f"{self.table.round(3).to_html()}{self.gaps.round(3).to_html()}<ul>{notes}</ul>"
+
+    def plot(self, *, task: Any = None, axes: Any = None) -> Any:
+        """Each task's distance by rung, and one task's rungs over its posterior; axes (2,)."""
+        floor = float(self.table.loc[FLOOR, "kl"])
+        return plots.ladder(self.fits, self.by_task, floor=floor, task=task, axes=axes)
+
+
+def equivalence_report(
+    start: Fit,
+    posterior: Fit,
+    *,
+    empirical_bayes: Fit | None = None,
+    num_steps: int | None = None,
+    step_size: float | str | None = None,
+    test: Any = None,
+    truth: Any = None,
+    num_draws: int = 1000,
+    num_chains: int = 4,
+    seed: int = 0,
+) -> EquivalenceReport:
+    r"""Hold K gradient steps against the full posterior of the same tasks.
+
+    .. math::
+
+        N(\theta_K, \Sigma_K) \to N\bigl(\text{MAP under } T\bigr)
+        \to p(\theta_j \mid D_j, \hat\varphi) \to p(\theta_j \mid D_{1..J})
+
+    Three things part the ends: each task's implied prior has another shape than the learned one,
+    φ stands elsewhere (and tasks may not be Gaussian), and φ is not known. Each rung of the ladder
+    changes one of them.
+
+    Parameters
+    ----------
+    start : Fit
+        Where the steps start: of MAML or Reptile, whose K and η are taken; or of any other method
+        with a ``mu``, beside ``num_steps`` and ``step_size``. From a fit with a prior of its own
+        the K and η that match it best are taken where none are given.
+    posterior : Fit
+        Of full_bayes, on the same tasks.
+    empirical_bayes : Fit, optional
+        Of empirical_bayes; fitted here where the tasks are Gaussian. Elsewhere φ is taken at the
+        full posterior's mean, and θ drawn there by NUTS.
+    num_steps, step_size : optional
+        K and η in place of those of ``start``; "auto" is 1/λ_max over all tasks.
+    test : Tasks or DataFrame, optional
+        Held-out rows of the same tasks, for ``log_density``.
+    truth : array (J, d), optional
+        True θ_j of simulated tasks, for the coverage of the intervals.
+    num_draws, num_chains, seed : int
+        Of the rungs' draws of θ.
+
+    Returns
+    -------
+    EquivalenceReport
+        With ``table``, ``gaps``, ``by_task``, ``fits``, ``implied`` and ``plot()``.
+
+    Raises
+    ------
+    InputError
+        Fits of different tasks, a ``posterior`` without draws, steps that diverge in a task.
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> model, tasks = hb.from_formula(
+    ...     "reaction ~ 1 + days + (1 + days | subject)", hb.datasets.sleepstudy()
+    ... )
+    >>> full = hb.full_bayes(model, tasks, num_draws=250, num_warmup=250)
+    >>> eb = hb.empirical_bayes(model, tasks)
+    >>> report = hb.equivalence_report(eb, full, num_steps=20, step_size="auto")
+    >>> list(report.table.index)
+    ['gradient steps', 'MAP, learned prior', 'empirical Bayes', 'full Bayes']
+    """
+    _check(start, posterior, empirical_bayes)
+    fits = build_ladder(
+        start, posterior, empirical_bayes, num_steps, step_size, num_chains, num_draws, seed
+    )
+    steps = fits[STEPS]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # they stand in the notes
+        implied = equivalent_prior(
+            steps.model, steps.tasks, steps.phi, steps.info["num_steps"], steps.info["step_size"]
+        )
+    reference = Reference(posterior)
+    away = {rung: distances(fit, reference) for rung, fit in fits.items()}
+    without = np.asarray(implied.status == Status.NO_PRIOR)
+    away[STEPS] = {name: np.where(without, np.nan, v) for name, v in away[STEPS].items()}
+    table = _table(fits, away, reference, truth, without)
+    notes = [*steps.warnings, *_remarks(reference, without)]
+    if test is not None:
+        scores = _score(fits, start, posterior.model.tasks(test), reference)
+        table = table.join(scores, how="outer").reindex([*scores.index.drop(FLOOR), FLOOR])
+    return EquivalenceReport(
+        fits, table, _gaps(fits, without), _by_task(fits, away, implied), implied,
+        tuple(notes),
+    )  # fmt: skip
+
+
+def _check(start: Fit, posterior: Fit, point: Fit | None) -> None:
+    for name, fit in {"start": start, "posterior": posterior, "empirical_bayes": point}.items():
+        if fit is None:
+            continue
+        if not isinstance(fit, Fit):
+            raise InputError(f"{name} must be a fit, found {type(fit).__name__}")
+        if fit.tasks.names.tolist() != posterior.tasks.names.tolist() or (
+            fit.tasks.num_rows != posterior.tasks.num_rows or fit.tasks.coef != posterior.tasks.coef
+        ):
+            raise InputError(f"{name} and posterior are fits of different tasks")
+        if "mu" not in fit.phi:
+            raise InputError(f"{fit.method} has no mu for steps to start from")
+    if posterior.phi_draws is None or posterior.theta_draws is None:
+        raise InputError(
+            f"posterior must be a fit of full_bayes with draws of theta; {posterior.method} has "
+            "none"
+        )
+
+
+def _table(
+    fits: dict[str, Fit],
+    away: dict[str, dict[str, np.ndarray]],
+    reference: Reference,
+    truth: Any,
+    without: np.ndarray,
+) -> Any:
+    import pandas as pd
+
+    rows = {}
+    for rung, values in away.items():
+        found = summarise(values)
+        known = values["kl"][~np.isnan(values["kl"])]
+        worst = float(known.max(initial=0.0)) if known.size else np.nan
+        rows[rung] = {"kl": found.pop("kl"), "kl_worst": worst, **found}
+        if truth is not None:
+            left_out = without if rung == STEPS else np.zeros_like(without)
+            rows[rung] |= _truth(fits[rung], truth, left_out)
+    rows[FLOOR] = _floor(reference)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _floor(reference: Reference) -> dict[str, float]:
+    """What each column would show of the full posterior itself, for its draws' error alone."""
+    d, ess = reference.num_coef, reference.ess
+    typical = float(np.median(ess))
+    floor = {
+        "kl": float(np.median(kl_floor(d, ess))), "kl_worst": float(kl_floor(d, ess).max()),
+        "wasserstein": float(np.median(wasserstein_floor(d, ess))),
+        # E|error of a mean| = √(2/π) sd / √ESS
+        "mean_shift": float(np.sqrt(2 / np.pi) * (1 / np.sqrt(ess)).mean()),
+        "sd_ratio": 1 / np.sqrt(2 * typical),
+    }  # fmt: skip
+    shares = {f"coverage_{round(100 * p)}": np.sqrt(p * (1 - p) / typical) for p in LEVELS}
+    return floor | shares
+
+
+def _truth(fit: Fit, truth: Any, without: np.ndarray) -> dict[str, float]:
+    values, adapted = np.asarray(truth, dtype=float), fit.adapted.adapted
+    if values.shape != adapted.mean.shape:
+        raise InputError(f"truth has shape {values.shape}; expected {adapted.mean.shape}")
+    assert adapted.covariance is not None
+    inside = coverage(adapted.mean, adapted.covariance, values[None])
+    return {
+        f"truth_{round(100 * level)}": float(share[~without].mean()) if (~without).any() else np.nan
+        for level, share in zip(LEVELS, inside, strict=True)
+    }
+
+
+def _gaps(fits: dict[str, Fit], without: np.ndarray) -> Any:
+    import pandas as pd
+
+    rows = {}
+    for (low, high), cause in CAUSES.items():
+        here, there = fits[low].adapted.adapted, fits[high].adapted.adapted
+        values = between((here.mean, here.covariance), (there.mean, there.covariance))
+        if low == STEPS:
+            values = {name: np.where(without, np.nan, value) for name, value in values.items()}
+        rows[f"{low} → {high}"] = {**summarise(values), "what changes": cause}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _by_task(
+    fits: dict[str, Fit], away: dict[str, dict[str, np.ndarray]], implied: EquivalentPrior
+) -> Any:
+    import pandas as pd
+
+    tasks = fits[FULL].tasks
+    frames = []
+    for rung, values in away.items():
+        frame = pd.DataFrame(values, index=pd.Index(tasks.names, name="task"))
+        frame.insert(0, "rung", rung)
+        frame.insert(1, "rows", tasks.sizes)
+        frame.insert(2, "status", [str(s) if rung == STEPS else "" for s in implied.status])
+        frames.append(frame)
+    return pd.concat(frames).reset_index().set_index(["rung", "task"])
+
+
+def _score(fits: dict[str, Fit], start: Fit, test: Any, reference: Reference) -> Any:
+    """Held-out log density of each rung, and of the plug-in estimate that the start would use."""
+    import pandas as pd
+
+    scored = dict(fits)
+    if start.adapted.adapted.covariance is None:
+        scored[f"{start.method}, plug-in"] = start
+    rows, error = {}, 0.0
+    for rung, fit in scored.items():
+        prediction = fit.predict(test, target="known")
+        mean, se = mean_over_tasks(prediction.log_density(), prediction.tasks.task_of_row)
+        rows[rung] = {
+            "log_density": mean, "log_density_se": se,
+        }  # fmt: skip
+        if rung == FULL:
+            error = density_error(prediction, float(np.median(reference.ess)))
+    rows[FLOOR] = {"log_density": error}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _remarks(reference: Reference, without: np.ndarray) -> list[str]:
+    remarks = []
+    if without.any():
+        remarks.append(
+            f"{without.sum()} task(s) have no Gaussian prior and are left out of the first rung"
+        )
+    rough = reference.ess < max(FEWEST, 20 * reference.num_coef)
+    if rough.any():
+        remarks.append(
+            f"{rough.sum()} task(s) have fewer than {max(FEWEST, 20 * reference.num_coef)} "
+            "effective draws of theta: their distances are near the floor whatever the rung; take "
+            "more draws"
+        )
+    return remarks

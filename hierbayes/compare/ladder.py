@@ -1,0 +1,145 @@
+r"""From K gradient steps to the full posterior, one change at a time.
+
+.. math::
+
+    N(\theta_K, \Sigma_K) \;\to\; \text{MAP under } T \;\to\; p(\theta_j \mid D_j, \hat\varphi)
+    \;\to\; p(\theta_j \mid D_{1..J})
+
+The first step replaces the prior that the steps imply by the learned one, the second moves φ to
+where the evidence is largest (and, where tasks are not Gaussian, takes the posterior itself in the
+place of the normal at its mode), the third averages over φ.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+
+from hierbayes.adaptation import Adaptation, Adapted, Conjugate, Laplace, equivalent_steps
+from hierbayes.adaptation.gradient import largest_curvature
+from hierbayes.adaptation.implied_posterior import ImpliedPosterior
+from hierbayes.errors import FitWarning, InputError
+from hierbayes.fit import Fit
+from hierbayes.meta import empirical_bayes
+from hierbayes.meta.sampling import run_nuts
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import as_key, as_rng, float64
+from hierbayes.tasks import Tasks
+
+STEPS, MODE, POINT, FULL = "gradient steps", "MAP, learned prior", "empirical Bayes", "full Bayes"
+
+CAUSES = {
+    (STEPS, MODE): "the shape of the prior: each task's own P in the place of the learned one",
+    (MODE, POINT): "where phi stands, and tasks that are not Gaussian",
+    (POINT, FULL): "the uncertainty of phi",
+}
+"""What changes between one rung and the next."""
+
+_CENTRE = ("mu", "gamma", "beta", "sigma")
+_SPREAD = ("tau", "corr")
+
+
+def build_ladder(
+    start: Fit,
+    posterior: Fit,
+    point: Fit | None,
+    num_steps: int | None,
+    step_size: float | str | None,
+    num_chains: int,
+    num_draws: int,
+    seed: int,
+) -> dict[str, Fit]:
+    """The four rungs as fits of the same tasks, each with draws of θ that ArviZ reads."""
+    model, tasks = posterior.model, posterior.tasks
+    gaussian = model.likelihood.gaussian_in_theta
+    if point is None and gaussian:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FitWarning)  # they are in the fit that is returned
+            point = empirical_bayes(model, tasks, num_draws=num_draws, num_chains=num_chains)
+    learned = posterior if point is None else point
+    centre = {k: np.asarray(start.phi[k]) for k in _CENTRE if k in start.phi}
+    spread = {k: np.asarray(learned.phi[k]) for k in _SPREAD if k in learned.phi}
+    steps = ImpliedPosterior(*_steps(start, num_steps, step_size))
+    exact: Adaptation = Conjugate() if gaussian else Laplace()
+    draws = (num_chains, num_draws)
+    rungs = {
+        STEPS: _drawn(STEPS, model, tasks, centre, steps, draws, seed),
+        MODE: _drawn(MODE, model, tasks, centre | spread, exact, draws, seed + 1),
+    }
+    if point is None:
+        point = _sampled(model, tasks, posterior.phi, draws, seed + 2)
+    return {**rungs, POINT: point, FULL: posterior}
+
+
+def _steps(start: Fit, num_steps: int | None, step_size: float | str | None) -> tuple[int, float]:
+    """K and η as asked, as the fit took them, or as they come closest to the fit's prior."""
+    if num_steps is None and "num_steps" in start.info:
+        num_steps = int(start.info["num_steps"])
+        step_size = step_size or float(start.phi.get("step_size", start.info["step_size"]))
+    if num_steps is None and "tau" in start.phi:
+        table = equivalent_steps(start.model, start.tasks, start.phi).table
+        finite = table[np.isfinite(table.index)]
+        best = finite["risk_ratio"].idxmin()
+        return int(best), float(finite.loc[best, "step_size"])
+    if num_steps is None:
+        raise InputError(f"{start.method} takes no gradient steps: pass num_steps and step_size")
+    if step_size is None or step_size == "auto":
+        step_size = 1.0 / float(largest_curvature(start.model, start.tasks, dict(start.phi)).max())
+    return num_steps, float(step_size)
+
+
+def _drawn(
+    method: str,
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phi: dict[str, np.ndarray],
+    adaptation: Adaptation,
+    draws: tuple[int, int],
+    seed: int,
+) -> Fit:
+    """A fit at this φ, with draws from its normal posterior."""
+    adapted = adaptation(model, tasks, phi)
+    values = adapted.draw(as_rng(seed), draws[0] * draws[1])
+    return Fit(
+        method, model, tasks, phi, adaptation, adapted,
+        theta_draws=values.reshape(*draws, *adapted.mean.shape),
+        no_evidence="phi was taken from another fit", warnings=adapted.remarks,
+        info={k: v for k, v in vars(adaptation).items() if k in ("num_steps", "step_size")},
+    )  # fmt: skip
+
+
+def _sampled(
+    model: HierarchicalModel, tasks: Tasks, phi: Any, draws: tuple[int, int], seed: int
+) -> Fit:
+    """The posterior of every θ_j at this φ, by NUTS."""
+    phi = {name: np.asarray(value) for name, value in phi.items()}
+    rows, of_row = tasks.flat(), tasks.task_of_row
+    with float64():
+        root = model.prior.scale_tril(phi)
+        location = jnp.asarray(model.prior.location(phi, tasks.task_predictors))
+
+        def program() -> None:
+            white = dist.Normal(jnp.zeros(location.shape), 1.0).to_event(2)
+            theta = location + jnp.asarray(numpyro.sample("z", white)) @ root.T
+            each = model.likelihood.log_likelihood_of_rows(theta, phi, rows, of_row)
+            numpyro.factor("rows", each.sum())
+
+        start = {"z": jnp.zeros((draws[0], *location.shape))}
+        found, stats = run_nuts(
+            program, as_key(seed), start, dense=False, num_draws=draws[1], num_chains=draws[0],
+            num_warmup=500, target_accept=0.9, progress=False,
+        )  # fmt: skip
+    theta = np.asarray(location) + found["z"] @ np.asarray(root).T
+    flat = theta.reshape(-1, *theta.shape[2:])
+    centred = flat - flat.mean(0)
+    covariance = np.einsum("sji,sjk->jik", centred, centred) / (len(flat) - 1)
+    return Fit(
+        "posterior at a point", model, tasks, phi, Laplace(), Adapted(flat.mean(0), covariance),
+        theta_draws=theta, sample_stats=stats,
+        no_evidence="phi was taken from the full posterior's mean",
+    )  # fmt: skip
