@@ -158,7 +158,8 @@ def equivalence_report(
     without = np.asarray(implied.status == Status.NO_PRIOR)
     away[STEPS] = {name: np.where(without, np.nan, v) for name, v in away[STEPS].items()}
     table = _table(fits, away, reference, truth, without)
-    notes = [*steps.warnings, *_remarks(reference, without)]
+    rungs = (fit for rung, fit in fits.items() if rung != FULL and fit is not empirical_bayes)
+    notes = [*(note for fit in rungs for note in fit.warnings), *_remarks(reference, without)]
     if test is not None:
         scores = _score(fits, start, posterior.model.tasks(test), reference)
         table = table.join(scores, how="outer").reindex([*scores.index.drop(FLOOR), FLOOR])
