@@ -241,7 +241,7 @@ class Fit:
             phis = {k: np.asarray(v) for k, v in self._phis().items()}
             location = self._location(phis, rows.task_predictors)
             means = np.einsum("sik,ik->si", location[:, rows.task_of_row], rows.predictors)
-            variance: Any = None
+            variance: Any = 0.0 if "tau" in phis else None
             if target == "new" and "tau" in phis:
                 covariance = to_numpy(self.model.prior.covariance(phis))
                 variance = quadratic(rows.predictors[None], covariance[:, None])
