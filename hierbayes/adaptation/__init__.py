@@ -15,7 +15,8 @@ from hierbayes.adaptation.conjugate import Conjugate
 from hierbayes.adaptation.descent import Descent, Flow, implied_precision
 from hierbayes.adaptation.equivalence import equivalent_prior
 from hierbayes.adaptation.gradient import GradientSteps
-from hierbayes.adaptation.implied import Discrepancy, EquivalentPrior, Status
+from hierbayes.adaptation.implied import Discrepancy, EquivalentPrior
+from hierbayes.adaptation.judgement import Status
 from hierbayes.adaptation.laplace import Laplace
 from hierbayes.adaptation.least_squares import LeastSquares
 from hierbayes.adaptation.matching import EquivalentSteps, equivalent_steps

@@ -7,11 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hierbayes.adaptation.curvature import Kind, curvatures_at, slopes
+from hierbayes.adaptation.implied import Discrepancy
+from hierbayes.adaptation.judgement import Status
 from hierbayes.adaptation.newton import climb
+from hierbayes.errors import InputError, listing
 from hierbayes.model import HierarchicalModel
-from hierbayes.tasks import Task
+from hierbayes.tasks import Task, Tasks
 
 WORST = 0.5
 """½ρ² in nats above which the equivalence is said to have stopped holding."""
@@ -55,3 +59,36 @@ def measure(
     counts = jnp.maximum(jax.ops.segment_sum(jnp.ones_like(by_row), task_of_row, num_tasks), 1)
     kl = jax.ops.segment_sum(by_row, task_of_row, num_tasks) / counts
     return missed, linearisation, drift, jnp.where(mode.converged, kl, jnp.nan)
+
+
+def refuse_diverged(theta: np.ndarray, tasks: Tasks) -> None:
+    """Refuse steps that have left the finite numbers, naming the tasks."""
+    lost = ~np.isfinite(theta).all(1)
+    if lost.any():
+        raise InputError(
+            f"the steps themselves diverge in {lost.sum()} of {tasks.num_tasks} task(s) "
+            f"({listing(tasks.names[lost].tolist(), 3)}), where the log likelihood bends more away "
+            "from phi than at it; take shorter steps"
+        )
+
+
+def judge_validity(
+    validity: Discrepancy, status: np.ndarray, tasks: Tasks, messages: list[str]
+) -> Discrepancy:
+    """Say where the equivalence has stopped holding; no MAP estimate exists without a prior."""
+    none = status == Status.NO_PRIOR
+    broken = ~(validity.missed <= WORST) & ~none
+    if broken.any():
+        largest = float(np.nanmax(validity.missed[broken], initial=np.nan))
+        messages.append(
+            f"the steps are no longer a MAP estimate in {broken.sum()} of {len(broken)} task(s) "
+            f"({listing(tasks.names[broken].tolist(), 3)}): they miss it "
+            f"by up to {largest:.2g} nats, since the log likelihood is not quadratic over their "
+            "length; take fewer or shorter steps, or use the exact posterior"
+        )
+    return Discrepancy(
+        *(
+            np.where(none, np.nan, value) if name in ("missed", "predictive_kl") else value
+            for name, value in vars(validity).items()
+        )
+    )

@@ -13,29 +13,21 @@ prior for all tasks only where all H are equal, or as ηλ → 0, where P → I 
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hierbayes.adaptation.arguments import (
-    Preconditioner,
-    read_method,
-    read_phi,
-    read_preconditioner,
-    read_tasks,
-)
-from hierbayes.adaptation.curvature import Kind, curvatures_at, slopes
-from hierbayes.adaptation.descent import Descent, Flow
-from hierbayes.adaptation.discrepancy import WORST, measure
-from hierbayes.adaptation.implied import Discrepancy, EquivalentPrior, Status, judge
+from hierbayes.adaptation.arguments import read_method, read_phi, read_preconditioner, read_tasks
+from hierbayes.adaptation.curvature import Kind
+from hierbayes.adaptation.discrepancy import judge_validity, measure, refuse_diverged
+from hierbayes.adaptation.implied import Discrepancy, EquivalentPrior
+from hierbayes.adaptation.judgement import judge
+from hierbayes.adaptation.spectrum import linearise, respond, run
 from hierbayes.errors import InputError, announce, listing
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
-from hierbayes.tasks import Task, Tasks
+from hierbayes.tasks import Tasks
 
 NULL = 1e-10
 """Curvatures below this share of a task's largest count as zero, where ``null="pinned"``."""
@@ -144,8 +136,8 @@ def equivalent_prior(
     bare, rows = model.without_encoder(), (tasks.flat(), tasks.task_of_row)
     with float64():
         location = np.asarray(model.prior.location(found, np.asarray(tasks.task_predictors)))
-        at = _linearise(bare, curvature, found, *rows, location)
-        parts = to_numpy(_respond(*at, method, scaling.root, scaling.per_step))
+        at = linearise(bare, curvature, found, *rows, location)
+        parts = to_numpy(respond(*at, method, scaling.root, scaling.per_step))
     if scaling.per_step is not None:
         _refuse_asymmetric(parts.asymmetry, tasks)
     hessian, slope = to_numpy(at)
@@ -165,11 +157,11 @@ def equivalent_prior(
     linear = location + np.einsum(
         "jki,ji,jli,jl->jk", parts.directions, parts.moved, parts.directions, slope, optimize=True
     )
-    theta, validity = linear, _exact(tasks.num_tasks)
+    theta, validity = linear, Discrepancy.none(tasks.num_tasks)
     if not model.likelihood.gaussian_in_theta:
         with float64():
-            theta = np.asarray(_run(bare, found, *rows, location, method, scaling))
-        _refuse_diverged(theta, tasks)
+            theta = np.asarray(run(bare, found, *rows, location, method, scaling))
+        refuse_diverged(theta, tasks)
         with float64():
             precision = np.einsum(
                 "jki,ji,jli->jkl", parts.dual, parts.left / parts.moved, parts.dual, optimize=True
@@ -178,104 +170,13 @@ def equivalent_prior(
                 bare, curvature, found, *rows, location, theta, linear, hessian, precision
             )
         validity = Discrepancy(*to_numpy(measured))
-        validity = _judge_validity(validity, status, tasks, messages)
+        validity = judge_validity(validity, status, tasks, messages)
     result = EquivalentPrior(
         tasks, method, location, theta, parts.curvature, parts.directions, parts.dual, parts.left,
         np.where(pinned, 0.0, parts.moved), pinned, status, announce(messages), validity,
+        None,
     )  # fmt: skip
     return result[tasks.names[0]] if single else result
-
-
-class Response(NamedTuple):
-    """λ, v, ṽ, r, s of every task and direction, and how far Σ_K is from symmetric."""
-
-    curvature: Any
-    directions: Any
-    dual: Any
-    left: Any
-    moved: Any
-    asymmetry: Any
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _linearise(
-    model: HierarchicalModel, kind: Kind, phi: Any, rows: Task, task_of_row: Any, location: Any
-) -> tuple[jax.Array, jax.Array]:
-    """H and g of every task at φ."""
-    hessian = curvatures_at(model, phi, rows, task_of_row, location, kind)
-    return hessian, slopes(model, phi, rows, task_of_row, location)
-
-
-@jax.jit
-def _respond(hessian: Any, slope: Any, method: Descent | Flow, root: Any, per_step: Any) -> Any:
-    """What the method does along each direction of the (preconditioned) curvature."""
-    del slope
-    asymmetry = jnp.zeros(len(hessian))
-    if per_step is not None:
-        covariance = _compose(hessian, method, per_step)
-        turned = jnp.swapaxes(covariance, -1, -2)
-        asymmetry = jnp.linalg.norm(covariance - turned, axis=(-2, -1))
-        asymmetry = asymmetry / jnp.linalg.norm(covariance, axis=(-2, -1))
-        # Σ_K itself as the preconditioner of one unit step
-        root, method = jnp.linalg.cholesky(0.5 * (covariance + turned)), Descent(1, 1.0)
-    root = jnp.broadcast_to(root, hessian.shape)
-    white = jnp.einsum("jki,jkl,jlm->jim", root, hessian, root)
-    values, vectors = jnp.linalg.eigh(white)
-    dual = jnp.linalg.solve(jnp.swapaxes(root, -1, -2), vectors)
-    left, moved = method.responses(values)
-    return Response(values, root @ vectors, dual, left, moved, asymmetry)
-
-
-def _compose(hessian: Any, method: Any, per_step: Any) -> jax.Array:
-    """Σ_K of steps with their own preconditioners B_k: δ → (I − η_k B_k H) δ + η_k B_k g."""
-    etas = jnp.broadcast_to(jnp.asarray(method.step_size), (method.num_steps,))
-
-    def step(total: Any, at: Any) -> Any:
-        eta, scaling = at
-        return total + eta * scaling @ (jnp.eye(hessian.shape[-1]) - hessian @ total), None
-
-    return jax.lax.scan(step, jnp.zeros_like(hessian), (etas, per_step))[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run(
-    model: HierarchicalModel,
-    phi: Any,
-    rows: Task,
-    task_of_row: Any,
-    location: Any,
-    method: Descent | Flow,
-    scaling: Preconditioner,
-) -> jax.Array:
-    """θ_K of the steps themselves."""
-    if scaling.per_step is not None:
-        assert isinstance(method, Descent)
-        etas = jnp.broadcast_to(jnp.asarray(method.step_size), (method.num_steps,))
-        theta = jnp.asarray(location)
-        for eta, matrix in zip(etas, scaling.per_step, strict=True):
-            theta = theta + eta * slopes(model, phi, rows, task_of_row, theta) @ matrix
-        return theta
-    matrix = scaling.root @ jnp.swapaxes(scaling.root, -1, -2)
-
-    def uphill(theta: jax.Array) -> jax.Array:
-        slope = slopes(model, phi, rows, task_of_row, theta)
-        return (matrix @ slope[..., None])[..., 0]
-
-    return method.run(uphill, jnp.asarray(location))
-
-
-def _refuse_diverged(theta: np.ndarray, tasks: Tasks) -> None:
-    lost = ~np.isfinite(theta).all(1)
-    if lost.any():
-        raise InputError(
-            f"the steps themselves diverge in {lost.sum()} of {tasks.num_tasks} task(s) "
-            f"({listing(tasks.names[lost].tolist(), 3)}), where the log likelihood bends more away "
-            "from phi than at it; take shorter steps"
-        )
-
-
-def _exact(num_tasks: int) -> Discrepancy:
-    return Discrepancy(*(np.zeros(num_tasks) for _ in range(4)))
 
 
 def _refuse_asymmetric(asymmetry: np.ndarray, tasks: Tasks) -> None:
@@ -287,25 +188,3 @@ def _refuse_asymmetric(asymmetry: np.ndarray, tasks: Tasks) -> None:
             f"{listing([tasks.names.tolist()[worst]])}), as the preconditioners of different steps "
             "do not commute there; use one for all steps"
         )
-
-
-def _judge_validity(
-    validity: Discrepancy, status: np.ndarray, tasks: Tasks, messages: list[str]
-) -> Discrepancy:
-    """Say where the equivalence has stopped holding; no MAP estimate exists without a prior."""
-    none = status == Status.NO_PRIOR
-    broken = ~(validity.missed <= WORST) & ~none
-    if broken.any():
-        largest = float(np.nanmax(validity.missed[broken], initial=np.nan))
-        messages.append(
-            f"the steps are no longer a MAP estimate in {broken.sum()} of {len(broken)} task(s) "
-            f"({listing(tasks.names[broken].tolist(), 3)}): they miss it "
-            f"by up to {largest:.2g} nats, since the log likelihood is not quadratic over their "
-            "length; take fewer or shorter steps, or use the exact posterior"
-        )
-    return Discrepancy(
-        *(
-            np.where(none, np.nan, value) if name in ("missed", "predictive_kl") else value
-            for name, value in vars(validity).items()
-        )
-    )

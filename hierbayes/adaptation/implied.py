@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from hierbayes.adaptation.descent import Descent, Flow
-from hierbayes.errors import InputError, listing
+from hierbayes.adaptation.judgement import FLAT, Status, described
 from hierbayes.tasks import Tasks
-
-
-class Status(enum.StrEnum):
-    """What the steps are, as a prior, for one task."""
-
-    PROPER = "proper"
-    """A Gaussian prior of positive precision in every direction."""
-
-    OVERSHOOTS = "overshoots"
-    """Proper, but equal steps pass the optimum and come back: the prior tightens with more of η."""
-
-    FLAT = "flat"
-    """The steps reach the optimum in some direction: the prior's precision is 0 there."""
-
-    NO_PRIOR = "no prior"
-    """Negative precision in some direction: no Gaussian prior makes the steps a MAP estimate."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +38,129 @@ class Discrepancy:
     curvature_drift: np.ndarray
     predictive_kl: np.ndarray
 
+    @staticmethod
+    def none(num_tasks: int) -> Discrepancy:
+        """Of tasks where the steps are the MAP estimate exactly."""
+        return Discrepancy(*(np.zeros(num_tasks) for _ in range(4)))
+
     def take(self, j: int) -> Discrepancy:
         """Of one task."""
         return Discrepancy(**{name: value[j] for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True, eq=False)
-class EquivalentPrior:
+class ImpliedPrior:
+    r"""What steps imply along the directions of curvature, whatever form P is kept in.
+
+    Attributes
+    ----------
+    location : array (J, d)
+        Where the prior is centred: φ, where the steps start.
+    posterior_mean : array (J, d)
+        θ_K.
+    curvature : array (J, r)
+        λ_i, ascending; r = d unless directions are left out.
+    directions : array (J, d, r)
+        v_i, in columns.
+    filter : array (J, r)
+        r_i: the share of φ that the steps leave in each direction; (1 − ηλ_i)^K.
+    status : array (J,) of str
+        "proper", "overshoots", "flat" or "no prior": see :class:`Status`.
+    messages : tuple of str
+        What to know before relying on these numbers.
+    validity : Discrepancy
+        How far θ_K is from the MAP estimate: zero for Gaussian tasks.
+    left_out : float or None
+        s of the directions that are not kept, whose λ is taken as 0; None where all are kept.
+    """
+
+    tasks: Tasks = field(repr=False)
+    method: Descent | Flow = field(repr=False)
+    location: np.ndarray
+    posterior_mean: np.ndarray
+    curvature: np.ndarray
+    directions: np.ndarray = field(repr=False)
+    dual: np.ndarray = field(repr=False)
+    filter: np.ndarray
+    moved: np.ndarray = field(repr=False)
+    pinned: np.ndarray = field(repr=False)
+    status: np.ndarray
+    messages: tuple[str, ...]
+    validity: Discrepancy = field(repr=False)
+    left_out: float | None = field(repr=False)
+
+    # -------------------------------------------------------------- directions
+
+    @property
+    def shrinkage(self) -> np.ndarray:
+        """1 − r_i (J, r): how far each direction goes from φ to the task's own optimum."""
+        return np.where(self.pinned, 0.0, 1.0 - self.filter)
+
+    @property
+    def strength(self) -> np.ndarray:
+        """p_i (J, r): the prior's precision in each direction; inf where it is pinned."""
+        pinned = np.where(self.pinned, np.inf, 0.0)
+        return pinned + self.filter / np.where(self.pinned, 1.0, self.moved)
+
+    @property
+    def effective_parameters(self) -> np.ndarray:
+        """Σ_i (1 − r_i) (J,): how many parameters the steps have fitted."""
+        return self.shrinkage.sum(-1)
+
+    # ------------------------------------------------------------------- tasks
+
+    def __getitem__(self, name: Any) -> Self:
+        """Of the task of this name: the same arrays without the task axis."""
+        one = self.tasks[name]
+        if self.filter.ndim == 1:
+            return self
+        j = self.tasks.labels.position(name)
+        assert j is not None
+        arrays = {f: getattr(self, f)[j] for f in ARRAYS}
+        return replace(self, tasks=one, validity=self.validity.take(j), **arrays)
+
+    @property
+    def table(self) -> Any:
+        """A row a task, as a pandas DataFrame: rows, status, the range of each quantity."""
+        import pandas as pd
+
+        strength, shrinkage = np.atleast_2d(self.strength), np.atleast_2d(self.shrinkage)
+        if self.left_out is not None:
+            rest = np.full((len(strength), 1), np.inf if not self.left_out else 1 / self.left_out)
+            strength = np.hstack([strength, rest])
+            shrinkage = np.hstack([shrinkage, np.zeros_like(rest)])
+        none = np.atleast_1d(self.status == Status.NO_PRIOR)
+        validity = {name: np.atleast_1d(value) for name, value in vars(self.validity).items()}
+        return pd.DataFrame(
+            {
+                "rows": self.tasks.sizes,
+                "status": [str(s) for s in np.atleast_1d(self.status)],
+                "largest_curvature": np.atleast_2d(self.curvature)[:, -1],
+                "weakest_precision": np.where(none, np.nan, strength.min(1)),
+                "strongest_precision": np.where(none, np.nan, strength.max(1)),
+                "least_shrinkage": shrinkage.min(1),
+                "most_shrinkage": shrinkage.max(1),
+                "effective_parameters": np.atleast_1d(self.effective_parameters),
+                **validity,
+            },
+            index=pd.Index(self.tasks.names, name="task"),
+        )
+
+    def __str__(self) -> str:
+        status = np.atleast_1d(self.status)
+        counts = ", ".join(f"{(status == s).sum()} {s}" for s in Status if (status == s).any())
+        lines = [f"{described(self.method)} as a Gaussian prior: {len(status)} task(s), {counts}"]
+        return "\n".join([*lines, *(f"- {message}" for message in self.messages)])
+
+
+ARRAYS = (
+    "location", "posterior_mean", "curvature", "directions", "dual", "filter", "moved", "pinned",
+    "status",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class EquivalentPrior(ImpliedPrior):
     r"""Gradient steps from φ as a Gaussian prior centred at φ, one a task.
 
     .. math:: P = \sum_i p_i\, \tilde v_i \tilde v_i^\top, \quad
@@ -91,38 +190,6 @@ class EquivalentPrior:
     validity : Discrepancy
         How far θ_K is from the MAP estimate: zero for Gaussian tasks.
     """
-
-    tasks: Tasks = field(repr=False)
-    method: Descent | Flow = field(repr=False)
-    location: np.ndarray
-    posterior_mean: np.ndarray
-    curvature: np.ndarray
-    directions: np.ndarray = field(repr=False)
-    dual: np.ndarray = field(repr=False)
-    filter: np.ndarray
-    moved: np.ndarray = field(repr=False)
-    pinned: np.ndarray = field(repr=False)
-    status: np.ndarray
-    messages: tuple[str, ...]
-    validity: Discrepancy = field(repr=False)
-
-    # -------------------------------------------------------------- directions
-
-    @property
-    def shrinkage(self) -> np.ndarray:
-        """1 − r_i (J, d): how far each direction goes from φ to the task's own optimum."""
-        return np.where(self.pinned, 0.0, 1.0 - self.filter)
-
-    @property
-    def strength(self) -> np.ndarray:
-        """p_i (J, d): the prior's precision in each direction; inf where it is pinned."""
-        pinned = np.where(self.pinned, np.inf, 0.0)
-        return pinned + self.filter / np.where(self.pinned, 1.0, self.moved)
-
-    @property
-    def effective_parameters(self) -> np.ndarray:
-        """Σ_i (1 − r_i) (J,): how many parameters the steps have fitted."""
-        return self.shrinkage.sum(-1)
 
     # ---------------------------------------------------------------- matrices
 
@@ -159,148 +226,6 @@ class EquivalentPrior:
         scaled = white * np.sqrt(self.moved)
         return self.posterior_mean + np.einsum("...ki,...i->...k", self.directions, scaled)
 
-    # ------------------------------------------------------------------- tasks
-
-    def __getitem__(self, name: Any) -> EquivalentPrior:
-        """Of the task of this name: the same arrays without the task axis."""
-        one = self.tasks[name]
-        if self.filter.ndim == 1:
-            return self
-        j = self.tasks.labels.position(name)
-        assert j is not None
-        arrays = {f: getattr(self, f)[j] for f in ARRAYS}
-        return replace(self, tasks=one, validity=self.validity.take(j), **arrays)
-
-    @property
-    def table(self) -> Any:
-        """A row a task, as a pandas DataFrame: rows, status, the range of each quantity."""
-        import pandas as pd
-
-        strength, shrinkage = np.atleast_2d(self.strength), np.atleast_2d(self.shrinkage)
-        none = np.atleast_1d(self.status == Status.NO_PRIOR)
-        validity = {name: np.atleast_1d(value) for name, value in vars(self.validity).items()}
-        return pd.DataFrame(
-            {
-                "rows": self.tasks.sizes,
-                "status": [str(s) for s in np.atleast_1d(self.status)],
-                "largest_curvature": np.atleast_2d(self.curvature)[:, -1],
-                "weakest_precision": np.where(none, np.nan, strength.min(1)),
-                "strongest_precision": np.where(none, np.nan, strength.max(1)),
-                "least_shrinkage": shrinkage.min(1),
-                "most_shrinkage": shrinkage.max(1),
-                "effective_parameters": np.atleast_1d(self.effective_parameters),
-                **validity,
-            },
-            index=pd.Index(self.tasks.names, name="task"),
-        )
-
-    def __str__(self) -> str:
-        status = np.atleast_1d(self.status)
-        counts = ", ".join(f"{(status == s).sum()} {s}" for s in Status if (status == s).any())
-        lines = [f"{described(self.method)} as a Gaussian prior: {len(status)} task(s), {counts}"]
-        return "\n".join([*lines, *(f"- {message}" for message in self.messages)])
-
-
-ARRAYS = (
-    "location", "posterior_mean", "curvature", "directions", "dual", "filter", "moved", "pinned",
-    "status",
-)  # fmt: skip
-
-FLAT = 1e-12
-"""Share of φ left below which the steps count as having reached the optimum."""
-
-
-def described(method: Descent | Flow) -> str:
-    """The method in words."""
-    if isinstance(method, Flow):
-        return f"gradient flow for a time of {float(method.time):.3g}"
-    steps = f"{method.num_steps} step{'s' if method.num_steps > 1 else ''}"
-    if method.optimiser is not None:
-        return f"{steps} of an Optax optimiser"
-    size = np.asarray(method.step_size)
-    text = f"{steps} of {size:.3g}" if size.ndim == 0 else (
-        f"{steps} of {size.min():.3g} to {size.max():.3g}"
-    )  # fmt: skip
-    if method.momentum is None:
-        return text
-    return f"{text} with {'Nesterov ' if method.nesterov else ''}momentum {method.momentum:g}"
-
 
 def _spectral(vectors: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.einsum("...ki,...i,...li->...kl", vectors, values, vectors, optimize=True)
-
-
-def judge(
-    tasks: Tasks,
-    method: Descent | Flow,
-    curvature: np.ndarray,
-    left: np.ndarray,
-    moved: np.ndarray,
-    *,
-    composed: bool = False,
-) -> tuple[np.ndarray, list[str]]:
-    """Status of each task, and what to say of it; steps that diverge are refused, naming the task.
-
-    ``curvature`` (J, d) may be that of the preconditioned problem; ``composed`` says that it is
-    that of all steps together, which no single step size can be held against.
-    """
-    equal = None if composed or isinstance(method, Flow) or not method.plain else method.step_size
-    names = np.asarray(tasks.names)
-    with np.errstate(invalid="ignore"):
-        away = (moved <= 0) | (left <= -1) | ~np.isfinite(left)
-    if away.any():
-        _refuse_divergence(tasks, method, curvature, away, composed=composed)
-    none = (left < -FLAT).any(1)
-    flat = (np.abs(left) <= FLAT).any(1)
-    over = np.zeros(len(names), dtype=bool)
-    if equal is not None:
-        over = (float(equal) * curvature > 1 + 1e-9).any(1)
-    status = np.select(
-        [none, over, flat], [Status.NO_PRIOR, Status.OVERSHOOTS, Status.FLAT], Status.PROPER
-    )
-    messages = []
-    if none.any():
-        messages.append(
-            f"no Gaussian prior makes these steps a MAP estimate in {none.sum()} of {len(names)} "
-            f"task(s) ({listing(names[none].tolist(), 3)}): they end "
-            "beyond the optimum, and the implied precision is negative"
-            + ("; take an even number of steps or shorter ones" if over.any() else "")
-        )
-    if (only := over & ~none).any():
-        messages.append(
-            f"the steps overshoot and come back in {only.sum()} of {len(names)} task(s) "
-            f"({listing(names[only].tolist(), 3)}), where step_size "
-            "is longer than 1/λ_max: the implied prior is proper but tightens again as step_size "
-            "grows"
-        )
-    if (only := flat & ~none).any():
-        messages.append(
-            f"in {only.sum()} of {len(names)} task(s) some direction reaches its optimum: the "
-            "implied prior is flat there and its covariance infinite"
-        )
-    return np.asarray(status, dtype=object), messages
-
-
-def _refuse_divergence(
-    tasks: Tasks,
-    method: Descent | Flow,
-    curvature: np.ndarray,
-    away: np.ndarray,
-    *,
-    composed: bool,
-) -> None:
-    bad = np.any(away, axis=1)
-    worst = int(np.argmax(np.where(away, np.abs(curvature), -np.inf).max(1)))
-    bend = curvature[worst, away[worst]]
-    bend = bend[np.argmax(np.abs(bend))]
-    cause = ""
-    if bend <= 0:
-        cause = f", where the log likelihood bends away from its optimum (curvature {bend:.3g})"
-    elif not composed:
-        cause = f", whose largest curvature is λ_max = {bend:.3g}"
-        if isinstance(method, Descent) and method.plain:
-            cause += f"; step_size must stay below 2/λ_max = {2 / bend:.3g} there"
-    raise InputError(
-        f"{described(method)} diverge in {bad.sum()} of {bad.size} task(s), most in "
-        f"{listing([tasks.names[worst]])} ({tasks.sizes[worst]} rows){cause}"
-    )
