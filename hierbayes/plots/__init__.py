@@ -4,7 +4,18 @@ from hierbayes.plots.adaptation_path import adaptation_path
 from hierbayes.plots.forest import forest
 from hierbayes.plots.ladder import ladder
 from hierbayes.plots.prior import learned_prior
+from hierbayes.plots.prior_strength import prior_strength
 from hierbayes.plots.scores import scores
 from hierbayes.plots.shrinkage import shrinkage
+from hierbayes.plots.shrinkage_filters import shrinkage_filters
 
-__all__ = ["adaptation_path", "forest", "ladder", "learned_prior", "scores", "shrinkage"]
+__all__ = [
+    "adaptation_path",
+    "forest",
+    "ladder",
+    "learned_prior",
+    "prior_strength",
+    "scores",
+    "shrinkage",
+    "shrinkage_filters",
+]

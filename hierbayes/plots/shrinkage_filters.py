@@ -1,0 +1,117 @@
+"""How far gradient steps, gradient flow and ridge go towards a task's own optimum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hierbayes.adaptation.descent import Descent, Flow
+from hierbayes.errors import InputError
+from hierbayes.numerics import float64
+from hierbayes.plots.labels import Label, place
+from hierbayes.plots.style import axes_or_new
+
+LEAST = 0.03
+"""Smallest u = Kηλ shown."""
+
+CEILING = 1.45
+FLOW, RIDGE = "#0072B2", "#000000"
+STEPS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def shrinkage_filters(num_steps: Sequence[int] = (1, 5, 20), *, ax: Any = None) -> Any:
+    """1 − r, the share of the way from φ to the optimum, against u = Kηλ.
+
+    Gradient steps go 1 − (1 − u/K)^K of the way along a direction of curvature λ, gradient flow
+    1 − e^(−u), and the MAP estimate under a prior of precision 1/(Kη), a ridge, u / (1 + u). All
+    agree where u is small. Steps longer than 1/λ (u > K) are dashed: an even number falls back, an
+    odd one goes past the optimum, where no Gaussian prior leads. The largest ratio of flow to
+    ridge is marked.
+
+    Parameters
+    ----------
+    num_steps : sequence of int
+        Numbers of gradient steps K, a curve each.
+    ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    matplotlib Axes
+
+    Examples
+    --------
+    >>> import matplotlib, hierbayes as hb
+    >>> matplotlib.use("Agg")
+    >>> ax = hb.plots.shrinkage_filters((1, 2, 10))
+    """
+    counts = list(num_steps) if isinstance(num_steps, Sequence) else [num_steps]
+    if not counts or not all(isinstance(k, (int, np.integer)) and k >= 1 for k in counts):
+        raise InputError(f"num_steps must list positive integers, found {num_steps!r}")
+    if len(counts) > len(STEPS):
+        raise InputError(f"num_steps lists {len(counts)} values; at most {len(STEPS)} are shown")
+    ax = axes_or_new(ax, (6.4, 4.4))
+    most = max(2.2 * max(counts), 10.0)
+    ax.set_xscale("log")
+    ax.set_xlim(LEAST, most)
+    ax.set_ylim(0.0, CEILING)
+    u = np.geomspace(LEAST, most, 600)
+    ax.axhspan(1.0, CEILING, facecolor="#F4F4F4", edgecolor="#C9C9C9", hatch="////", linewidth=0,
+               zorder=0)  # fmt: skip
+    ax.plot(u, u / (1 + u), color=RIDGE, linewidth=1.8, gid="ridge")
+    with float64():
+        flow = 1 - np.asarray(Flow(1.0).responses(u)[0])
+    ax.plot(u, flow, color=FLOW, linewidth=1.8, gid="flow")
+    drawn = [np.stack([u, u / (1 + u)], 1), np.stack([u, flow], 1)]
+    labels = []
+    for count, colour in zip(counts, STEPS, strict=False):
+        drawn += _draw_steps(ax, int(count), colour)
+        labels.append(Label(f"K = {count}", [(count, 1.0)], colour, 9))
+    at, text = _mark_ratio(ax)
+    low, middle = (u > 0.02 * most) & (u < 0.6 * most), (u > 0.1) & (u < 8)
+    labels += [
+        Label("past the optimum: no Gaussian prior", [(LEAST, CEILING)], "#333333", 8.5),
+        Label(text, [at], "#333333", 8.5),
+        Label("ridge, p = 1/(Kη)", list(drawn[0][low][::20]), RIDGE, 9),
+        Label("gradient flow", list(drawn[1][middle][::10]), FLOW, 9),
+    ]
+    place(ax, labels, drawn, [(k, 1.0) for k in counts])
+    ticks = [t for t in (0.1, 1, 10, 100, 1000) if t < most]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.set_xlabel("u = Kηλ")
+    ax.set_ylabel("1 − r, share of the way to the optimum")
+    ax.set_title("how far each goes from φ", loc="left")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _draw_steps(ax: Any, count: int, colour: str) -> list[np.ndarray]:
+    """Draw and return one curve: dashed beyond u = K, to its end at u = 2K where steps diverge."""
+    inside = np.geomspace(LEAST, count, 300)
+    beyond = np.linspace(count, 2 * count, 200)
+    method = Descent(count, 1.0 / count)
+    with float64():
+        near, far = (1 - np.asarray(method.responses(u)[0]) for u in (inside, beyond))
+    ax.plot(inside, near, color=colour, linewidth=1.5, gid=f"K = {count}")
+    ax.plot(beyond, far, color=colour, linewidth=1.5, linestyle=(0, (3, 1.6)),
+            gid=f"K = {count}, overshooting")  # fmt: skip
+    ax.plot(count, 1.0, "o", color=colour, markersize=4, zorder=4)
+    return [np.stack([inside, near], 1), np.stack([beyond, far], 1)]
+
+
+def _mark_ratio(ax: Any) -> tuple[tuple[float, float], str]:
+    """Mark where gradient flow goes farthest beyond ridge, as a ratio; where, and in words."""
+    from scipy.optimize import minimize_scalar
+
+    def less(u: float) -> float:
+        return float(np.expm1(-u) * (1 + u) / u)
+
+    found: Any = minimize_scalar(
+        less, bounds=(0.1, 10.0), method="bounded", options={"xatol": 1e-10}
+    )
+    u, ratio = float(found.x), -float(found.fun)
+    low, high = u / (1 + u), -np.expm1(-u)
+    ax.annotate("", (u, high), (u, low), arrowprops={"arrowstyle": "<->", "shrinkA": 0,
+                "shrinkB": 0, "linewidth": 1.0, "mutation_scale": 9}, zorder=5)  # fmt: skip
+    return (u, low), f"flow goes at most {ratio:.3f} times\nas far as ridge, at u = {u:.3f}"
