@@ -1,0 +1,157 @@
+"""Predictions as mixtures of any SciPy distribution, and which σ they use, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from assertions import close, refuses
+from scipy import stats
+
+import hierbayes as hb
+from hierbayes.adaptation import Adapted, Conjugate, GradientSteps
+from hierbayes.adaptation.gradient import curvatures
+from hierbayes.fit import Prediction
+
+GAUSSIAN = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
+
+
+def prediction(components: Any, outcome: Any, unidentified: Any = None) -> Prediction:
+    """One row a task."""
+    tasks = hb.Tasks.from_arrays([(np.ones((1, 1)), [y]) for y in outcome])
+    blind = np.zeros(len(outcome), bool) if unidentified is None else np.array(unidentified)
+    return Prediction("known task", tasks, components, blind)
+
+
+# ----------------------------------------------------------------------------- discrete
+
+CHANCE = np.array([[0.1, 0.6, 0.95], [0.3, 0.2, 0.85]])
+COUNTS = stats.poisson(np.array([[0.4, 30.0, 3.0], [9.0, 31.0, 0.01]]))
+
+
+def test_a_mixture_of_bernoullis_is_a_bernoulli():
+    """Of the mean chance: 0.2, 0.4 and 0.9."""
+    found = prediction(stats.bernoulli(CHANCE), [0, 1, 1])
+    chance = np.array([0.2, 0.4, 0.9])
+    assert found.discrete
+    close(found.mean, chance, rtol=1e-12)
+    close(found.sd, np.sqrt(chance * (1 - chance)), rtol=1e-12)
+    close(found.log_density(), np.log([0.8, 0.4, 0.9]), rtol=1e-12)
+    close(found.pit(), [0.8, 1.0, 1.0], rtol=1e-12)
+    close(found.log_density(np.array([0.0, 2.0, 0.0]))[[0, 2]], np.log([0.8, 0.1]), rtol=1e-12)
+    assert found.log_density(np.array([0.0, 2.0, 0.0]))[1] == -np.inf
+    draws = found.draws(4000, seed=1)
+    assert set(np.unique(draws)) == {0.0, 1.0}
+    # five standard errors of a mean of 4,000
+    close(draws.mean(0), chance, rtol=0, atol=5 * 0.5 / np.sqrt(4000))
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.15, 0.55, 0.7, 0.97])
+def test_a_bernoulli_quantile_is_the_smallest_value_that_reaches_it(probability):
+    found = prediction(stats.bernoulli(CHANCE), [0, 1, 1]).quantile(probability)
+    close(found, (np.array([0.8, 0.6, 0.1]) < probability).astype(float), rtol=0)
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.2, 0.5, 0.9, 0.999])
+def test_a_quantile_of_mixed_counts_is_the_smallest_value_that_reaches_it(probability):
+    """By running through all counts up to 100."""
+    cumulative = stats.poisson.cdf(np.arange(101)[:, None, None], *COUNTS.args).mean(1)
+    found = prediction(COUNTS, [0, 1, 1]).quantile(probability)
+    close(found, (cumulative < probability).sum(0).astype(float), rtol=0)
+
+
+def test_an_interval_holds_at_least_its_probability():
+    low, high = prediction(COUNTS, [0, 1, 1]).interval(0.8)
+    mass = (COUNTS.cdf(high) - COUNTS.cdf(low - 1)).mean(0)
+    assert (mass >= 0.8).all()
+    inside = (COUNTS.cdf(high - 1) - COUNTS.cdf(low)).mean(0)
+    assert (inside < 0.8).all()
+
+
+def test_rows_that_need_an_unknown_coefficient_stay_open():
+    found = prediction(stats.bernoulli(CHANCE), [0, 1, 1], [False, True, False])
+    for values in (found.mean, found.sd, found.log_density(), found.quantile(0.5), found.draws(3)):
+        assert np.isnan(values[..., 1]).all()
+        assert np.isfinite(values[..., [0, 2]]).all()
+
+
+# --------------------------------------------------------------------------- continuous
+
+
+def test_normal_draws_are_mean_plus_sd_times_white_noise():
+    means, sds = np.array([[0.0, 5.0], [10.0, -5.0]]), np.array([[1.0], [0.1]])
+    found = prediction(stats.norm(means, sds), [0.0, 1.0])
+    assert not found.discrete
+    close(found.means, means, rtol=0)
+    close(found.sds, np.broadcast_to(sds, (2, 2)), rtol=1e-15)
+    draws = found.draws(500, seed=3)
+    rng = np.random.default_rng(3)
+    component = rng.integers(2, size=500)
+    white = rng.standard_normal((500, 2))
+    close(draws, means[component] + sds[component] * white, rtol=1e-14)
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0, 1.5, -0.1, np.nan])
+def test_what_is_no_probability_is_refused(probability):
+    with refuses("between 0 and 1"):
+        prediction(stats.norm(np.zeros((1, 1)), 1.0), [0.0]).quantile(probability)
+
+
+# ---------------------------------------------------------------------- sigma, sigma_query
+
+
+def test_sigma_query_stands_in_for_sigma_only_where_theta_is_estimated_as_a_point(rng):
+    """It absorbs the variance of θ: where that is integrated out, σ² + xᵀ Cov x counts it once.
+
+    At θ = μ, the population's, there is no such variance: σ alone.
+    """
+    tasks = hb.Tasks.from_arrays(
+        [(np.column_stack([np.ones(5), rng.normal(size=5)]), rng.normal(size=5)) for _ in range(4)]
+    )
+    phi = {"mu": np.array([0.3, -0.2]), "tau": np.array([0.7, 0.4]), "sigma": np.array(0.5),
+           "corr": np.eye(2), "sigma_query": np.array(0.8)}  # fmt: skip
+    exact = hb.Fit("a method", GAUSSIAN, tasks, phi, Conjugate())
+    x = tasks.predictors
+    close(exact.predict(target="new").sd, np.sqrt(0.25 + x**2 @ [0.49, 0.16]), rtol=1e-12)
+    close(exact.predict(target="population").sd, np.full(20, 0.5), rtol=1e-12)
+    covariance = exact.adapted.covariance.values[tasks.task_of_row]
+    spread = np.einsum("ik,ikl,il->i", x, covariance, x)
+    close(exact.predict().sd, np.sqrt(0.25 + spread), rtol=1e-12)
+    point = replace(exact, adaptation=GradientSteps(2, 0.01))
+    close(point.predict().sd, np.full(20, 0.8), rtol=1e-12)
+    close(point.predict(target="new").sd, exact.predict(target="new").sd, rtol=1e-12)
+
+
+def test_weights_divide_the_variance_in_float64(rng):
+    columns = {"g": np.repeat([0, 1, 2], 4), "y": rng.normal(size=12), "w": rng.uniform(1, 9, 12)}
+    tasks = hb.Tasks.from_dataframe(pd.DataFrame(columns), task="g", outcome="y", weight="w")
+    fit = hb.complete_pooling(GAUSSIAN, tasks)
+    expected = float(fit.phi["sigma"]) / np.sqrt(tasks.slots["weight"])
+    close(fit.predict(target="new").sd, expected, rtol=1e-14)
+    found = curvatures(GAUSSIAN, tasks, {"sigma": 0.7})[:, 0]
+    close(found, tasks.slots["weight"].reshape(3, 4).sum(1) / 0.49, rtol=1e-13)
+
+
+def test_curvatures_with_known_errors_are_those_of_the_errors_alone(schools):
+    """1/se², whatever sigma_query is: it belongs to the query rows, not to the inner loop."""
+    for phi in ({}, {"sigma_query": np.array(3.0)}):
+        found = curvatures(schools.model, schools.tasks, phi)[:, 0]
+        close(found, schools.data["se"].to_numpy(float) ** -2.0, rtol=1e-13)
+
+
+def test_moments_of_theta_and_draws_of_sigma_make_one_component_a_draw(rng):
+    """As full Bayes keeps them where draws of θ would be too many: variances are averaged."""
+    tasks = hb.Tasks.from_arrays([(np.ones((3, 1)), rng.normal(size=3)) for _ in range(4)])
+    training = Adapted(rng.normal(size=(4, 1)), rng.uniform(0.1, 0.5, (4, 1, 1)))
+    draws = {"mu": rng.normal(size=(2, 5, 1)), "tau": rng.uniform(size=(2, 5, 1)),
+             "sigma": rng.uniform(0.5, 1.5, (2, 5))}  # fmt: skip
+    phi = {name: value.mean(axis=(0, 1)) for name, value in draws.items()}
+    fit = hb.Fit("full Bayes", GAUSSIAN, tasks, phi, Conjugate(), training, phi_draws=draws)
+    found = fit.predict()
+    assert found.means.shape == (10, 12)
+    close(found.mean, np.repeat(training.mean[:, 0], 3), rtol=1e-12)
+    variance = (draws["sigma"] ** 2).mean() + np.repeat(training.covariance[:, 0, 0], 3)
+    close(found.sd, np.sqrt(variance), rtol=1e-12)
