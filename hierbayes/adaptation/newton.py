@@ -87,31 +87,33 @@ def climb(
         gain = 0.5 * (along * scaled).sum(-1)
         return jnp.einsum("jkl,jl->jk", vectors, scaled), gain, bend, values[:, 0] > 0
 
-    def halve(state: Any) -> Any:
-        share, z, step, before, count = state
-        worse = ~(value(z + share[:, None] * step) >= before - 1e-14 * (1 + jnp.abs(before)))
-        return jnp.where(worse, 0.5 * share, share), z, step, before, count + 1
-
-    def uphill(state: Any) -> Any:
-        share, z, step, before, count = state
-        after = value(z + share[:, None] * step)
-        worse = ~(after >= before - 1e-14 * (1 + jnp.abs(before)))
-        return worse.any() & (count < HALVINGS)
-
     def body(state: Any) -> Any:
-        z, count, _ = state
-        step, gain, _, _ = newton(z)
+        z, count, *_ = state
+        step, gain, bend, definite = newton(z)
         before = value(z)
-        share = jnp.ones(num_tasks)
-        share, *_ = jax.lax.while_loop(uphill, halve, (share, z, step, before, 0))
         going = gain > TOLERANCE * (1 + jnp.abs(before))
-        return jnp.where(going[:, None], z + share[:, None] * step, z), count + 1, going.any()
+
+        def halve(search: Any) -> Any:
+            share, falling, halvings = search
+            share = jnp.where(falling, 0.5 * share, share)
+            after = value(z + share[:, None] * step)
+            rises = after >= before - 1e-14 * (1 + jnp.abs(before))
+            return share, going & ~rises, halvings + 1
+
+        def falls(search: Any) -> Any:
+            return search[1].any() & (search[2] <= HALVINGS)
+
+        # twice the step, halved before it is first tried
+        share, *_ = jax.lax.while_loop(falls, halve, (jnp.full(num_tasks, 2.0), going, 0))
+        z = jnp.where(going[:, None], z + share[:, None] * step, z)
+        return z, count + 1, going.any(), gain, bend, definite
 
     def unfinished(state: Any) -> Any:
         return state[2] & (state[1] < MAX_STEPS)
 
-    z, _, _ = jax.lax.while_loop(unfinished, body, (start, 0, jnp.asarray(True)))
-    _, gain, bend, definite = newton(z)
+    unknown = (jnp.full(num_tasks, jnp.inf), penalty, jnp.zeros(num_tasks, bool))
+    state = (start, 0, jnp.asarray(True), *unknown)
+    z, _, _, gain, bend, definite = jax.lax.while_loop(unfinished, body, state)
     return Mode(theta_of(z), z, bend, gain, definite)
 
 
