@@ -18,22 +18,44 @@ import numpy as np
 LEVELS = (0.5, 0.8, 0.95)
 """Probabilities of the intervals that are held against the draws."""
 
+SINGULAR = 1e-13
+"""Eigenvalue of a correlation matrix below which a direction has no variance but rounding."""
+
 
 def kl_divergence(
     mean: np.ndarray, covariance: np.ndarray, to_mean: np.ndarray, to_covariance: np.ndarray
 ) -> np.ndarray:
     """KL(N(mean, covariance) ‖ N(to_mean, to_covariance)) of each task, (J,), in nats.
 
-    inf where ``covariance`` is singular and ``to_covariance`` is not.
+    inf where one is a point in some direction and the other is not, or is another point; where
+    both are the same point in some direction, the divergence of what is left.
     """
-    d = mean.shape[-1]
-    root = np.linalg.cholesky(to_covariance)
-    white = np.linalg.solve(root, np.swapaxes(np.linalg.solve(root, covariance), -1, -2))
-    gap = np.linalg.solve(root, (to_mean - mean)[..., None])[..., 0]
-    values = np.linalg.eigvalsh(0.5 * (white + np.swapaxes(white, -1, -2)))
+    sd = _sd(to_covariance)
+    sd = np.where(sd > 0, sd, np.where(_sd(covariance) > 0, _sd(covariance), 1.0))
+    outer = sd[..., :, None] * sd[..., None, :]
+    gap, here, there = (to_mean - mean) / sd, covariance / outer, to_covariance / outer
+    values, vectors = np.linalg.eigh(there)
+    spread = values > SINGULAR
+    root = vectors * np.where(spread, 1 / np.sqrt(np.where(spread, values, 1.0)), 0.0)[..., None, :]
+    white = np.swapaxes(root, -1, -2) @ here @ root
+    moved = (np.swapaxes(root, -1, -2) @ gap[..., None])[..., 0]
+    own = np.linalg.eigvalsh(0.5 * (white + np.swapaxes(white, -1, -2)))
+    rank = spread.sum(-1)
+    # what is left out of the determinant are zeros, in the directions where `there` is a point
+    counted = np.arange(own.shape[-1]) >= own.shape[-1] - rank[..., None]
     with np.errstate(divide="ignore"):
-        log_det = np.log(np.where(values > 1e-14, values, 0.0)).sum(-1)
-    return 0.5 * (values.sum(-1) + (gap**2).sum(-1) - d - log_det)
+        log_det = np.log(np.where(counted, np.maximum(own, 0.0), 1.0)).sum(-1)
+    found = 0.5 * (own.sum(-1) + (moved**2).sum(-1) - rank - log_det)
+    beside = np.where(spread[..., None, :], 0.0, vectors)
+    away = np.abs(np.swapaxes(beside, -1, -2) @ gap[..., None]).max((-1, -2))
+    wide = np.linalg.norm(np.swapaxes(beside, -1, -2) @ here @ beside, axis=(-1, -2))
+    # up to the rounding of means and of covariances
+    size = (np.maximum(np.abs(mean), np.abs(to_mean)) / sd).max(-1)
+    elsewhere = (away > 1e-12 * size) | (
+        wide > SINGULAR * np.maximum(np.linalg.norm(here, axis=(-1, -2)), 1.0)
+    )
+    elsewhere |= _rank(covariance) < rank
+    return np.where(elsewhere, np.inf, np.maximum(found, 0.0))
 
 
 def wasserstein(
@@ -42,16 +64,33 @@ def wasserstein(
     """2-Wasserstein distance of each task, (J,), in sds of the second posterior.
 
     Every coefficient is divided by its standard deviation under the second posterior, so that
-    coefficients of different units add up.
+    coefficients of different units add up; where that is zero the distance is inf, or nothing if
+    the first posterior is the same point.
     """
-    sd = np.sqrt(np.diagonal(to_covariance, axis1=-2, axis2=-1))
-    gap = (to_mean - mean) / sd
+    sd = _sd(to_covariance)
+    point = sd == 0
+    other = point & ((mean != to_mean) | (_sd(covariance) > 0))
+    sd = np.where(point, 1.0, sd)
+    gap = np.where(point, 0.0, to_mean - mean) / sd
     outer = sd[..., :, None] * sd[..., None, :]
     here, there = covariance / outer, to_covariance / outer
     root = _root(there)
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ here @ root), 0.0)).sum(-1)
     traces = np.trace(here, axis1=-2, axis2=-1) + np.trace(there, axis1=-2, axis2=-1)
-    return np.sqrt((gap**2).sum(-1) + np.maximum(traces - 2 * cross, 0.0))
+    found = np.sqrt((gap**2).sum(-1) + np.maximum(traces - 2 * cross, 0.0))
+    return np.where(other.any(-1), np.inf, found)
+
+
+def _sd(covariance: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.maximum(np.diagonal(covariance, axis1=-2, axis2=-1), 0.0))
+
+
+def _rank(covariance: np.ndarray) -> np.ndarray:
+    """In how many directions each is not a point, whatever the units of its coefficients."""
+    sd = np.where(_sd(covariance) > 0, _sd(covariance), 1.0)
+    return (np.linalg.eigvalsh(covariance / (sd[..., :, None] * sd[..., None, :])) > SINGULAR).sum(
+        -1
+    )
 
 
 def _root(matrices: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hierbayes import plots
+from hierbayes.adaptation import GradientSteps
 from hierbayes.checks import held_out_scores, leave_one_task_out, theta_differences
 from hierbayes.checks.scores import mean_over_tasks
 from hierbayes.compare.report import write_report
@@ -220,10 +221,10 @@ def _by_task(
             notes.append(f"{label}: {error}")
             continue
         values = result["log_density"]
-        if fit.method == "MAML":
+        if isinstance(fit.adaptation, GradientSteps):
             notes.append(
                 f"{label}: a task left out is scored at φ, before any step, its rows independent "
-                "of one another; MAML learns no distribution of new tasks"
+                f"of one another; {fit.method} learns no distribution of new tasks"
             )
         pointwise[label] = values
         mean, se = _per_row(values, fit.tasks.sizes)

@@ -42,16 +42,20 @@ def distances(fit: Fit, reference: Reference) -> dict[str, np.ndarray]:
 
 
 def between(here: Any, there: Any) -> dict[str, np.ndarray]:
-    """Distances of each task from one normal posterior to another."""
-    sd = np.sqrt(np.diagonal(there[1], axis1=1, axis2=2))
-    own = np.sqrt(np.maximum(np.diagonal(here[1], axis1=1, axis2=2), 0.0))
+    """Distances of each task from one normal posterior to another.
+
+    A coefficient that is the same point in both is no shift, and a ratio of 1.
+    """
+    sd, own = (np.sqrt(np.maximum(np.diagonal(c, axis1=1, axis2=2), 0.0)) for _, c in (there, here))
+    shift = np.abs(here[0] - there[0])
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.exp(np.log(own / sd).mean(1))
+        shift = np.where(shift == 0, 0.0, shift / sd)
+        ratio = np.where(own == sd, 1.0, own / sd)
         return {
             "kl": kl_divergence(*here, *there),
             "wasserstein": wasserstein(*here, *there),
-            "mean_shift": (np.abs(here[0] - there[0]) / sd).mean(1),
-            "sd_ratio": ratio,
+            "mean_shift": shift.mean(1),
+            "sd_ratio": np.exp(np.log(ratio).mean(1)),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from hierbayes.compare.distances import Reference, between, density_error, dista
 from hierbayes.compare.ladder import CAUSES, FULL, STEPS, build_ladder
 from hierbayes.errors import FitWarning, InputError
 from hierbayes.fit import Fit
+from hierbayes.tasks import Tasks
 
 FLOOR = "Monte-Carlo floor"
 """The last row of the table."""
@@ -39,9 +41,10 @@ class EquivalenceReport:
         ``kl_worst``; ``wasserstein`` (median, in posterior sds); ``mean_shift`` (mean of |shift|
         in posterior sds); ``sd_ratio`` (geometric mean); ``coverage_50`` … (share of the full
         posterior's draws inside the rung's central intervals); ``log_density`` a held-out row with
-        ``log_density_se`` over tasks; and for each its ``_floor``: what the reference's
-        Monte-Carlo error alone would give. With ``truth``, ``truth_50`` …: the share of true θ_j
-        inside the intervals.
+        ``log_density_se`` over tasks. Tasks without a Gaussian prior are left out of the first
+        rung's distances, not out of its ``log_density``. With ``truth``, ``truth_50`` …: the share
+        of true θ_j inside the intervals. The last row is what the reference's Monte-Carlo error
+        alone would give.
     gaps : DataFrame
         A row a step of the ladder: what changes, and the same distances between neighbours.
     by_task : DataFrame
@@ -68,7 +71,7 @@ class EquivalenceReport:
         return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<li>{note}</li>" for note in self.notes)
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
         return f"{self.table.round(3).to_html()}{self.gaps.round(3).to_html()}<ul>{notes}</ul>"
 
     def plot(self, *, task: Any = None, axes: Any = None) -> Any:
@@ -113,7 +116,8 @@ def equivalence_report(
         Of empirical_bayes; fitted here where the tasks are Gaussian. Elsewhere φ is taken at the
         full posterior's mean, and θ drawn there by NUTS.
     num_steps, step_size : optional
-        K and η in place of those of ``start``; "auto" is 1/λ_max over all tasks.
+        K and η in place of those of ``start``; "auto", or no η where it has none, is 1/λ_max over
+        all tasks.
     test : Tasks or DataFrame, optional
         Held-out rows of the same tasks, for ``log_density``.
     truth : array (J, d), optional
@@ -129,7 +133,8 @@ def equivalence_report(
     Raises
     ------
     InputError
-        Fits of different tasks, a ``posterior`` without draws, steps that diverge in a task.
+        Fits of different tasks, a ``posterior`` without draws, no steps where ``start`` took none,
+        steps that diverge in a task.
 
     Examples
     --------
@@ -140,8 +145,10 @@ def equivalence_report(
     >>> full = hb.full_bayes(model, tasks, num_draws=250, num_warmup=250)
     >>> eb = hb.empirical_bayes(model, tasks)
     >>> report = hb.equivalence_report(eb, full, num_steps=20, step_size="auto")
-    >>> list(report.table.index)
+    >>> list(report.fits)
     ['gradient steps', 'MAP, learned prior', 'empirical Bayes', 'full Bayes']
+    >>> report.table.index[-1]
+    'Monte-Carlo floor'
     """
     _check(start, posterior, empirical_bayes)
     fits = build_ladder(
@@ -159,7 +166,7 @@ def equivalence_report(
     away[STEPS] = {name: np.where(without, np.nan, v) for name, v in away[STEPS].items()}
     table = _table(fits, away, reference, truth, without)
     rungs = (fit for rung, fit in fits.items() if rung != FULL and fit is not empirical_bayes)
-    notes = [*(note for fit in rungs for note in fit.warnings), *_remarks(reference, without)]
+    notes = [*(note for fit in rungs for note in fit.warnings), *_remarks(reference, away, without)]
     if test is not None:
         scores = _score(fits, start, posterior.model.tasks(test), reference)
         table = table.join(scores, how="outer").reindex([*scores.index.drop(FLOOR), FLOOR])
@@ -170,14 +177,13 @@ def equivalence_report(
 
 
 def _check(start: Fit, posterior: Fit, point: Fit | None) -> None:
-    for name, fit in {"start": start, "posterior": posterior, "empirical_bayes": point}.items():
-        if fit is None:
+    fits = {"posterior": posterior, "start": start, "empirical_bayes": point}
+    for name, fit in fits.items():
+        if fit is None and name == "empirical_bayes":
             continue
         if not isinstance(fit, Fit):
             raise InputError(f"{name} must be a fit, found {type(fit).__name__}")
-        if fit.tasks.names.tolist() != posterior.tasks.names.tolist() or (
-            fit.tasks.num_rows != posterior.tasks.num_rows or fit.tasks.coef != posterior.tasks.coef
-        ):
+        if not _same(fit.tasks, posterior.tasks):
             raise InputError(f"{name} and posterior are fits of different tasks")
         if "mu" not in fit.phi:
             raise InputError(f"{fit.method} has no mu for steps to start from")
@@ -186,6 +192,25 @@ def _check(start: Fit, posterior: Fit, point: Fit | None) -> None:
             f"posterior must be a fit of full_bayes with draws of theta; {posterior.method} has "
             "none"
         )
+
+
+def _same(first: Tasks, second: Tasks) -> bool:
+    """Whether these are the same rows in the same tasks."""
+    if first is second:
+        return True
+    names = all(
+        getattr(first.labels, role) == getattr(second.labels, role)
+        for role in ("coef", "shared", "task_predictors")
+    )
+    if not names or first.names.tolist() != second.names.tolist():
+        return False
+    if first.slots.keys() != second.slots.keys():
+        return False
+    arrays = ([*(getattr(t, name) for name in _ARRAYS), *t.slots.values()] for t in (first, second))
+    return all(np.array_equal(a, b) for a, b in zip(*arrays, strict=True))
+
+
+_ARRAYS = ("starts", "outcome", "predictors", "shared", "task_predictors")
 
 
 def _table(
@@ -286,12 +311,21 @@ def _score(fits: dict[str, Fit], start: Fit, test: Any, reference: Reference) ->
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _remarks(reference: Reference, without: np.ndarray) -> list[str]:
+def _remarks(
+    reference: Reference, away: dict[str, dict[str, np.ndarray]], without: np.ndarray
+) -> list[str]:
     remarks = []
     if without.any():
         remarks.append(
-            f"{without.sum()} task(s) have no Gaussian prior and are left out of the first rung"
+            f"{without.sum()} task(s) have no Gaussian prior and are left out of the first rung's "
+            "distances"
         )
+    for rung, values in away.items():
+        if (point := np.isinf(values["kl"])).any():
+            remarks.append(
+                f"{rung}: the posterior of {point.sum()} task(s) is a point in some direction, "
+                "and its divergence from the full posterior infinite"
+            )
     rough = reference.ess < max(FEWEST, 20 * reference.num_coef)
     if rough.any():
         remarks.append(

@@ -78,19 +78,27 @@ def build_ladder(
 
 def _steps(start: Fit, num_steps: int | None, step_size: float | str | None) -> tuple[int, float]:
     """K and η as asked, as the fit took them, or as they come closest to the fit's prior."""
-    if num_steps is None and "num_steps" in start.info:
-        num_steps = int(start.info["num_steps"])
-        step_size = step_size or float(start.phi.get("step_size", start.info["step_size"]))
-    if num_steps is None and "tau" in start.phi:
+    if isinstance(step_size, str) and step_size != "auto":
+        raise InputError(f'step_size must be a number or "auto", found {step_size!r}')
+    if num_steps is None and "num_steps" not in start.info and step_size is not None:
+        raise InputError(f"{start.method} takes no gradient steps: pass num_steps with step_size")
+    if num_steps is None and "num_steps" not in start.info and "tau" in start.phi:
         table = equivalent_steps(start.model, start.tasks, start.phi).table
         finite = table[np.isfinite(table.index)]
         best = finite["risk_ratio"].idxmin()
         return int(best), float(finite.loc[best, "step_size"])
-    if num_steps is None:
+    if num_steps is None and "num_steps" not in start.info:
         raise InputError(f"{start.method} takes no gradient steps: pass num_steps and step_size")
-    if step_size is None or step_size == "auto":
-        step_size = 1.0 / float(largest_curvature(start.model, start.tasks, dict(start.phi)).max())
-    return num_steps, float(step_size)
+    size: Any = step_size
+    if size is None:
+        size = start.phi.get("step_size", start.info.get("step_size", "auto"))
+    if np.ndim(size):
+        raise InputError(f"step_size must be one number for all steps, found {size!r}")
+    if size == "auto":
+        size = 1.0 / float(largest_curvature(start.model, start.tasks, dict(start.phi)).max())
+    if num_steps is None:
+        num_steps = int(start.info["num_steps"])
+    return num_steps, float(size)
 
 
 def _drawn(

@@ -64,9 +64,14 @@ def _divergences(fits: Mapping[str, Fit], by_task: Any, floor: float, ax: Any) -
             place + offset[shown], np.maximum(kl[shown], floor * 1e-2), s=area[shown],
             color=_COLOURS[place], alpha=0.6, linewidth=0,
         )  # fmt: skip
-        if shown.any():
-            middle = np.median(kl[shown])
+        middle = np.median(kl[~np.isnan(kl)]) if (~np.isnan(kl)).any() else np.nan
+        if np.isfinite(middle):
             ax.plot([place - 0.3, place + 0.3], [middle] * 2, color="black", linewidth=1.5)
+        if infinite := int(np.isinf(kl).sum()):
+            ax.text(
+                place, 0.98, f"infinite in\n{infinite} task(s)", fontsize=8, ha="center", va="top",
+                transform=ax.get_xaxis_transform(), color=_COLOURS[place],
+            )  # fmt: skip
     ax.set_yscale("log")
     bottom = min(ax.get_ylim()[0], floor / 3)
     ax.set_ylim(bottom=bottom)
@@ -127,7 +132,13 @@ def _one_task(fits: Mapping[str, Fit], by_task: Any, task: Any, ax: Any) -> None
             x, y = _ellipse(mean[:2], covariance[:2, :2])
             ax.plot(mean[0], mean[1], "o", color=_COLOURS[place], markersize=4)
         else:
-            sd = max(float(np.sqrt(covariance[0, 0])), 1e-12)
+            sd = float(np.sqrt(covariance[0, 0]))
+            if sd < 1e-3 * draws.std():  # a point: its density would flatten all others
+                ax.axvline(
+                    mean[0], color=_COLOURS[place], linestyle=_LINES[place], linewidth=2.0,
+                    label=f"{rung}: a point",
+                )  # fmt: skip
+                continue
             x = np.linspace(mean[0] - 4 * sd, mean[0] + 4 * sd, 200)
             y = stats.norm.pdf(x, mean[0], sd)
         ax.plot(x, y, color=_COLOURS[place], linestyle=_LINES[place], linewidth=2.0, label=label)
