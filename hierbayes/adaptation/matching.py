@@ -153,9 +153,17 @@ def equivalent_steps(
     root = _target_root(model, tasks, phi, precision)
     if criterion not in ("risk", "kl"):
         raise InputError(f'criterion must be "risk" or "kl", found {criterion!r}')
-    counts = list(num_steps)
+    if curvature not in ("ggn", "hessian"):
+        raise InputError(f'curvature must be "ggn" or "hessian", found {curvature!r}')
+    counts = list(num_steps) if np.ndim(num_steps) == 1 else []
     if not counts or not all(isinstance(k, (int, np.integer)) and k >= 1 for k in counts):
-        raise InputError(f"num_steps must hold positive integers, found {num_steps!r}")
+        raise InputError(f"num_steps must be a list of positive integers, found {num_steps!r}")
+    inverse = _inverse(root)
+    if criterion == "kl" and inverse is None:
+        raise InputError(
+            "the prior's covariance is singular (a tau of 0, or a correlation of ±1), and the "
+            'divergence of any steps from its posterior infinite; use criterion="risk"'
+        )
     with float64():
         location = np.asarray(model.prior.location(found, np.asarray(tasks.task_predictors)))
         hessian = np.asarray(
@@ -168,7 +176,16 @@ def equivalent_steps(
         scaling = _common(preconditioner, tasks)
         # in the coordinates C⁻¹θ, with B = C Cᵀ, the steps are plain
         white = np.einsum("ki,jkl,lm->jim", scaling, hessian, scaling)
-        problem = to_numpy(_rotate(white, np.linalg.solve(scaling, root)))
+        # without an inverse of T the exact posterior is a point somewhere: KL is inf
+        against = np.zeros_like(root) if inverse is None else scaling.T @ inverse @ scaling
+        problem = to_numpy(_rotate(white, np.linalg.solve(scaling, root), against))
+        if not problem["bayes_risk"].sum() > 0:
+            raise InputError(
+                "under this prior the tasks do not differ (its tau is 0) where their rows say "
+                "anything: the Bayes estimate is phi itself, and any step leaves it"
+            )
+        if inverse is None:
+            problem["log_det"] = np.full(tasks.num_tasks, np.inf)
         searches = [_search(problem, k, criterion, overshoot) for k in [*counts, FLOW]]
     return _collect(tasks, problem, searches, criterion, hessian, root)
 
@@ -190,9 +207,21 @@ def _target_root(model: HierarchicalModel, tasks: Tasks, phi: Any, precision: An
                 "phi holds no tau to match: pass the phi of an empirical or full Bayes fit, or "
                 "precision=…"
             )
+        known = {
+            name: np.asarray(phi[name], dtype=float) for name in ("tau", "corr") if name in phi
+        }
+        expected = {"tau": (d,), "corr": (d, d)}
+        for name, value in known.items():
+            if value.shape != expected[name]:
+                raise InputError(f"phi's {name} has shape {value.shape}; expected {expected[name]}")
+            if not np.isfinite(value).all():
+                raise InputError(f"phi's {name} is not finite: {value}")
         with float64():
-            return np.asarray(model.prior.scale_tril({k: np.asarray(phi[k]) for k in phi}))
-    matrix = np.asarray(precision, dtype=float)
+            return np.asarray(model.prior.scale_tril(known))
+    try:
+        matrix = np.asarray(precision, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise InputError("precision is not an array of numbers") from error
     matrix = np.diag(matrix) if matrix.shape == (d,) else matrix
     if matrix.shape != (d, d):
         raise InputError(f"precision has shape {matrix.shape}; expected ({d},) or ({d}, {d})")
@@ -203,14 +232,23 @@ def _target_root(model: HierarchicalModel, tasks: Tasks, phi: Any, precision: An
     return np.linalg.cholesky(np.linalg.inv(0.5 * (matrix + matrix.T)))
 
 
+def _inverse(root: np.ndarray) -> np.ndarray | None:
+    """T⁻¹, or None where T = L Lᵀ is singular, whatever the units of its coefficients."""
+    sd = np.linalg.norm(root, axis=1)
+    if not sd.all() or np.linalg.svd(root / sd[:, None], compute_uv=False)[-1] < 1e-7:
+        return None
+    inverse = np.linalg.inv(root / sd[:, None]) / sd
+    return inverse.T @ inverse
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _curvatures(model: Any, kind: Kind, phi: Any, rows: Any, of_row: Any, location: Any) -> Any:
     return curvatures_at(model, phi, rows, of_row, location, kind)
 
 
 @jax.jit
-def _rotate(hessian: Any, root: Any) -> dict[str, Any]:
-    """Everything in each task's own directions, where the steps are diagonal."""
+def _rotate(hessian: Any, root: Any, inverse: Any) -> dict[str, Any]:
+    """Everything in each task's own directions, where the steps are diagonal; inverse T⁻¹."""
     values, vectors = jnp.linalg.eigh(hessian)
 
     def rotated(matrix: Any) -> Any:
@@ -226,7 +264,7 @@ def _rotate(hessian: Any, root: Any) -> dict[str, Any]:
         "curvature": jnp.maximum(values, 0.0),
         "prior": rotated(prior),
         "weight": rotated(weight),
-        "bayes_precision": rotated(hessian + jnp.linalg.pinv(prior)),
+        "bayes_precision": rotated(hessian + inverse),
         "bayes_risk": jnp.einsum("kl,jlk->j", weight, bayes),
         "log_det": jnp.linalg.slogdet(inner)[1] + 2 * jnp.linalg.slogdet(root)[1],
     }
@@ -252,24 +290,33 @@ def _losses(problem: Any, num_steps: float, step_sizes: Any) -> tuple[Any, Any]:
     return risk, 0.5 * (kl - jnp.log(moved).sum(1))
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _over(problem: Any, num_steps: float, which: int, step_sizes: Any) -> Any:
+    """One of :func:`_losses` for each of many step sizes, (M, J)."""
+    return jax.lax.map(
+        lambda eta: _losses(problem, num_steps, eta)[which], step_sizes, batch_size=8
+    )
+
+
 def _search(problem: Any, num_steps: float, criterion: str, overshoot: bool) -> dict[str, Any]:
     """The best η of all tasks and of each, by a grid and zooming in."""
     largest = float(problem["curvature"].max())
     own = problem["curvature"].max(1)
     own = np.where(own > 0, own, largest)
     which = 0 if criterion == "risk" else 1
-    over_etas = jax.jit(
-        lambda etas: jax.lax.map(
-            lambda eta: _losses(problem, num_steps, eta)[which], etas, batch_size=8
-        )
-    )
-    high = 1e4 if num_steps == FLOW else (2.0 * (1 - 1e-9) if overshoot else 1.0)
+    shortest, longest = _range(problem, num_steps)
 
     def best(limit: np.ndarray, reduce: bool) -> np.ndarray:
-        shares = np.geomspace(1e-5, high, POINTS)
-        etas = shares[:, None] / limit
+        if num_steps == FLOW:
+            etas = np.geomspace(shortest, longest, POINTS)[:, None] * np.ones(len(limit))
+        else:
+            beyond = np.linspace(1, 2 * (1 - 1e-9), POINTS // 3)[1:] if overshoot else np.zeros(0)
+            within = np.geomspace(
+                np.minimum(shortest, 1e-5 / limit), 1 / limit, POINTS - len(beyond)
+            )
+            etas = np.concatenate([within, beyond[:, None] / limit])
         for _ in range(ZOOMS + 1):
-            losses = np.asarray(over_etas(etas))
+            losses = np.asarray(_over(problem, num_steps, which, etas))
             losses = losses.sum(1, keepdims=True) if reduce else losses
             at = np.argmin(np.where(np.isfinite(losses), losses, np.inf), axis=0)
             columns = np.arange(etas.shape[1])
@@ -285,6 +332,20 @@ def _search(problem: Any, num_steps: float, criterion: str, overshoot: bool) -> 
     shared = best(np.full(count, largest), reduce=True)[0]
     single = best(own, reduce=False)
     return {"num_steps": num_steps, "step_size": float(shared), "own": single}
+
+
+def _range(problem: Any, num_steps: float) -> tuple[float, float]:
+    """Between which η, or times of flow, the best are: Kη is about a posterior variance.
+
+    In a direction of curvature λ and prior variance t the best s lies between t / (1 + λt) and,
+    for flow, log(1 + λt) / λ ≤ t; where the prior is a point there is no shortest.
+    """
+    spread = np.linalg.eigvalsh(problem["prior"])
+    widest = float(spread.max())
+    precision = np.linalg.eigvalsh(problem["bayes_precision"]).max()
+    narrowest = 1 / precision if precision > 0 else 1e-8 * widest
+    count = 1.0 if num_steps == FLOW else num_steps
+    return 0.1 * narrowest / count, 10 * widest
 
 
 def _collect(
