@@ -18,6 +18,7 @@ from hierbayes.adaptation import (
     LeastSquares,
     Proximal,
 )
+from hierbayes.adaptation.implied_posterior import ImpliedPosterior
 from hierbayes.errors import InputError
 from hierbayes.files import whole_file
 from hierbayes.fit.fit import Fit
@@ -30,7 +31,7 @@ from hierbayes.tasks.reading import ColumnReader
 from hierbayes.tasks.views import SLOTS
 
 GROUP = "hierbayes"
-KINDS = (Conjugate, GradientSteps, Laplace, LeastSquares, Proximal)
+KINDS = (Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, Proximal)
 LIKELIHOODS = (likelihoods.Bernoulli, likelihoods.Gaussian)
 FORMAT = 2
 """2 names the likelihood; 1 knew the Gaussian one alone, by its ``known_se``."""
