@@ -20,6 +20,7 @@ from hierbayes.adaptation.judgement import Status
 from hierbayes.adaptation.laplace import Laplace
 from hierbayes.adaptation.least_squares import LeastSquares
 from hierbayes.adaptation.matching import EquivalentSteps, equivalent_steps
+from hierbayes.adaptation.matrix_free import MatrixFreePrior
 from hierbayes.adaptation.proximal import Proximal
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "GradientSteps",
     "Laplace",
     "LeastSquares",
+    "MatrixFreePrior",
     "PointAdaptation",
     "Proximal",
     "Status",

@@ -124,7 +124,7 @@ def _positive(name: str, value: Any) -> float:
 
 
 class Preconditioner(NamedTuple):
-    """B = C Cᵀ: ``root`` C, (d, d) or (J, d, d); or ``per_step`` matrices (K, d, d)."""
+    """B = C Cᵀ: ``root`` C, (d, d) or (J, d, d), or a diagonal (d,); or ``per_step`` (K, d, d)."""
 
     root: np.ndarray
     per_step: np.ndarray | None = None
@@ -185,3 +185,27 @@ def _definite(matrix: Any, tasks: Tasks, d: int) -> np.ndarray:
             f"{least.min():.3g}"
         )
     return matrix
+
+
+def read_diagonal(given: Any, d: int) -> Preconditioner:
+    """B as a diagonal (d,), which is all that goes without matrices."""
+    diagonal = np.ones(d) if given is None else _numbers(given)
+    if diagonal.shape != (d,):
+        raise InputError(
+            f"preconditioner has shape {diagonal.shape}; where there are many coefficients or rank "
+            f"is given it must be a diagonal, of shape ({d},)"
+        )
+    if not (np.isfinite(diagonal).all() and (diagonal > 0).all()):
+        raise InputError("preconditioner must hold positive numbers")
+    return Preconditioner(np.sqrt(diagonal))
+
+
+def read_rank(rank: Any, d: int) -> int | None:
+    """How many directions of curvature to keep."""
+    if rank is None:
+        return None
+    if isinstance(rank, (int, np.integer)) and 0 < rank < d:
+        return int(rank)
+    raise InputError(
+        f"rank must be a positive integer below the number of coefficients, {d}; found {rank!r}"
+    )

@@ -77,9 +77,9 @@ def judge_validity(
 ) -> Discrepancy:
     """Say where the equivalence has stopped holding; no MAP estimate exists without a prior."""
     none = status == Status.NO_PRIOR
-    broken = ~(validity.missed <= WORST) & ~none
+    broken = (validity.missed > WORST) & ~none
     if broken.any():
-        largest = float(np.nanmax(validity.missed[broken], initial=np.nan))
+        largest = float(validity.missed[broken].max())
         messages.append(
             f"the steps are no longer a MAP estimate in {broken.sum()} of {len(broken)} task(s) "
             f"({listing(tasks.names[broken].tolist(), 3)}): they miss it "

@@ -18,11 +18,19 @@ from typing import Any, Literal
 import numpy as np
 import optax
 
-from hierbayes.adaptation.arguments import read_method, read_phi, read_preconditioner, read_tasks
+from hierbayes.adaptation.arguments import (
+    read_diagonal,
+    read_method,
+    read_phi,
+    read_preconditioner,
+    read_rank,
+    read_tasks,
+)
 from hierbayes.adaptation.curvature import Kind
 from hierbayes.adaptation.discrepancy import judge_validity, measure, refuse_diverged
 from hierbayes.adaptation.implied import Discrepancy, EquivalentPrior
 from hierbayes.adaptation.judgement import judge
+from hierbayes.adaptation.matrix_free import LARGE, matrix_free_prior
 from hierbayes.adaptation.spectrum import linearise, respond, run
 from hierbayes.errors import InputError, announce, listing
 from hierbayes.model import HierarchicalModel
@@ -49,7 +57,8 @@ def equivalent_prior(
     time: float | None = None,
     null: Literal["limit", "pinned"] = "limit",
     curvature: Kind = "ggn",
-) -> EquivalentPrior:
+    rank: int | None = None,
+) -> EquivalentPrior | Any:
     r"""The Gaussian prior under which K gradient steps from φ are a MAP estimate.
 
     .. math::
@@ -94,12 +103,18 @@ def equivalent_prior(
         precision.
     curvature : "ggn" or "hessian"
         H at φ: generalised Gauss–Newton, or the exact Hessian, whose eigenvalues may be negative.
+    rank : int, optional
+        Keep this many directions of largest curvature and take it as 0 in the others, without
+        forming any (d, d) matrix; always so where d > 256, with as many as a task has rows
+        ("hessian": as there are coefficients), 200 at most, unless rank says otherwise. A message
+        says where more would have mattered. A preconditioner must then be a diagonal (d,).
 
     Returns
     -------
     EquivalentPrior
         ``precision``, ``covariance``, ``posterior_mean`` (θ_K), ``posterior_covariance`` (Σ_K),
-        ``shrinkage``, ``filter``, ``status``, ``messages``, ``validity``, ``table``.
+        ``shrinkage``, ``filter``, ``status``, ``messages``, ``validity``, ``table``. Where no
+        matrix is formed a :class:`MatrixFreePrior`, with ``precision_times(v)`` and the like.
 
     Raises
     ------
@@ -128,11 +143,18 @@ def equivalent_prior(
     tasks, single = read_tasks(model, task)
     found = read_phi(model, tasks, phi, sigma, beta)
     method = read_method(num_steps, step_size, momentum, nesterov, optimiser, time)
-    scaling = read_preconditioner(preconditioner, tasks, method)
     if null not in ("limit", "pinned"):
         raise InputError(f'null must be "limit" or "pinned", found {null!r}')
     if curvature not in ("ggn", "hessian"):
         raise InputError(f'curvature must be "ggn" or "hessian", found {curvature!r}')
+    d = len(tasks.coef)
+    rank = read_rank(rank, d)
+    if rank is not None or d > LARGE:
+        many = matrix_free_prior(
+            model, tasks, found, method, read_diagonal(preconditioner, d), curvature, null, rank
+        )
+        return many[tasks.names[0]] if single else many
+    scaling = read_preconditioner(preconditioner, tasks, method)
     bare, rows = model.without_encoder(), (tasks.flat(), tasks.task_of_row)
     with float64():
         location = np.asarray(model.prior.location(found, np.asarray(tasks.task_predictors)))

@@ -84,10 +84,11 @@ def run(
         for eta, matrix in zip(etas, scaling.per_step, strict=True):
             theta = theta + eta * slopes(model, phi, rows, task_of_row, theta) @ matrix
         return theta
-    matrix = scaling.root @ jnp.swapaxes(scaling.root, -1, -2)
 
     def uphill(theta: jax.Array) -> jax.Array:
         slope = slopes(model, phi, rows, task_of_row, theta)
-        return (matrix @ slope[..., None])[..., 0]
+        if scaling.root.ndim == 1:
+            return scaling.root**2 * slope
+        return (scaling.root @ (jnp.swapaxes(scaling.root, -1, -2) @ slope[..., None]))[..., 0]
 
     return method.run(uphill, jnp.asarray(location))

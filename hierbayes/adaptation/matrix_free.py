@@ -1,0 +1,243 @@
+r"""The equivalent prior of tasks with many coefficients, without any d × d matrix.
+
+.. math::
+
+    P = D^{-1} \left[ \tfrac{1}{s_0} I + V \operatorname{diag}(p_i - \tfrac1{s_0}) V^\top \right]
+        D^{-1}, \qquad \Sigma_K = D \left[ s_0 I + V \operatorname{diag}(s_i - s_0) V^\top
+        \right] D
+
+with λ_i, V the leading eigenpairs of D H D (B = D², a diagonal preconditioner), found by Lanczos
+iterations from products H v. The other directions have λ = 0 and s₀ = s(0), Kη for equal steps: n
+rows with one outcome each leave a generalised Gauss–Newton matrix no more than n others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+
+from hierbayes.adaptation.arguments import Preconditioner
+from hierbayes.adaptation.curvature import Kind
+from hierbayes.adaptation.descent import Descent, Flow
+from hierbayes.adaptation.discrepancy import judge_validity, refuse_diverged
+from hierbayes.adaptation.implied import Discrepancy, ImpliedPrior
+from hierbayes.adaptation.judgement import FLAT, Status, judge
+from hierbayes.adaptation.spectrum import run
+from hierbayes.adaptation.white import OneTask, White
+from hierbayes.errors import InputError, NotApplicable, announce, listing
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import float64, to_numpy
+from hierbayes.tasks import Tasks
+
+LARGE = 256
+"""Coefficients above which no d × d matrix is formed."""
+
+MOST = 200
+"""Directions kept at most, unless ``rank`` says otherwise."""
+
+NEGLIGIBLE = 1e-6
+"""s₀ |λ| below which leaving a direction out changes nothing that matters."""
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixFreePrior(ImpliedPrior):
+    r"""Gradient steps from φ as a Gaussian prior, P = Σ p_i ṽ_i ṽ_iᵀ + 1/s₀ on what is left out.
+
+    As :class:`EquivalentPrior`, with the r leading directions of each task and with products in
+    the place of matrices. A task with fewer than r directions is filled up with zeros.
+
+    Attributes
+    ----------
+    curvature, filter, shrinkage, strength : array (J, r)
+        λ_i, r_i, 1 − r_i, p_i of the kept directions, by ascending λ.
+    directions : array (J, d, r)
+        v_i, in columns.
+    left_out : float
+        s₀: the posterior variance of all other directions, 1/s₀ being the prior's precision.
+    location, posterior_mean, status, messages, validity, table
+        As in :class:`EquivalentPrior`; ``validity.curvature_drift`` is an estimate from products
+        with 64 vectors of random signs, the same in every call.
+    """
+
+    root: np.ndarray = field(repr=False)
+
+    def precision_times(self, vectors: Any) -> np.ndarray:
+        """P v (J, d) of ``vectors`` (J, d), or (d,) for all tasks; 0 in pinned directions."""
+        values = np.where(self.pinned, 0.0, self.strength)
+        return self._times(vectors, values, 1 / self._rest if self._rest else 0.0, 1 / self.root)
+
+    def covariance_times(self, vectors: Any) -> np.ndarray:
+        """P⁻¹ v (J, d), NaN for tasks without a prior or with a flat one."""
+        lost = (np.abs(self.filter) <= FLAT).any(-1) | (self.status == Status.NO_PRIOR)
+        strength = np.where(np.asarray(lost)[..., None], np.nan, self.strength)
+        return self._times(vectors, 1 / strength, self._rest, self.root)
+
+    def posterior_covariance_times(self, vectors: Any) -> np.ndarray:
+        """Σ_K v (J, d)."""
+        return self._times(vectors, self.moved, self._rest, self.root)
+
+    def draws(self, num_draws: int = 1000, seed: int = 0) -> np.ndarray:
+        """Draws (num_draws, J, d) from the implied posterior N(θ_K, Σ_K)."""
+        white = np.random.default_rng(seed).standard_normal((num_draws, *self.location.shape))
+        spread = self._bend(white, np.sqrt(self.moved), np.sqrt(self._rest))
+        return self.posterior_mean + self.root * spread
+
+    @property
+    def precision(self) -> np.ndarray:
+        """Refused: see :meth:`precision_times`."""
+        raise NotApplicable(_NO_MATRIX.format("precision"))
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Refused: see :meth:`covariance_times`."""
+        raise NotApplicable(_NO_MATRIX.format("covariance"))
+
+    @property
+    def posterior_covariance(self) -> np.ndarray:
+        """Refused: see :meth:`posterior_covariance_times`."""
+        raise NotApplicable(_NO_MATRIX.format("posterior_covariance"))
+
+    @property
+    def _rest(self) -> float:
+        assert self.left_out is not None
+        return self.left_out
+
+    def _times(self, vectors: Any, values: Any, rest: float, root: np.ndarray) -> np.ndarray:
+        vectors = np.broadcast_to(np.asarray(vectors, dtype=float), self.location.shape)
+        return root * self._bend(root * vectors, values, rest)
+
+    def _bend(self, vectors: np.ndarray, values: Any, rest: float) -> np.ndarray:
+        basis = self.directions / self.root[:, None]
+        along = (values - rest) * np.einsum("...ki,...k->...i", basis, vectors)
+        return rest * vectors + np.einsum("...ki,...i->...k", basis, along)
+
+
+_NO_MATRIX = (
+    "{0} would be a matrix of all coefficients, which is not formed where there are many or rank "
+    "is given; multiply by it: {0}_times(v)"
+)
+
+
+def matrix_free_prior(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phi: dict[str, Any],
+    method: Descent | Flow,
+    scaling: Preconditioner,
+    kind: Kind,
+    null: str,
+    rank: int | None,
+) -> MatrixFreePrior:
+    """What :func:`equivalent_prior` returns where d > 256 or ``rank`` is given."""
+    bare, rows, root = model.without_encoder(), (tasks.flat(), tasks.task_of_row), scaling.root
+    with float64():
+        location = np.asarray(model.prior.location(phi, np.asarray(tasks.task_predictors)))
+        pairs = [
+            _leading(OneTask.of(bare, kind, phi, tasks, j), location[j], root, tasks, j, rank)
+            if n else (np.zeros(0), np.zeros((location.shape[1], 0)))
+            for j, n in enumerate(tasks.sizes)
+        ]  # fmt: skip
+        values, basis = _side_by_side(pairs)
+        left, moved = to_numpy(method.responses(values))
+        rest = float(method.responses(np.zeros(1))[1][0])
+    status, messages = judge(tasks, method, values, left, moved)
+    cut = _cut(tasks, pairs, kind, rest, messages)
+    with float64():
+        theta = np.asarray(run(bare, phi, *rows, location, method, scaling))
+    refuse_diverged(theta, tasks)
+    validity = Discrepancy.none(tasks.num_tasks)
+    if not model.likelihood.gaussian_in_theta or cut.any():
+        with float64():
+            measured = np.zeros((tasks.num_tasks, 4))
+            for j in np.flatnonzero(tasks.sizes):
+                task = OneTask.of(bare, kind, phi, tasks, int(j))
+                white = White(task, location[j], root, basis[j], left[j], moved[j], rest)
+                measured[j] = white.measure(theta[j])
+        slow = np.isnan(measured[:, 0]) & (status != Status.NO_PRIOR)
+        if slow.any():
+            messages.append(
+                f"validity.missed is not known in {slow.sum()} of {tasks.num_tasks} task(s) "
+                f"({listing(tasks.names[slow].tolist(), 3)}): conjugate gradients did not converge"
+            )
+        validity = judge_validity(Discrepancy(*measured.T), status, tasks, messages)
+    pinned = np.zeros(values.shape, dtype=bool)
+    if null == "pinned":
+        pinned = np.abs(values) <= 1e-10 * np.abs(values).max(axis=1, keepdims=True, initial=0.0)
+        moved, rest = np.where(pinned, 0.0, moved), 0.0
+        messages.append(
+            "the directions that are left out are pinned to phi, in every task: their precision "
+            "is infinite, and stands as 0 in `precision_times`"
+        )
+    directions = root[:, None] * basis
+    dual = directions if (root == 1).all() else basis / root[:, None]
+    return MatrixFreePrior(
+        tasks, method, location, theta, values, directions, dual, left, moved, pinned, status,
+        announce(messages, stacklevel=4), validity, rest, root,
+    )  # fmt: skip
+
+
+def _leading(
+    task: OneTask, centre: np.ndarray, root: np.ndarray, tasks: Tasks, j: int, rank: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The eigenpairs of D H D of largest |λ|, by ascending λ."""
+    d = len(centre)
+    count = min(MOST if rank is None else rank, d - 1)
+    if task.kind == "ggn":
+        count = min(count, int(tasks.sizes[j]))
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        return root * task.product(centre, root * vector.ravel())
+
+    start = np.random.default_rng(0).standard_normal(d)
+    if not np.abs(product(start)).max() > 0:
+        return np.zeros(0), np.zeros((d, 0))
+    operator = LinearOperator((d, d), matvec=product, dtype=float)  # type: ignore[call-arg]
+    try:
+        values, vectors = eigsh(operator, count, which="LM", v0=start)
+    except ArpackError as error:
+        raise InputError(
+            f"the leading directions of task {listing([tasks.names[j]])} were not found "
+            f"({error}); pass a smaller rank"
+        ) from error
+    order = np.argsort(values)
+    return values[order], vectors[:, order]
+
+
+def _side_by_side(
+    pairs: list[tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """λ (J, r) and V (J, d, r), with zeros where a task has fewer directions than others."""
+    r, d = max(1, *(len(values) for values, _ in pairs)), len(pairs[0][1])
+    values, basis = np.zeros((len(pairs), r)), np.zeros((len(pairs), d, r))
+    for j, (found, vectors) in enumerate(pairs):
+        values[j, : len(found)], basis[j, :, : len(found)] = found, vectors
+    order = np.argsort(values, axis=1, kind="stable")
+    return (
+        np.take_along_axis(values, order, 1),
+        np.take_along_axis(basis, order[:, None, :], 2),
+    )
+
+
+def _cut(
+    tasks: Tasks,
+    pairs: list[tuple[np.ndarray, np.ndarray]],
+    kind: Kind,
+    rest: float,
+    messages: list[str],
+) -> np.ndarray:
+    """(J,): where directions are left out whose curvature may matter; say so."""
+    kept = np.array([len(values) for values, _ in pairs])
+    weakest = np.array([np.abs(values).min(initial=np.inf) for values, _ in pairs])
+    complete = (kept == 0) | ((tasks.sizes <= kept) & (kind == "ggn"))
+    cut = ~complete & (rest * weakest >= NEGLIGIBLE)
+    if cut.any():
+        worst = int(np.argmax(np.where(cut, weakest, -np.inf)))
+        messages.append(
+            f"{cut.sum()} of {len(cut)} task(s) ({listing(tasks.names[cut].tolist(), 3)}) bend in "
+            f"more directions than the {kept[worst]} that are kept: the weakest kept has Kη|λ| = "
+            f"{rest * weakest[worst]:.2g}, and the others are taken as 0; pass a larger rank"
+        )
+    return cut
