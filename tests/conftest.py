@@ -132,6 +132,16 @@ def radon_maml(radon: Problem) -> hb.Fit:
 
 
 @pytest.fixture(scope="session")
+def radon_imaml(radon: Problem) -> hb.Fit:
+    return quietly(hb.imaml, radon)
+
+
+@pytest.fixture(scope="session")
+def radon_reptile(radon: Problem) -> hb.Fit:
+    return quietly(hb.reptile, radon)
+
+
+@pytest.fixture(scope="session")
 def radon_no_pooling(radon: Problem) -> hb.Fit:
     return quietly(hb.no_pooling, radon)
 

@@ -58,6 +58,12 @@ METHODS = {
     "reml": Promise("radon_reml", eb("reml"), FULL, True, True, ("theta",)),
     "map": Promise("radon_map", eb("map"), FULL, True, True, ("theta",)),
     "maml": Promise("radon_maml", hb.maml, ("mu", "beta", "sigma", "sigma_query"), False, False),
+    "imaml": Promise(
+        "radon_imaml", hb.imaml, ("mu", "tau", "beta", "sigma", "sigma_query"), False, True
+    ),
+    "reptile": Promise(
+        "radon_reptile", hb.reptile, ("mu", "beta", "sigma", "sigma_query"), False, False
+    ),
     "full Bayes": Promise(
         "radon_full", lambda m, t: hb.full_bayes(m, t, **QUICK), FULL, False, True, (*FULL, "theta")
     ),
@@ -244,7 +250,9 @@ def test_a_dataframe_does_where_tasks_do(made):
 # ------------------------------------------------------------------ global state
 
 
-@pytest.mark.parametrize("name", ["no pooling", "complete pooling", "ml", "maml"])
+@pytest.mark.parametrize(
+    "name", ["no pooling", "complete pooling", "ml", "maml", "imaml", "reptile"]
+)
 def test_a_fit_changes_no_global_state_and_repeats_itself(name, radon, request):
     """Full Bayes below, on eight schools, where it compiles sooner."""
     promise = METHODS[name]

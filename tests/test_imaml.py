@@ -25,6 +25,7 @@ from simulated import by_task, normal_means, regressions
 
 import hierbayes as hb
 from hierbayes.adaptation import Conjugate, LeastSquares, Proximal
+from hierbayes.checks import leave_one_task_out
 from hierbayes.evidence import Predictive
 from hierbayes.numerics import float64
 
@@ -303,6 +304,23 @@ def test_logistic_tasks_end_at_a_maximum():
         mode = logistic_mode(x, y, z @ phi["beta"], location, phi["tau"])
         close(found.theta.values[j], mode, rtol=1e-8, atol=1e-9)
     assert found.predict(target="new").mean.shape == (tasks.num_rows,)
+
+
+# -------------------------------------------------------------------- leave one task out
+
+
+@pytest.mark.slow  # a fit a task
+def test_a_task_left_out_is_scored_by_the_evidence_under_the_prior_of_the_others():
+    """log N(y_j; Xμ, σ²I + X diag(τ²) Xᵀ): σ there, not sigma_query, and rows not independent."""
+    model, tasks = regressions(num_tasks=4)
+    found = hb.imaml(model, tasks, prior_precision=[2.0, 5.0], sigma=0.5, seed=1)
+    scores = leave_one_task_out(found)["log_density"]
+    for j, (x, z, y) in enumerate(by_task(tasks)):
+        rest = tasks.take(np.delete(np.arange(4), j))
+        phi = hb.imaml(model, rest, prior_precision=[2.0, 5.0], sigma=0.5, seed=1).phi
+        covariance = 0.25 * np.eye(len(y)) + x @ np.diag([0.5, 0.2]) @ x.T
+        mean = x @ phi["mu"] + z @ phi["beta"]
+        close(scores[j], stats.multivariate_normal.logpdf(y, mean, covariance), rtol=1e-8)
 
 
 # ----------------------------------------------------------------------------- refusals

@@ -21,6 +21,7 @@ from scipy import special, stats
 from simulated import by_task, explicit_steps, normal_means, regressions
 
 import hierbayes as hb
+from hierbayes.checks import leave_one_task_out
 from hierbayes.meta.fixed_point import follow
 from hierbayes.numerics import float64
 
@@ -195,6 +196,20 @@ def test_logistic_tasks_go_nowhere_on_average():
     close(moves / 15, [0, 0], atol=1e-9)
     close(slope, [0.0], atol=1e-8)
     assert np.abs(found.theta.values - found.phi["mu"]).max() > 0.1
+
+
+@pytest.mark.slow  # a fit a task
+def test_a_task_left_out_is_scored_at_phi_of_the_others():
+    model, tasks = regressions(num_tasks=4)
+    found = hb.reptile(model, tasks, 2, 0.002, sigma=0.5, seed=1)
+    scores = leave_one_task_out(found)["log_density"]
+    for j, (x, z, y) in enumerate(by_task(tasks)):
+        rest = tasks.take(np.delete(np.arange(4), j))
+        phi = hb.reptile(model, rest, 2, 0.002, sigma=0.5, seed=1).phi
+        rows = stats.norm.logpdf(y, x @ phi["mu"] + z @ phi["beta"], phi["sigma_query"])
+        close(scores[j], rows.sum(), rtol=1e-8)
+    comparison = hb.compare({"steps": found})
+    assert_said(comparison.notes, "steps", "before any step", "Reptile learns no distribution")
 
 
 # ---------------------------------------------------------------------- the iteration

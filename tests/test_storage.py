@@ -18,7 +18,7 @@ from hierbayes.fit import storage
 from hierbayes.priors.serialise import hyperprior_from_plain, hyperprior_to_plain
 
 FITS = ["radon_no_pooling", "radon_complete_pooling", "radon_ml", "radon_map", "radon_maml",
-        "radon_full", "schools_full"]  # fmt: skip
+        "radon_imaml", "radon_reptile", "radon_full", "schools_full"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FITS)

@@ -20,7 +20,7 @@ from hierbayes.errors import FitWarning, InputError
 from hierbayes.evidence.exact import log_evidence
 from hierbayes.fit import Fit
 from hierbayes.fit.datatree import dataset
-from hierbayes.meta import complete_pooling, empirical_bayes, maml
+from hierbayes.meta import complete_pooling, empirical_bayes, imaml, maml, reptile
 from hierbayes.numerics import float64
 from hierbayes.statistics import statistics
 
@@ -31,9 +31,9 @@ def leave_one_task_out(fit: Fit) -> dict[str, Any]:
     Parameters
     ----------
     fit : Fit
-        Of full Bayes, empirical Bayes, MAML or complete pooling; no pooling learns nothing about
-        tasks that it has not seen, and of fits with a non-Gaussian likelihood only MAML's are
-        scored, since the evidence of the others is not exact.
+        Of any method but no pooling, which learns nothing about tasks that it has not seen. Of
+        fits with a non-Gaussian likelihood only MAML's and Reptile's are scored, since the
+        evidence of the others is not exact.
 
     Returns
     -------
@@ -79,6 +79,12 @@ def _refit(fit: Fit, tasks: Any) -> Fit:
         learned = "step_size" in fit.phi
         step_size = "auto" if learned else fit.info["step_size"]
         return maml(fit.model, tasks, step_size=step_size, learn_step_size=learned, **settings)
+    if fit.method == "iMAML":
+        settings = {k: fit.info[k] for k in ("query", "num_splits", "sigma", "seed")}
+        return imaml(fit.model, tasks, prior_precision=fit.info["prior_precision"], **settings)
+    if fit.method == "Reptile":
+        settings = {k: fit.info[k] for k in ("num_steps", "step_size", "query", "sigma", "seed")}
+        return reptile(fit.model, tasks, **settings)
     raise InputError(f"{fit.method} cannot be refitted")
 
 

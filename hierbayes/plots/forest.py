@@ -25,7 +25,7 @@ def forest(
     Parameters
     ----------
     fits : Fit or mapping from label to Fit
-        Point estimates (MAML) are drawn without an interval.
+        Point estimates (MAML, iMAML, Reptile) are drawn without an interval.
     coef : str, optional
         The coefficient shown; the first by default.
     probability : float
