@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from hierbayes.adaptation import equivalent_prior
 from hierbayes.adaptation.arguments import read_phi, read_tasks
@@ -16,14 +15,10 @@ from hierbayes.adaptation.implied import described
 from hierbayes.errors import FitWarning, InputError, listing, suggestion
 from hierbayes.fit import Fit
 from hierbayes.model import HierarchicalModel
+from hierbayes.plots.ellipse import ellipse
 from hierbayes.plots.labels import Label, along, halo, place
 from hierbayes.plots.style import axes_or_new, looks
-from hierbayes.plots.trajectories import (
-    Trajectories,
-    log_likelihoods,
-    missed_by_steps,
-    trajectories,
-)
+from hierbayes.plots.trajectories import Landscape, Trajectories
 from hierbayes.tasks import Tasks
 
 STEPS, MAPS, FIELD = "#D55E00", "#111111", "#8C8C8C"
@@ -99,28 +94,24 @@ def adaptation_path(
     prior = prior[tasks.names[0]]
     assert isinstance(prior.method, Descent)
     marks = _marks(prior.method.num_steps)
-    total = np.cumsum(np.broadcast_to(prior.method.step_size, prior.method.num_steps))
-    way = trajectories(
-        model, tasks, found, prior.location, prior.method, prior.curvature,
-        1 / total[np.array(marks) - 1],
-    )  # fmt: skip
-    missed = missed_by_steps(model, tasks, found, prior, way.steps, marks)
+    land = Landscape(model, tasks, found, prior)
+    way = land.trajectories(marks)
 
     ax = axes_or_new(ax, (6.4, 4.6))
     ends = [way.steps[:, pair]]
     if way.identified:
         ends.append(way.estimates[:, pair])
     if spread is not None:
-        ends += _ellipses(*spread[:2])
+        ends.append(ellipse(*spread[:2], 0.9))
     _limits(ax, np.concatenate(ends))
-    _contours(ax, model, tasks, found, way, pair)
+    _contours(ax, land, way, pair)
     curves = []
     if posterior is not None and spread is not None:
         curves = _draw_posterior(ax, posterior, *spread)
-    spots = _draw_paths(ax, way, pair, marks, missed)
+    spots = _draw_paths(ax, way, pair, marks)
     if spread is not None:
         spots = np.concatenate([spots, spread[0][None]])
-    _write(ax, way, pair, marks, missed, spots, posterior, curves)
+    _write(ax, way, pair, marks, spots, posterior, curves)
     names = [tasks.coef[k] for k in pair]
     ax.set_xlabel(f"θ, {names[0]}")
     ax.set_ylabel(f"θ, {names[1]}")
@@ -193,34 +184,22 @@ def _limits(ax: Any, points: np.ndarray) -> None:
     ax.set_ylim(low[1] - pad[1], high[1] + pad[1])
 
 
-def _contours(
-    ax: Any, model: HierarchicalModel, tasks: Tasks, phi: Any, way: Trajectories, pair: list[int]
-) -> None:
+def _contours(ax: Any, land: Landscape, way: Trajectories, pair: list[int]) -> None:
     """Of the log likelihood: equal steps of √(2 (max − log p)), standard deviations if normal."""
     (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
     x, y = np.linspace(x0, x1, 141), np.linspace(y0, y1, 141)
     centre = way.estimates[-1] if way.identified else way.steps[-1]
     grid = np.tile(centre, (len(y), len(x), 1))
     grid[..., pair[0]], grid[..., pair[1]] = np.meshgrid(x, y)
-    values = log_likelihoods(model, tasks, phi, grid)
+    values = land.log_likelihoods(grid)
     top = values.max()
     if way.identified:
-        top = max(top, float(log_likelihoods(model, tasks, phi, centre)))
+        top = max(top, float(land.log_likelihoods(centre)))
     height = np.sqrt(2 * (top - values))
     levels = np.linspace(0, height.max(), 11)[1:]
     ax.contourf(x, y, height, levels=np.append(0, levels), cmap="Greys_r", alpha=0.22,
                 vmin=-0.4 * levels[-1], vmax=levels[-1], zorder=0)  # fmt: skip
     ax.contour(x, y, height, levels=levels, colors=FIELD, linewidths=0.5, alpha=0.7, zorder=0.5)
-
-
-def _ellipses(mean: np.ndarray, covariance: np.ndarray) -> list[np.ndarray]:
-    """Curves (181, 2) that hold 50 and 90 % of the normal distribution."""
-    values, vectors = np.linalg.eigh(covariance)
-    root = vectors * np.sqrt(np.maximum(values, 0.0))
-    angle = np.linspace(0, 2 * np.pi, 181)
-    circle = np.stack([np.cos(angle), np.sin(angle)])
-    radii = np.sqrt(stats.chi2.ppf([0.5, 0.9], 2))
-    return [mean + (r * root @ circle).T for r in radii]
 
 
 def _draw_posterior(
@@ -231,7 +210,7 @@ def _draw_posterior(
     if draws is not None:
         thin = draws[:: max(len(draws) // 1500, 1)]
         ax.plot(*thin.T, ".", color=colour, alpha=0.15, markersize=3, markeredgewidth=0, zorder=1)
-    curves = _ellipses(mean, covariance)
+    curves = [ellipse(mean, covariance, share) for share in (0.5, 0.9)]
     for curve, alpha in zip(curves, (0.16, 0.10), strict=True):
         ax.fill(*curve.T, color=colour, alpha=alpha if draws is None else 0, linewidth=0, zorder=1)
         ax.plot(*curve.T, color=colour, linewidth=1.2, zorder=2)
@@ -239,12 +218,10 @@ def _draw_posterior(
     return curves
 
 
-def _draw_paths(
-    ax: Any, way: Trajectories, pair: list[int], marks: list[int], missed: np.ndarray
-) -> np.ndarray:
+def _draw_paths(ax: Any, way: Trajectories, pair: list[int], marks: list[int]) -> np.ndarray:
     """Draw both ways and return where marks stand (M, 2)."""
     steps, maps, rungs = (a[:, pair] for a in (way.steps, way.estimates, way.rungs))
-    for k, rung, nats in zip(marks, rungs, missed, strict=True):
+    for k, rung, nats in zip(marks, rungs, way.missed, strict=True):
         if not np.isnan(nats):
             ax.plot(*np.stack([steps[k], rung]).T, color="#555555", linewidth=0.7, zorder=2.5)
             ax.plot(*rung, "o", color=MAPS, markersize=2.6, zorder=3)
@@ -252,7 +229,7 @@ def _draw_paths(
     few = len(steps) <= 61
     ax.plot(*steps.T, color=STEPS, linewidth=1.0 if few else 1.8, zorder=3.5, gid="gradient steps",
             marker="o" if few else None, markersize=2.2)  # fmt: skip
-    for k, nats in zip(marks, missed, strict=True):
+    for k, nats in zip(marks, way.missed, strict=True):
         none, astray = np.isnan(nats), nats > WORST
         ax.plot(*steps[k], "s" if astray else "o", color=STEPS, markersize=6, markeredgewidth=1.4,
                 markerfacecolor="white" if none else STEPS, path_effects=halo(3), zorder=4,
@@ -264,7 +241,7 @@ def _draw_paths(
 
 
 def _write(
-    ax: Any, way: Trajectories, pair: list[int], marks: list[int], missed: np.ndarray,
+    ax: Any, way: Trajectories, pair: list[int], marks: list[int],
     spots: np.ndarray, posterior: Fit | None, curves: list[np.ndarray],
 ) -> None:  # fmt: skip
     steps, maps = way.steps[:, pair], way.estimates[:, pair]
@@ -278,19 +255,19 @@ def _write(
     labels.append(Label("gradient steps", along(ax, steps), STEPS, 9))
     labels.append(Label("MAP under N(φ, I/p)\n(dots: p = 1/Kη)", along(ax, maps), MAPS, 9))
     labels += [Label(f"{k}", [steps[k]], STEPS, needed=False) for k in marks[:-1]]
-    notes = "\n".join([*_notes(way, marks, missed), "grey contours: log likelihood"])
+    notes = "\n".join([*_notes(way, marks), "grey contours: log likelihood"])
     x0, x1, y0, y1 = *ax.get_xlim(), *ax.get_ylim()
     labels.append(Label(notes, [(x, y) for y in (y0, y1) for x in (x1, x0)], "#444444"))
     place(ax, labels, [steps, maps, *curves], spots)
 
 
-def _notes(way: Trajectories, marks: list[int], missed: np.ndarray) -> list[str]:
+def _notes(way: Trajectories, marks: list[int]) -> list[str]:
     """Where the picture must not be read as a MAP estimate."""
 
     def which(chosen: np.ndarray) -> str:
         return ", ".join(str(k) for k, c in zip(marks, chosen, strict=True) if c)
 
-    notes = []
+    notes, missed = [], way.missed
     if np.isnan(missed).any():
         notes.append(f"hollow: no Gaussian prior (K = {which(np.isnan(missed))})")
     if (missed > WORST).any():

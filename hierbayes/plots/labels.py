@@ -19,7 +19,8 @@ _SIDES = {1: ("left", "bottom"), -1: ("right", "top"), 0: ("center", "center")}
 class Label(NamedTuple):
     """A text and where it may stand: near ``at`` (several anchors: near any of them).
 
-    ``needed``: drawn in the least crowded spot where none is free; otherwise left out.
+    ``needed``: drawn in the least crowded spot where none is free; otherwise left out. ``sides``:
+    on which sides of an anchor, right and up being 1.
     """
 
     text: str
@@ -27,6 +28,7 @@ class Label(NamedTuple):
     color: str = "#000000"
     size: float = 8.0
     needed: bool = True
+    sides: Sequence[tuple[int, int]] = _COMPASS
 
 
 def halo(width: float = 2.5) -> list[Any]:
@@ -60,7 +62,7 @@ def place(
         best, least = None, np.inf
         for reach in _REACHES if label.needed else _REACHES[:3]:
             for anchor in label.at:
-                for side in _COMPASS:
+                for side in label.sides:
                     _move(text, anchor, side, reach)
                     box = _box(text, 1.0)
                     cost = _crowding(box, ax.bbox, taken, boxes) + 0.01 * reach

@@ -13,10 +13,10 @@ from hierbayes.numerics import float64
 from hierbayes.plots.labels import Label, place
 from hierbayes.plots.style import axes_or_new
 
-LEAST = 0.03
+LEAST = 0.08
 """Smallest u = Kηλ shown."""
 
-CEILING = 1.45
+CEILING = 1.35
 FLOW, RIDGE = "#0072B2", "#000000"
 STEPS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -46,7 +46,7 @@ def shrinkage_filters(num_steps: Sequence[int] = (1, 5, 20), *, ax: Any = None) 
     >>> matplotlib.use("Agg")
     >>> ax = hb.plots.shrinkage_filters((1, 2, 10))
     """
-    counts = list(num_steps) if isinstance(num_steps, Sequence) else [num_steps]
+    counts = list(np.atleast_1d(np.asarray(num_steps)))
     if not counts or not all(isinstance(k, (int, np.integer)) and k >= 1 for k in counts):
         raise InputError(f"num_steps must list positive integers, found {num_steps!r}")
     if len(counts) > len(STEPS):
@@ -64,17 +64,19 @@ def shrinkage_filters(num_steps: Sequence[int] = (1, 5, 20), *, ax: Any = None) 
         flow = 1 - np.asarray(Flow(1.0).responses(u)[0])
     ax.plot(u, flow, color=FLOW, linewidth=1.8, gid="flow")
     drawn = [np.stack([u, u / (1 + u)], 1), np.stack([u, flow], 1)]
-    labels = []
     for count, colour in zip(counts, STEPS, strict=False):
         drawn += _draw_steps(ax, int(count), colour)
-        labels.append(Label(f"K = {count}", [(count, 1.0)], colour, 9))
     at, text = _mark_ratio(ax)
-    low, middle = (u > 0.02 * most) & (u < 0.6 * most), (u > 0.1) & (u < 8)
-    labels += [
+    # flow runs between others all the way: its name stands below, on a thread
+    ax.annotate("gradient flow", (0.42, -np.expm1(-0.42)), (0.62, 0.13), color=FLOW, fontsize=9,
+                va="center", zorder=6, arrowprops={"arrowstyle": "-", "color": FLOW,
+                "linewidth": 0.9, "shrinkA": 1, "shrinkB": 0, "relpos": (0.1, 1.0)})  # fmt: skip
+    below = drawn[0][(u > 0.1 * most) & (u < 0.6 * most)]
+    labels = [
         Label("past the optimum: no Gaussian prior", [(LEAST, CEILING)], "#333333", 8.5),
         Label(text, [at], "#333333", 8.5),
-        Label("ridge, p = 1/(Kη)", list(drawn[0][low][::20]), RIDGE, 9),
-        Label("gradient flow", list(drawn[1][middle][::10]), FLOW, 9),
+        *(Label(f"K = {k}", [(k, 1.0)], c, 9) for k, c in zip(counts, STEPS, strict=False)),
+        Label("ridge, p = 1/(Kη)", list(below[::8]), RIDGE, 9, sides=[(1, -1)]),
     ]
     place(ax, labels, drawn, [(k, 1.0) for k in counts])
     ticks = [t for t in (0.1, 1, 10, 100, 1000) if t < most]

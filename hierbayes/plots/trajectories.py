@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation.curvature import slopes
-from hierbayes.adaptation.descent import Descent, Flow
+from hierbayes.adaptation.descent import Descent
 from hierbayes.adaptation.discrepancy import measure
 from hierbayes.adaptation.implied import FLAT, EquivalentPrior
 from hierbayes.adaptation.newton import climb
@@ -22,104 +22,114 @@ from hierbayes.tasks import Task, Tasks
 IDENTIFIED = 1e-8
 """Curvature at the optimum, over the largest at φ, below which a direction has no optimum."""
 
+NUM_ESTIMATES = 200
+
 
 class Trajectories(NamedTuple):
     """One task's way from φ.
 
-    ``steps`` (K + 1, d): θ_0, …, θ_K. ``precisions`` (P,), falling from inf to 0, and
-    ``estimates`` (P, d): the MAP estimates under N(φ, I / p). ``rungs`` (M, d): those at the
-    precisions asked for. ``identified``: whether the task's rows determine the optimum at p = 0.
+    ``steps`` (K + 1, d): θ_0, …, θ_K. ``estimates`` (P, d): the MAP estimates under N(φ, I/p), from
+    p = ∞ at φ down to p = 0. ``rungs`` (M, d): those at p = 1/(Kη) for each K that is marked.
+    ``missed`` (M,): nats by which θ_K misses the MAP estimate under its own equivalent prior, zero
+    where the likelihood is Gaussian, NaN where no prior is. ``identified``: whether the task's rows
+    determine the optimum at p = 0.
     """
 
     steps: np.ndarray
-    precisions: np.ndarray
     estimates: np.ndarray
     rungs: np.ndarray
+    missed: np.ndarray
     identified: bool
 
 
-def trajectories(
-    model: HierarchicalModel,
-    tasks: Tasks,
-    phi: Mapping[str, np.ndarray],
-    location: np.ndarray,
-    method: Descent | Flow,
-    curvature: np.ndarray,
-    rungs: np.ndarray,
-    num_points: int = 200,
-) -> Trajectories:
-    """From φ at ``location`` (d,), where the task's curvatures are ``curvature`` (d,)."""
-    largest = max(float(curvature.max()), np.finfo(float).tiny)
-    least = max(float(curvature.min()), 1e-4 * largest)
-    between = np.geomspace(1e4 * largest, 1e-4 * least, num_points)
-    precisions = np.concatenate([between, rungs, [0.0]])
-    arguments = (model.without_encoder(), dict(phi), tasks.flat(), tasks.task_of_row)
-    with float64():
-        steps = _steps(*arguments, location, method)
-        estimates, bend, converged = to_numpy(_estimates(*arguments, location, precisions))
-    identified = bool(converged[-1] and np.linalg.eigvalsh(bend[-1])[0] > IDENTIFIED * largest)
-    path = np.concatenate([location[None], estimates[:num_points], estimates[-1:]])
-    return Trajectories(
-        np.asarray(steps), np.concatenate([[np.inf], between, [0.0]]), path,
-        estimates[num_points:-1], identified,
-    )  # fmt: skip
+class Landscape:
+    """The log likelihood of one task around φ, where gradient steps have their equivalent prior."""
 
+    def __init__(
+        self,
+        model: HierarchicalModel,
+        tasks: Tasks,
+        phi: Mapping[str, np.ndarray],
+        prior: EquivalentPrior,
+    ) -> None:
+        assert isinstance(prior.method, Descent)
+        self.prior, self.num_steps = prior, prior.method.num_steps
+        self.quadratic = model.likelihood.gaussian_in_theta
+        self.rows = (model.without_encoder(), dict(phi), tasks.flat(), tasks.task_of_row)
+        self.step_sizes = np.broadcast_to(np.asarray(prior.method.step_size), self.num_steps)
+        # of the linearised task, along its directions; of the task itself where it is quadratic
+        reached = (prior.posterior_mean - prior.location) @ prior.directions
+        self.slope = reached / prior.moved
+        self.largest = max(float(np.abs(prior.curvature).max()), np.finfo(float).tiny)
 
-def missed_by_steps(
-    model: HierarchicalModel,
-    tasks: Tasks,
-    phi: Mapping[str, np.ndarray],
-    prior: EquivalentPrior,
-    steps: np.ndarray,
-    marks: list[int],
-) -> np.ndarray:
-    """Nats by which θ_k misses the MAP estimate under its equivalent prior, for each k marked.
+    def trajectories(self, marks: list[int]) -> Trajectories:
+        """Steps, MAP estimates and what joins them at the numbers of steps in ``marks``."""
+        steps, left, moved = self._steps()
+        rungs = 1 / np.cumsum(self.step_sizes)[np.array(marks) - 1]
+        least = max(float(self.prior.curvature.min()), 1e-4 * self.largest)
+        between = np.geomspace(1e4 * self.largest, 1e-4 * least, NUM_ESTIMATES)
+        found, identified = self._estimates(np.concatenate([between, rungs, [0.0]]))
+        path = np.concatenate([self.prior.location[None], found[:NUM_ESTIMATES], found[-1:]])
+        missed = np.array([self._missed(steps[k], left[k], moved[k]) for k in marks])
+        return Trajectories(steps, path, found[NUM_ESTIMATES:-1], missed, identified)
 
-    NaN without a prior; zero where the likelihood is Gaussian.
-    """
-    if model.likelihood.gaussian_in_theta:
-        return np.where([has_no_prior(prior, k) for k in marks], np.nan, 0.0)
-    rows, location = (tasks.flat(), tasks.task_of_row), prior.location[None]
-    vectors, curvature = prior.directions, prior.curvature
-    hessian = (vectors * curvature @ vectors.T)[None]
-    found = []
-    for k in marks:
+    def log_likelihoods(self, thetas: np.ndarray) -> np.ndarray:
+        """Log p(D | θ) at each of ``thetas`` (…, d), up to a constant."""
+        if self.quadratic:
+            away = (thetas - self.prior.location) @ self.prior.directions
+            return away @ self.slope - 0.5 * away**2 @ self.prior.curvature
         with float64():
-            left, moved = to_numpy(first_steps(prior, k).responses(curvature))
-            precision = (vectors * (left / moved) @ vectors.T)[None]
-            # θ_k stands for the linearised end too, of which nothing is asked here
-            end = steps[k][None]
-            measured = measure(
-                model.without_encoder(), "ggn", dict(phi), *rows, location, end, end, hessian,
-                precision,
-            )  # fmt: skip
-        found.append(np.nan if (left < -FLAT).any() else float(measured[0][0]))
-    return np.array(found)
+            values = _log_likelihoods(*self.rows, thetas.reshape(-1, thetas.shape[-1]))
+        return np.asarray(values).reshape(thetas.shape[:-1])
 
+    def _steps(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """θ_k, and what k steps leave of φ and move along each direction, each (K + 1, d)."""
+        left, moved = [np.ones_like(self.slope)], [np.zeros_like(self.slope)]
+        for eta in self.step_sizes:
+            factor = 1 - eta * self.prior.curvature
+            left.append(left[-1] * factor)
+            moved.append(moved[-1] * factor + eta)
+        responses = np.array(left), np.array(moved)
+        if self.quadratic:
+            along = responses[1] * self.slope
+            return self.prior.location + along @ self.prior.directions.T, *responses
+        with float64():
+            steps = _steps(*self.rows, self.prior.location, self.prior.method)
+        return np.asarray(steps), *responses
 
-def first_steps(prior: EquivalentPrior, num_steps: int) -> Descent:
-    """The method cut off after so many steps."""
-    sizes: Any = prior.method.step_size  # type: ignore[union-attr]
-    return Descent(num_steps, sizes if np.ndim(sizes) == 0 else sizes[:num_steps])
+    def _estimates(self, precisions: np.ndarray) -> tuple[np.ndarray, bool]:
+        """MAP estimates under N(φ, I/p), the last p being 0, and whether the last is identified."""
+        if self.quadratic:
+            curvature = self.prior.curvature + precisions[:, None]
+            # nothing moves along a direction of which the rows say nothing, whatever p
+            known = curvature > IDENTIFIED * self.largest
+            along = np.where(known, self.slope / np.where(known, curvature, 1.0), 0.0)
+            found = self.prior.location + along @ self.prior.directions.T
+            return found, bool(known[-1].all())
+        with float64():
+            found, bend, converged = to_numpy(
+                _estimates(*self.rows, self.prior.location, precisions)
+            )
+        least = np.linalg.eigvalsh(bend[-1])[0]
+        return found, bool(converged[-1] and least > IDENTIFIED * self.largest)
 
-
-def has_no_prior(prior: EquivalentPrior, num_steps: int) -> bool:
-    """Whether the first ``num_steps`` steps are no MAP estimate under any Gaussian prior."""
-    with float64():
-        left, _ = to_numpy(first_steps(prior, num_steps).responses(prior.curvature))
-    return bool((left < -FLAT).any())
-
-
-def log_likelihoods(
-    model: HierarchicalModel, tasks: Tasks, phi: Mapping[str, np.ndarray], thetas: np.ndarray
-) -> np.ndarray:
-    """The task's log p(D | θ) at each of ``thetas`` (…, d)."""
-    points = thetas.reshape(-1, thetas.shape[-1])
-    with float64():
-        values = _log_likelihoods(
-            model.without_encoder(), dict(phi), tasks.flat(), tasks.task_of_row, points
+    def _missed(self, theta: np.ndarray, left: np.ndarray, moved: np.ndarray) -> float:
+        if (left < -FLAT).any():
+            return np.nan
+        if self.quadratic:
+            return 0.0
+        model, phi, rows, task_of_row = self.rows
+        vectors = self.prior.directions
+        hessian, precision = (
+            (vectors * values @ vectors.T)[None] for values in (self.prior.curvature, left / moved)
         )
-    return np.asarray(values).reshape(thetas.shape[:-1])
+        # θ_k stands for the linearised end too, of which nothing is asked here
+        end, location = theta[None], self.prior.location[None]
+        with float64():
+            measured = measure(
+                model, "ggn", phi, rows, task_of_row, location, end, end, hessian, precision
+            )
+        return float(measured[0][0])
 
 
 @functools.partial(jax.jit, static_argnums=0)
