@@ -17,6 +17,9 @@ from hierbayes.tasks import Tasks
 NODES = np.arange(-8.5, 8.5 + 1 / 16, 1 / 8)
 """Trapezium nodes for E[1 / (1 + e^−f)] under normal f: right to 1e-10 up to an sd of 6."""
 
+POSSIBLE = (np.finfo(float).tiny, 1.0 - np.finfo(float).epsneg)
+"""A chance that rounds to 0 or 1 would score a single contradicting row as −∞."""
+
 
 @dataclass(frozen=True)
 class Bernoulli(Likelihood):
@@ -61,13 +64,13 @@ class Bernoulli(Likelihood):
         """Bernoulli with the mean probability under normal f, by quadrature."""
         del phi, slots
         if np.max(variance, initial=0.0) == 0:
-            return stats.bernoulli(special.expit(location))
+            return stats.bernoulli(np.clip(special.expit(location), *POSSIBLE))
         weights = np.exp(-0.5 * NODES**2)
         sd = np.sqrt(np.asarray(variance, dtype=float))
         chance = np.zeros(np.broadcast_shapes(np.shape(location), sd.shape))
         for node, weight in zip(NODES, weights / weights.sum(), strict=True):
             chance += weight * special.expit(location + node * sd)
-        return stats.bernoulli(chance)
+        return stats.bernoulli(np.clip(chance, *POSSIBLE))
 
     def divergence(
         self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
