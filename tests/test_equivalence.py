@@ -342,8 +342,8 @@ def test_nothing_is_said_where_steps_are_short():
 @pytest.mark.parametrize("rows", [20, 25])
 def test_divergence_is_refused_naming_task_and_limit(rows, num_steps):
     """x = 2 neither converges nor diverges, and has no posterior of finite precision either."""
-    tasks = normal_means([5, rows, 1], ["few", "many", "one"])
-    with refuses("diverge in 1 of 3", "'many'", f"{rows} rows", "2/λ_max", f"{2 / rows:.3g}"):
+    tasks = normal_means([3, rows, 27 - rows, 0], ["few", "many", "some", "none"])
+    with refuses("diverge in 1 of 4", "'many'", f"{rows} rows", "2/λ_max", f"{2 / rows:.3g}"):
         hb.equivalent_prior(GAUSSIAN, tasks, [0.0], num_steps, 0.1, sigma=1.0)
 
 

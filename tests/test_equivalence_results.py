@@ -9,6 +9,8 @@ import pytest
 from assertions import close, monte_carlo, refuses
 
 import hierbayes as hb
+from hierbayes.adaptation import Descent, Flow
+from hierbayes.adaptation.judgement import described
 
 GAUSSIAN = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
 BERNOULLI = hb.HierarchicalModel(hb.likelihoods.Bernoulli(), hb.priors.Gaussian())
@@ -159,17 +161,18 @@ def test_table_has_a_row_a_task():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("method", "words"),
     [
-        (dict(num_steps=1), "1 step of 0.05 as a Gaussian prior: 3 task(s), 3 proper"),
-        (dict(num_steps=2, step_size=[0.05, 0.01]), "2 steps of 0.01 to 0.05 as"),
-        (dict(momentum=0.5), "2 steps of 0.05 with momentum 0.5 as"),
-        (dict(momentum=0.5, nesterov=True), "2 steps of 0.05 with Nesterov momentum 0.5 as"),
-        (dict(num_steps=None, step_size=None, time=0.2), "gradient flow for a time of 0.2 as"),
+        (Descent(1, 0.05), "1 step of 0.05"),
+        (Descent(2, np.array([0.05, 0.01])), "2 steps of 0.01 to 0.05"),
+        (Descent(2, 0.05, 0.5), "2 steps of 0.05 with momentum 0.5"),
+        (Descent(2, 0.05, 0.5, nesterov=True), "2 steps of 0.05 with Nesterov momentum 0.5"),
+        (Descent(2, optimiser=optax.sgd(0.1)), "2 steps of an Optax optimiser"),
+        (Flow(0.2), "gradient flow for a time of 0.2"),
     ],
 )
-def test_in_words(arguments, words):
-    assert words in str(asked(**arguments))
+def test_methods_in_words(method, words):
+    assert described(method) == words
 
 
 def test_draws_are_of_the_implied_posterior():
@@ -215,6 +218,7 @@ def test_maml_steps_from_its_own_phi(radon, radon_maml):
     close(county.posterior_mean, radon_maml.theta.sel(task="ST LOUIS"), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_phi_of_empirical_bayes(radon, radon_ml):
     """The steps start at its mu, with its sigma and beta; tau and corr play no part."""
     found = hb.equivalent_prior(radon.model, radon.tasks, radon_ml.phi, 3, 0.001)
