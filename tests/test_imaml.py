@@ -144,6 +144,7 @@ def test_logistic_map_and_its_slope():
     assert (np.abs(slope) > 1e-3).all(), "every part of φ is tried"
 
 
+@pytest.mark.slow
 def test_gaussian_map_has_right_second_derivatives():
     """Nothing is held constant in the closed form; differences of values are right to 1e-6."""
     model, tasks = regressions(num_tasks=8)

@@ -25,6 +25,7 @@ from hierbayes.meta.inner_loop import (
     check_optimiser,
     inner_noise,
     outer_parameters,
+    side_by_side,
     support_query_splits,
 )
 from hierbayes.model import HierarchicalModel
@@ -135,13 +136,11 @@ def imaml(
                 tau = 1 / jnp.sqrt(jnp.asarray(given))
             return to_phi(parameters) | {"tau": tau}
 
-        total = sum(q.num_rows for _, q in splits)
+        support, asked = (side_by_side(parts) for parts in zip(*splits, strict=True))
         plain = resolved.without_encoder()
 
         def objective(parameters: Any) -> jax.Array:
-            phi = unpack(parameters)
-            rows = [evidence(plain, phi, *split).sum() for split in splits]
-            return jnp.stack(rows).sum() / total
+            return evidence(plain, unpack(parameters), support, asked).sum() / asked.num_rows
 
         best = maximise(objective, start, optimiser, num_meta_steps, progress, "iMAML")
         phi = to_numpy(unpack(best.parameters))
@@ -156,7 +155,7 @@ def imaml(
         warnings=announce(remarks),
         info={
             "prior_precision": "learn" if given is None else given.tolist(),
-            "query_log_density": best.value * total / num_splits, "query": query,
+            "query_log_density": best.value * asked.num_rows / num_splits, "query": query,
             "num_splits": num_splits, "sigma": sigma, "seed": seed,
             "seconds": time.perf_counter() - started,
         },

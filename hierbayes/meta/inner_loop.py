@@ -9,7 +9,8 @@ the outer loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -76,6 +77,24 @@ def support_query_splits(
             "rows; use empirical_bayes or full_bayes"
         )
     return splits
+
+
+def side_by_side(parts: Sequence[Tasks]) -> Tasks:
+    """The same tasks' parts of several splits as one set of tasks, computed with once."""
+    first = parts[0]
+    offsets = np.cumsum([0] + [part.num_rows for part in parts[:-1]])
+    starts = [part.starts[:-1] + offset for part, offset in zip(parts, offsets, strict=True)]
+    return replace(
+        first,
+        predictors=np.concatenate([part.predictors for part in parts]),
+        shared=np.concatenate([part.shared for part in parts]),
+        task_predictors=np.concatenate([part.task_predictors for part in parts]),
+        outcome=np.concatenate([part.outcome for part in parts]),
+        slots={name: np.concatenate([part.slots[name] for part in parts]) for name in first.slots},
+        starts=np.concatenate([*starts, [sum(part.num_rows for part in parts)]]),
+        rows=np.concatenate([part.rows for part in parts]),
+        labels=replace(first.labels, names=np.tile(first.names, len(parts))),
+    )
 
 
 def outer_parameters(

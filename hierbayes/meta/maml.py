@@ -25,6 +25,7 @@ from hierbayes.meta.inner_loop import (
     check_optimiser,
     inner_noise,
     outer_parameters,
+    side_by_side,
     support_query_splits,
 )
 from hierbayes.model import HierarchicalModel
@@ -138,12 +139,11 @@ def maml(
             learned = max(longest, eta) * jax.nn.sigmoid(parameters["step_size"])
             return to_phi(parameters) | {"step_size": learned}
 
-        total = sum(q.num_rows for _, q in splits)
+        support, asked = (side_by_side(parts) for parts in zip(*splits, strict=True))
 
         def objective(parameters: Any) -> jax.Array:
-            learned = unpack(parameters)
-            rows = [evidence(resolved, learned, *split).sum() for split in splits]
-            return jnp.stack(rows).sum() / total
+            rows = evidence(resolved, unpack(parameters), support, asked)
+            return rows.sum() / asked.num_rows
 
         best = maximise(objective, start, optimiser, num_meta_steps, progress, "MAML")
         phi = to_numpy(unpack(best.parameters))
@@ -158,7 +158,7 @@ def maml(
         ),
         info={
             "num_steps": num_steps, "step_size": chosen,
-            "query_log_density": best.value * total / num_splits, "query": query,
+            "query_log_density": best.value * asked.num_rows / num_splits, "query": query,
             "num_splits": num_splits, "sigma": sigma, "seed": seed,
             "seconds": time.perf_counter() - started,
         },
