@@ -16,6 +16,7 @@ from hierbayes.adaptation.descent import Descent, Flow, implied_precision
 from hierbayes.adaptation.equivalence import equivalent_prior
 from hierbayes.adaptation.gradient import GradientSteps
 from hierbayes.adaptation.implied import Discrepancy, EquivalentPrior
+from hierbayes.adaptation.implied_posterior import ImpliedPosterior
 from hierbayes.adaptation.judgement import Status
 from hierbayes.adaptation.laplace import Laplace
 from hierbayes.adaptation.least_squares import LeastSquares
@@ -33,6 +34,7 @@ __all__ = [
     "EquivalentSteps",
     "Flow",
     "GradientSteps",
+    "ImpliedPosterior",
     "Laplace",
     "LeastSquares",
     "MatrixFreePrior",
