@@ -39,8 +39,8 @@ class EquivalenceReport:
     table : DataFrame
         A row a rung, against the full posterior: ``kl`` (median over tasks, nats) and
         ``kl_worst``; ``wasserstein`` (median, in posterior sds); ``mean_shift`` (mean absolute
-        shift, in posterior sds); ``sd_ratio`` (geometric mean); ``coverage_50`` … (share of the full
-        posterior's draws inside the rung's central intervals); ``log_density`` a held-out row with
+        shift, in posterior sds); ``sd_ratio`` (geometric mean); ``coverage_50`` … (share of the
+        full posterior's draws inside the rung's central intervals); ``log_density`` a held-out row with
         ``log_density_se`` over tasks. Tasks without a Gaussian prior are left out of the first
         rung's distances, not out of its ``log_density``. With ``truth``, ``truth_50`` …: the share
         of true θ_j inside the intervals. The last row is what the reference's Monte-Carlo error
@@ -142,7 +142,7 @@ def equivalence_report(
     >>> model, tasks = hb.from_formula(
     ...     "reaction ~ 1 + days + (1 + days | subject)", hb.datasets.sleepstudy()
     ... )
-    >>> full = hb.full_bayes(model, tasks, num_draws=250, num_warmup=250)
+    >>> full = hb.full_bayes(model, tasks, num_draws=50, num_warmup=50, num_chains=2)
     >>> eb = hb.empirical_bayes(model, tasks)
     >>> report = hb.equivalence_report(eb, full, num_steps=20, step_size="auto")
     >>> list(report.fits)
