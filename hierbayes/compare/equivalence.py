@@ -140,11 +140,13 @@ def equivalence_report(
     --------
     >>> import hierbayes as hb
     >>> model, tasks = hb.from_formula(
-    ...     "reaction ~ 1 + days + (1 + days | subject)", hb.datasets.sleepstudy()
+    ...     "y ~ 1 + (1 | school)", hb.datasets.eight_schools(), known_se="se"
     ... )
-    >>> full = hb.full_bayes(model, tasks, num_draws=50, num_warmup=50, num_chains=2)
-    >>> eb = hb.empirical_bayes(model, tasks)
-    >>> report = hb.equivalence_report(eb, full, num_steps=20, step_size="auto")
+    >>> full = hb.full_bayes(model, tasks, num_draws=250, num_warmup=250, num_chains=2)
+    >>> eb = hb.empirical_bayes(model, tasks, criterion="map")
+    >>> report = hb.equivalence_report(
+    ...     eb, full, empirical_bayes=eb, num_steps=5, step_size="auto"
+    ... )
     >>> list(report.fits)
     ['gradient steps', 'MAP, learned prior', 'empirical Bayes', 'full Bayes']
     >>> report.table.index[-1]

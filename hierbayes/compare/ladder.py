@@ -82,7 +82,7 @@ def _steps(start: Fit, num_steps: int | None, step_size: float | str | None) -> 
         raise InputError(f'step_size must be a number or "auto", found {step_size!r}')
     if num_steps is None and "num_steps" not in start.info and step_size is not None:
         raise InputError(f"{start.method} takes no gradient steps: pass num_steps with step_size")
-    if num_steps is None and "num_steps" not in start.info and "tau" in start.phi:
+    if num_steps is None and "num_steps" not in start.info and np.any(start.phi.get("tau", 0) > 0):
         table = equivalent_steps(start.model, start.tasks, start.phi).table
         finite = table[np.isfinite(table.index)]
         best = finite["risk_ratio"].idxmin()
