@@ -1,4 +1,4 @@
-"""Draw ``docs/figures/readme.png``: run it after changing a method or the shrinkage plot."""
+"""Draw the README's two pictures: run it after changing a method or one of these plots."""
 
 from pathlib import Path
 
@@ -20,4 +20,15 @@ hb.plots.learned_prior(fits, ax=axes[1])
 axes[0].set_ylabel("log radon in a basement, θ_j")
 axes[0].set_title("85 counties: from each alone to all as one", loc="left")
 axes[1].set_xlabel("log radon in a basement")
-figure.savefig(Path(__file__).parent / "figures" / "readme.png", dpi=110)
+folder = Path(__file__).parent / "figures"
+figure.savefig(folder / "readme.png", dpi=110)
+
+full = fits["full Bayes"]
+figure, axis = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
+hb.plots.adaptation_path(
+    model, tasks["ANOKA"], full.phi, num_steps=200, step_size=0.002, posterior=full, ax=axis
+)
+axis.set_xlabel("log radon in a basement")
+axis.set_ylabel("change on the first floor")
+axis.set_title("Anoka county, 52 houses: 200 gradient steps from φ", loc="left")
+figure.savefig(folder / "adaptation_path.png", dpi=110)

@@ -16,7 +16,7 @@ from hierbayes.errors import FitWarning, InputError, listing, suggestion
 from hierbayes.fit import Fit
 from hierbayes.model import HierarchicalModel
 from hierbayes.plots.ellipse import ellipse
-from hierbayes.plots.labels import Label, along, halo, place
+from hierbayes.plots.labels import LEVEL_FIRST, Label, along, halo, place
 from hierbayes.plots.style import axes_or_new, looks
 from hierbayes.plots.trajectories import Landscape, Trajectories
 from hierbayes.tasks import Tasks
@@ -248,7 +248,7 @@ def _write(
     labels = [Label("φ", [steps[0]], size=13)]
     if way.identified:
         labels.append(Label("the task alone", [maps[-1]], size=9))
-    labels.append(Label(f"K = {marks[-1]}", [steps[-1]], STEPS))
+    labels.append(Label(f"K = {marks[-1]}", [steps[-1]], STEPS, sides=LEVEL_FIRST))
     if posterior is not None:
         colour = looks({"": posterior})[""]["color"]
         labels.append(Label(f"posterior,\n{posterior.method}", list(curves[1][::6]), colour, 9))

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 _COMPASS = [(1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)]
-_REACHES = (4.0, 7.0, 11.0, 19.0, 30.0)
+LEVEL_FIRST = [(-1, 0), (1, 0), *_COMPASS[:4], (0, 1), (0, -1)]
+"""Sides in the order of preference where marks stand above each other."""
+
+_REACHES = (5.5, 7.5, 11.0, 19.0, 30.0)
 """Distances between an anchor and its text, in points; those of texts left out end at the third."""
 
 _RING = np.array([(0, 0), *_COMPASS]) * np.array([1, *[0.7] * 4, *[1] * 4])[:, None]
@@ -59,20 +62,21 @@ def place(
             label.text, label.at[0], xytext=(0, 0), textcoords="offset points", color=label.color,
             fontsize=label.size, path_effects=halo(), zorder=6, annotation_clip=True,
         )  # fmt: skip
-        best, least = None, np.inf
+        best, least, free = None, np.inf, False
         for reach in _REACHES if label.needed else _REACHES[:3]:
             for anchor in label.at:
                 for side in label.sides:
                     _move(text, anchor, side, reach)
                     box = _box(text, 1.0)
-                    cost = _crowding(box, ax.bbox, taken, boxes) + 0.01 * reach
+                    crowd = _crowding(box, ax.bbox, taken, boxes)
                     if len(label.at) == 1:
-                        cost += 20 * _astray(box, paper(anchor), own)
-                    if cost < least:
-                        best, least = (anchor, side, reach), cost
-            if least < 1:
+                        crowd += 20 * _astray(box, paper(anchor), own)
+                    if crowd + 0.15 * reach < least:
+                        best, least = (anchor, side, reach), crowd + 0.15 * reach
+                        free = crowd == 0
+            if free:
                 break
-        if best is None or (least >= 1 and not label.needed):
+        if best is None or not (free or label.needed):
             text.remove()
             continue
         _move(text, *best)
@@ -120,13 +124,13 @@ def _crowding(box: np.ndarray, frame: Any, taken: np.ndarray, boxes: list[np.nda
 
 
 def _astray(box: np.ndarray, anchor: np.ndarray, others: list[np.ndarray]) -> int:
-    """How many other marks a text stands nearer to than to its own."""
+    """How many other marks a text stands about as near to as to its own."""
 
     def away(point: np.ndarray) -> float:
         return float(np.hypot(*(np.clip(point, box[:2], box[2:]) - point)))
 
-    reach = away(anchor) - 0.5
-    return sum(away(p) < reach or away(p) < 3 for p in others if not np.allclose(p, anchor))
+    limit = max(1.8 * away(anchor), 3.0)
+    return sum(away(p) < limit for p in others if not np.allclose(p, anchor))
 
 
 def _dense(points: np.ndarray, spacing: float = 3.0) -> np.ndarray:
