@@ -40,8 +40,8 @@ class EquivalenceReport:
         A row a rung, against the full posterior: ``kl`` (median over tasks, nats) and
         ``kl_worst``; ``wasserstein`` (median, in posterior sds); ``mean_shift`` (mean absolute
         shift, in posterior sds); ``sd_ratio`` (geometric mean); ``coverage_50`` … (share of the
-        full posterior's draws inside the rung's central intervals); ``log_density`` a held-out row with
-        ``log_density_se`` over tasks. Tasks without a Gaussian prior are left out of the first
+        full posterior's draws inside the rung's central intervals); ``log_density`` a held-out row
+        with ``log_density_se`` over tasks. Tasks without a Gaussian prior are left out of the first
         rung's distances, not out of its ``log_density``. With ``truth``, ``truth_50`` …: the share
         of true θ_j inside the intervals. The last row is what the reference's Monte-Carlo error
         alone would give.
