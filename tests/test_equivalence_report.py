@@ -550,7 +550,7 @@ def test_ladder_of_binary_outcomes(tmp_path):
     tasks = hb.Tasks.from_arrays(arrays)
     model = hb.HierarchicalModel(hb.likelihoods.Bernoulli(), hb.priors.Gaussian())
     full = hb.full_bayes(model, tasks, num_draws=500, num_warmup=500, num_chains=2, progress=False)
-    start = hb.complete_pooling(model, tasks)
+    start = hb.maml(model, tasks, num_steps=2)
     found = hb.equivalence_report(
         start,
         full,
