@@ -258,14 +258,12 @@ REFUSED = {
     "clipping of large norms only": (
         lambda: optax.chain(optax.clip_by_global_norm(1e5), optax.sgd(0.1)), "twice as far",
     ),
-    "sign": (lambda: optax.sign_sgd(0.1), "twice as far"),
     "weight decay": (
         lambda: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)), "weight decay",
     ),
     "AdamW": (lambda: optax.adamw(0.1), "weight decay"),
     "noise": (lambda: optax.chain(optax.add_noise(0.01, 0.5, 0), optax.sgd(0.1)), "noise"),
     "L-BFGS": (lambda: optax.lbfgs(), "on slopes alone"),
-    "Polyak": (lambda: optax.polyak_sgd(), "on slopes alone"),
     "centred": (lambda: optax.chain(optax.centralize(), optax.sgd(0.1)), "slope in others"),
     "uneven": (uneven, "preconditioner="),
     "still": (lambda: optax.set_to_zero(), "does not move"),
