@@ -37,11 +37,11 @@ class EquivalenceReport:
         learned prior" (from the same φ, under the learned prior), "empirical Bayes" (the posterior
         at a point φ), "full Bayes". Each has draws of θ in its ``datatree``.
     table : DataFrame
-        A row a rung, against the full posterior: ``kl`` (median over tasks, nats) and
-        ``kl_worst``; ``wasserstein`` (median, in posterior sds); ``mean_shift`` (mean absolute
-        shift, in posterior sds); ``sd_ratio`` (geometric mean); ``coverage_50`` … (share of the
-        full posterior's draws inside the rung's central intervals); ``log_density`` a held-out row
-        with ``log_density_se`` over tasks. Tasks without a Gaussian prior are left out of the first
+        A row a rung, against the full posterior: ``kl`` (median over tasks, nats) and ``kl_worst``;
+        ``wasserstein`` (median, in posterior sds); ``mean_shift`` (mean absolute shift, in
+        posterior sds); ``sd_ratio`` (geometric mean); ``coverage_50`` … (share of the full
+        posterior's draws inside the rung's central intervals); ``log_density`` a held-out row with
+        ``log_density_se`` over tasks. Tasks without a Gaussian prior are left out of the first
         rung's distances, not out of its ``log_density``. With ``truth``, ``truth_50`` …: the share
         of true θ_j inside the intervals. The last row is what the reference's Monte-Carlo error
         alone would give.
