@@ -9,6 +9,7 @@ import numpy as np
 
 from hierbayes.errors import InputError, suggestion
 from hierbayes.fit import Fit
+from hierbayes.plots.ellipse import ellipse
 
 _COLOURS = ("#D55E00", "#E69F00", "#009E73", "#0072B2")
 _LINES = ("-", (0, (5, 2)), (0, (1, 1.2)), "-")
@@ -129,7 +130,7 @@ def _one_task(fits: Mapping[str, Fit], by_task: Any, task: Any, ax: Any) -> None
             ax.plot(*(mean[:2] if pair else (mean[0], 0.0)), "x", color=_COLOURS[0], label=label)
             continue
         if pair:
-            x, y = _ellipse(mean[:2], covariance[:2, :2])
+            x, y = ellipse(mean[:2], covariance[:2, :2], 0.9).T
             ax.plot(mean[0], mean[1], "o", color=_COLOURS[place], markersize=4)
         else:
             sd = float(np.sqrt(covariance[0, 0]))
@@ -152,13 +153,3 @@ def _one_task(fits: Mapping[str, Fit], by_task: Any, task: Any, ax: Any) -> None
     )
     ax.legend(frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
-
-
-def _ellipse(mean: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ellipse that holds 90 % of a normal in two dimensions."""
-    values, vectors = np.linalg.eigh(covariance)
-    radius = np.sqrt(-2 * np.log(0.1))
-    angle = np.linspace(0, 2 * np.pi, 200)
-    circle = np.stack([np.cos(angle), np.sin(angle)])
-    x, y = mean[:, None] + radius * vectors @ (np.sqrt(np.maximum(values, 0.0))[:, None] * circle)
-    return x, y
