@@ -191,10 +191,8 @@ class Exponential(Gaussian):
         return jnp.exp((task.predictors * theta).sum(-1))
 
 
-@pytest.mark.parametrize(
-    ("seed", "definite"),
-    [(121, False), pytest.param(116, False, marks=pytest.mark.slow), (0, True)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "definite"), [(121, False), (116, False), (0, True)])
 def test_negative_curvature(seed, definite):
     """Four rows in two of five dimensions: H has rank 2, with λ < 0 at φ for seeds 0 and 116.
 
