@@ -341,6 +341,10 @@ def test_the_picture_says_so_too(overshooting):
     assert any(f"{none.sum()} task(s) without" in text.get_text() for text in left.texts)
     labels = [text.get_text() for text in right.get_legend().get_texts()]
     assert labels == [f"{STEPS}: no Gaussian prior", *RUNGS[1:]]
+    # a cross in the place of the first rung's ellipse
+    corners = [len(line.get_xdata()) for line in right.lines if line.get_label() in labels]
+    assert corners[0] == 1
+    assert min(corners[1:]) > 100
     drawn = [len(points.get_offsets()) for points in left.collections[:3]]
     assert drawn == [(~none).sum(), 18, 18]
     plt.close(left.figure)
@@ -460,7 +464,7 @@ def test_rungs_come_back_from_files(rung, report, study, tmp_path):
 def test_the_picture_holds_ninety_per_cent_ellipses(report, rng):
     """Of 20,000 draws from each rung's normal, within four binomial standard errors.
 
-    The ellipse has 200 corners: less area than the curve by (2π/200)²/6, no matter here.
+    The ellipse is a polygon, of less area than the curve by (2π/corners)²/6: 2e-4 with 180.
     """
     import matplotlib.pyplot as plt
 

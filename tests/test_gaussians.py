@@ -96,6 +96,20 @@ def test_a_point_is_at_an_infinite_divergence_from_a_normal():
     assert kl_divergence(mean, zero, mean, partly).tolist() == [np.inf]
 
 
+def test_rounding_is_not_taken_for_width(rng):
+    """Rank one or two in three rotated dimensions: eigenvalues of 1e-17, not zeros."""
+    for rank in (1, 2):
+        root = rng.normal(size=(50, 3, rank))
+        thin = root @ np.swapaxes(root, 1, 2)
+        mean, (_, wide) = np.zeros((50, 3)), normals(rng, 3, 50)
+        assert (kl_divergence(mean, thin, mean, wide) == np.inf).all()
+        assert (kl_divergence(mean, wide, mean, thin) == np.inf).all()
+        # a plane is known up to rounding too: seen from itself it is at a finite distance
+        assert kl_divergence(mean, thin, mean, 4 * thin) == pytest.approx(
+            0.5 * rank * (1 / 4 - 1 + np.log(4)), rel=1e-9
+        )
+
+
 def test_what_two_normals_share_as_a_point_is_left_out():
     """N(0, s²) on a line in the plane against N(m, t²) on the same line: KL of one dimension."""
     along = np.array([[1.0, 2.0]]) / np.sqrt(5)
