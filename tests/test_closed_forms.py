@@ -98,9 +98,9 @@ def type_two():
 
 def test_type_two_maximum_likelihood_finds_the_population(type_two):
     close(type_two.phi["mu"], [MU], rtol=1e-7)
-    close(type_two.phi["tau"], [TAU], rtol=1e-6)
-    close(type_two.phi["sigma"], S, rtol=1e-6)
-    close(type_two.adapted.adapted.covariance.ravel(), np.full(40, V), rtol=1e-5)
+    close(type_two.phi["tau"], [TAU], rtol=1e-7)
+    close(type_two.phi["sigma"], S, rtol=1e-7)
+    close(type_two.adapted.adapted.covariance.ravel(), np.full(40, V), rtol=1e-7)
 
 
 @pytest.mark.parametrize("num_steps", [1, 5])
@@ -108,17 +108,17 @@ def test_the_optimum_of_maml_is_the_bayes_posterior(num_steps, type_two):
     """φ* = μ, w* = Bayes shrinkage, σ_q² = s² + v; prior 1/τ² and posterior those of type-II ML."""
     found = maml(num_steps, learn_step_size=True)
     eta = float(found.phi["step_size"])
-    assert eta == pytest.approx(ridge(num_steps), rel=1e-5)
+    assert eta == pytest.approx(ridge(num_steps), rel=1e-7)
     if num_steps == 1:
-        assert eta == pytest.approx(V, rel=1e-5)  # one step is as long as the posterior is wide
-    close(found.phi["mu"], [MU], rtol=1e-6)
+        assert eta == pytest.approx(V, rel=1e-7)  # one step is as long as the posterior is wide
+    close(found.phi["mu"], [MU], rtol=1e-7)
     close(found.phi["sigma_query"] ** 2, S**2 + V, rtol=1e-7)
     implied = hb.equivalent_prior(GAUSSIAN, SUPPORT, found.phi, num_steps, eta)
-    close(implied.precision.ravel(), np.full(40, TAU**-2), rtol=1e-5)
-    close(implied.shrinkage.ravel(), np.full(40, BEST), rtol=1e-5)
-    close(implied.posterior_covariance.ravel(), np.full(40, V), rtol=1e-5)
-    close(implied.posterior_mean, type_two.theta.values, rtol=1e-5)
-    close(implied.posterior_covariance, type_two.adapted.adapted.covariance, rtol=1e-5)
+    close(implied.precision.ravel(), np.full(40, TAU**-2), rtol=1e-7)
+    close(implied.shrinkage.ravel(), np.full(40, BEST), rtol=1e-7)
+    close(implied.posterior_covariance.ravel(), np.full(40, V), rtol=1e-7)
+    close(implied.posterior_mean, type_two.theta.values, rtol=1e-7)
+    close(implied.posterior_covariance, type_two.adapted.adapted.covariance, rtol=1e-7)
     # neither no pooling nor complete pooling would do
     y_bar = SUPPORT.outcome.reshape(-1, 4).mean(1)
     assert np.abs(implied.posterior_mean[:, 0] - y_bar).max() > 0.5
@@ -161,13 +161,13 @@ def test_gradient_flow_has_the_same_optimum(type_two):
     implied = hb.equivalent_prior(GAUSSIAN, SUPPORT, [MU], time=time, sigma=S)
     close(implied.precision.ravel(), np.full(40, TAU**-2), rtol=1e-12)
     close(implied.posterior_covariance.ravel(), np.full(40, V), rtol=1e-12)
-    close(implied.posterior_mean, type_two.theta.values, rtol=1e-5)
+    close(implied.posterior_mean, type_two.theta.values, rtol=1e-7)
 
 
 def test_imaml_learns_the_precision_of_type_two_maximum_likelihood():
     found = hb.imaml(GAUSSIAN, TASKS, sigma=S, seed=SPLIT)
-    close(found.phi["mu"], [MU], rtol=1e-6)
-    close(found.phi["tau"], [TAU], rtol=1e-5)
+    close(found.phi["mu"], [MU], rtol=1e-7)
+    close(found.phi["tau"], [TAU], rtol=1e-7)
     close(found.phi["sigma_query"] ** 2, S**2 + V, rtol=1e-7)
 
 
