@@ -115,6 +115,20 @@ def test_log_likelihood_is_scipys(tasks):
         assert np.abs(rows - by_hand(tasks, np.roll(theta, 1, 0), phi["beta"])).max() > 1e-2
 
 
+@pytest.mark.parametrize("outcome", [0.0, 1.0])
+@pytest.mark.parametrize("f", [-800.0, -3.0, 0.0, 1e-12, 0.7, 800.0])
+def test_slope_and_curvature_in_f_are_right_everywhere(f, outcome):
+    """y − p and p (1 − p), also at f = 0, where NumPyro's own log probability has slope 0 or 1."""
+    with float64():
+
+        def log_prob(value: Any) -> Any:
+            return hb.likelihoods.Bernoulli().family(value, {}, {}).log_prob(outcome)
+
+        slope, curvature = jax.grad(log_prob)(f), jax.grad(jax.grad(log_prob))(f)
+    close(slope, outcome - expit(f), rtol=1e-12, atol=1e-300)
+    close(curvature, -expit(f) * expit(-f), rtol=1e-12, atol=1e-300)
+
+
 def test_the_program_the_joint_density_and_the_sum_by_hand_agree(tasks):
     """With the hyperprior given, p(φ) is SciPy's; at d = 2 LKJ(2) has density ¾ (1 − r²)."""
     hyperprior = hb.HyperPrior(mu=dist.Normal(0.2, 1.5), tau=dist.HalfNormal(0.8),

@@ -21,6 +21,18 @@ POSSIBLE = (np.finfo(float).tiny, 1.0 - np.finfo(float).epsneg)
 """A chance that rounds to 0 or 1 would score a single contradicting row as −∞."""
 
 
+class Logistic(dist.BernoulliLogits):
+    """Bernoulli by its logit, with a slope that is right at a logit of zero.
+
+    NumPyro writes the log probability with max(f, 0) and |f|, whose automatic derivatives at f = 0
+    make the slope 0 or 1 in the place of ∓½: just where logistic regressions start.
+    """
+
+    def log_prob(self, value: Any) -> jax.Array:
+        """``y f`` − log(1 + e^f)."""
+        return value * self.logits - jax.nn.softplus(self.logits)
+
+
 @dataclass(frozen=True)
 class Bernoulli(Likelihood):
     r"""Outcomes of 0 and 1 with a linear predictor on the logit scale.
@@ -56,7 +68,7 @@ class Bernoulli(Likelihood):
     ) -> dist.Distribution:
         """Bernoulli with logit f."""
         del phi, slots
-        return dist.Bernoulli(logits=location)
+        return Logistic(logits=location)
 
     def predictive(
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
