@@ -16,35 +16,35 @@ from typing import Any
 
 import numpy as np
 
+from hierbayes import meta
 from hierbayes.compare import Comparison, compare
 from hierbayes.datasets import CATALOGUE
 from hierbayes.errors import FitWarning, InputError, NotApplicable, suggestion
 from hierbayes.fit import Fit
 from hierbayes.formula import from_formula
-from hierbayes.meta import complete_pooling, empirical_bayes, full_bayes, maml, no_pooling
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 METHODS: dict[str, tuple[str, Callable[..., Fit]]] = {
-    "no_pooling": ("no pooling", lambda model, tasks, args: no_pooling(model, tasks)),
-    "maml": ("MAML", lambda model, tasks, args: maml(model, tasks, seed=args.seed)),
-    "empirical_bayes": (
-        "empirical Bayes",
-        lambda model, tasks, args: empirical_bayes(model, tasks, seed=args.seed),
-    ),
-    "full_bayes": (
-        "full Bayes",
-        lambda model, tasks, args: full_bayes(
-            model, tasks, num_draws=args.draws, num_warmup=args.draws, seed=args.seed
-        ),
-    ),
+    "no_pooling": ("no pooling", lambda model, tasks, args: meta.no_pooling(model, tasks)),
+    "maml": ("MAML", lambda model, tasks, args: meta.maml(model, tasks, seed=args.seed)),
+    "imaml": ("iMAML", lambda model, tasks, args: meta.imaml(model, tasks, seed=args.seed)),
+    "reptile": ("Reptile", lambda model, tasks, args: meta.reptile(model, tasks, seed=args.seed)),
+    "empirical_bayes": ("empirical Bayes", lambda model, tasks, args: meta.empirical_bayes(
+        model, tasks, seed=args.seed
+    )),
+    "full_bayes": ("full Bayes", lambda model, tasks, args: meta.full_bayes(
+        model, tasks, num_draws=args.draws, num_warmup=args.draws, seed=args.seed
+    )),
     "complete_pooling": (
-        "complete pooling", lambda model, tasks, args: complete_pooling(model, tasks)
+        "complete pooling", lambda model, tasks, args: meta.complete_pooling(model, tasks)
     ),
 }  # fmt: skip
 """Methods by the name that the command line knows, with their label in tables."""
+
+COMPARED = "no_pooling,maml,empirical_bayes,full_bayes,complete_pooling"
 
 EPILOG = """\
 exit codes: 0 done; 1 a computation failed; 2 bad input or arguments; 130 interrupted.
@@ -93,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     one = command("compare", _compare, "fit by every method and hold the fits against each other")
     _data_arguments(one)
     one.add_argument(
-        "--methods", default=",".join(METHODS), metavar="A,B,…",
-        help=f"methods to compare, of {', '.join(METHODS)} (all)",
+        "--methods", default=COMPARED, metavar="A,B,…",
+        help=f"methods to compare, of {', '.join(METHODS)} ({COMPARED})",
     )  # fmt: skip
     one.add_argument(
         "--test", type=float, default=0.2, metavar="SHARE",

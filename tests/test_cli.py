@@ -45,7 +45,7 @@ def test_compare_a_csv_file(houses, tmp_path, capsys):
 
 
 def test_eight_schools_without_rows_to_spare(capsys):
-    methods = ["--methods", "no_pooling,maml,empirical_bayes"]
+    methods = ["--methods", "no_pooling,maml,reptile,empirical_bayes"]
     assert main(["compare", "eight_schools", *methods]) == 0
     said = capsys.readouterr()
     assert "—" in said.out
