@@ -8,6 +8,7 @@ arrays. Everything is exact in exact arithmetic; 1e-10 leaves room for the condi
 from __future__ import annotations
 
 import functools
+import warnings
 
 import numpy as np
 import optax
@@ -361,6 +362,26 @@ def test_divergence_of_momentum_and_of_preconditioned_steps():
         hb.equivalent_prior(
             GAUSSIAN, tasks, [0.0], 3, 0.1, preconditioner=[np.eye(1)] * 3, sigma=1.0
         )
+
+
+@pytest.mark.parametrize(("nesterov", "limit"), [(False, 3.8), (True, 3.8 / 2.8)])
+def test_momentum_is_refused_from_where_it_diverges(nesterov, limit):
+    """β = 0.9: ηλ < 2 (1 + β), Nesterov's 2 (1 + β) / (1 + 2β), by the roots of the recursion."""
+    tasks = normal_means([9], ["a"])
+    settings = dict(momentum=0.9, nesterov=nesterov, sigma=1.0)
+
+    def roots(x: float) -> float:
+        shrunk = 1 - x
+        middle = 1.9 * shrunk if nesterov else shrunk + 0.9
+        return np.abs(np.roots([1.0, -middle, 0.9 * (shrunk if nesterov else 1.0)])).max()
+
+    assert roots(0.999 * limit) < 1 < roots(1.001 * limit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hb.FitWarning)
+        near = hb.equivalent_prior(GAUSSIAN, tasks, [0.0], 3, 0.999 * limit / 9, **settings)
+    assert np.isfinite(near.posterior_mean).all()
+    with refuses("diverge", "'a'"):
+        hb.equivalent_prior(GAUSSIAN, tasks, [0.0], 3, 1.001 * limit / 9, **settings)
 
 
 def test_heavy_ball_beyond_the_optimum_has_no_prior():

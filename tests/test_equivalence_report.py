@@ -245,7 +245,7 @@ def test_the_floor_is_of_the_draws_that_there_are(report, study):
     worst = ess.values.min(1)
     floor = report.table.loc[FLOOR]
     assert floor["kl"] == pytest.approx(np.median(2.5 / worst), rel=1e-9)
-    assert floor["kl_worst"] == pytest.approx((2.5 / worst).max(), rel=1e-9)
+    assert np.isnan(floor["kl_worst"])  # the largest of many has another floor than each
     assert floor["wasserstein"] == pytest.approx(np.median(np.sqrt(3.5 / worst)), rel=1e-9)
     share = np.sqrt(0.25 / np.median(worst))
     assert floor["coverage_50"] == pytest.approx(share, rel=1e-9)

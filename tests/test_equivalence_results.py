@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+
 import numpy as np
 import optax
 import pandas as pd
@@ -243,3 +246,79 @@ def test_coefficients_without_a_free_mean_start_at_zero():
     found = hb.equivalent_prior(model, frame, fit.phi, 2, 0.01)
     close(found.location[:, 1], np.zeros(6))
     close(found.location[:, 0], np.full(6, float(fit.phi["mu"][0])))
+
+
+# ----------------------------------------------------------------- fits, units of the loss
+
+
+def test_a_fit_brings_its_phi_and_its_steps(small):
+    """The step that MAML took, and its K, unless others are given."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hb.FitWarning)
+        fit = hb.maml(small.model, small.tasks, 3, 0.01)
+        found = hb.equivalent_prior(small.model, small.tasks, fit)
+        given = hb.equivalent_prior(small.model, small.tasks, fit.phi, 3, 0.01)
+        other = hb.equivalent_prior(small.model, small.tasks, fit, 2)
+        at = {k: v for k, v in fit.phi.items() if k != "sigma_query"}
+        learned = dataclasses.replace(fit, phi=at | {"step_size": np.asarray(0.02)})
+        own = hb.equivalent_prior(small.model, small.tasks, learned)
+    close(found.precision, given.precision, rtol=0)
+    close(found.posterior_mean, fit.theta.values, rtol=1e-10)
+    assert described(other.method) == "2 steps of 0.01"
+    assert described(own.method) == "3 steps of 0.02"
+
+
+def test_the_best_steps_can_be_passed_on(small):
+    """``settings``: whole K where there is one, the time of gradient flow where that is best."""
+    phi = {"mu": np.zeros(2), "tau": np.ones(2), "sigma": 0.6}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hb.FitWarning)
+        steps = hb.equivalent_steps(small.model, small.tasks, phi, num_steps=[2])
+        hb.equivalent_prior(small.model, small.tasks, phi, **steps.settings)
+        one = dataclasses.replace(steps, num_steps=2, step_size=0.001)
+        implied = hb.equivalent_prior(small.model, small.tasks, phi, **one.settings)
+    assert described(implied.method) == "2 steps of 0.001"
+    assert set(steps.settings) in ({"time"}, {"num_steps", "step_size"})
+
+
+def test_steps_on_the_mean_loss_are_steps_over_n():
+    """Each task as if alone with η / n: all shrink alike where rows are alike (methods.md 2.1)."""
+    tasks = hb.Tasks.from_arrays([(np.ones((n, 1)), np.arange(float(n))) for n in (2, 10, 100)])
+    mean = hb.equivalent_prior(GAUSSIAN, tasks, [0.0], 5, 0.1, sigma=1.0, loss="mean")
+    for j, n in enumerate((2, 10, 100)):
+        task = tasks.take([j])
+        alone = hb.equivalent_prior(GAUSSIAN, task, [0.0], 5, 0.1 / n, sigma=1.0)
+        close(mean.precision[j], alone.precision[0], rtol=1e-11)
+        close(mean.posterior_mean[j], alone.posterior_mean[0], rtol=1e-11)
+    close(mean.shrinkage[:, 0], np.full(3, 1 - 0.9**5), rtol=1e-12)
+    assert (np.diff(mean.precision[:, 0, 0]) > 0).all()  # tighter with more rows
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (dict(loss="median"), ("loss", "median")),
+        (dict(loss="mean", rank=2), ("mean", "step_size")),
+        (dict(loss="mean", preconditioner=[np.eye(3)] * 2), ("mean", "preconditioner")),
+        (dict(phi={"mu": PHI, "beta": np.ones(1)}), ("beta", "shared columns")),
+        (dict(beta=[99.0]), ("beta", "shared columns")),
+        (dict(phi={"mu": PHI, "gamma": np.ones((3, 1))}), ("gamma", "task predictors")),
+    ],
+)
+def test_what_would_be_ignored_is_refused(more, words):
+    with refuses(*words):
+        asked(**more)
+
+
+def test_sigma_is_refused_where_a_likelihood_has_none():
+    tasks = hb.Tasks.from_arrays([(np.ones((3, 1)), [0.0, 1.0, 1.0])])
+    with refuses("sigma", "no place"):
+        hb.equivalent_prior(BERNOULLI, tasks, [0.0], 2, 0.1, sigma=1.0)
+
+
+def test_a_mapping_without_gamma_is_refused_beside_task_predictors():
+    tasks = hb.Tasks.from_arrays(
+        [(np.ones((2, 1)), np.ones(2))] * 2, task_predictors=np.array([[0.0], [1.0]])
+    )
+    with refuses("gamma"):
+        hb.equivalent_prior(GAUSSIAN, tasks, {"mu": np.zeros(1), "sigma": 1.0}, 2, 0.1)

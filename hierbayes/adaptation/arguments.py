@@ -29,15 +29,26 @@ def read_phi(
 ) -> dict[str, np.ndarray]:
     """φ by name, from a fit's φ or from an array shaped like θ; finite and of the right shapes."""
     labels, d = tasks.labels, len(tasks.coef)
-    found = dict(phi) if isinstance(phi, Mapping) else {"mu": phi}
+    named = isinstance(phi, Mapping)
+    found = dict(phi) if named else {"mu": phi}
+    if sigma is not None and "sigma" not in model.likelihood.parameters():
+        raise InputError("sigma has no place in this likelihood; leave it out")
     found |= {k: v for k, v in {"sigma": sigma, "beta": beta}.items() if v is not None}
     if "mu" not in found:
         raise InputError(f"phi holds no 'mu' to start from; it holds {listing(sorted(found))}")
     shapes: dict[str, tuple[int, ...]] = {"mu": (d,)}
-    if labels.shared:
-        shapes["beta"] = (len(labels.shared),)
-    if labels.task_predictors and "gamma" in found:
-        shapes["gamma"] = (d, len(labels.task_predictors))
+    for name, columns, what in (
+        ("beta", labels.shared, "shared columns"),
+        ("gamma", labels.task_predictors, "task predictors"),
+    ):
+        if not columns and np.size(found.get(name, ())):
+            raise InputError(
+                f"phi holds {name!r}, but these tasks have no {what} for it to multiply; give "
+                "the tasks that phi was learned from, or leave it out"
+            )
+        if columns and (name == "beta" or named):
+            lead = () if name == "beta" else (d,)
+            shapes[name] = (*lead, len(columns))
     shapes |= dict.fromkeys(model.likelihood.parameters(), ())
     read = {}
     for name, shape in shapes.items():
@@ -59,6 +70,18 @@ def read_phi(
         if not read[name] > 0:
             raise InputError(f"phi's {name} must be positive, found {read[name]:g}")
     return read
+
+
+def read_fit(phi: Any, num_steps: Any, step_size: Any, *, steps: bool) -> tuple[Any, Any, Any]:
+    """(φ, K, η), the last two as a fit took them where ``steps`` are wanted and none are given."""
+    info = getattr(phi, "info", None)
+    if not (isinstance(info, Mapping) and hasattr(phi, "phi")):
+        return phi, num_steps, step_size
+    if steps and num_steps is None:
+        num_steps = info.get("num_steps")
+    if steps and step_size is None:
+        step_size = phi.phi.get("step_size", info.get("step_size"))
+    return phi.phi, num_steps, step_size
 
 
 def read_method(
@@ -128,6 +151,14 @@ class Preconditioner(NamedTuple):
 
     root: np.ndarray
     per_step: np.ndarray | None = None
+
+
+def over_rows(scaling: Preconditioner, tasks: Tasks) -> Preconditioner:
+    """The same steps on the mean over each task's rows: B / n_j."""
+    if scaling.per_step is not None:
+        raise InputError('loss="mean" goes with one preconditioner for all steps')
+    root = np.broadcast_to(scaling.root, (tasks.num_tasks, *scaling.root.shape[-2:]))
+    return Preconditioner(root / np.sqrt(np.maximum(tasks.sizes, 1))[:, None, None])
 
 
 def read_preconditioner(given: Any, tasks: Tasks, method: Descent | Flow) -> Preconditioner:

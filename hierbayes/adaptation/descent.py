@@ -68,6 +68,14 @@ class Descent:
         """Equal gradient steps without momentum."""
         return self.optimiser is None and self.momentum is None and np.ndim(self.step_size) == 0
 
+    @property
+    def longest(self) -> float | None:
+        """ηλ at which equal steps begin to diverge; None for schedules and Optax optimisers."""
+        if self.optimiser is not None or np.ndim(self.step_size):
+            return None
+        kept = 0.0 if self.momentum is None else float(self.momentum)
+        return 2 * (1 + kept) / (1 + 2 * kept if self.nesterov else 1.0)
+
     def path(self, slope: Callable[[Any], Any], start: Any) -> Any:
         """θ_0, …, θ_K along a new leading axis, climbing ``slope``; θ may be any pytree."""
         final, points = self._scan(slope, start, keep=True)
@@ -180,14 +188,15 @@ def implied_precision(curvature: Any, num_steps: int, step_size: Any) -> jax.Arr
         λ, in sum-of-log-likelihood units.
     num_steps : int
         K.
-    step_size : float or array
-        η.
+    step_size : float or array (K,)
+        η, or one a step.
 
     Returns
     -------
     jax.Array
-        Negative where no Gaussian prior makes the steps a MAP estimate (odd K, ηλ in (1, 2)).
-        Differentiable in λ and η, at λ = 0 and ηλ = 1 too.
+        In JAX's own precision, float32 unless x64 is on. Negative where no Gaussian prior makes
+        the steps a MAP estimate (odd K, ηλ in (1, 2)). Differentiable in λ and η, at λ = 0 and
+        ηλ = 1 too.
 
     Examples
     --------
@@ -197,6 +206,13 @@ def implied_precision(curvature: Any, num_steps: int, step_size: Any) -> jax.Arr
     >>> float(implied_precision(4.0, 1, 0.1))  # 1 / η − λ
     6.0
     """
+    if not (isinstance(num_steps, (int, np.integer)) and num_steps >= 1):
+        raise InputError(f"num_steps must be a positive integer, found {num_steps!r}")
+    if np.ndim(step_size) and np.shape(step_size) != (num_steps,):
+        raise InputError(
+            f"step_size has shape {np.shape(step_size)}; give one number, or one a step, "
+            f"({num_steps},)"
+        )
     left, moved = Descent(num_steps, step_size).responses(jnp.asarray(curvature, dtype=float))
     return left / moved
 

@@ -19,7 +19,9 @@ import numpy as np
 import optax
 
 from hierbayes.adaptation.arguments import (
+    over_rows,
     read_diagonal,
+    read_fit,
     read_method,
     read_phi,
     read_preconditioner,
@@ -57,6 +59,7 @@ def equivalent_prior(
     time: float | None = None,
     null: Literal["limit", "pinned"] = "limit",
     curvature: Kind = "ggn",
+    loss: Literal["sum", "mean"] = "sum",
     rank: int | None = None,
 ) -> EquivalentPrior | Any:
     r"""The Gaussian prior under which K gradient steps from φ are a MAP estimate.
@@ -75,13 +78,14 @@ def equivalent_prior(
     model : HierarchicalModel
     task : Tasks, DataFrame or (X, y)
         Many tasks at once, or one as a pair of arrays.
-    phi : mapping or array (d,)
-        A fit's ``phi``, or where the steps start, with ``sigma`` and ``beta`` beside it.
+    phi : Fit, mapping or array (d,)
+        A fit, whose K and η are taken too where none are given; its ``phi``; or where the steps
+        start, with ``sigma`` and ``beta`` beside it.
     num_steps : int
         K.
     step_size : float or sequence of K floats
-        η, or one a step, in units of the **sum** of the log likelihood over a task's rows. A step
-        on the mean over n rows is one of η / n here; one on squared errors without noise, ησ².
+        η, or one a step, in units of the **sum** of the log likelihood over a task's rows (see
+        ``loss``). A step on squared errors ½ Σ (y − f)² without noise is one of ησ² here.
     sigma, beta : optional
         Noise and shared effects, where ``phi`` does not hold them.
     preconditioner : array (d,), (d, d), (J, d, d) or list of K matrices, optional
@@ -98,11 +102,15 @@ def equivalent_prior(
     time : float, optional
         Gradient flow for this time t, the limit of K → ∞ steps of t / K; then no steps are given.
     null : "limit" or "pinned"
-        Directions that a task's rows say nothing about. The steps do not move there under any
-        prior; "limit" takes the limit λ → 0 of the formula, precision 1/(Kη), "pinned" infinite
-        precision.
+        Directions that a task's rows say nothing about, where the steps do not move; "limit" takes
+        the limit λ → 0 of the formula, precision 1/(Kη), "pinned" infinite precision.
     curvature : "ggn" or "hessian"
         H at φ: generalised Gauss–Newton, or the exact Hessian, whose eigenvalues may be negative.
+    loss : "sum" or "mean"
+        What the steps descend: the summed negative log likelihood of a task, or its mean over the
+        task's rows, as most MAML code does. Steps on the mean are η / n_j long in the units of the
+        sum: they shrink large tasks no less than small ones, so that the implied prior is tighter
+        the more rows a task has.
     rank : int, optional
         Keep this many directions of largest curvature and take it as 0 in the others, without
         forming any (d, d) matrix; always so where d > 256, with as many as a task has rows
@@ -141,20 +149,31 @@ def equivalent_prior(
     [0.8]
     """
     tasks, single = read_tasks(model, task)
+    steps = time is None and optimiser is None
+    phi, num_steps, step_size = read_fit(phi, num_steps, step_size, steps=steps)
     found = read_phi(model, tasks, phi, sigma, beta)
     method = read_method(num_steps, step_size, momentum, nesterov, optimiser, time)
     if null not in ("limit", "pinned"):
         raise InputError(f'null must be "limit" or "pinned", found {null!r}')
     if curvature not in ("ggn", "hessian"):
         raise InputError(f'curvature must be "ggn" or "hessian", found {curvature!r}')
+    if loss not in ("sum", "mean"):
+        raise InputError(f'loss must be "sum" or "mean", found {loss!r}')
     d = len(tasks.coef)
     rank = read_rank(rank, d)
     if rank is not None or d > LARGE:
+        if loss == "mean":
+            raise InputError(
+                f'loss="mean" is not made for {d} coefficients, where no matrix is formed: take '
+                "one task at a time, with step_size divided by its number of rows"
+            )
         many = matrix_free_prior(
             model, tasks, found, method, read_diagonal(preconditioner, d), curvature, null, rank
         )
         return many[tasks.names[0]] if single else many
     scaling = read_preconditioner(preconditioner, tasks, method)
+    if loss == "mean":
+        scaling = over_rows(scaling, tasks)
     bare, rows = model.without_encoder(), (tasks.flat(), tasks.task_of_row)
     with float64():
         location = np.asarray(model.prior.location(found, np.asarray(tasks.task_predictors)))

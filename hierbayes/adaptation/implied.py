@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+import jax
 import numpy as np
 
 from hierbayes.adaptation.descent import Descent, Flow
 from hierbayes.adaptation.judgement import FLAT, Status, described
+from hierbayes.numerics import as_rng
 from hierbayes.tasks import Tasks
 
 
@@ -220,9 +222,9 @@ class EquivalentPrior(ImpliedPrior):
         """Σ_K (J, d, d): the covariance of the posterior under P, of mean θ_K."""
         return _spectral(self.directions, self.moved)
 
-    def draws(self, num_draws: int = 1000, seed: int = 0) -> np.ndarray:
+    def draws(self, num_draws: int = 1000, seed: int | jax.Array = 0) -> np.ndarray:
         """Draws (num_draws, J, d) from the implied posterior N(θ_K, Σ_K)."""
-        white = np.random.default_rng(seed).standard_normal((num_draws, *self.filter.shape))
+        white = as_rng(seed).standard_normal((num_draws, *self.filter.shape))
         scaled = white * np.sqrt(self.moved)
         return self.posterior_mean + np.einsum("...ki,...i->...k", self.directions, scaled)
 

@@ -64,7 +64,12 @@ def judge(
     equal = None if composed or isinstance(method, Flow) or not method.plain else method.step_size
     names = np.asarray(tasks.names)
     with np.errstate(invalid="ignore"):
-        away = (moved <= 0) | (left <= -1) | ~np.isfinite(left)
+        away = (moved <= 0) | ~np.isfinite(left)
+        longest = None if composed or isinstance(method, Flow) else method.longest
+        if longest is None:
+            away |= left <= -1
+        elif isinstance(method, Descent):  # a ball may swing far past the optimum and yet settle
+            away |= float(method.step_size) * curvature >= longest * (1 - 1e-12)
     if away.any():
         _refuse_divergence(tasks, method, curvature, away, composed=composed)
     none = (left < -FLAT).any(1)

@@ -12,27 +12,21 @@ tasks differ in size: what remains above the Bayes risk is the mismatch.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation.arguments import read_phi, read_preconditioner, read_tasks
-from hierbayes.adaptation.curvature import Kind, curvatures_at
-from hierbayes.adaptation.descent import Descent, Flow
-from hierbayes.errors import InputError
+from hierbayes.adaptation.curvature import Kind
+from hierbayes.adaptation.descent import Descent
+from hierbayes.adaptation.search import FLOW, losses_after, rotate, search
+from hierbayes.adaptation.spectrum import linearise
+from hierbayes.errors import InputError, listing
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
-
-FLOW = float("inf")
-"""The number of steps of gradient flow, in tables."""
-
-ZOOMS, POINTS = 5, 160
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +35,7 @@ class EquivalentSteps:
 
     Attributes
     ----------
-    num_steps, step_size : float
+    num_steps, step_size : number
         The best K and η for all tasks together; ``num_steps`` inf is gradient flow, ``step_size``
         then its time.
     risk_ratio : float
@@ -57,13 +51,20 @@ class EquivalentSteps:
     """
 
     tasks: Tasks = field(repr=False)
-    num_steps: float
+    num_steps: int | float
     step_size: float
     risk_ratio: float
     table: Any = field(repr=False)
     by_task: Any = field(repr=False)
     curvature: np.ndarray = field(repr=False)
     root: np.ndarray = field(repr=False)
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The best steps as arguments of :func:`equivalent_prior`: K and η, or the time of flow."""
+        if self.num_steps == FLOW:
+            return {"time": self.step_size}
+        return {"num_steps": self.num_steps, "step_size": self.step_size}
 
     def preconditioner(self, num_steps: int = 1) -> np.ndarray:
         r"""B_j (J, d, d) with which ``num_steps`` unit steps are exactly the MAP estimate.
@@ -73,7 +74,8 @@ class EquivalentSteps:
                   L^\top H_j L = V \operatorname{diag}(\lambda) V^\top, \; T = L L^\top
 
         For one step this is (H_j + P)⁻¹, Newton's step under the prior. Pass it to
-        :func:`equivalent_prior` with ``step_size=1``; the prior it implies is the target's.
+        :func:`equivalent_prior` with ``step_size=1``; the prior it implies is the target's. Where a
+        tau is 0 it is singular, and no preconditioner.
         """
         if not (isinstance(num_steps, (int, np.integer)) and num_steps >= 1):
             raise InputError(f"num_steps must be a positive integer, found {num_steps!r}")
@@ -167,18 +169,17 @@ def equivalent_steps(
     with float64():
         location = np.asarray(model.prior.location(found, np.asarray(tasks.task_predictors)))
         hessian = np.asarray(
-            _curvatures(
+            linearise(
                 model.without_encoder(), curvature, found, tasks.flat(), tasks.task_of_row, location
-            )
+            )[0]
         )
-        if not np.abs(hessian).max() > 0:
-            raise InputError("the tasks' rows say nothing: all curvatures are zero")
+        _check_curvature(hessian, tasks)
         scaling = _common(preconditioner, tasks)
         # in the coordinates C⁻¹θ, with B = C Cᵀ, the steps are plain
         white = np.einsum("ki,jkl,lm->jim", scaling, hessian, scaling)
         # without an inverse of T the exact posterior is a point somewhere: KL is inf
         against = np.zeros_like(root) if inverse is None else scaling.T @ inverse @ scaling
-        problem = to_numpy(_rotate(white, np.linalg.solve(scaling, root), against))
+        problem = to_numpy(rotate(white, np.linalg.solve(scaling, root), against))
         if not problem["bayes_risk"].sum() > 0:
             raise InputError(
                 "under this prior the tasks do not differ (its tau is 0) where their rows say "
@@ -186,7 +187,7 @@ def equivalent_steps(
             )
         if inverse is None:
             problem["log_det"] = np.full(tasks.num_tasks, np.inf)
-        searches = [_search(problem, k, criterion, overshoot) for k in [*counts, FLOW]]
+        searches = [search(problem, k, criterion, overshoot) for k in [*counts, FLOW]]
     return _collect(tasks, problem, searches, criterion, hessian, root)
 
 
@@ -241,111 +242,18 @@ def _inverse(root: np.ndarray) -> np.ndarray | None:
     return inverse.T @ inverse
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _curvatures(model: Any, kind: Kind, phi: Any, rows: Any, of_row: Any, location: Any) -> Any:
-    return curvatures_at(model, phi, rows, of_row, location, kind)
-
-
-@jax.jit
-def _rotate(hessian: Any, root: Any, inverse: Any) -> dict[str, Any]:
-    """Everything in each task's own directions, where the steps are diagonal; inverse T⁻¹."""
-    values, vectors = jnp.linalg.eigh(hessian)
-
-    def rotated(matrix: Any) -> Any:
-        matrix = jnp.broadcast_to(matrix, hessian.shape)
-        return jnp.einsum("jki,jkl,jlm->jim", vectors, matrix, vectors)
-
-    prior = root @ root.T
-    white = jnp.einsum("ki,jkl,lm->jim", root, hessian, root)
-    inner = jnp.linalg.inv(jnp.eye(len(root)) + white)
-    bayes = jnp.einsum("ki,jil,ml->jkm", root, inner, root)
-    weight = hessian.sum(0) / len(hessian)
-    return {
-        "curvature": jnp.maximum(values, 0.0),
-        "prior": rotated(prior),
-        "weight": rotated(weight),
-        "bayes_precision": rotated(hessian + inverse),
-        "bayes_risk": jnp.einsum("kl,jlk->j", weight, bayes),
-        "log_det": jnp.linalg.slogdet(inner)[1] + 2 * jnp.linalg.slogdet(root)[1],
-    }
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _losses(problem: Any, num_steps: float, step_sizes: Any) -> tuple[Any, Any]:
-    """(risk, expected KL) of every task (J,) after K steps of each task's own size (J,)."""
-
-    def respond(curvature: Any, eta: Any) -> Any:
-        method = Flow(eta) if num_steps == FLOW else Descent(int(num_steps), eta)
-        return method.responses(curvature)
-
-    left, moved = jax.vmap(respond)(problem["curvature"], step_sizes)
-    error = left[:, :, None] * problem["prior"] * left[:, None, :]
-    noise = moved**2 * problem["curvature"]
-    d = left.shape[1]
-    error = error + noise[:, :, None] * jnp.eye(d)
-    risk = (problem["weight"] * error).sum((1, 2))
-    precision = problem["bayes_precision"]
-    spread = (jnp.diagonal(precision, axis1=1, axis2=2) * moved).sum(1)
-    kl = spread + (precision * error).sum((1, 2)) - 2 * d + problem["log_det"]
-    return risk, 0.5 * (kl - jnp.log(moved).sum(1))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _over(problem: Any, num_steps: float, which: int, step_sizes: Any) -> Any:
-    """One of :func:`_losses` for each of many step sizes, (M, J)."""
-    return jax.lax.map(
-        lambda eta: _losses(problem, num_steps, eta)[which], step_sizes, batch_size=8
-    )
-
-
-def _search(problem: Any, num_steps: float, criterion: str, overshoot: bool) -> dict[str, Any]:
-    """The best η of all tasks and of each, by a grid and zooming in."""
-    largest = float(problem["curvature"].max())
-    own = problem["curvature"].max(1)
-    own = np.where(own > 0, own, largest)
-    which = 0 if criterion == "risk" else 1
-    shortest, longest = _range(problem, num_steps)
-
-    def best(limit: np.ndarray, reduce: bool) -> np.ndarray:
-        if num_steps == FLOW:
-            etas = np.geomspace(shortest, longest, POINTS)[:, None] * np.ones(len(limit))
-        else:
-            beyond = np.linspace(1, 2 * (1 - 1e-9), POINTS // 3)[1:] if overshoot else np.zeros(0)
-            within = np.geomspace(
-                np.minimum(shortest, 1e-5 / limit), 1 / limit, POINTS - len(beyond)
-            )
-            etas = np.concatenate([within, beyond[:, None] / limit])
-        for _ in range(ZOOMS + 1):
-            losses = np.asarray(_over(problem, num_steps, which, etas))
-            losses = losses.sum(1, keepdims=True) if reduce else losses
-            at = np.argmin(np.where(np.isfinite(losses), losses, np.inf), axis=0)
-            columns = np.arange(etas.shape[1])
-            at = np.broadcast_to(at, columns.shape)
-            low, upper = etas[np.maximum(at - 1, 0), columns], etas[
-                np.minimum(at + 1, len(etas) - 1), columns
-            ]  # fmt: skip
-            chosen = etas[at, columns]
-            etas = np.linspace(low, upper, POINTS)
-        return chosen
-
-    count = len(own)
-    shared = best(np.full(count, largest), reduce=True)[0]
-    single = best(own, reduce=False)
-    return {"num_steps": num_steps, "step_size": float(shared), "own": single}
-
-
-def _range(problem: Any, num_steps: float) -> tuple[float, float]:
-    """Between which η, or times of flow, the best are: Kη is about a posterior variance.
-
-    In a direction of curvature λ and prior variance t the best s lies between t / (1 + λt) and,
-    for flow, log(1 + λt) / λ ≤ t; where the prior is a point there is no shortest.
-    """
-    spread = np.linalg.eigvalsh(problem["prior"])
-    widest = float(spread.max())
-    precision = np.linalg.eigvalsh(problem["bayes_precision"]).max()
-    narrowest = 1 / precision if precision > 0 else 1e-8 * widest
-    count = 1.0 if num_steps == FLOW else num_steps
-    return 0.1 * narrowest / count, 10 * widest
+def _check_curvature(hessian: np.ndarray, tasks: Tasks) -> None:
+    """Refuse tasks that say nothing, or whose log likelihood bends upwards at φ."""
+    values = np.linalg.eigvalsh(hessian)
+    largest = np.abs(values).max()
+    if not largest > 0:
+        raise InputError("the tasks' rows say nothing: all curvatures are zero")
+    if (upwards := values[:, 0] < -1e-10 * largest).any():
+        raise InputError(
+            f"the log likelihood bends upwards at phi in {upwards.sum()} of {len(values)} task(s) "
+            f"({listing(tasks.names[upwards].tolist(), 3)}), where the risk of a linear estimate "
+            'means nothing; use curvature="ggn"'
+        )
 
 
 def _collect(
@@ -363,8 +271,8 @@ def _collect(
     with float64():
         for found in searches:
             k, eta = found["num_steps"], found["step_size"]
-            risk, kl = to_numpy(_losses(problem, k, np.full(tasks.num_tasks, eta)))
-            own = to_numpy(_losses(problem, k, found["own"]))
+            risk, kl = to_numpy(losses_after(problem, k, np.full(tasks.num_tasks, eta)))
+            own = to_numpy(losses_after(problem, k, found["own"]))
             product = eta * problem["curvature"].max(1)
             rows.append({
                 "num_steps": k, "step_size": eta, "risk_ratio": risk.sum() / bayes.sum(),
@@ -392,8 +300,9 @@ def _collect(
         },
         index=pd.Index(tasks.names, name="task"),
     )
-    chosen = table.iloc[best]
+    chosen, count = table.iloc[best], float(table.index[best])
     return EquivalentSteps(
-        tasks, float(table.index[best]), float(chosen["step_size"]), float(chosen["risk_ratio"]),
+        tasks, int(count) if np.isfinite(count) else count, float(chosen["step_size"]),
+        float(chosen["risk_ratio"]),
         table, by_task, hessian, root,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
@@ -29,7 +30,7 @@ from hierbayes.adaptation.spectrum import run
 from hierbayes.adaptation.white import OneTask, White
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64, to_numpy
+from hierbayes.numerics import as_rng, float64, to_numpy
 from hierbayes.tasks import Tasks
 
 LARGE = 256
@@ -79,9 +80,9 @@ class MatrixFreePrior(ImpliedPrior):
         """Σ_K v (J, d)."""
         return self._times(vectors, self.moved, self._rest, self.root)
 
-    def draws(self, num_draws: int = 1000, seed: int = 0) -> np.ndarray:
+    def draws(self, num_draws: int = 1000, seed: int | jax.Array = 0) -> np.ndarray:
         """Draws (num_draws, J, d) from the implied posterior N(θ_K, Σ_K)."""
-        white = np.random.default_rng(seed).standard_normal((num_draws, *self.location.shape))
+        white = as_rng(seed).standard_normal((num_draws, *self.location.shape))
         spread = self._bend(white, np.sqrt(self.moved), np.sqrt(self._rest))
         return self.posterior_mean + self.root * spread
 

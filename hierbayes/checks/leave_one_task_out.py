@@ -75,17 +75,24 @@ def _refit(fit: Fit, tasks: Any) -> Fit:
     if fit.method == "complete pooling":
         return complete_pooling(fit.model, tasks)
     if fit.method == "MAML":
-        settings = {k: fit.info[k] for k in ("num_steps", "query", "num_splits", "sigma", "seed")}
+        settings = _kept(fit, "num_steps", "query", "num_splits", "num_meta_steps", "sigma", "seed")
         learned = "step_size" in fit.phi
         step_size = "auto" if learned else fit.info["step_size"]
         return maml(fit.model, tasks, step_size=step_size, learn_step_size=learned, **settings)
     if fit.method == "iMAML":
-        settings = {k: fit.info[k] for k in ("query", "num_splits", "sigma", "seed")}
+        settings = _kept(fit, "query", "num_splits", "num_meta_steps", "sigma", "seed")
         return imaml(fit.model, tasks, prior_precision=fit.info["prior_precision"], **settings)
     if fit.method == "Reptile":
-        settings = {k: fit.info[k] for k in ("num_steps", "step_size", "query", "sigma", "seed")}
+        settings = _kept(
+            fit, "num_steps", "step_size", "query", "num_meta_steps", "tolerance", "sigma", "seed"
+        )
         return reptile(fit.model, tasks, **settings)
     raise InputError(f"{fit.method} cannot be refitted")
+
+
+def _kept(fit: Fit, *names: str) -> dict[str, Any]:
+    """The fit's own settings; an outer optimiser of the user's is not among what a fit keeps."""
+    return {name: fit.info[name] for name in names if name in fit.info}
 
 
 def _joint_log_density(fit: Fit, task: Any) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -26,6 +27,8 @@ from hierbayes.adaptation.implied_posterior import ImpliedPosterior
 from hierbayes.errors import FitWarning, InputError
 from hierbayes.fit import Fit
 from hierbayes.meta import empirical_bayes
+from hierbayes.meta.diagnostics import remarks
+from hierbayes.meta.inner_loop import nth_seed
 from hierbayes.meta.sampling import run_nuts
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, as_rng, float64
@@ -34,8 +37,11 @@ from hierbayes.tasks import Tasks
 STEPS, MODE, POINT, FULL = "gradient steps", "MAP, learned prior", "empirical Bayes", "full Bayes"
 
 CAUSES = {
-    (STEPS, MODE): "the shape of the prior: each task's own P in the place of the learned one",
-    (MODE, POINT): "where phi stands, and tasks that are not Gaussian",
+    (STEPS, MODE): "the shape of the prior (and where tasks that are not Gaussian are linearised)",
+    (
+        MODE,
+        POINT,
+    ): "where phi stands, sigma included (and the exact posterior in the place of a normal)",
     (POINT, FULL): "the uncertainty of phi",
 }
 """What changes between one rung and the next."""
@@ -52,7 +58,7 @@ def build_ladder(
     step_size: float | str | None,
     num_chains: int,
     num_draws: int,
-    seed: int,
+    seed: int | jax.Array,
 ) -> dict[str, Fit]:
     """The four rungs as fits of the same tasks, each with draws of θ that ArviZ reads."""
     model, tasks = posterior.model, posterior.tasks
@@ -69,10 +75,10 @@ def build_ladder(
     draws = (num_chains, num_draws)
     rungs = {
         STEPS: _drawn(STEPS, model, tasks, centre, steps, draws, seed),
-        MODE: _drawn(MODE, model, tasks, centre | spread, exact, draws, seed + 1),
+        MODE: _drawn(MODE, model, tasks, centre | spread, exact, draws, nth_seed(seed, 1)),
     }
     if point is None:
-        point = _sampled(model, tasks, posterior.phi, draws, seed + 2)
+        point = _sampled(model, tasks, posterior.phi, draws, nth_seed(seed, 2))
     return {**rungs, POINT: point, FULL: posterior}
 
 
@@ -108,7 +114,7 @@ def _drawn(
     phi: dict[str, np.ndarray],
     adaptation: Adaptation,
     draws: tuple[int, int],
-    seed: int,
+    seed: int | jax.Array,
 ) -> Fit:
     """A fit at this φ, with draws from its normal posterior."""
     adapted = adaptation(model, tasks, phi)
@@ -122,7 +128,7 @@ def _drawn(
 
 
 def _sampled(
-    model: HierarchicalModel, tasks: Tasks, phi: Any, draws: tuple[int, int], seed: int
+    model: HierarchicalModel, tasks: Tasks, phi: Any, draws: tuple[int, int], seed: int | jax.Array
 ) -> Fit:
     """The posterior of every θ_j at this φ, by NUTS."""
     phi = {name: np.asarray(value) for name, value in phi.items()}
@@ -153,5 +159,6 @@ def _sampled(
         warnings=(
             "tasks are not Gaussian, and their evidence has no closed form: the third rung is the "
             "posterior of theta at the full posterior's mean of phi, drawn by NUTS",
+            *remarks({"theta": theta}, None, stats, tasks),
         ),
     )  # fmt: skip

@@ -173,7 +173,8 @@ class Fit:
         if "tau" not in self.phi:
             raise AttributeError(
                 f"{self.method} learns no prior that all tasks share; the prior that gradient "
-                "steps imply depends on each task's own curvature: ask hb.equivalent_prior for it"
+                "steps imply depends on each task's own curvature: ask for it with "
+                "hb.equivalent_prior(fit.model, fit.tasks, fit)"
                 if isinstance(self.adaptation, GradientSteps)
                 else f"{self.method} learns no prior"
             )

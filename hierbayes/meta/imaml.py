@@ -156,7 +156,8 @@ def imaml(
         info={
             "prior_precision": "learn" if given is None else given.tolist(),
             "query_log_density": best.value * asked.num_rows / num_splits, "query": query,
-            "num_splits": num_splits, "sigma": sigma, "seed": seed,
+            "num_splits": num_splits, "num_meta_steps": num_meta_steps, "sigma": sigma,
+            "seed": seed,
             "seconds": time.perf_counter() - started,
         },
     )  # fmt: skip

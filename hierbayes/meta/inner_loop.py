@@ -37,6 +37,13 @@ def check_counts(**counts: int) -> None:
             raise InputError(f"{name} must be a positive integer, found {value!r}")
 
 
+def check_inner_step(step_size: Any) -> None:
+    """Refuse an inner step size that is neither one number nor "auto"."""
+    number = isinstance(step_size, (int, float, np.number, jax.Array)) and np.ndim(step_size) == 0
+    if not (number or (isinstance(step_size, str) and step_size == "auto")):
+        raise InputError(f'step_size must be a number or "auto", found {step_size!r}')
+
+
 def check_optimiser(optimiser: Any) -> None:
     """Refuse an outer optimiser that is neither None nor of Optax."""
     if not (optimiser is None or isinstance(optimiser, optax.GradientTransformation)):

@@ -16,12 +16,13 @@ import optax
 
 from hierbayes.adaptation import GradientSteps
 from hierbayes.adaptation.gradient import check_step_size, curvatures, largest_curvature
-from hierbayes.errors import InputError, announce
+from hierbayes.errors import announce
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
 from hierbayes.meta.ascent import maximise
 from hierbayes.meta.inner_loop import (
     check_counts,
+    check_inner_step,
     check_optimiser,
     inner_noise,
     outer_parameters,
@@ -115,8 +116,7 @@ def maml(
     started = time.perf_counter()
     tasks = model.tasks(tasks)
     check_counts(num_steps=num_steps, num_splits=num_splits, num_meta_steps=num_meta_steps)
-    if isinstance(step_size, str) and step_size != "auto":
-        raise InputError(f'step_size must be a number or "auto", found {step_size!r}')
+    check_inner_step(step_size)
     check_optimiser(optimiser)
     model.check(tasks, learns_prior=True)
     resolved = model.resolve(tasks)
@@ -159,7 +159,8 @@ def maml(
         info={
             "num_steps": num_steps, "step_size": chosen,
             "query_log_density": best.value * asked.num_rows / num_splits, "query": query,
-            "num_splits": num_splits, "sigma": sigma, "seed": seed,
+            "num_splits": num_splits, "num_meta_steps": num_meta_steps, "sigma": sigma,
+            "seed": seed,
             "seconds": time.perf_counter() - started,
         },
     )  # fmt: skip

@@ -25,6 +25,7 @@ from hierbayes.meta.fixed_point import follow
 from hierbayes.meta.inner_loop import (
     Parameters,
     check_counts,
+    check_inner_step,
     check_optimiser,
     inner_noise,
     outer_parameters,
@@ -125,8 +126,7 @@ def reptile(
     started = time.perf_counter()
     tasks = model.tasks(tasks)
     check_counts(num_steps=num_steps, num_meta_steps=num_meta_steps)
-    if isinstance(step_size, str) and step_size != "auto":
-        raise InputError(f'step_size must be a number or "auto", found {step_size!r}')
+    check_inner_step(step_size)
     if not (np.isfinite(tolerance) and tolerance > 0):
         raise InputError(f"tolerance must be positive, found {tolerance!r}")
     check_optimiser(optimiser)
@@ -161,7 +161,8 @@ def reptile(
         warnings=announce(remarks),
         info={
             "num_steps": num_steps, "step_size": eta, "query": query,
-            "query_log_density": density, "sigma": sigma, "outer_steps": found.taken,
+            "query_log_density": density, "num_meta_steps": num_meta_steps,
+            "tolerance": tolerance, "sigma": sigma, "outer_steps": found.taken,
             "seed": seed, "seconds": time.perf_counter() - started,
         },
     )  # fmt: skip

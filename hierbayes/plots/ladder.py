@@ -147,7 +147,8 @@ def _one_task(fits: Mapping[str, Fit], by_task: Any, task: Any, ax: Any) -> None
     ax.set_xlabel(f"θ, {names[0]}")
     ax.set_ylabel(f"θ, {names[1]}" if pair else "posterior density")
     ax.set_title(
-        f"{tasks.labels.task} {tasks.names[j]}: {tasks.sizes[j]} rows"
+        f"{tasks.labels.task} {tasks.names[j]}: {tasks.sizes[j]} "
+        + ("row" if tasks.sizes[j] == 1 else "rows")
         + (", 90 % ellipses" if pair else ""),
         loc="left",
     )
