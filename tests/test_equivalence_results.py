@@ -292,6 +292,8 @@ def test_steps_on_the_mean_loss_are_steps_over_n():
         close(mean.posterior_mean[j], alone.posterior_mean[0], rtol=1e-11)
     close(mean.shrinkage[:, 0], np.full(3, 1 - 0.9**5), rtol=1e-12)
     assert (np.diff(mean.precision[:, 0, 0]) > 0).all()  # tighter with more rows
+    close(mean.strength[:, 0], mean.precision[:, 0, 0], rtol=1e-12)
+    close(mean.table["largest_curvature"], [2.0, 10.0, 100.0], rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,10 @@ def test_both_ways_agree(name, more):
     assert_products(free, dense)
     assert free.status.tolist() == dense.status.tolist()
     close(free.effective_parameters, dense.effective_parameters, rtol=1e-9, atol=1e-12)
-    ends = ["largest_curvature", "weakest_precision", "strongest_precision", "least_shrinkage",
-            "most_shrinkage"]  # fmt: skip
+    ends = ["largest_curvature", "least_shrinkage", "most_shrinkage"]
+    if "preconditioner" not in more:
+        # with one, precisions differ among the directions without curvature, whose basis is free
+        ends += ["weakest_precision", "strongest_precision"]
     close(free.table[ends], dense.table[ends], rtol=1e-9, atol=1e-9)
     for measure in ("missed", "linearisation", "predictive_kl"):
         # the two optimisers of the MAP estimate stop within 1e-10 nats of it, 1e-5 sds

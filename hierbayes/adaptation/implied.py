@@ -100,9 +100,23 @@ class ImpliedPrior:
 
     @property
     def strength(self) -> np.ndarray:
-        """p_i (J, r): the prior's precision in each direction; inf where it is pinned."""
+        """The prior's precision along each v_i of unit length (J, r); inf where it is pinned.
+
+        p_i itself without a preconditioner, whose v_i are of unit length.
+        """
+        return self._weights / self._squared
+
+    @property
+    def _weights(self) -> np.ndarray:
+        """p_i (J, r)."""
         pinned = np.where(self.pinned, np.inf, 0.0)
         return pinned + self.filter / np.where(self.pinned, 1.0, self.moved)
+
+    @property
+    def _squared(self) -> np.ndarray:
+        """‖v_i‖² (J, r), 1 in directions that only fill up."""
+        squared = (self.directions**2).sum(-2)
+        return np.where(squared > 0, squared, 1.0)
 
     @property
     def effective_parameters(self) -> np.ndarray:
@@ -137,7 +151,7 @@ class ImpliedPrior:
             {
                 "rows": self.tasks.sizes,
                 "status": [str(s) for s in np.atleast_1d(self.status)],
-                "largest_curvature": np.atleast_2d(self.curvature)[:, -1],
+                "largest_curvature": np.atleast_2d(self.curvature / self._squared).max(1),
                 "weakest_precision": np.where(none, np.nan, strength.min(1)),
                 "strongest_precision": np.where(none, np.nan, strength.max(1)),
                 "least_shrinkage": shrinkage.min(1),
@@ -180,7 +194,7 @@ class EquivalentPrior(ImpliedPrior):
     posterior_mean : array (J, d)
         θ_K.
     curvature : array (J, d)
-        λ_i, ascending.
+        λ_i, ascending; of the preconditioned task (v_iᵀ H v_i) where there is a preconditioner.
     directions : array (J, d, d)
         v_i, in columns.
     filter : array (J, d)
@@ -198,7 +212,7 @@ class EquivalentPrior(ImpliedPrior):
     @property
     def precision(self) -> np.ndarray:
         """P (J, d, d); zero in pinned directions, whose precision is infinite."""
-        return _spectral(self.dual, np.where(self.pinned, 0.0, self.strength))
+        return _spectral(self.dual, np.where(self.pinned, 0.0, self._weights))
 
     @property
     def covariance(self) -> np.ndarray:
@@ -207,7 +221,7 @@ class EquivalentPrior(ImpliedPrior):
         NaN without a prior; where a flat direction touches a coefficient, inf on the diagonal and
         NaN beside it.
         """
-        strength = self.strength
+        strength = self._weights
         flat = np.abs(self.filter) <= FLAT
         finite = _spectral(self.directions, np.where(flat, 0.0, 1.0 / np.where(flat, 1, strength)))
         touched = (np.abs(self.directions) * flat[..., None, :]).max(-1) > 1e-12

@@ -67,13 +67,13 @@ class MatrixFreePrior(ImpliedPrior):
 
     def precision_times(self, vectors: Any) -> np.ndarray:
         """P v (J, d) of ``vectors`` (J, d), or (d,) for all tasks; 0 in pinned directions."""
-        values = np.where(self.pinned, 0.0, self.strength)
+        values = np.where(self.pinned, 0.0, self._weights)
         return self._times(vectors, values, 1 / self._rest if self._rest else 0.0, 1 / self.root)
 
     def covariance_times(self, vectors: Any) -> np.ndarray:
         """P⁻¹ v (J, d), NaN for tasks without a prior or with a flat one."""
         lost = (np.abs(self.filter) <= FLAT).any(-1) | (self.status == Status.NO_PRIOR)
-        strength = np.where(np.asarray(lost)[..., None], np.nan, self.strength)
+        strength = np.where(np.asarray(lost)[..., None], np.nan, self._weights)
         return self._times(vectors, 1 / strength, self._rest, self.root)
 
     def posterior_covariance_times(self, vectors: Any) -> np.ndarray:
