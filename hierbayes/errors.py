@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -40,6 +41,6 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {listing(list(known), 12)}"
 
 
-def _plain(item: object) -> object:
+def _plain(item: Any) -> object:
     """NumPy scalars print as ``np.str_('a')``; their Python values print as people write them."""
-    return item.item() if hasattr(item, "item") and getattr(item, "ndim", 1) == 0 else item  # type: ignore[union-attr]
+    return item.item() if hasattr(item, "item") and getattr(item, "ndim", 1) == 0 else item

@@ -157,7 +157,10 @@ def test_predictive_is_the_integral_over_normal_f(sd):
     def chance(mean: float) -> float:
         if sd == 0:
             return float(expit(mean))
-        integrand = lambda f: stats.norm.pdf(f, mean, sd) * expit(f)  # noqa: E731
+
+        def integrand(f: float) -> float:
+            return float(stats.norm.pdf(f, mean, sd) * expit(f))
+
         reach = [mean - 9 * sd, mean, mean + 9 * sd]
         return integrate.quad(integrand, reach[0], reach[2], points=[reach[1], 0.0] if
                               reach[0] < 0 < reach[2] else [reach[1]], epsabs=1e-12,

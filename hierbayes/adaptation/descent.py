@@ -102,8 +102,15 @@ class Descent:
                 advance, (start, chosen.init(start)), None, length=self.num_steps
             )
             return theta, points
-        kept = 0.0 if self.momentum is None else self.momentum
         etas = jnp.broadcast_to(jnp.asarray(self.step_size), (self.num_steps,))
+        if self.momentum is None:
+
+            def climb(theta: Any, eta: Any) -> Any:
+                theta = jax.tree.map(lambda t, g: t + eta * g, theta, slope(theta))
+                return theta, theta if keep else None
+
+            return jax.lax.scan(climb, start, etas)
+        kept = self.momentum
 
         def step(carry: Any, eta: Any) -> Any:
             theta, moved = carry

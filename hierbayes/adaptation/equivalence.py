@@ -31,16 +31,13 @@ from hierbayes.adaptation.arguments import (
 from hierbayes.adaptation.curvature import Kind
 from hierbayes.adaptation.discrepancy import judge_validity, measure, refuse_diverged
 from hierbayes.adaptation.implied import Discrepancy, EquivalentPrior
-from hierbayes.adaptation.judgement import judge
+from hierbayes.adaptation.judgement import NULL, judge
 from hierbayes.adaptation.matrix_free import LARGE, matrix_free_prior
 from hierbayes.adaptation.spectrum import linearise, respond, run
 from hierbayes.errors import InputError, announce, listing
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
-
-NULL = 1e-10
-"""Curvatures below this share of a task's largest count as zero, where ``null="pinned"``."""
 
 
 def equivalent_prior(

@@ -18,6 +18,8 @@ import jax
 import numpy as np
 
 from hierbayes.adaptation.base import Adapted, PointAdaptation
+from hierbayes.adaptation.curvature import slopes
+from hierbayes.adaptation.descent import Descent
 from hierbayes.errors import InputError
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
@@ -43,21 +45,12 @@ class GradientSteps(PointAdaptation):
     def steps(
         self, model: HierarchicalModel, phi: dict[str, Any], rows: Task, task_of_row: Any
     ) -> Any:
-        """θ_K of every task (J, …), differentiable in φ; θ may be any pytree.
-
-        A row's likelihood moves its own task's θ only, so one gradient of the sum over all rows
-        is every task's gradient.
-        """
+        """θ_K of every task (J, …), differentiable in φ; θ may be any pytree."""
         eta = phi["step_size"] if self.step_size is None else self.step_size
-        slope = jax.grad(
-            lambda t: model.likelihood.log_likelihood_of_rows(t, phi, rows, task_of_row).sum()
-        )
-
-        def step(thetas: Any, _: None) -> tuple[Any, None]:
-            return jax.tree.map(lambda t, g: t + eta * g, thetas, slope(thetas)), None
-
         start = model.prior.location(phi, rows.task_predictors)
-        return jax.lax.scan(step, start, None, length=self.num_steps)[0]
+        return Descent(self.num_steps, eta).run(
+            lambda thetas: slopes(model, phi, rows, task_of_row, thetas), start
+        )
 
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
         """θ_K of every task, a point; a step size too long for a task is refused, naming it."""

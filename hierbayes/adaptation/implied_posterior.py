@@ -8,6 +8,7 @@ from typing import Any
 
 from hierbayes.adaptation.base import Adaptation, Adapted
 from hierbayes.adaptation.equivalence import equivalent_prior
+from hierbayes.adaptation.implied import EquivalentPrior
 from hierbayes.errors import FitWarning
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
@@ -31,9 +32,17 @@ class ImpliedPosterior(Adaptation):
 
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
         """θ_K and Σ_K of every task; ``remarks`` name tasks without a Gaussian prior."""
+        return self.read(self.prior(model, tasks, phi))
+
+    def prior(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> EquivalentPrior:
+        """The prior of each task under which the steps are a MAP estimate."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FitWarning)  # they travel in the remarks
-            implied = equivalent_prior(model, tasks, phi, self.num_steps, self.step_size)
+            warnings.simplefilter("ignore", FitWarning)  # they travel in the messages
+            return equivalent_prior(model, tasks, phi, self.num_steps, self.step_size)
+
+    @staticmethod
+    def read(implied: EquivalentPrior) -> Adapted:
+        """Its posterior, with its messages as remarks."""
         return Adapted(
             implied.posterior_mean, implied.posterior_covariance, remarks=implied.messages
         )

@@ -30,6 +30,9 @@ class Status(enum.StrEnum):
 FLAT = 1e-12
 """Share of φ left below which the steps count as having reached the optimum."""
 
+NULL = 1e-10
+"""Curvatures below this share of a task's largest count as zero, where ``null="pinned"``."""
+
 
 def described(method: Descent | Flow) -> str:
     """The method in words."""

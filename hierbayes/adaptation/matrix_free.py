@@ -25,7 +25,7 @@ from hierbayes.adaptation.curvature import Kind
 from hierbayes.adaptation.descent import Descent, Flow
 from hierbayes.adaptation.discrepancy import judge_validity, refuse_diverged
 from hierbayes.adaptation.implied import Discrepancy, ImpliedPrior
-from hierbayes.adaptation.judgement import FLAT, Status, judge
+from hierbayes.adaptation.judgement import FLAT, NULL, Status, judge
 from hierbayes.adaptation.spectrum import run
 from hierbayes.adaptation.white import OneTask, White
 from hierbayes.errors import InputError, NotApplicable, announce, listing
@@ -166,7 +166,7 @@ def matrix_free_prior(
         validity = judge_validity(Discrepancy(*measured.T), status, tasks, messages)
     pinned = np.zeros(values.shape, dtype=bool)
     if null == "pinned":
-        pinned = np.abs(values) <= 1e-10 * np.abs(values).max(axis=1, keepdims=True, initial=0.0)
+        pinned = np.abs(values) <= NULL * np.abs(values).max(axis=1, keepdims=True, initial=0.0)
         moved, rest = np.where(pinned, 0.0, moved), 0.0
         messages.append(
             "the directions that are left out are pinned to phi, in every task: their precision "

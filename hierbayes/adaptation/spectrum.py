@@ -80,10 +80,12 @@ def run(
     if scaling.per_step is not None:
         assert isinstance(method, Descent)
         etas = jnp.broadcast_to(jnp.asarray(method.step_size), (method.num_steps,))
-        theta = jnp.asarray(location)
-        for eta, matrix in zip(etas, scaling.per_step, strict=True):
-            theta = theta + eta * slopes(model, phi, rows, task_of_row, theta) @ matrix
-        return theta
+
+        def step(theta: jax.Array, at: Any) -> tuple[jax.Array, None]:
+            eta, matrix = at
+            return theta + eta * slopes(model, phi, rows, task_of_row, theta) @ matrix, None
+
+        return jax.lax.scan(step, jnp.asarray(location), (etas, scaling.per_step))[0]
 
     def uphill(theta: jax.Array) -> jax.Array:
         slope = slopes(model, phi, rows, task_of_row, theta)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +10,12 @@ import jax
 import numpy as np
 
 from hierbayes import plots
-from hierbayes.adaptation import EquivalentPrior, Status, equivalent_prior
+from hierbayes.adaptation import EquivalentPrior, Status
 from hierbayes.checks.gaussians import LEVELS, coverage, kl_floor, wasserstein_floor
 from hierbayes.checks.scores import mean_over_tasks
 from hierbayes.compare.distances import Reference, between, density_error, distances, summarise
 from hierbayes.compare.ladder import CAUSES, FULL, STEPS, build_ladder
-from hierbayes.errors import FitWarning, InputError
+from hierbayes.errors import InputError
 from hierbayes.fit import Fit
 from hierbayes.tasks import Tasks
 
@@ -159,15 +158,9 @@ def equivalence_report(
     'Monte-Carlo floor'
     """
     _check(start, posterior, empirical_bayes)
-    fits = build_ladder(
+    fits, implied = build_ladder(
         start, posterior, empirical_bayes, num_steps, step_size, num_chains, num_draws, seed
     )
-    steps = fits[STEPS]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FitWarning)  # they stand in the notes
-        implied = equivalent_prior(
-            steps.model, steps.tasks, steps.phi, steps.info["num_steps"], steps.info["step_size"]
-        )
     reference = Reference(posterior)
     away = {rung: distances(fit, reference) for rung, fit in fits.items()}
     without = np.asarray(implied.status == Status.NO_PRIOR)

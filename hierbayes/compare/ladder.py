@@ -21,7 +21,14 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
-from hierbayes.adaptation import Adaptation, Adapted, Conjugate, Laplace, equivalent_steps
+from hierbayes.adaptation import (
+    Adaptation,
+    Adapted,
+    Conjugate,
+    EquivalentPrior,
+    Laplace,
+    equivalent_steps,
+)
 from hierbayes.adaptation.gradient import largest_curvature
 from hierbayes.adaptation.implied_posterior import ImpliedPosterior
 from hierbayes.errors import FitWarning, InputError
@@ -59,8 +66,8 @@ def build_ladder(
     num_chains: int,
     num_draws: int,
     seed: int | jax.Array,
-) -> dict[str, Fit]:
-    """The four rungs as fits of the same tasks, each with draws of θ that ArviZ reads."""
+) -> tuple[dict[str, Fit], EquivalentPrior]:
+    """The four rungs as fits of the same tasks, with draws of θ, and what the steps imply."""
     model, tasks = posterior.model, posterior.tasks
     gaussian = model.likelihood.gaussian_in_theta
     if point is None and gaussian:
@@ -73,13 +80,16 @@ def build_ladder(
     steps = ImpliedPosterior(*_steps(start, num_steps, step_size))
     exact: Adaptation = Conjugate() if gaussian else Laplace()
     draws = (num_chains, num_draws)
+    implied = steps.prior(model, tasks, centre)
+    both = centre | spread
+    at_mode = exact(model, tasks, both)
     rungs = {
-        STEPS: _drawn(STEPS, model, tasks, centre, steps, draws, seed),
-        MODE: _drawn(MODE, model, tasks, centre | spread, exact, draws, nth_seed(seed, 1)),
+        STEPS: _drawn(STEPS, model, tasks, centre, steps, steps.read(implied), draws, seed),
+        MODE: _drawn(MODE, model, tasks, both, exact, at_mode, draws, nth_seed(seed, 1)),
     }
     if point is None:
         point = _sampled(model, tasks, posterior.phi, draws, nth_seed(seed, 2))
-    return {**rungs, POINT: point, FULL: posterior}
+    return {**rungs, POINT: point, FULL: posterior}, implied
 
 
 def _steps(start: Fit, num_steps: int | None, step_size: float | str | None) -> tuple[int, float]:
@@ -113,11 +123,11 @@ def _drawn(
     tasks: Tasks,
     phi: dict[str, np.ndarray],
     adaptation: Adaptation,
+    adapted: Adapted,
     draws: tuple[int, int],
     seed: int | jax.Array,
 ) -> Fit:
     """A fit at this φ, with draws from its normal posterior."""
-    adapted = adaptation(model, tasks, phi)
     values = adapted.draw(as_rng(seed), draws[0] * draws[1])
     return Fit(
         method, model, tasks, phi, adaptation, adapted,

@@ -105,7 +105,7 @@ def full_bayes(
     if method == "collapsed" and not exact:
         raise InputError('method="collapsed" needs a Gaussian likelihood; use method="nuts"')
     key, key_start, key_theta = jax.random.split(as_key(seed), 3)
-    settings = dict(
+    settings: dict[str, Any] = dict(
         num_draws=num_draws, num_chains=num_chains, num_warmup=num_warmup,
         target_accept=target_accept, progress=progress,
     )  # fmt: skip
@@ -114,12 +114,12 @@ def full_bayes(
         start = _start(resolved, tasks, key_start, num_chains)
         if method == "collapsed":
             program = collapsed_program(resolved, tasks)
-            draws, sample_stats = run_nuts(program, key, start, dense=True, **settings)  # type: ignore[arg-type]
+            draws, sample_stats = run_nuts(program, key, start, dense=True, **settings)
         else:
             program = resolved.numpyro_program(tasks, centred=False)
             white = jax.random.normal(key_theta, (num_chains, tasks.num_tasks, len(tasks.coef)))
             start["z"] = 0.1 * white
-            draws, sample_stats = run_nuts(program, key, start, dense=False, **settings)  # type: ignore[arg-type]
+            draws, sample_stats = run_nuts(program, key, start, dense=False, **settings)
     theta = draws.pop("theta", None)
     draws.pop("z", None)
     adaptation = Conjugate() if exact else Laplace()
