@@ -26,12 +26,13 @@ from hierbayes.meta import (
 )
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors import HyperPrior
-from hierbayes.tasks import Tasks
+from hierbayes.tasks import Episodes, Tasks
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Comparison",
+    "Episodes",
     "Fit",
     "FitWarning",
     "HierarchicalModel",

@@ -58,7 +58,7 @@ class HierarchicalModel:
     def tasks(self, data: Any) -> Tasks:
         """``data`` as Tasks: as it is, or a DataFrame through the model's formula."""
         if isinstance(data, Tasks):
-            return data
+            return self.likelihood.named(data)
         if self.encoder is None:
             raise InputError(
                 f"expected Tasks, found {type(data).__name__}; only a model made by from_formula "
@@ -161,7 +161,9 @@ class HierarchicalModel:
         total = jax.vmap(lambda t, w_j: self.prior.log_prob(t, phi, w_j))(theta, w).sum()
         for name, belief in self.phi_distributions(tasks).items():
             total = total + jnp.sum(belief.log_prob(phi[name]))
-        rows = self.likelihood.log_likelihood_of_rows(theta, phi, tasks.flat(), tasks.task_of_row)
+        rows = self.likelihood.log_likelihood_of_rows(
+            theta, phi, *self.likelihood.arrange(tasks)
+        )
         return total + rows.sum()
 
     # ----------------------------------------------------------------- program

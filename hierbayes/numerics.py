@@ -21,6 +21,11 @@ def float64() -> Any:
     return jax.enable_x64(True)
 
 
+def arithmetic(precision: str) -> Any:
+    """Context in which JAX computes in "float32" or "float64", whatever the user's flag says."""
+    return jax.enable_x64(precision == "float64")
+
+
 def to_numpy(tree: Any) -> Any:
     """Every JAX array of a pytree as a NumPy array.
 

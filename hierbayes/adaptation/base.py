@@ -75,3 +75,7 @@ class PointAdaptation(Adaptation):
         self, model: HierarchicalModel, phi: dict[str, Any], rows: Task, task_of_row: Any
     ) -> Any:
         """θ̂_j of every task (J, …), from flat rows and the task of each."""
+
+    def arrange(self, model: HierarchicalModel, tasks: Tasks) -> tuple[Task, Any]:
+        """(rows, task of each row) as this adaptation wants them."""
+        return model.likelihood.arrange(tasks)

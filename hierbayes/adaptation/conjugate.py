@@ -131,8 +131,9 @@ class Conjugate(Adaptation):
 
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
         """Posterior means and covariances."""
+        linear = model.likelihood.design(tasks, phi)
         with float64():
-            mean, covariance = to_numpy(_posterior(statistics(tasks), model.prior, dict(phi)))
+            mean, covariance = to_numpy(_posterior(statistics(linear), model.prior, dict(phi)))
         return Adapted(mean, covariance)
 
     def draws(

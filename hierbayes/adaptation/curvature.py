@@ -52,7 +52,7 @@ def products(
     likelihood = model.likelihood
 
     def outputs(t: Any) -> Any:
-        return likelihood.location(t[task_of_row], phi, rows)
+        return likelihood.locations(t, phi, rows, task_of_row)
 
     def slope_in_f(f: Any) -> Any:
         return jax.grad(

@@ -16,6 +16,7 @@ nothing cancels at λ = 0, where p = 1/s = 1/(Kη), and slopes in λ and η are 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ from hierbayes.numerics import float64
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["step_size", "momentum"],
-    meta_fields=["num_steps", "nesterov", "optimiser"],
+    meta_fields=["num_steps", "nesterov", "optimiser", "rematerialise"],
 )
 @dataclass(frozen=True)
 class Descent:
@@ -55,6 +56,8 @@ class Descent:
         Take the slope at the point to which momentum leads.
     optimiser : optax.GradientTransformation, optional
         In the place of ``step_size`` and ``momentum``.
+    rematerialise : bool
+        Keep √K points for the derivative in the place of K, and compute what lies between again.
     """
 
     num_steps: int
@@ -62,6 +65,7 @@ class Descent:
     momentum: Any = None
     nesterov: bool = False
     optimiser: optax.GradientTransformation | None = None
+    rematerialise: bool = False
 
     @property
     def plain(self) -> bool:
@@ -88,6 +92,7 @@ class Descent:
 
     def _scan(self, slope: Callable[[Any], Any], start: Any, *, keep: bool) -> Any:
         add = optax.tree.add
+        scan = scan_in_segments if self.rematerialise and not keep else jax.lax.scan
         if self.optimiser is not None:
             chosen = self.optimiser
 
@@ -98,9 +103,8 @@ class Descent:
                 theta = optax.apply_updates(theta, updates)
                 return (theta, state), theta if keep else None
 
-            (theta, _), points = jax.lax.scan(
-                advance, (start, chosen.init(start)), None, length=self.num_steps
-            )
+            counted = jnp.arange(self.num_steps)
+            (theta, _), points = scan(advance, (start, chosen.init(start)), counted)
             return theta, points
         etas = jnp.broadcast_to(jnp.asarray(self.step_size), (self.num_steps,))
         if self.momentum is None:
@@ -109,7 +113,7 @@ class Descent:
                 theta = jax.tree.map(lambda t, g: t + eta * g, theta, slope(theta))
                 return theta, theta if keep else None
 
-            return jax.lax.scan(climb, start, etas)
+            return scan(climb, start, etas)
         kept = self.momentum
 
         def step(carry: Any, eta: Any) -> Any:
@@ -120,7 +124,7 @@ class Descent:
             theta = add(theta, moved)
             return (theta, moved), theta if keep else None
 
-        (theta, _), points = jax.lax.scan(step, (start, jax.tree.map(jnp.zeros_like, start)), etas)
+        (theta, _), points = scan(step, (start, jax.tree.map(jnp.zeros_like, start)), etas)
         return theta, points
 
     def responses(self, curvature: Any) -> tuple[jax.Array, jax.Array]:
@@ -132,6 +136,28 @@ class Descent:
         left = self.run(lambda distance: -curvature * distance, one)
         moved = self.run(lambda displacement: 1.0 - curvature * displacement, zero)
         return left, moved
+
+
+def scan_in_segments(step: Any, carry: Any, xs: Any) -> tuple[Any, None]:
+    """``jax.lax.scan`` without outputs, whose derivative keeps about 2√K carries in the place of K.
+
+    The steps are cut into √K segments; the derivative keeps where each begins and computes the
+    rest of a segment again when it comes to it.
+    """
+    length = len(xs)
+    width = max(1, math.isqrt(length))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def once(carry: Any, x: Any) -> tuple[Any, None]:
+        return step(carry, x)[0], None
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def segment(carry: Any, x: Any) -> tuple[Any, None]:
+        return jax.lax.scan(once, carry, x)
+
+    whole = length // width * width
+    carry, _ = jax.lax.scan(segment, carry, xs[:whole].reshape(-1, width))
+    return segment(carry, xs[whole:]) if whole < length else (carry, None)
 
 
 def _equal_steps(curvature: jax.Array, step_size: Any, num_steps: int) -> tuple[Any, Any]:

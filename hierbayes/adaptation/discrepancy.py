@@ -14,6 +14,7 @@ from hierbayes.adaptation.implied import Discrepancy
 from hierbayes.adaptation.judgement import Status
 from hierbayes.adaptation.newton import climb
 from hierbayes.errors import InputError, listing
+from hierbayes.likelihoods.base import sum_by_task
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task, Tasks
 
@@ -53,11 +54,12 @@ def measure(
         model, phi, rows, task_of_row, location, jnp.eye(d), precision, theta - location, kind
     )
     at_mode, at_theta = (
-        model.likelihood.location(t[task_of_row], phi, rows) for t in (mode.theta, theta)
+        model.likelihood.locations(t, phi, rows, task_of_row) for t in (mode.theta, theta)
     )
     by_row = model.likelihood.divergence(at_mode, at_theta, phi, rows.slots)
-    counts = jnp.maximum(jax.ops.segment_sum(jnp.ones_like(by_row), task_of_row, num_tasks), 1)
-    kl = jax.ops.segment_sum(by_row, task_of_row, num_tasks) / counts
+    by_row = jnp.where(rows.mask, by_row, 0.0)
+    counts = sum_by_task(jnp.asarray(rows.mask, float), task_of_row, num_tasks)
+    kl = sum_by_task(by_row, task_of_row, num_tasks) / jnp.maximum(counts, 1)
     return missed, linearisation, drift, jnp.where(mode.converged, kl, jnp.nan)
 
 

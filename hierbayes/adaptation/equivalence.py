@@ -171,7 +171,7 @@ def equivalent_prior(
     scaling = read_preconditioner(preconditioner, tasks, method)
     if loss == "mean":
         scaling = over_rows(scaling, tasks)
-    bare, rows = model.without_encoder(), (tasks.flat(), tasks.task_of_row)
+    bare, rows = model.without_encoder(), model.likelihood.arrange(tasks)
     with float64():
         location = np.asarray(model.prior.location(found, np.asarray(tasks.task_predictors)))
         at = linearise(bare, curvature, found, *rows, location)

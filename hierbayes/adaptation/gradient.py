@@ -4,63 +4,157 @@ r"""K gradient steps from φ.
           \theta^{k+1} = \theta^k + \eta\, \nabla_\theta \log p(D_j \mid \theta^k, \varphi)
 
 Step sizes are in units of the **sum** of the log likelihood over a task's rows, so that more rows
-mean longer steps. Beyond η = 2/λ_max, with λ_max the largest curvature of a task's log likelihood,
-the steps diverge; where the curvature depends on θ, λ_max is a bound and they can diverge.
+mean longer steps, or of its mean. Beyond η = 2/λ_max, with λ_max the largest curvature of a task's
+log likelihood, the steps diverge; where the curvature depends on θ, λ_max is a bound and they can
+diverge. A network's curvature in its weights has no bound.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from hierbayes.adaptation.base import Adapted, PointAdaptation
-from hierbayes.adaptation.curvature import slopes
 from hierbayes.adaptation.descent import Descent
-from hierbayes.errors import InputError
+from hierbayes.adaptation.implicit import with_implicit_slope
+from hierbayes.errors import InputError, listing
+from hierbayes.likelihoods.base import sum_by_task
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64
+from hierbayes.numerics import arithmetic
 from hierbayes.tasks import Task, Tasks
+
+Derivative = Literal["unrolled", "rematerialised", "first-order", "implicit"]
+DERIVATIVES = ("unrolled", "rematerialised", "first-order", "implicit")
 
 
 @dataclass(frozen=True)
 class GradientSteps(PointAdaptation):
-    """A(D; φ) = K gradient steps from the prior's location, with the step size η of φ or fixed.
+    r"""A(D; φ) = K gradient steps from the prior's location, with the step size η of φ or fixed.
+
+    .. math:: \theta^{k+1} = \theta^k + \eta \nabla \left[\log p(D \mid \theta^k)
+              - \tfrac{\lambda}{2} \lVert \theta^k - \theta^0 \rVert^2 \right]
 
     Parameters
     ----------
     num_steps : int
         K, the number of steps.
     step_size : float or None
-        η in sum-of-log-likelihood units; None takes ``phi["step_size"]``.
+        η in the units of ``loss``; None takes ``phi["step_size"]``, a number or one a coefficient.
+    loss : "sum" or "mean"
+        Steps on the summed log likelihood of a task's rows, or on its mean over the rows.
+    optimiser : optax.GradientTransformation, optional
+        In the place of plain steps, for each task by itself.
+    derivative : "unrolled", "rematerialised", "first-order" or "implicit"
+        How θ_K depends on φ when φ is learned: by the steps themselves, with all of them kept or
+        with √K kept and the rest computed again; as if slopes did not depend on φ; or as the
+        maximum that the steps stand for, by conjugate gradients, which keeps no step.
+    proximal : bool
+        Climb the log posterior under N(θ⁰, I τ²), τ of φ, and not the likelihood alone.
     """
 
     num_steps: int
     step_size: float | None = None
+    loss: Literal["sum", "mean"] = "sum"
+    optimiser: optax.GradientTransformation | None = None
+    derivative: Derivative = "unrolled"
+    proximal: bool = False
     name = "gradient steps"
 
     def steps(
         self, model: HierarchicalModel, phi: dict[str, Any], rows: Task, task_of_row: Any
     ) -> Any:
-        """θ_K of every task (J, …), differentiable in φ; θ may be any pytree."""
-        eta = phi["step_size"] if self.step_size is None else self.step_size
+        """θ_K of every task (J, d), differentiable in φ."""
         start = model.prior.location(phi, rows.task_predictors)
-        return Descent(self.num_steps, eta).run(
-            lambda thetas: slopes(model, phi, rows, task_of_row, thetas), start
-        )
+        if task_of_row is None:
+            return jax.vmap(lambda theta, task: self._of_one(model, phi, theta, task))(start, rows)
+        count = sum_by_task(jnp.asarray(rows.mask, start.dtype), task_of_row, len(start))
+
+        def value(thetas: Any) -> Any:
+            each = model.likelihood.log_likelihood_of_rows(thetas, phi, rows, task_of_row)
+            return each.sum()
+
+        return self._climb(phi, value, start, jnp.maximum(count, 1)[:, None])
+
+    def arrange(self, model: HierarchicalModel, tasks: Tasks) -> tuple[Task, Any]:
+        """As the likelihood wants them; side by side for an optimiser, which sees one task."""
+        if self.optimiser is None:
+            return model.likelihood.arrange(tasks)
+        return tasks.block(np.arange(tasks.num_tasks), int(tasks.sizes.max(initial=1))), None
+
+    def path(self, model: HierarchicalModel, phi: dict[str, Any], task: Task) -> Any:
+        """θ_0, …, θ_K (K + 1, d) of one task."""
+        start = model.prior.location(phi, task.task_predictors)
+        return self._of_one(model, phi, start, task, path=True)
+
+    def _of_one(
+        self, model: HierarchicalModel, phi: Any, start: Any, task: Task, *, path: bool = False
+    ) -> Any:
+        """The steps of one task, on θ as the user's own functions take it."""
+        likelihood = model.likelihood
+        count = jnp.maximum(task.mask.sum(), 1).astype(start.dtype)
+
+        def value(theta: Any) -> Any:
+            return likelihood.log_likelihood(theta, phi, task).sum()
+
+        tree = jax.tree.map(lambda x: x.astype(start.dtype), likelihood.tree(start))
+        scaled = dict(phi)
+        for name in {"step_size", "tau"} & phi.keys():
+            if jnp.ndim(phi[name]):
+                scaled[name] = likelihood.tree(phi[name])
+        found = self._climb(scaled, value, tree, count, path=path)
+        return jax.vmap(likelihood.vector)(found) if path else likelihood.vector(found)
+
+    def _climb(self, phi: Any, value: Any, start: Any, count: Any, *, path: bool = False) -> Any:
+        eta = phi["step_size"] if self.step_size is None and self.optimiser is None else None
+        per_weight = eta is not None and not _is_number(eta)
+        share = count if self.loss == "mean" else 1.0
+
+        def slope(theta: Any) -> Any:
+            uphill = jax.grad(value)(theta)
+            if self.proximal:
+                pull = _pull(phi["tau"], theta, start)
+                uphill = jax.tree.map(jnp.subtract, uphill, pull)
+            uphill = jax.tree.map(lambda g: g / share, uphill)
+            if self.derivative == "first-order":
+                uphill = jax.lax.stop_gradient(uphill)
+            return jax.tree.map(jnp.multiply, eta, uphill) if per_weight else uphill
+
+        size = 1.0 if per_weight else (self.step_size if eta is None else eta)
+        descent = Descent(
+            self.num_steps, size, optimiser=self.optimiser,
+            rematerialise=self.derivative == "rematerialised",
+        )  # fmt: skip
+        if path:
+            return descent.path(slope, start)
+        if self.derivative == "implicit":
+            return with_implicit_slope(descent.run, slope, start)
+        return descent.run(slope, start)
 
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
         """θ_K of every task, a point; a step size too long for a task is refused, naming it."""
-        eta = float(phi["step_size"]) if self.step_size is None else self.step_size
-        check_step_size(eta, model, tasks, phi)
-        with float64():
-            theta = _steps(
-                self, model.without_encoder(), dict(phi), tasks.flat(), tasks.task_of_row
-            )
-            return Adapted(np.asarray(theta))
+        if model.likelihood.linear and self.optimiser is None and not self.proximal:
+            eta = phi["step_size"] if self.step_size is None else self.step_size
+            check_step_size(eta, model, tasks, phi, self.loss)
+        if self.optimiser is None:
+            groups = model.likelihood.arrange_alike(tasks)
+        else:
+            groups = [(positions, (block, None)) for positions, block in tasks.blocks()]
+        with arithmetic(model.likelihood.precision):
+            parts = [
+                (positions, np.asarray(_steps(self, model.without_encoder(), dict(phi), *arranged)))
+                for positions, arranged in groups
+            ]
+            start = model.prior.location(phi, tasks.task_predictors)
+        theta = np.array(start, dtype=np.float64)
+        for positions, found in parts:
+            theta[positions] = found
+        return Adapted(theta, remarks=_lost(theta, tasks))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -74,40 +168,79 @@ def _steps(
     return adaptation.steps(model, phi, rows, of_row)
 
 
-def curvatures(model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> np.ndarray:
+def _pull(tau: Any, theta: Any, start: Any) -> Any:
+    """(θ − θ⁰) / τ², τ a number, or a pytree like θ."""
+    moved = jax.tree.map(jnp.subtract, theta, start)
+    if _is_number(tau):
+        return jax.tree.map(lambda m: m / tau**2, moved)
+    return jax.tree.map(lambda m, t: m / t**2, moved, tau)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or getattr(value, "ndim", 1) == 0
+
+
+def _lost(theta: np.ndarray, tasks: Tasks) -> tuple[str, ...]:
+    lost = ~np.isfinite(theta).all(1)
+    if not lost.any():
+        return ()
+    return (
+        f"gradient steps diverged in {lost.sum()} of {len(lost)} tasks "
+        f"({listing(tasks.names[lost].tolist(), 3)}): their theta is not finite; take shorter "
+        "steps",
+    )
+
+
+def curvatures(
+    model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any], loss: str = "sum"
+) -> np.ndarray:
     """Eigenvalues of each task's −∇² log p(D_j | θ), ascending, (J, d); zero without rows.
 
     Exact for Gaussian tasks; elsewhere of XᵀCX with the bounds C on each row's curvature, which no
-    θ exceeds.
+    θ exceeds. ``loss="mean"``: of the mean over a task's rows.
     """
-    with float64():
+    tasks = model.likelihood.design(tasks, phi)
+    with jax.enable_x64(True):
         bound = np.asarray(model.likelihood.curvature_bound(phi, tasks.slots))
     scaled = tasks.predictors * np.sqrt(np.broadcast_to(bound, tasks.num_rows))[:, None]
     grams = np.zeros((tasks.num_tasks, scaled.shape[1], scaled.shape[1]))
     np.add.at(grams, tasks.task_of_row, scaled[:, :, None] * scaled[:, None, :])
+    if loss == "mean":
+        grams /= np.maximum(tasks.sizes, 1)[:, None, None]
     return np.linalg.eigvalsh(grams)
 
 
-def largest_curvature(model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> np.ndarray:
+def largest_curvature(
+    model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any], loss: str = "sum"
+) -> np.ndarray:
     """λ_max of each task, (J,); a bound where the curvature depends on θ."""
-    return curvatures(model, tasks, phi)[:, -1]
+    return curvatures(model, tasks, phi, loss)[:, -1]
 
 
 def check_step_size(
-    step_size: float, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]
+    step_size: Any,
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phi: dict[str, Any],
+    loss: str = "sum",
 ) -> None:
-    """Refuse a step size at which some task's gradient steps diverge, or can diverge."""
+    """Refuse a step size at which some task's gradient steps diverge, or can diverge.
+
+    Of step sizes by coefficient the longest is judged; shorter ones beside it can only help.
+    """
+    step_size = float(np.max(step_size))
     if not (np.isfinite(step_size) and step_size > 0):
         raise InputError(f"step_size must be positive, found {step_size}")
-    curvature = largest_curvature(model, tasks, phi)
+    curvature = largest_curvature(model, tasks, phi, loss)
     product = step_size * curvature
     if (bad := product > 2).any():
         worst = int(np.argmax(product))
         certain = "makes" if model.likelihood.gaussian_in_theta else "can make"
+        units = f"{loss}-of-log-likelihood units"
         raise InputError(
             f"step_size={step_size:.3g} {certain} gradient steps diverge in {bad.sum()} of "
             f"{tasks.num_tasks} tasks, most in {tasks.names.tolist()[worst]!r} "
             f"({tasks.sizes[worst]} rows), where it must stay below 2/λ_max = "
-            f"{2 / curvature[worst]:.3g}; step sizes are in sum-of-log-likelihood units, "
+            f"{2 / curvature[worst]:.3g}; step sizes are in {units}, "
             'and "auto" takes 1/λ_max over all tasks'
         )

@@ -126,7 +126,7 @@ class Laplace(Adaptation):
         """Modes and covariances; ``remarks`` name the tasks where no mode was reached."""
         with float64():
             mean, covariance, converged, definite = to_numpy(
-                _posterior(model.without_encoder(), dict(phi), tasks.flat(), tasks.task_of_row)
+                _posterior(model.without_encoder(), dict(phi), *model.likelihood.arrange(tasks))
             )
         return Adapted(mean, covariance, remarks=trouble(tasks.names, converged, definite))
 
@@ -138,7 +138,7 @@ class Laplace(Adaptation):
         plain = model.without_encoder()
         with float64():
             draws, *went = to_numpy(
-                _draws(plain, dict(phis), tasks.flat(), tasks.task_of_row, key, batch)
+                _draws(plain, dict(phis), *model.likelihood.arrange(tasks), key, batch)
             )
         announce(trouble(tasks.names, *went))
         return draws
@@ -150,7 +150,7 @@ class Laplace(Adaptation):
         plain = model.without_encoder()
         with float64():
             mean, covariance, *went = to_numpy(
-                _moments(plain, dict(phis), tasks.flat(), tasks.task_of_row)
+                _moments(plain, dict(phis), *model.likelihood.arrange(tasks))
             )
         announce(trouble(tasks.names, *went))
         return mean, covariance

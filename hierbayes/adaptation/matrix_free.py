@@ -133,7 +133,7 @@ def matrix_free_prior(
     rank: int | None,
 ) -> MatrixFreePrior:
     """What :func:`equivalent_prior` returns where d > 256 or ``rank`` is given."""
-    bare, rows, root = model.without_encoder(), (tasks.flat(), tasks.task_of_row), scaling.root
+    bare, rows, root = model.without_encoder(), model.likelihood.arrange(tasks), scaling.root
     with float64():
         location = np.asarray(model.prior.location(phi, np.asarray(tasks.task_predictors)))
         pairs = [

@@ -18,6 +18,7 @@ import numpy as np
 
 from hierbayes.adaptation.curvature import Kind, curvatures_at, slopes
 from hierbayes.errors import listing
+from hierbayes.likelihoods.base import sum_by_task
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task
 
@@ -70,7 +71,7 @@ def climb(
 
     def value(z: jax.Array) -> jax.Array:
         each = model.likelihood.log_likelihood_of_rows(theta_of(z), phi, rows, task_of_row)
-        fit = jax.ops.segment_sum(each, task_of_row, num_tasks)
+        fit = sum_by_task(each, task_of_row, num_tasks)
         return fit - 0.5 * jnp.einsum("jk,jkl,jl->j", z, penalty, z)
 
     def newton(z: jax.Array) -> Any:

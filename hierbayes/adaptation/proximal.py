@@ -50,7 +50,7 @@ class Proximal(PointAdaptation):
         """θ* of every task; ``remarks`` name those where Newton's method has not reached it."""
         plain = model.without_encoder()
         with float64():
-            theta, *went = to_numpy(_points(plain, dict(phi), tasks.flat(), tasks.task_of_row))
+            theta, *went = to_numpy(_points(plain, dict(phi), *model.likelihood.arrange(tasks)))
         return Adapted(theta, remarks=trouble(tasks.names, *went))
 
 

@@ -66,8 +66,8 @@ class OneTask:
 def _product(
     model: HierarchicalModel, kind: Kind, phi: Any, rows: Task, theta: Any, vector: Any
 ) -> jax.Array:
-    first = jnp.zeros(rows.mask.shape, dtype=int)
-    return products(model, phi, rows, first, theta[None], vector[None], kind)[0]
+    alone = jax.tree.map(lambda values: values[None], rows)
+    return products(model, phi, alone, None, theta[None], vector[None], kind)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -142,7 +142,7 @@ def _sampled(
 ) -> Fit:
     """The posterior of every θ_j at this φ, by NUTS."""
     phi = {name: np.asarray(value) for name, value in phi.items()}
-    rows, of_row = tasks.flat(), tasks.task_of_row
+    rows, of_row = model.likelihood.arrange(tasks)
     with float64():
         root = model.prior.scale_tril(phi)
         location = jnp.asarray(model.prior.location(phi, tasks.task_predictors))

@@ -5,17 +5,22 @@
 :func:`radon`             919 houses in 85 counties of Minnesota: radon, floor, county's uranium
 :func:`rats`              30 rats weighed in five weeks
 :func:`sleepstudy`        18 people: reaction time over ten days of little sleep
+:func:`sinusoids`         tasks drawn on the fly: sinusoids of random amplitude and phase
 ========================  =====================================================================
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["CATALOGUE", "DataSet", "eight_schools", "radon", "rats", "sleepstudy"]
+if TYPE_CHECKING:
+    from hierbayes.tasks import Episodes
+
+__all__ = ["CATALOGUE", "DataSet", "eight_schools", "radon", "rats", "sinusoids", "sleepstudy"]
 
 
 def eight_schools() -> Any:
@@ -74,6 +79,57 @@ def rats() -> Any:
     (150, 3)
     """
     return _read("rats")
+
+
+def sinusoids(
+    shots: int = 10,
+    queries: int | None = None,
+    *,
+    amplitude: tuple[float, float] = (0.1, 5.0),
+    phase: tuple[float, float] = (0.0, math.pi),
+    x: tuple[float, float] = (-5.0, 5.0),
+    noise: float = 0.0,
+) -> Episodes:
+    r"""Sinusoids drawn on the fly, the tasks of the MAML paper.
+
+    .. math:: y = A \sin(x - b), \quad A \sim U(0.1, 5), \; b \sim U(0, \pi), \;
+              x \sim U(-5, 5)
+
+    They are linear in two features that all share, sin x and cos x, and free of noise: a method
+    that were given those would be exact from two rows on.
+
+    Parameters
+    ----------
+    shots, queries : int
+        Rows to adapt to and to be judged by; as many queries as shots by default.
+    amplitude, phase, x : (float, float)
+        The ranges of A, b (radians) and x. Many ports draw b from (−π, π), which is harder.
+    noise : float
+        Standard deviation of normal noise on y.
+
+    Source: Finn, Abbeel and Levine (2017), Model-agnostic meta-learning, ICML, section 5.1.
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> support, query = hb.datasets.sinusoids(shots=5, queries=20).draw(2)
+    >>> support.sizes.tolist(), query.sizes.tolist()
+    ([5, 5], [20, 20])
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from hierbayes.tasks import Episodes
+
+    def sample(key: Any, num_rows: int) -> tuple[Any, Any]:
+        of_a, of_b, of_x, of_y = jax.random.split(key, 4)
+        a = jax.random.uniform(of_a, minval=amplitude[0], maxval=amplitude[1])
+        b = jax.random.uniform(of_b, minval=phase[0], maxval=phase[1])
+        at = jax.random.uniform(of_x, (num_rows, 1), minval=x[0], maxval=x[1])
+        y = a * jnp.sin(at[:, 0] - b)
+        return at, y + noise * jax.random.normal(of_y, (num_rows,)) if noise else y
+
+    return Episodes.from_sampler(sample, shots, queries)
 
 
 def sleepstudy() -> Any:

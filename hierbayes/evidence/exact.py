@@ -49,5 +49,6 @@ class Exact:
 
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> np.ndarray:
         """The log evidence of each task, (J,)."""
+        linear = model.likelihood.design(tasks, phi)
         with float64():
-            return np.asarray(_log_evidence(statistics(tasks), model.prior, dict(phi)))
+            return np.asarray(_log_evidence(statistics(linear), model.prior, dict(phi)))

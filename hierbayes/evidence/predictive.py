@@ -17,7 +17,7 @@ import jax
 
 from hierbayes.adaptation.base import PointAdaptation
 from hierbayes.model import HierarchicalModel
-from hierbayes.tasks import Tasks
+from hierbayes.tasks import Task, Tasks
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,16 @@ class Predictive:
         self, model: HierarchicalModel, phi: dict[str, Any], support: Tasks, query: Tasks
     ) -> jax.Array:
         """Log p(y^query | A(D^support; φ), φ) of every query row."""
-        thetas = self.adaptation.steps(model, phi, support.flat(), support.task_of_row)
-        scored = model.likelihood.plug_in(phi)
-        return model.likelihood.log_likelihood_of_rows(
-            thetas, scored, query.flat(), query.task_of_row
-        )
+        rows = self.adaptation.arrange(model, support)
+        return self.of_rows(model, phi, rows, model.likelihood.arrange(query))
+
+    def of_rows(
+        self,
+        model: HierarchicalModel,
+        phi: dict[str, Any],
+        support: tuple[Task, Any],
+        query: tuple[Task, Any],
+    ) -> jax.Array:
+        """The same of rows that lie as :meth:`Likelihood.arrange` has them."""
+        thetas = self.adaptation.steps(model, phi, *support)
+        return model.likelihood.log_likelihood_of_rows(thetas, model.likelihood.plug_in(phi), *query)

@@ -118,7 +118,7 @@ def log_likelihood(fit: Fit, draws: dict[str, np.ndarray], by: str = "row") -> A
     with float64():
         by_row = _log_likelihood(
             fit.model.without_encoder(), theta.reshape(-1, *theta.shape[2:]), flat,
-            tasks.flat(), tasks.task_of_row,
+            *fit.model.likelihood.arrange(tasks),
         )  # fmt: skip
         values = np.asarray(by_row).reshape(*lead, tasks.num_rows)
     coords = {"chain": np.arange(theta.shape[0]), "draw": np.arange(theta.shape[1])}

@@ -8,6 +8,9 @@ r"""p(D_j | θ_j, φ): what one task's data say about its parameters.
 
 from hierbayes.likelihoods.base import Likelihood
 from hierbayes.likelihoods.bernoulli import Bernoulli
+from hierbayes.likelihoods.categorical import Categorical
 from hierbayes.likelihoods.gaussian import Gaussian
+from hierbayes.likelihoods.last_layer import LastLayer
+from hierbayes.likelihoods.network import Network
 
-__all__ = ["Bernoulli", "Gaussian", "Likelihood"]
+__all__ = ["Bernoulli", "Categorical", "Gaussian", "LastLayer", "Likelihood", "Network"]

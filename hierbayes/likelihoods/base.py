@@ -27,6 +27,12 @@ class Likelihood(abc.ABC):
     discrete: bool = False
     """True where outcomes are counts or categories: central intervals then say little."""
 
+    linear: bool = True
+    """True where f is linear in θ with the tasks' own columns as coefficients."""
+
+    precision: str = "float64"
+    """What the training of φ computes in."""
+
     @abc.abstractmethod
     def family(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any]
@@ -80,16 +86,54 @@ class Likelihood(abc.ABC):
         rows = self.distribution(theta, phi, task).log_prob(task.outcome)
         return jnp.where(task.mask, rows, 0.0)
 
+    def tree(self, theta: Any) -> Any:
+        """θ as the user's own functions take it; a vector (d,) unless it is a network's weights."""
+        return theta
+
+    def vector(self, theta: Any) -> Any:
+        """θ as a vector (d,), from what :meth:`tree` gives."""
+        return theta
+
+    # ------------------------------------------------------- many tasks at once
+
+    def arrange(self, tasks: Tasks) -> tuple[Task, Any]:
+        """(rows, task of each row) as this likelihood wants many tasks.
+
+        Flat, so that no row is padded. A likelihood for which a θ for each row is too much has the
+        tasks side by side on a leading axis instead, and None for the second.
+        """
+        return tasks.flat(), tasks.task_of_row
+
+    def arrange_alike(self, tasks: Tasks) -> list[tuple[Any, tuple[Task, Any]]]:
+        """(positions of tasks, their rows arranged), in groups that need little filling up."""
+        return [(np.arange(tasks.num_tasks), self.arrange(tasks))]
+
+    def named(self, tasks: Tasks) -> Tasks:
+        """The tasks with θ's coefficients named; they are the columns of X where f is linear."""
+        return tasks
+
+    def design(self, tasks: Tasks, phi: dict[str, Any]) -> Tasks:
+        """The tasks as a linear model sees them under φ: their columns multiply θ."""
+        del phi
+        return tasks
+
+    def locations(self, thetas: Any, phi: dict[str, Any], rows: Task, task_of_row: Any) -> Any:
+        """f of each row under its own task's θ, (N,), or (J, n) for tasks on a leading axis."""
+        if task_of_row is None:
+            return jax.vmap(lambda t, task: self.location(t, phi, task))(thetas, rows)
+        return self.location(own_theta(thetas, task_of_row), phi, rows)
+
     def log_likelihood_of_rows(
         self, thetas: Any, phi: dict[str, Any], rows: Task, task_of_row: Any
     ) -> jax.Array:
-        """log p(y_i | x_i, θ_j(i), φ) of flat rows (N,), each under its own task's θ.
+        """log p(y_i | x_i, θ_j(i), φ) of each row under its own task's θ, as :meth:`locations`.
 
-        ``thetas`` (J, …) is a pytree with tasks on the leading axis. No row is padded; the slope
-        in ``thetas`` is each task's own.
+        ``thetas`` (J, …) is a pytree with tasks on the leading axis; the slope in ``thetas`` is
+        each task's own.
         """
-        own = jax.tree.map(lambda theta: theta[task_of_row], thetas)
-        return self.log_likelihood(own, phi, rows)
+        if task_of_row is None:
+            return jax.vmap(lambda t, task: self.log_likelihood(t, phi, task))(thetas, rows)
+        return self.log_likelihood(own_theta(thetas, task_of_row), phi, rows)
 
     def _refuse_slots(self, tasks: Tasks, slots: tuple[str, ...]) -> None:
         """Refuse columns that this likelihood would ignore, and predictors that are no matrix."""
@@ -104,3 +148,15 @@ class Likelihood(abc.ABC):
                 f"the {type(self).__name__} likelihood takes X of shape (n, d), found rows of "
                 f"shape {tasks.predictors.shape[1:]}"
             )
+
+
+def own_theta(thetas: Any, task_of_row: Any) -> Any:
+    """Each row's own θ (N, …), of those of all tasks (J, …)."""
+    return jax.tree.map(lambda theta: theta[task_of_row], thetas)
+
+
+def sum_by_task(values: Any, task_of_row: Any, num_tasks: int) -> jax.Array:
+    """Sums over each task's rows (J,), rows lying as :meth:`Likelihood.arrange` has them."""
+    if task_of_row is None:
+        return values.sum(-1)
+    return jax.ops.segment_sum(values, task_of_row, num_tasks)

@@ -9,7 +9,7 @@ the outer loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hierbayes.adaptation.gradient import DERIVATIVES
 from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.meta.baselines import noise, refuse_idle_sigma
@@ -50,6 +51,46 @@ def check_optimiser(optimiser: Any) -> None:
         raise InputError(
             f"optimiser must be an Optax optimiser, for example optax.adam(0.01), "
             f"found {optimiser!r}"
+        )
+
+
+def check_steps(
+    num_steps: int,
+    step_size: Any,
+    loss: Any,
+    derivative: Any,
+    inner_optimiser: Any,
+    learn_step_size: Any = False,
+) -> None:
+    """Refuse settings of the inner loop that cannot be, or that would be ignored."""
+    check_counts(num_steps=num_steps)
+    check_inner_step(step_size)
+    if loss not in (None, "sum", "mean"):
+        raise InputError(f'loss must be "sum" or "mean", found {loss!r}')
+    if derivative not in DERIVATIVES:
+        raise InputError(f"derivative must be one of {DERIVATIVES}, found {derivative!r}")
+    if learn_step_size not in (True, False, "coef"):
+        raise InputError(f'learn_step_size must be a bool or "coef", found {learn_step_size!r}')
+    if step_size != "auto" and not (np.isfinite(step_size) and step_size > 0):
+        raise InputError(f"step_size must be positive, found {step_size}")
+    if inner_optimiser is None:
+        return
+    if not isinstance(inner_optimiser, optax.GradientTransformation):
+        raise InputError(
+            f"inner_optimiser must be an Optax optimiser, found {inner_optimiser!r}"
+        )
+    if step_size != "auto" or learn_step_size:
+        raise InputError(
+            "inner_optimiser has step sizes of its own: leave step_size and learn_step_size out"
+        )
+
+
+def refuse_idle(training: Mapping[str, Any], method: str) -> None:
+    """Refuse settings of training on episodes where all tasks are fitted at once."""
+    if training:
+        raise InputError(
+            f"{method} on a fixed set of tasks takes no {', '.join(sorted(training))}: all tasks "
+            "are fitted at once; hb.Episodes.from_tasks(tasks) makes a source of batches of them"
         )
 
 

@@ -7,7 +7,7 @@ r"""MAML: φ is where K gradient steps on some rows predict the other rows best.
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +15,29 @@ import numpy as np
 import optax
 
 from hierbayes.adaptation import GradientSteps
-from hierbayes.adaptation.gradient import check_step_size, curvatures, largest_curvature
-from hierbayes.errors import announce
+from hierbayes.adaptation.gradient import (
+    Derivative,
+    check_step_size,
+    curvatures,
+    largest_curvature,
+)
+from hierbayes.errors import InputError, announce
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
 from hierbayes.meta.ascent import maximise
+from hierbayes.meta.episodic import PLAIN_STEP, on_episodes
 from hierbayes.meta.inner_loop import (
     check_counts,
-    check_inner_step,
     check_optimiser,
+    check_steps,
     inner_noise,
     outer_parameters,
+    refuse_idle,
     side_by_side,
     support_query_splits,
 )
+from hierbayes.meta.maml_on_episodes import maximise_predictive
+from hierbayes.meta.training import Training
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
@@ -40,14 +49,18 @@ def maml(
     num_steps: int = 5,
     step_size: float | Literal["auto"] = "auto",
     *,
-    learn_step_size: bool = False,
+    learn_step_size: bool | Literal["coef"] = False,
+    loss: Literal["sum", "mean"] | None = None,
+    derivative: Derivative = "unrolled",
+    inner_optimiser: optax.GradientTransformation | None = None,
     query: float = 0.5,
     num_splits: int = 1,
     sigma: float | None = None,
     optimiser: optax.GradientTransformation | None = None,
-    num_meta_steps: int = 500,
+    num_meta_steps: int | None = None,
     seed: int | jax.Array = 0,
     progress: bool | None = None,
+    **training: Unpack[Training],
 ) -> Fit:
     r"""Model-agnostic meta-learning, second order.
 
@@ -62,15 +75,27 @@ def maml(
     Parameters
     ----------
     model : HierarchicalModel
-    tasks : Tasks or DataFrame
+    tasks : Tasks, DataFrame or Episodes
+        A fixed set of tasks, fitted all at once; or a source, or tasks of a network, from which
+        batches are drawn.
     num_steps : int
         K, inner gradient steps.
     step_size : float or "auto"
         η in units of the **sum** of the log likelihood over a task's rows; "auto" is 1/λ_max over
         all tasks, with λ_max the largest curvature from all of a task's rows (Bernoulli: the
-        largest that any θ can give). Beyond 2/λ_max the steps can diverge, which is refused.
-    learn_step_size : bool
-        Learn η too, within (0, 1/λ_max), where the steps are a MAP estimate for every K.
+        largest that any θ can give). Beyond 2/λ_max the steps can diverge, which is refused. On
+        episodes in units of ``loss``; "auto" is 0.01 there, and no bound is known.
+    learn_step_size : bool or "coef"
+        Learn η too, within (0, 1/λ_max), where the steps are a MAP estimate for every K; "coef": one
+        for each coefficient, which is Meta-SGD. On episodes log η is learned, without bounds.
+    loss : "sum" or "mean"
+        What the inner steps climb: a task's summed log likelihood, or its mean over the rows, as
+        most MAML code does; "sum" by default, "mean" on episodes.
+    derivative : "unrolled", "rematerialised" or "first-order"
+        How θ_K depends on φ: through all steps, which are kept; the same with √K of them kept and
+        the others computed again; or as if slopes did not depend on φ (first-order MAML).
+    inner_optimiser : optax.GradientTransformation, optional
+        In the place of plain gradient steps, run for each task by itself.
     query : float
         Share of each task's rows in the query part; a one-row task is query-only.
     num_splits : int
@@ -79,15 +104,20 @@ def maml(
         Within-task noise σ, which sets the units of the inner loop; by default the pooled
         within-task estimate. It is not learned: ``sigma_query``, the plug-in predictive
         deviation of the query rows, is, and absorbs the posterior variance of θ_j. A likelihood
-        without a noise of its own (Bernoulli) has neither.
+        without a noise of its own (Bernoulli) has neither. On episodes √½ by default, at which
+        the mean negative log likelihood is the mean squared error.
     optimiser : optax.GradientTransformation, optional
-        Of the outer loop; L-BFGS by default, which converges on these smooth problems.
+        Of the outer loop; L-BFGS by default, which converges on these smooth problems, and Adam of
+        rate 0.001 on episodes.
     num_meta_steps : int
-        Outer steps at most.
+        Outer steps at most; 500 by default, 10,000 on episodes.
     seed : int or JAX key
-        For the splits.
+        For the splits; on episodes for weights and tasks.
     progress : bool, optional
         Show a progress bar; by default where stderr is a terminal.
+    **training
+        On episodes: ``batch_size``, ``held_out``, ``evaluate_every``, ``patience`` and
+        ``checkpoint``; see :class:`~hierbayes.meta.training.Training`.
 
     Returns
     -------
@@ -114,24 +144,46 @@ def maml(
     ['mu', 'sigma', 'sigma_query']
     """
     started = time.perf_counter()
+    if derivative == "implicit":
+        raise InputError(
+            'derivative="implicit" is that of a maximum, which K steps on the likelihood alone do '
+            "not stand for: use hb.imaml"
+        )
+    check_steps(num_steps, step_size, loss, derivative, inner_optimiser, learn_step_size)
+    check_counts(num_splits=num_splits)
+    if on_episodes(model, tasks):
+        outer = dict(
+            optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
+        )
+        eta = PLAIN_STEP if step_size == "auto" else float(step_size)
+        fixed = None if learn_step_size or inner_optimiser is not None else eta
+        steps = GradientSteps(num_steps, fixed, loss or "mean", inner_optimiser, derivative)
+        return maximise_predictive(
+            "MAML", model, tasks, steps, step_size=None if inner_optimiser is not None else eta,
+            learn_step_size=learn_step_size, query=query, sigma=sigma, training=training | outer,
+        )  # fmt: skip
+    refuse_idle(training, "MAML")
+    num_meta_steps = 500 if num_meta_steps is None else num_meta_steps
     tasks = model.tasks(tasks)
-    check_counts(num_steps=num_steps, num_splits=num_splits, num_meta_steps=num_meta_steps)
-    check_inner_step(step_size)
+    check_counts(num_meta_steps=num_meta_steps)
     check_optimiser(optimiser)
     model.check(tasks, learns_prior=True)
     resolved = model.resolve(tasks)
     phi = inner_noise(resolved, tasks, sigma)
-    longest = 1.0 / float(largest_curvature(resolved, tasks, phi).max())
+    loss = loss or "sum"
+    longest = 1.0 / float(largest_curvature(resolved, tasks, phi, loss).max())
     eta = longest if step_size == "auto" else float(step_size)
-    check_step_size(eta, resolved, tasks, phi)
+    check_step_size(eta, resolved, tasks, phi, loss)
     splits = support_query_splits(tasks, query, num_splits, seed, "MAML")
-    adaptation = GradientSteps(num_steps, None if learn_step_size else eta)
+    fixed = None if learn_step_size or inner_optimiser is not None else eta
+    adaptation = GradientSteps(num_steps, fixed, loss, inner_optimiser, derivative)
     evidence = Predictive(adaptation)
     with float64():
         start, to_phi = outer_parameters(resolved, tasks, phi)
         if learn_step_size:
             share = min(eta / max(longest, eta), 0.9)
-            start["step_size"] = jnp.asarray(np.log(share / (1 - share)))
+            size = len(tasks.coef) if learn_step_size == "coef" else ()
+            start["step_size"] = jnp.full(size, np.log(share / (1 - share)))
 
         def unpack(parameters: Any) -> dict[str, Any]:
             if not learn_step_size:
@@ -147,17 +199,21 @@ def maml(
 
         best = maximise(objective, start, optimiser, num_meta_steps, progress, "MAML")
         phi = to_numpy(unpack(best.parameters))
-    chosen = float(phi.get("step_size", eta))
-    supports = [support for support, _ in splits]
+    chosen = phi.get("step_size", eta) if inner_optimiser is None else None
+    remarks = best.warnings
+    if chosen is not None and np.ndim(chosen) == 0:
+        supports = [support for support, _ in splits]
+        remarks = remarks + _remarks(
+            resolved, float(chosen), longest, num_steps, supports, phi, loss
+        )
     return Fit(
         "MAML", resolved, tasks, phi, adaptation,
         no_evidence="MAML maximises the predictive evidence of the query rows, in "
         'info["query_log_density"], not log p(D | φ)',
-        warnings=announce(
-            best.warnings + _remarks(resolved, chosen, longest, num_steps, supports, phi)
-        ),
+        warnings=announce(remarks),
         info={
-            "num_steps": num_steps, "step_size": chosen,
+            "num_steps": num_steps, "step_size": None if chosen is None else np.asarray(chosen),
+            "loss": loss, "derivative": derivative,
             "query_log_density": best.value * asked.num_rows / num_splits, "query": query,
             "num_splits": num_splits, "num_meta_steps": num_meta_steps, "sigma": sigma,
             "seed": seed,
@@ -177,6 +233,7 @@ def _remarks(
     num_steps: int,
     supports: list[Tasks],
     phi: dict[str, Any],
+    loss: str,
 ) -> list[str]:
     """What to say of the steps chosen: too long for a prior, or so many that φ is forgotten."""
     remarks = []
@@ -191,7 +248,7 @@ def _remarks(
         return remarks
     left = max(
         float(
-            np.abs(1 - step_size * curvatures(model, s, phi)[s.sizes > 0]).max(initial=0)
+            np.abs(1 - step_size * curvatures(model, s, phi, loss)[s.sizes > 0]).max(initial=0)
             ** num_steps
         )
         for s in supports

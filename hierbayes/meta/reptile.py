@@ -176,7 +176,7 @@ def _direction(
 ) -> Callable[[Parameters], Parameters]:
     """Where the tasks pull μ, Γ and β, in scaled parameters."""
     plain, scales = model.without_encoder(), model.scales(tasks)
-    rows, of_row = tasks.flat(), tasks.task_of_row
+    rows, of_row = model.likelihood.arrange(tasks)
     regression = jnp.asarray(_regression(tasks, np.array(model.shape(tasks).free_mean)))
 
     def direction(parameters: Parameters) -> Parameters:

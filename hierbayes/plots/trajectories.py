@@ -55,7 +55,7 @@ class Landscape:
         assert isinstance(prior.method, Descent)
         self.prior, self.num_steps = prior, prior.method.num_steps
         self.quadratic = model.likelihood.gaussian_in_theta
-        self.rows = (model.without_encoder(), dict(phi), tasks.flat(), tasks.task_of_row)
+        self.rows = (model.without_encoder(), dict(phi), *model.likelihood.arrange(tasks))
         self.step_sizes = np.broadcast_to(np.asarray(prior.method.step_size), self.num_steps)
         # of the linearised task, along its directions; of the task itself where it is quadratic
         reached = (prior.posterior_mean - prior.location) @ prior.directions

@@ -1,0 +1,143 @@
+"""What likelihoods around a network share: its weights, its outputs, the family of the outcomes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+
+from hierbayes.errors import InputError
+from hierbayes.likelihoods.base import Likelihood
+from hierbayes.likelihoods.categorical import Categorical
+from hierbayes.likelihoods.weights import Weights
+from hierbayes.tasks import Tasks
+
+
+class Neural(Likelihood):
+    """A network and the family of the outcomes around what it says."""
+
+    apply: Callable[[Any, Any], Any]
+    init: Any
+    outcome: Likelihood
+    dtype: str
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """The network's weights as a vector and as the pytree that ``apply`` takes."""
+        if not callable(self.init):
+            return Weights.like(self.init, self.dtype)
+        return Weights.like(jax.eval_shape(self.init, jax.random.key(0)), self.dtype)
+
+    def initial(self, key: Any) -> Any:
+        """Weights to start from, a pytree in ``dtype``: drawn by ``init``, or as given."""
+        drawn = self.init(key) if callable(self.init) else self.init
+        return jax.tree.map(lambda x: jnp.asarray(x, dtype=self.dtype), drawn)
+
+    @property
+    def precision(self) -> str:  # type: ignore[override]
+        """What the training of φ computes in."""
+        return self.dtype
+
+    def output_shape(self, x: Any, num_rows: int = 2) -> tuple[int, ...]:
+        """The shape of ``apply`` on ``num_rows`` rows like ``x``, without computing; or refused."""
+        rows = jax.ShapeDtypeStruct((num_rows, *np.shape(x)[1:]), jnp.dtype(self.dtype))
+        try:
+            out = jax.eval_shape(self.apply, self.weights.template, rows)
+        except Exception as error:
+            raise InputError(
+                f"apply does not take these tasks' rows: x of shape {rows.shape} gives "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
+        if not hasattr(out, "shape"):
+            raise InputError(
+                f"apply must return one array, f of every row; it returns {type(out).__name__}"
+            )
+        return tuple(out.shape)
+
+    @property
+    def discrete(self) -> bool:  # type: ignore[override]
+        """True where outcomes are counts or categories."""
+        return self.outcome.discrete
+
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the family's own parameters in φ."""
+        return self.outcome.parameters()
+
+    def family(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> dist.Distribution:
+        """The family of the outcomes around f."""
+        return self.outcome.family(location, phi, slots)
+
+    def predictive(
+        self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> Any:
+        """The outcomes' distribution where f is normal with these moments."""
+        return self.outcome.predictive(location, variance, phi, slots)
+
+    def divergence(
+        self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> jax.Array:
+        """KL(p(y | f) ‖ p(y | f′)) of each row."""
+        return self.outcome.divergence(location, other, phi, slots)
+
+    def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
+        """The largest curvature in f; none is known in θ."""
+        return self.outcome.curvature_bound(phi, slots)
+
+    def units(self, tasks: Tasks) -> tuple[float, float]:
+        """Where f lies and how far it spreads."""
+        return self.outcome.units(tasks)
+
+
+def squeezed(f: Any, outcome: Likelihood) -> Any:
+    """f (n,) of one output a row; (n, C) of classes as it is."""
+    single = f.ndim == 2 and f.shape[-1] == 1 and not isinstance(outcome, Categorical)
+    return f[:, 0] if single else f
+
+
+def check_neural(likelihood: Any) -> None:
+    if not callable(likelihood.apply):
+        raise InputError(f"apply must be a function of (params, x), found {likelihood.apply!r}")
+    if likelihood.dtype not in ("float32", "float64"):
+        raise InputError(f'dtype must be "float32" or "float64", found {likelihood.dtype!r}')
+
+
+def refuse_extras(likelihood: Likelihood, tasks: Tasks) -> None:
+    """Refuse shared columns, task covariates and slots, which a network would ignore."""
+    extra = [*tasks.labels.shared, *tasks.labels.task_predictors, *tasks.slots]
+    if extra:
+        raise InputError(
+            f"{type(likelihood).__name__} takes x and y alone and would ignore "
+            f"{', '.join(map(repr, extra))}; make the tasks without, or as columns of x"
+        )
+
+
+def perceptron(
+    sizes: Sequence[int], activation: Callable[[Any], Any]
+) -> tuple[Callable[[Any, Any], Any], Callable[[Any], Any]]:
+    """(apply, init) of a multilayer perceptron."""
+    sizes = tuple(int(size) for size in sizes)
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise InputError(f"sizes must be two or more positive numbers, found {list(sizes)}")
+
+    def init(key: Any) -> Any:
+        keys = jax.random.split(key, len(sizes) - 1)
+        shapes = zip(keys, sizes[:-1], sizes[1:], strict=True)
+        return [
+            {"w": jax.random.truncated_normal(k, -2.0, 2.0, (a, b)) / a**0.5, "b": jnp.zeros(b)}
+            for k, a, b in shapes
+        ]
+
+    def apply(params: Any, x: Any) -> Any:
+        *hidden, last = params
+        for layer in hidden:
+            x = activation(x @ layer["w"] + layer["b"])
+        return x @ last["w"] + last["b"]
+
+    return apply, init

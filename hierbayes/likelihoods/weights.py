@@ -1,0 +1,72 @@
+"""A network's weights, any pytree of floats, as one vector with named entries, and back."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.errors import InputError
+
+NAMED = 100_000
+"""Weights up to which each has a name of its own; a million names are a burden, not a help."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The vector θ and the pytree that ``apply`` takes, each from the other.
+
+    ``template``: the pytree, of shapes; ``size``: d.
+    """
+
+    template: Any
+    size: int
+
+    @staticmethod
+    def like(params: Any, dtype: str) -> Weights:
+        """Of a pytree of arrays or of their shapes; refused where a leaf is no float array."""
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        if not leaves:
+            raise InputError("the network has no weights: init gives an empty pytree")
+        for path, leaf in leaves:
+            if not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating):
+                raise InputError(
+                    f"the network's weights must be arrays of floats; at "
+                    f"{jax.tree_util.keystr(path)!r} init gives {_found(leaf)}. Keep what is not "
+                    "learned out of them (in Equinox: eqx.partition(model, eqx.is_inexact_array))"
+                )
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), params)
+        return Weights(shapes, sum(int(np.prod(s.shape)) for s in jax.tree.leaves(shapes)))
+
+    def tree(self, vector: Any) -> Any:
+        """The pytree of a vector (d,), in the vector's own precision."""
+        leaves, structure = jax.tree.flatten(self.template)
+        ends = np.cumsum([int(np.prod(leaf.shape)) for leaf in leaves])
+        parts = jnp.split(jnp.ravel(vector), ends[:-1].tolist())
+        return structure.unflatten(
+            [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+        )
+
+    def vector(self, tree: Any) -> jax.Array:
+        """The vector (d,) of a pytree."""
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """A name for each entry, from its place in the pytree: ``layer/w[3, 2]``."""
+        if self.size > NAMED:
+            return tuple(map(str, range(self.size)))
+        names: list[str] = []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.template):
+            at = jax.tree_util.keystr(path, simple=True, separator="/")
+            places = np.ndindex(leaf.shape)
+            names += [f"{at}[{', '.join(map(str, i))}]" if i else at for i in places]
+        return tuple(names)
+
+
+def _found(leaf: Any) -> str:
+    return f"{leaf.dtype} {leaf.shape}" if hasattr(leaf, "dtype") else type(leaf).__name__

@@ -1,0 +1,183 @@
+r"""What the methods share that learn φ from a source of tasks, batch by batch.
+
+.. math:: \varphi^* = \arg\max_\varphi \; \mathbb E_{\text{tasks}}
+    \left[\text{evidence}_j(\varphi)\right]
+
+φ's parameters are pytrees as the user's own functions take them, so that an outer optimiser may
+treat them by name; φ itself holds their vectors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.adaptation import Adaptation
+from hierbayes.errors import InputError, announce
+from hierbayes.fit import Fit
+from hierbayes.likelihoods import LastLayer
+from hierbayes.likelihoods.neural import Neural
+from hierbayes.meta.training import Direction, Trained, settings, train
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import arithmetic, to_numpy
+from hierbayes.tasks import Episodes, Task, Tasks
+
+Parameters = dict[str, Any]
+
+PLAIN_STEP = 0.01
+"""Step size on the mean log likelihood where none is given: that of the sinusoids of MAML."""
+
+UNIT_LOSS = float(np.sqrt(0.5))
+"""σ at which the mean negative log likelihood is the mean squared error, up to a constant."""
+
+
+def on_episodes(model: HierarchicalModel, tasks: Any) -> bool:
+    """Whether φ is to be learned batch by batch: from a source, or of a network."""
+    return isinstance(tasks, Episodes) or isinstance(model.likelihood, Neural)
+
+
+def source(model: HierarchicalModel, tasks: Any, query: float, held: int) -> tuple[Episodes, Tasks]:
+    """(source, the support rows of some of its tasks): a fixed set of tasks is split anew."""
+    if not isinstance(tasks, Episodes):
+        if not isinstance(tasks, Tasks):
+            raise InputError(
+                f"expected Tasks or Episodes, found {type(tasks).__name__}; make them with "
+                "Tasks.from_arrays, hb.Episodes.from_sampler or from_classes"
+            )
+        model.likelihood.check(tasks)
+        if tasks.num_tasks < 2:
+            raise InputError(
+                f"a prior cannot be learned from one task: found {tasks.num_tasks}; give more"
+            )
+        tasks = Episodes.from_tasks(tasks, query=query)
+    sample, _ = tasks.draw(held, seed=0)
+    named = model.tasks(sample)
+    model.likelihood.check(named)
+    return tasks, named
+
+
+@dataclass(frozen=True, eq=False)
+class Outer:
+    """φ's parameters of the outer loop: where they start and what φ they make."""
+
+    model: HierarchicalModel
+    num_coef: int
+    fixed: dict[str, Any]
+
+    def start(self, key: Any) -> Parameters:
+        """μ, and the weights of shared features where the likelihood has some."""
+        likelihood = self.model.likelihood
+        one, two = jax.random.split(key)
+        if isinstance(likelihood, LastLayer):
+            head = jax.random.normal(two, (self.num_coef,)) / self.num_coef**0.5
+            return {"mu": head, "features": likelihood.initial(one)}
+        if isinstance(likelihood, Neural):
+            return {"mu": likelihood.initial(one)}
+        return {"mu": jnp.zeros(self.num_coef)}
+
+    def phi(self, parameters: Parameters) -> dict[str, Any]:
+        """φ by name; parameters of a method's own, ``log_*``, become what they are the log of."""
+        likelihood = self.model.likelihood
+        phi = {name: jnp.asarray(value) for name, value in self.fixed.items()}
+        for name, value in parameters.items():
+            if name == "features":
+                assert isinstance(likelihood, LastLayer)
+                phi[name] = likelihood.weights.vector(value)
+            elif name.startswith("log_"):
+                phi[name[4:]] = jnp.exp(self._flat(value))
+            else:
+                phi[name] = self._flat(value)
+        return phi
+
+    def _flat(self, value: Any) -> Any:
+        if isinstance(value, (jax.Array, np.ndarray)) and np.ndim(value) <= 1:
+            return jnp.asarray(value)
+        return self.model.likelihood.vector(value)
+
+
+def fixed_noise(model: HierarchicalModel, sigma: float | None) -> dict[str, Any]:
+    """φ's σ that sets the units of the inner loop and is not learned, where the family has one."""
+    if "sigma" not in model.likelihood.parameters():
+        if sigma is not None:
+            raise InputError("sigma has no place in this likelihood; leave it out")
+        return {}
+    value = UNIT_LOSS if sigma is None else sigma
+    if not (np.isfinite(value) and value > 0):
+        raise InputError(f"sigma must be positive, found {sigma!r}")
+    return {"sigma": np.asarray(float(value))}
+
+
+def finish(
+    method: str,
+    outer: Outer,
+    adaptation: Adaptation,
+    trained: Trained,
+    sample: Tasks,
+    episodes: Episodes,
+    info: dict[str, Any],
+    started: float,
+    no_evidence: str,
+    after: Callable[[HierarchicalModel, dict[str, Any], Tasks, Tasks], dict[str, Any]] | None,
+) -> Fit:
+    """The fit; ``after`` learns what is left of φ from fresh tasks, (support, query)."""
+    with arithmetic(outer.model.likelihood.precision):
+        phi = {k: np.asarray(v, np.float64) for k, v in outer.phi(trained.parameters).items()}
+    if after is not None:
+        support, query = (outer.model.tasks(part) for part in episodes.draw(500, seed=1))
+        phi |= to_numpy(after(outer.model, phi, support, query))
+    best = max(trained.history["held_out"], default=np.nan)
+    return Fit(
+        method, outer.model, sample, phi, adaptation,
+        no_evidence=no_evidence,
+        warnings=announce(trained.warnings),
+        info=info | {
+            "outer_steps": trained.steps, "history": trained.history,
+            "held_out_score": trained.history["held_out"][-1] if trained.history else best,
+            "seconds": time.perf_counter() - started,
+        },
+    )  # fmt: skip
+
+
+def rows_together(support: Task, query: Task) -> Task:
+    """All rows of each task, tasks on a leading axis."""
+
+    def joined(a: Any, b: Any) -> Any:
+        return jnp.concatenate([a, b], axis=1)
+
+    return Task(
+        joined(support.predictors, query.predictors), joined(support.shared, query.shared),
+        support.task_predictors, joined(support.outcome, query.outcome), {},
+        joined(support.mask, query.mask),
+    )  # fmt: skip
+
+
+def per_row(values: Any, mask: Any) -> Any:
+    """Means over each task's rows (B,), of values (B, n) that are zero where ``mask`` is False."""
+    return values.sum(-1) / jnp.maximum(mask.sum(-1), 1)
+
+
+def run(
+    outer: Outer,
+    direction: Direction,
+    score: Any,
+    episodes: Episodes,
+    training: dict[str, Any],
+    method: str,
+    described: dict[str, Any],
+    start: Callable[[Any], Parameters] | None = None,
+    precision: str | None = None,
+) -> Trained:
+    """Train with the settings given; ``start`` adds a method's own parameters."""
+    chosen = settings(training, method)
+    kept = ("batch_size", "held_out", "evaluate_every", "patience", "seed")
+    return train(
+        direction, score, outer.start if start is None else start, episodes, chosen,
+        precision or outer.model.likelihood.precision, method,
+        described | {name: chosen[name] for name in kept},
+    )  # fmt: skip

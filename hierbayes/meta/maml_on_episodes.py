@@ -1,0 +1,98 @@
+r"""MAML and its family on a source of tasks: networks, images, tasks drawn on the fly.
+
+.. math:: \varphi^* = \arg\max_\varphi \; \mathbb E_j \left[
+    \log p\!\left(D_j^{\text{query}} \mid \theta_j^K(D_j^{\text{support}}, \varphi)\right)\right]
+
+First-order MAML is another derivative, Meta-SGD a step size a weight, ANIL a likelihood whose θ is
+the last layer, iMAML steps on the log posterior with an implicit derivative.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import jax
+
+from hierbayes.adaptation import GradientSteps
+from hierbayes.errors import InputError
+from hierbayes.evidence import Predictive
+from hierbayes.fit import Fit
+from hierbayes.meta.episodic import Outer, Parameters, finish, fixed_noise, per_row, run, source
+from hierbayes.meta.training import DEFAULTS, ascent_of
+from hierbayes.model import HierarchicalModel
+from hierbayes.tasks import Task, Tasks
+
+
+def maximise_predictive(
+    method: str,
+    model: HierarchicalModel,
+    tasks: Any,
+    adaptation: GradientSteps,
+    *,
+    step_size: float | None,
+    learn_step_size: bool | str,
+    query: float,
+    sigma: float | None,
+    tau: Any = None,
+    training: dict[str, Any],
+) -> Fit:
+    """Learn μ, and step sizes if wanted, where adapted tasks predict their query rows best."""
+    started = time.perf_counter()
+    model = model.without_encoder()
+    episodes, sample = source(model, tasks, query, training.get("held_out") or DEFAULTS["held_out"])
+    fixed = fixed_noise(model, sigma)
+    if tau is not None:
+        fixed["tau"] = np.full(len(sample.coef), float(tau))
+    outer = Outer(model, len(sample.coef), fixed)
+    evidence = Predictive(adaptation)
+
+    def start(key: Any) -> Parameters:
+        parameters = outer.start(key)
+        if learn_step_size and step_size is not None:
+            log_eta = jnp.log(jnp.asarray(step_size))
+            each = jax.tree.map(lambda m: jnp.full_like(m, log_eta), parameters["mu"])
+            parameters["log_step_size"] = each if learn_step_size == "coef" else log_eta
+        return parameters
+
+    def objective(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
+        del key
+        phi = outer.phi(parameters)
+        rows = evidence.of_rows(model, phi, (support, None), (asked, None))
+        return per_row(rows, asked.mask)
+
+    described = {
+        "num_steps": adaptation.num_steps, "step_size": step_size, "loss": adaptation.loss,
+        "derivative": adaptation.derivative, "learn_step_size": learn_step_size, "sigma": sigma,
+        "tau": tau, "query": query,
+    }  # fmt: skip
+    trained = run(
+        outer, ascent_of(objective), objective, episodes, training, method, described, start
+    )
+    learned = "sigma" in model.likelihood.parameters()
+    return finish(
+        method, outer, adaptation, trained, sample, episodes, described, started,
+        f"{method} maximises the predictive evidence of query rows, in info['history'], not "
+        "log p(D | φ)",
+        query_deviation(adaptation) if learned else None,
+    )  # fmt: skip
+
+
+def query_deviation(adaptation: GradientSteps) -> Any:
+    """``sigma_query`` at its maximum: the deviation of query rows from what adapted tasks say.
+
+    Until then σ stands in its place, on which μ does not depend: it scales the loss.
+    """
+
+    def learn(
+        model: HierarchicalModel, phi: dict[str, Any], support: Tasks, query: Tasks
+    ) -> dict[str, Any]:
+        thetas = adaptation(model, support, phi).mean
+        rows, of_row = model.likelihood.arrange(query)
+        f = np.asarray(model.likelihood.locations(thetas, phi, rows, of_row), np.float64)
+        residual = (np.asarray(rows.outcome) - f)[np.asarray(rows.mask)]
+        return {"sigma_query": np.sqrt(np.mean(residual**2))}
+
+    return learn

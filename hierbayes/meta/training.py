@@ -1,0 +1,326 @@
+r"""The outer loop on a source of tasks: stochastic ascent, many meta-steps inside a compiled call.
+
+.. math:: \varphi_{t+1} = \mathrm{optimiser}\!\left(\varphi_t,\;
+          \nabla_\varphi \frac1B \sum_{j \in \text{batch}_t} \text{evidence}_j(\varphi_t)\right)
+
+A meta-step's batch and its other random numbers follow from the seed and its number alone, so that
+a run that was cut and resumed ends bit for bit where one that was not would.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hierbayes.errors import InputError
+from hierbayes.meta.checkpoint import Checkpoint
+from hierbayes.meta.inner_loop import check_counts, check_optimiser
+from hierbayes.numerics import arithmetic, as_key
+from hierbayes.tasks import Episodes, Task
+from hierbayes.tasks.episodes import StreamEnded
+
+LONGEST = 500
+"""Meta-steps in one compiled call at most."""
+
+RESPONSE = 1.0
+"""Seconds that one compiled call should take: progress is shown, and an interruption heard."""
+
+Direction = Callable[[Any, Task, Task, Any], tuple[jax.Array, Any]]
+"""(parameters, support, query, key) → (score of every task (B,), where to go, like parameters)."""
+
+
+class Training(TypedDict, total=False):
+    """Settings of the outer loop on episodes, of every method that learns from them.
+
+    Attributes
+    ----------
+    num_meta_steps : int
+        Outer steps at most; 10,000 by default.
+    batch_size : int
+        B, tasks a meta-step; 25 by default. A generator's batches decide for themselves.
+    optimiser : optax.GradientTransformation
+        Of the outer loop; ``optax.adam(1e-3)`` by default.
+    held_out : int
+        Fresh tasks, the same throughout, on which the score is taken along the way; 200.
+    evaluate_every : int
+        Meta-steps between those scores; 500.
+    patience : int
+        Stop when so many scores in a row have not improved on the best, and take φ of the best.
+        By default the run goes to its end and takes the last φ.
+    checkpoint : path
+        A file to which the state goes every minute, at the end and when the run is interrupted;
+        if it is there at the start, the run goes on from it, to bit-equal results.
+    seed : int or JAX key
+        Of initial weights, tasks and held-out tasks.
+    progress : bool
+        Show a progress bar; by default where stderr is a terminal.
+    """
+
+    num_meta_steps: int
+    batch_size: int
+    optimiser: optax.GradientTransformation
+    held_out: int
+    evaluate_every: int
+    patience: int | None
+    checkpoint: Any
+    seed: int | jax.Array
+    progress: bool | None
+
+
+@dataclass
+class Trained:
+    """Where a run ended: φ's parameters, and how it went."""
+
+    parameters: Any
+    steps: int
+    history: dict[str, list[float]]
+    warnings: list[str] = field(default_factory=list)
+
+
+DEFAULTS: dict[str, Any] = {
+    "num_meta_steps": 10_000, "batch_size": 25, "optimiser": None, "held_out": 200,
+    "evaluate_every": 500, "patience": None, "checkpoint": None, "seed": 0, "progress": None,
+}  # fmt: skip
+
+
+def settings(given: dict[str, Any], method: str) -> dict[str, Any]:
+    """The settings with defaults filled in; what is unknown or cannot be is refused."""
+    for name in given:
+        if name not in DEFAULTS:
+            raise InputError(
+                f"{method} on episodes takes no argument {name!r}; it takes {', '.join(DEFAULTS)}"
+            )
+    chosen = DEFAULTS | {k: v for k, v in given.items() if v is not None}
+    names = ("num_meta_steps", "batch_size", "held_out", "evaluate_every")
+    check_counts(**{name: chosen[name] for name in names})
+    if chosen["patience"] is not None:
+        check_counts(patience=chosen["patience"])
+    check_optimiser(chosen["optimiser"])
+    chosen["optimiser"] = chosen["optimiser"] or optax.adam(1e-3)
+    return chosen
+
+
+def ascent_of(objective: Callable[[Any, Task, Task, Any], jax.Array]) -> Direction:
+    """The direction of steepest ascent of the mean over tasks of ``objective`` (B,)."""
+
+    def direction(parameters: Any, support: Task, query: Task, key: Any) -> tuple[Any, Any]:
+        def mean(p: Any) -> tuple[Any, Any]:
+            each = objective(p, support, query, key)
+            return each.mean(), each
+
+        (_, each), slope = jax.value_and_grad(mean, has_aux=True)(parameters)
+        return each, slope
+
+    return direction
+
+
+def train(
+    direction: Direction,
+    score: Callable[[Any, Task, Task, Any], jax.Array],
+    start: Callable[[Any], Any],
+    episodes: Episodes,
+    chosen: dict[str, Any],
+    precision: str,
+    method: str,
+    described: dict[str, Any],
+) -> Trained:
+    """Follow ``direction`` from ``start(key)``; ``score`` (J,) judges held-out tasks.
+
+    ``precision`` "float32" or "float64" is what everything is computed in; ``described`` tells
+    one run's checkpoint from another's.
+    """
+    with arithmetic(precision):
+        return _Run(direction, score, start, episodes, chosen, method, described).go()
+
+
+class _Run:
+    """One run: its compiled chunk, its state, and what it does at the end of a chunk."""
+
+    def __init__(
+        self,
+        direction: Direction,
+        score: Callable[[Any, Task, Task, Any], jax.Array],
+        start: Callable[[Any], Any],
+        episodes: Episodes,
+        chosen: dict[str, Any],
+        method: str,
+        described: dict[str, Any],
+    ) -> None:
+        keys = jax.random.split(as_key(chosen["seed"]), 4)
+        self.start_key, self.train_key, self.held_key, self.score_key = keys
+        self.chosen, self.method, self.episodes = chosen, method, episodes
+        optimiser = optax.with_extra_args_support(chosen["optimiser"])
+        parameters = start(self.start_key)
+        self.carry = (parameters, optimiser.init(parameters))
+        self.best, self.best_score, self.since_best, self.step = parameters, -np.inf, 0, 0
+        self.history: dict[str, list[float]] = {"step": [], "score": [], "held_out": []}
+        self.warnings: list[str] = []
+        self.recent: list[float] = []
+        self.checkpoint = Checkpoint(chosen["checkpoint"], method, described)
+        self.held_out = jax.tree.map(
+            jnp.asarray, _cast(episodes.batch(chosen["held_out"], self.held_key))
+        )
+        self.score = jax.jit(
+            lambda p, held, key: score(p, held[0], held[1], key)
+        )
+
+        def one(place: Any, state: Any) -> Any:
+            (parameters, memory), scores, sound, chunk, first = state
+            key = jax.random.fold_in(self.train_key, first + place)
+            draw, other = jax.random.split(key)
+            support, query = _cast(self.feed.take(chunk, place, draw))
+            each, uphill = direction(parameters, support, query, other)
+            downhill = jax.tree.map(jnp.negative, uphill)
+            updates, memory = optimiser.update(downhill, memory, parameters)
+            parameters = optax.apply_updates(parameters, updates)
+            fine = jnp.isfinite(optax.tree.norm(downhill)) & jnp.isfinite(each).all()
+            return (
+                (parameters, memory), scores.at[place].set(each), sound.at[place].set(fine),
+                chunk, first,
+            )  # fmt: skip
+
+        def many(carry: Any, chunk: Any, first: Any, count: Any, num_tasks: int) -> Any:
+            scores = jnp.zeros((LONGEST, num_tasks))
+            sound = jnp.ones(LONGEST, bool)
+            state = (carry, scores, sound, chunk, first)
+            carry, scores, sound, *_ = jax.lax.fori_loop(0, count, one, state)
+            return carry, scores, sound
+
+        self.many = jax.jit(many, static_argnums=4)
+
+    def go(self) -> Trained:
+        """Run to the end, from the checkpoint where there is one."""
+        from tqdm.auto import tqdm
+
+        total = self.chosen["num_meta_steps"]
+        self._resume()
+        self.feed = self.episodes.feed(self.chosen["seed"], self.chosen["batch_size"], self.step)
+        shown = sys.stderr.isatty() if self.chosen["progress"] is None else self.chosen["progress"]
+        with tqdm(
+            total=total, initial=self.step, desc=self.method, disable=not shown, leave=False,
+            delay=1.0,
+        ) as bar:  # fmt: skip
+            try:
+                self._loop(total, bar)
+            except BaseException:
+                self._save(force=True)
+                raise
+        self._save(force=True)
+        stopped_early = self.chosen["patience"] is not None
+        parameters = self.best if stopped_early else self.carry[0]
+        return Trained(parameters, self.step, self.history, self.warnings)
+
+    def _loop(self, total: int, bar: Any) -> None:
+        size = 10
+        if not self.history["step"]:
+            self._evaluate(bar)
+        while self.step < total and not self._is_over():
+            every = self.chosen["evaluate_every"]
+            until = min(total, (self.step // every + 1) * every)
+            count = min(size, until - self.step, self.feed.most, LONGEST)
+            began = time.perf_counter()
+            try:
+                chunk, count = self.feed.chunk(count)
+            except StreamEnded as ended:
+                self.warnings.append(
+                    f"{ended}, {total} meta-steps were asked for: {self.method} ends there"
+                )
+                self._evaluate(bar)
+                return
+            num_tasks = self._batch_size(chunk)
+            carry, scores, sound = self.many(self.carry, chunk, self.step, count, num_tasks)
+            sound = np.asarray(sound[:count])
+            if not sound.all():
+                self._say_where(np.asarray(scores), int(np.argmin(sound)))
+                return
+            self.carry = carry
+            self.recent.append(float(jnp.mean(scores[:count])))
+            self.step += count
+            bar.update(count)
+            if self.step == until:
+                self._evaluate(bar)
+            self._save()
+            seconds = time.perf_counter() - began
+            size = max(1, min(LONGEST, int(size * min(4.0, RESPONSE / max(seconds, 1e-6)))))
+
+    def _batch_size(self, chunk: Any) -> int:
+        shapes = jax.eval_shape(lambda c: self.feed.take(c, 0, self.train_key), chunk)
+        return shapes[0].outcome.shape[0]
+
+    def _evaluate(self, bar: Any) -> None:
+        each = np.asarray(self.score(self.carry[0], self.held_out, self.score_key))
+        value = float(each.mean())
+        if self.step == 0 and not np.isfinite(value):
+            raise InputError(
+                f"{self.method}: the score of held-out task(s) is not finite at the initial "
+                "weights; check apply, init and the tasks' scale, or take shorter inner steps"
+            )
+        self.history["step"].append(self.step)
+        self.history["score"].append(float(np.mean(self.recent)) if self.recent else np.nan)
+        self.history["held_out"].append(value)
+        bar.set_postfix(
+            {"score": f"{self.history['score'][-1]:.4f}", "held out": f"{value:.4f}"}
+        )
+        self.recent = []
+        if value > self.best_score:
+            self.best, self.best_score, self.since_best = self.carry[0], value, 0
+        else:
+            self.since_best += 1
+
+    def _is_over(self) -> bool:
+        patience = self.chosen["patience"]
+        return patience is not None and self.since_best >= patience
+
+    def _say_where(self, scores: np.ndarray, place: int) -> None:
+        lost = np.flatnonzero(~np.isfinite(scores[place]))
+        where = f"in task {lost[0]} of its batch" if lost.size else "in the slope, of no one task"
+        if lost.size > 1:
+            where += f" and {lost.size - 1} more"
+        kept = f"; {self.checkpoint.path} holds it" if self.checkpoint.path else ""
+        self.warnings.append(
+            f"{self.method} stopped: the objective is not finite at meta-step "
+            f"{self.step + place}, {where}. phi is that of meta-step {self.step}, the last good "
+            f"one{kept}. Take a lower outer rate, shorter inner steps or fewer of them"
+        )
+
+    # ------------------------------------------------------------- checkpoints
+
+    def _state(self) -> dict[str, Any]:
+        return {"carry": self.carry, "best": self.best}
+
+    def _counters(self) -> dict[str, Any]:
+        return {
+            "step": self.step, "best_score": self.best_score, "since_best": self.since_best,
+            "history": self.history, "recent": self.recent,
+        }  # fmt: skip
+
+    def _save(self, *, force: bool = False) -> None:
+        self.checkpoint.save(self._state(), self._counters(), force=force)
+
+    def _resume(self) -> None:
+        found = self.checkpoint.load(self._state())
+        if found is None:
+            return
+        state, counters = found
+        self.carry, self.best = state["carry"], state["best"]
+        self.step, self.best_score = counters["step"], counters["best_score"]
+        self.since_best, self.history = counters["since_best"], counters["history"]
+        self.recent = counters["recent"]
+
+
+def _cast(episode: Any) -> Any:
+    """Numbers in the run's precision; pixels and labels may come as integers."""
+    floats = jnp.zeros(()).dtype
+
+    def cast(x: Any) -> Any:
+        return x if x.dtype == bool else x.astype(floats)
+
+    return jax.tree.map(cast, episode)

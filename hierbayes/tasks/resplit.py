@@ -1,0 +1,77 @@
+"""Episodes from a fixed set of tasks: some of them at random, their rows split anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.errors import InputError, listing
+from hierbayes.tasks.container import Tasks
+from hierbayes.tasks.episodes import Episode, Sampled, rows_of
+
+
+def episodes_of_tasks(
+    tasks: Tasks, shots: int | None, queries: int | None, query: float
+) -> Sampled:
+    """See :meth:`Episodes.from_tasks`."""
+    if not isinstance(tasks, Tasks):
+        raise InputError(f"expected Tasks, found {type(tasks).__name__}")
+    if tasks.outcome is None:
+        raise InputError(f"the tasks hold no outcome {tasks.labels.outcome!r} to learn from")
+    extra = [*tasks.labels.shared, *tasks.labels.task_predictors, *tasks.slots]
+    if extra:
+        raise InputError(
+            f"episodes hold x and y alone and would ignore {', '.join(map(repr, extra))}"
+        )
+    if not 0 < query < 1:
+        raise InputError(f"query must lie between 0 and 1, found {query!r}")
+    if shots is None and queries is not None:
+        raise InputError("queries is given without shots; give both, or query as a share")
+    need, sizes = 2, tasks.sizes
+    if shots is not None:
+        queries = shots if queries is None else queries
+        if min(shots, queries) < 1:
+            raise InputError(f"shots and queries must be positive, found {shots} and {queries}")
+        need = shots + queries
+        if (few := sizes < need).any():
+            raise InputError(
+                f"{few.sum()} of {tasks.num_tasks} tasks have fewer than shots + queries = {need} "
+                f"rows: {listing(tasks.names[few].tolist(), 3)}, the smallest {sizes.min()}"
+            )
+    usable = np.flatnonzero(sizes >= need)
+    if not usable.size:
+        raise InputError("no task has two rows, one for support and one for query")
+    width = int(sizes.max())
+    block = tasks.block(usable, width)
+    data = {"x": block.predictors, "y": block.outcome, "sizes": sizes[usable].astype(np.int32)}
+    return Sampled(_OneTask(shots, queries, float(query)), data)
+
+
+@dataclass(frozen=True)
+class _OneTask:
+    shots: int | None
+    queries: int | None
+    query: float
+
+    def __call__(self, data: Any, key: Any) -> Episode:
+        pick, deal = jax.random.split(key)
+        j = jax.random.randint(pick, (), 0, len(data["sizes"]))
+        size, width = data["sizes"][j], data["y"].shape[1]
+        chance = jnp.where(jnp.arange(width) < size, jax.random.uniform(deal, (width,)), 2.0)
+        order = jnp.argsort(chance)
+        x, y = data["x"][j][order], data["y"][j][order]
+        if self.shots is not None and self.queries is not None:
+            end = self.shots + self.queries
+            return (
+                rows_of(x[: self.shots], y[: self.shots]),
+                rows_of(x[self.shots : end], y[self.shots : end]),
+            )
+        asked = jnp.clip(jnp.floor(self.query * size + 0.5).astype(int), 1, size - 1)
+        place = jnp.arange(width)
+        return rows_of(x, y, place < size - asked), rows_of(
+            x, y, (place >= size - asked) & (place < size)
+        )
