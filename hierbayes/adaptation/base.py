@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,10 @@ class Adapted:
     ``mean`` (J, d); ``covariance`` (J, d, d) or None; ``unidentified`` (J, d, d) or None: the
     projection on the directions of θ_j that nothing determines; ``absorbed`` (J, d) of bool or
     None: coefficients that hold the effect of a shared column which is not identified;
-    ``remarks``: what went wrong, in sentences that name the tasks.
+    ``remarks``: what went wrong, in sentences that name the tasks; ``sample`` (S, J, d) or None:
+    equally likely values of θ, in the place of a covariance; ``spread`` or None: a function of
+    (rows, the task of each by position) that gives the variance of f at rows of these tasks, where
+    a covariance would be too large to form.
     """
 
     mean: np.ndarray
@@ -29,6 +33,8 @@ class Adapted:
     unidentified: np.ndarray | None = None
     absorbed: np.ndarray | None = None
     remarks: tuple[str, ...] = ()
+    sample: np.ndarray | None = None
+    spread: Callable[[Tasks, np.ndarray], np.ndarray] | None = None
 
     @property
     def identified(self) -> np.ndarray:

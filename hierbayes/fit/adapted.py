@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from hierbayes.adaptation import Adapted
 from hierbayes.errors import InputError, listing
 from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64
-from hierbayes.tasks import Tasks
+from hierbayes.numerics import arithmetic, float64
+from hierbayes.tasks import Task, Tasks
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,21 @@ class AdaptedTasks:
                 f"no parameters are known for task(s) {listing(unknown)}; adapt to their rows "
                 'first (fit.adapt), or predict with target="new" or target="population"'
             )
-        of_row = np.array(found, dtype=int)[rows.task_of_row]
+        return self._predict(rows, np.array(found, dtype=int))
+
+    def _predict(self, rows: Tasks, found: np.ndarray) -> Prediction:
+        """Predictions of rows whose tasks stand at the positions ``found``."""
+        point = {name: value[0] for name, value in self.phis.items()}
+        if not self.model.likelihood.linear:
+            draws = self.adapted.sample if self.draws is None else self.draws
+            thetas = (self.adapted.mean[None] if draws is None else draws)[:, found]
+            means = locations(self.model, thetas, point, rows)
+            variance = 0.0 if draws is not None else None
+            if self.adapted.spread is not None:
+                variance = self.adapted.spread(rows, found)[None]
+            return finish("known task", self.model, rows, self.phis, means, variance)
+        rows = self.model.likelihood.design(rows, point)
+        of_row = found[rows.task_of_row]
         if self.draws is not None:
             means = np.zeros((len(self.draws), rows.num_rows))
             for k in range(rows.predictors.shape[1]):  # one coefficient at a time: S N numbers
@@ -86,6 +102,31 @@ class AdaptedTasks:
             needed = quadratic(rows.predictors, self.adapted.unidentified[of_row])
             blind = needed > 1e-8 * (rows.predictors**2).sum(1)
         return finish("known task", self.model, rows, self.phis, means, variance, blind)
+
+
+def locations(
+    model: HierarchicalModel, thetas: np.ndarray, phi: dict[str, np.ndarray], rows: Tasks
+) -> np.ndarray:
+    """f (S, N, …) of rows under S values of every task's θ (S, J, d), J the tasks of ``rows``."""
+    parts: list[Any] = [None] * rows.num_tasks
+    with arithmetic(model.likelihood.precision):
+        for positions, arranged in model.likelihood.arrange_alike(rows):
+            plain = model.without_encoder()
+            found = np.asarray(_locations(plain, thetas[:, positions], phi, *arranged), np.float64)
+            for k, j in enumerate(positions):
+                parts[j] = found[:, k, : rows.sizes[j]]
+    some = [part for part in parts if part is not None]
+    return np.concatenate(some, axis=1) if some else np.zeros((len(thetas), 0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _locations(
+    model: HierarchicalModel, thetas: Any, phi: dict[str, Any], rows: Task, of_row: Any
+) -> Any:
+    def one(draw: Any) -> Any:
+        return model.likelihood.locations(draw, phi, rows, of_row)
+
+    return jax.lax.map(one, thetas)
 
 
 def check_columns(rows: Tasks, known: Tasks) -> None:
@@ -114,10 +155,11 @@ def finish(
     """
     if "beta" in phis:
         means = means + phis["beta"] @ rows.shared.T
-    means = means + rows.slots.get("offset", 0.0)
+    if "offset" in rows.slots:
+        means = means + rows.slots["offset"]
     phi = {name: np.asarray(v)[:, None] for name, v in phis.items() if np.ndim(v) == 1}
-    if variance is None:
-        phi, variance = model.likelihood.plug_in(phi), 0.0
+    if variance is None or not model.likelihood.linear:
+        phi, variance = model.likelihood.plug_in(phi), 0.0 if variance is None else variance
     with float64():
         components = model.likelihood.predictive(means, variance, phi, rows.slots)
     blind = np.zeros(rows.num_rows, bool) if unidentified is None else unidentified

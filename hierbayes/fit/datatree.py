@@ -29,6 +29,7 @@ DIMS = {
     "beta": ("shared",),
     "gamma": ("coef", "task_predictor"),
     "theta": ("task", "coef"),
+    "features": ("weight",),
 }
 
 
@@ -85,13 +86,23 @@ def dataset(values: dict[str, Any], tasks: Tasks, lead: tuple[str, ...] = ()) ->
         "shared": list(tasks.labels.shared),
         "task_predictor": list(tasks.labels.task_predictors),
     }
-    variables = {name: ((*lead, *DIMS.get(name, ())), np.asarray(v)) for name, v in values.items()}
+    variables = {
+        name: ((*lead, *_dims(name, np.ndim(v) - len(lead))), np.asarray(v))
+        for name, v in values.items()
+    }
     used = {d for dims, _ in variables.values() for d in dims}
     for axis, dim in enumerate(lead):
         first = next(iter(variables.values()), None)
         if first is not None:
             coords[dim] = np.arange(first[1].shape[axis])
     return xr.Dataset(variables, coords={d: c for d, c in coords.items() if d in used})
+
+
+def _dims(name: str, ndim: int) -> tuple[str, ...]:
+    """Names of an array's dimensions: a step size may be one number, or one a coefficient."""
+    if name == "step_size":
+        return ("coef",) * ndim
+    return DIMS.get(name, ())
 
 
 def correlation_pairs(corr: Any) -> dict[str, Any]:
@@ -155,11 +166,13 @@ def _constant_data(tasks: Tasks) -> Any:
     import xarray as xr
 
     variables: dict[str, Any] = {
-        "predictors": (("row", "coef"), tasks.predictors),
+        "predictors": (_columns(tasks), tasks.predictors),
         "task_of_row": ("row", tasks.task_of_row),
         "starts": ("boundary", tasks.starts),
     }
-    coords: dict[str, Any] = {"row": tasks.rows, "coef": list(tasks.coef), "task": tasks.names}
+    coords: dict[str, Any] = {"row": tasks.rows, "task": tasks.names}
+    if _columns(tasks)[1:] == ("coef",):
+        coords["coef"] = list(tasks.coef)
     if tasks.labels.shared:
         variables["shared_predictors"] = (("row", "shared"), tasks.shared)
         coords["shared"] = list(tasks.labels.shared)
@@ -168,3 +181,11 @@ def _constant_data(tasks: Tasks) -> Any:
         coords["task_predictor"] = list(tasks.labels.task_predictors)
     variables |= {name: ("row", values) for name, values in tasks.slots.items()}
     return xr.Dataset(variables, coords=coords)
+
+
+def _columns(tasks: Tasks) -> tuple[str, ...]:
+    """Dimensions of the predictors: θ's coefficients, unless a network stands between."""
+    x = np.shape(tasks.predictors)
+    if len(x) == 2 and x[1] == len(tasks.coef):
+        return ("row", "coef")
+    return ("row", *(f"x_dim_{i}" for i in range(len(x) - 1)))

@@ -14,7 +14,7 @@ import numpyro.distributions as dist
 from hierbayes.adaptation import Adaptation, Adapted, GradientSteps, LeastSquares
 from hierbayes.errors import InputError, announce
 from hierbayes.fit import datatree as trees
-from hierbayes.fit.adapted import AdaptedTasks, check_columns, finish, quadratic
+from hierbayes.fit.adapted import AdaptedTasks, check_columns, finish, locations, quadratic
 from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, float64, to_numpy
@@ -178,6 +178,10 @@ class Fit:
                 if isinstance(self.adaptation, GradientSteps)
                 else f"{self.method} learns no prior"
             )
+        if not self.model.likelihood.linear:
+            tau = np.broadcast_to(self.phi["tau"], np.shape(self.phi["mu"]))
+            each = dist.Normal(np.asarray(self.phi["mu"]), tau).to_event(1)
+            return [each] * len(w)
         with float64():
             phis = self._phis()
             root = np.asarray(self.model.prior.scale_tril(phis))
@@ -238,6 +242,10 @@ class Fit:
             return self.adapted.predict(rows)
         if isinstance(self.adaptation, LeastSquares):
             raise InputError("no pooling learns nothing about tasks that it has not seen")
+        if not self.model.likelihood.linear:
+            return self._predict_unseen(rows, "new" if target == "new" else "population")
+        point = {k: np.asarray(v) for k, v in self.phi.items()}
+        rows = self.model.likelihood.design(rows, point)
         with float64():
             phis = {k: np.asarray(v) for k, v in self._phis().items()}
             location = self._location(phis, rows.task_predictors)
@@ -248,6 +256,18 @@ class Fit:
                 variance = quadratic(rows.predictors[None], covariance[:, None])
         return finish(f"{target} task" if target == "new" else "population", self.model, rows,
                       phis, means, variance)  # fmt: skip
+
+    def _predict_unseen(self, rows: Tasks, target: str) -> Prediction:
+        """Rows of new tasks, or at the prior's centre, where f is not linear in θ."""
+        mu = np.asarray(self.phi["mu"])
+        thetas = np.broadcast_to(mu, (1, rows.num_tasks, len(mu)))
+        drawn = target == "new" and "tau" in self.phi
+        if drawn:
+            white = np.random.default_rng(0).standard_normal((200, *thetas.shape[1:]))
+            thetas = mu + np.asarray(self.phi["tau"]) * white
+        means = locations(self.model, thetas, dict(self.phi), rows)
+        what = "new task" if target == "new" else target
+        return finish(what, self.model, rows, self._phis(), means, 0.0 if drawn else None)
 
     # ------------------------------------------------------------------ storage
 

@@ -128,6 +128,7 @@ def finish(
     """The fit; ``after`` learns what is left of φ from fresh tasks, (support, query)."""
     with arithmetic(outer.model.likelihood.precision):
         phi = {k: np.asarray(v, np.float64) for k, v in outer.phi(trained.parameters).items()}
+    phi |= outer.fixed  # as given, not as rounded
     if after is not None:
         support, query = (outer.model.tasks(part) for part in episodes.draw(500, seed=1))
         phi |= to_numpy(after(outer.model, phi, support, query))
