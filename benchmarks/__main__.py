@@ -1,11 +1,14 @@
 """``python -m benchmarks``: how long each method takes, cold (compiling) and warm.
 
+``python -m benchmarks NAME`` runs a benchmark of a file of its own, with arguments of its own:
+``meta-steps`` (:mod:`benchmarks.meta_steps`) or ``sinusoids`` (:mod:`benchmarks.sinusoids`).
 Ratios hold within one run on one machine; do not compare seconds between machines.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -17,6 +20,10 @@ from typing import Any
 import numpy as np
 
 import hierbayes as hb
+
+
+NAMED = ("meta-steps", "sinusoids")
+"""Benchmarks of their own files, by the name that the command line takes."""
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> tuple[float, float]:
@@ -77,6 +84,9 @@ def equivalence(num_tasks: int = 10_000, num_coef: int = 5) -> dict[str, Callabl
 
 def main() -> int:
     """Run, print a table to stdout."""
+    if sys.argv[1:] and sys.argv[1] in NAMED:
+        named = importlib.import_module(f"benchmarks.{sys.argv[1].replace('-', '_')}")
+        return named.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=100_000, help="tasks of the large case")

@@ -1,0 +1,1 @@
+"""Other packages doing the same, each in a process of its own."""
