@@ -27,23 +27,24 @@ def episodes_of_classes(x: Any, labels: Any, ways: int, shots: int, queries: int
         )
     if not np.isfinite(x).all():
         raise InputError(f"x has {int((~np.isfinite(x)).sum())} NaN or infinite value(s)")
-    classes, of = np.unique(labels, return_inverse=True)
+    if labels.dtype.kind == "f" and np.isnan(labels).any():
+        raise InputError(f"labels have {int(np.isnan(labels).sum())} NaN value(s)")
+    try:
+        classes, of = np.unique(labels, return_inverse=True)
+    except TypeError as error:
+        raise InputError(f"labels must all be of one kind, to be sorted: {error}") from error
     counts = np.bincount(of, minlength=len(classes))
     if len(classes) < ways:
         raise InputError(
             f"{ways}-way episodes need {ways} classes or more; labels hold {len(classes)}"
         )
-    if (few := counts < shots + queries).any():
-        raise InputError(
-            f"{few.sum()} of {len(classes)} classes have fewer than shots + queries = "
-            f"{shots} + {queries} examples: {listing(classes[few].tolist(), 3)}, the smallest "
-            f"{counts.min()}; take fewer, or leave these classes out"
-        )
     table = np.zeros((len(classes), counts.max()), dtype=np.int32)
     for c in range(len(classes)):
         table[c, : counts[c]] = np.flatnonzero(of == c)
     data = {"x": x, "table": table, "counts": counts.astype(np.int32)}
-    return Sampled(_OneEpisode(int(ways), int(shots), int(queries)), data)
+    one = _OneEpisode(int(ways), int(shots), int(queries), classes)
+    one.check(data)
+    return Sampled(one, data)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,18 @@ class _OneEpisode:
     ways: int
     shots: int
     queries: int
+    classes: np.ndarray
+
+    def check(self, data: Any) -> None:
+        """Refuse classes with fewer examples than an episode takes of each."""
+        counts = data["counts"]
+        if (few := counts < self.shots + self.queries).any():
+            raise InputError(
+                f"{few.sum()} of {len(counts)} classes have fewer than shots + queries = "
+                f"{self.shots} + {self.queries} examples: "
+                f"{listing(self.classes[few].tolist(), 3)}, the smallest {counts.min()}; take "
+                "fewer, or leave these classes out"
+            )
 
     def __call__(self, data: Any, key: Any) -> Episode:
         pick, deal = jax.random.split(key)

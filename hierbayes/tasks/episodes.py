@@ -4,15 +4,17 @@ r"""Tasks without end: a source that draws batches of tasks, each in two parts.
           \quad \text{fresh in every meta-step}
 
 A source draws inside the compiled outer loop where it can (:class:`Sampled`), and otherwise hands
-batches in from the host, a chunk of meta-steps at a time (:class:`Streamed`).
+batches in from the host, a chunk of meta-steps at a time
+(:class:`~hierbayes.tasks.streams.Streamed`).
 """
 
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,9 @@ from hierbayes.errors import InputError
 from hierbayes.numerics import as_key
 from hierbayes.tasks.container import Tasks
 from hierbayes.tasks.views import Labels, Task
+
+if TYPE_CHECKING:
+    from hierbayes.tasks.streams import Streamed
 
 Episode = tuple[Task, Task]
 """(support, query) of B tasks, on a leading axis."""
@@ -47,6 +52,9 @@ class Episodes(abc.ABC):
     Tasks(3 tasks, 30 rows (10 to 10 a task), coef=('x0',))
     """
 
+    coef: tuple[str, ...] | None = None
+    """Names of x's columns, where they have some."""
+
     # ---------------------------------------------------------------- ways in
 
     @staticmethod
@@ -62,14 +70,13 @@ class Episodes(abc.ABC):
         shots, queries : int
             Rows in the support and in the query part; as many queries as shots by default.
         """
-        shots, queries = _counts(shots=shots, queries=shots if queries is None else queries)
-        _check_sampler(sample, shots + queries)
-        return Sampled(_OneTask(sample, shots, queries))
+        shots, queries = counts(shots=shots, queries=shots if queries is None else queries)
+        one = _OneTask(sample, shots, queries)
+        one.check(None)
+        return Sampled(one)
 
     @staticmethod
-    def from_classes(
-        x: Any, labels: Any, *, ways: int, shots: int, queries: int = 15
-    ) -> Sampled:
+    def from_classes(x: Any, labels: Any, *, ways: int, shots: int, queries: int = 15) -> Sampled:
         """N-way K-shot episodes: a few classes at random, a few examples of each.
 
         Parameters
@@ -127,6 +134,8 @@ class Episodes(abc.ABC):
             same seed must give the same batches: a resumed run starts it again and skips those
             that it has seen. Tasks to be held out come from another seed.
         """
+        from hierbayes.tasks.streams import Streamed
+
         if not callable(make):
             raise InputError(
                 "from_generator takes a function of a seed that returns an iterator over batches, "
@@ -152,9 +161,9 @@ class Episodes(abc.ABC):
         num_tasks : int
         seed : int or JAX key
         """
-        (num_tasks,) = _counts(num_tasks=num_tasks)
+        (num_tasks,) = counts(num_tasks=num_tasks)
         support, query = self.batch(num_tasks, seed)
-        return side_by_side(support), side_by_side(query)
+        return side_by_side(support, self.coef), side_by_side(query, self.coef)
 
 
 class Feed(abc.ABC):
@@ -187,11 +196,14 @@ class Sampled(Episodes):
 
     draw_one: Callable[[Any, Any], Episode]
     data: Any = None
+    coef: tuple[str, ...] | None = None
 
     def with_rows(self, shots: int, queries: int | None = None) -> Sampled:
         """The same source with other numbers of rows in the two parts."""
-        shots, queries = _counts(shots=shots, queries=shots if queries is None else queries)
-        return replace(self, draw_one=replace(self.draw_one, shots=shots, queries=queries))  # type: ignore[type-var]
+        shots, queries = counts(shots=shots, queries=shots if queries is None else queries)
+        one: Any = replace(self.draw_one, shots=shots, queries=queries)  # type: ignore[type-var]
+        one.check(self.data)
+        return replace(self, draw_one=one)
 
     def many(self, data: Any, key: Any, num_tasks: int) -> Episode:
         """(support, query) of ``num_tasks`` tasks; pure."""
@@ -205,8 +217,11 @@ class Sampled(Episodes):
 
     def batch(self, num_tasks: int, seed: int | jax.Array) -> Episode:
         """(support, query) of ``num_tasks`` tasks on a leading axis, NumPy arrays."""
-        drawn = jax.jit(self.many, static_argnums=2)(self.data, as_key(seed), num_tasks)
-        return jax.tree.map(np.asarray, drawn)
+        return jax.tree.map(np.asarray, self._drawn(self.data, as_key(seed), num_tasks))
+
+    @functools.cached_property
+    def _drawn(self) -> Any:
+        return jax.jit(self.many, static_argnums=2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +246,11 @@ class _OneTask:
     shots: int
     queries: int
 
+    def check(self, data: Any) -> None:
+        """Refuse a sampler that does not give so many rows."""
+        del data
+        _check_sampler(self.sample, self.shots + self.queries)
+
     def __call__(self, data: Any, key: Any) -> Episode:
         del data
         x, y = self.sample(key, self.shots + self.queries)
@@ -244,112 +264,12 @@ def rows_of(x: Any, y: Any, mask: Any = None) -> Task:
     return Task(x, jnp.zeros((n, 0)), jnp.zeros(0), y, {}, full)
 
 
-# ---------------------------------------------------------------- from the host
-
-
-@dataclass(frozen=True, eq=False)
-class Streamed(Episodes):
-    """Episodes that a Python generator yields."""
-
-    make: Callable[[int], Iterator[Any]]
-
-    def feed(self, seed: int | jax.Array, batch_size: int, start: int) -> Feed:
-        """Batches from the ``start``-th on; the generator decides how many tasks they hold."""
-        del batch_size
-        feed = _StreamedFeed(iter(self.make(_as_int(seed))))
-        for _ in range(start):
-            feed.next()
-        return feed
-
-    def batch(self, num_tasks: int, seed: int | jax.Array) -> Episode:
-        """(support, query) of ``num_tasks`` tasks on a leading axis, NumPy arrays."""
-        feed, found, have = _StreamedFeed(iter(self.make(_as_int(seed)))), [], 0
-        while have < num_tasks:
-            try:
-                found.append(feed.next())
-            except StreamEnded as error:
-                raise InputError(
-                    f"the generator stopped after {have} tasks; {num_tasks} were asked for"
-                ) from error
-            have += len(found[-1][0].outcome)
-        both = jax.tree.map(lambda *parts: np.concatenate(parts)[:num_tasks], *found)
-        return both
-
-
-CHUNK = 64
-"""Batches brought in from the host for one compiled call."""
-
-
-@dataclass(eq=False)
-class _StreamedFeed(Feed):
-    iterator: Iterator[Any]
-    seen: int = 0
-    shapes: Any = field(default=None)
-    most = CHUNK
-
-    def next(self) -> Episode:
-        """The next batch, checked against the first."""
-        try:
-            batch = next(self.iterator)
-        except StopIteration:
-            raise StreamEnded(f"the generator stopped after {self.seen} batches") from None
-        try:
-            (xs, ys), (xq, yq) = batch
-            arrays = [np.asarray(a) for a in (xs, ys, xq, yq)]
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"batch {self.seen} of the generator is no ((x, y), (x, y)) of support and query"
-            ) from error
-        shapes = [a.shape for a in arrays]
-        for role, (x, y) in (("support", shapes[:2]), ("query", shapes[2:])):
-            if len(y) != 2 or len(x) < 3 or x[:2] != y or y[0] != shapes[1][0]:
-                raise InputError(
-                    f"batch {self.seen} of the generator: {role} has x of shape {x} and y of shape "
-                    f"{y}; expected (B, n, …) and (B, n) with the same B tasks in both parts"
-                )
-        if self.shapes is not None and shapes != self.shapes:
-            raise InputError(
-                f"the generator changed shape at batch {self.seen}: {shapes}, before {self.shapes} "
-                "(x and y of support, x and y of query); every batch must have the same shapes"
-            )
-        for role, values in zip(("x", "y", "x", "y"), arrays, strict=True):
-            if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
-                raise InputError(
-                    f"batch {self.seen} of the generator holds {role} that is not a finite number"
-                )
-        self.shapes, self.seen = shapes, self.seen + 1
-        xs, ys, xq, yq = arrays
-        return _with_tasks(xs, ys), _with_tasks(xq, yq)
-
-    def chunk(self, count: int) -> tuple[Any, int]:
-        batches: list[Episode] = []
-        for _ in range(count):
-            try:
-                batches.append(self.next())
-            except StreamEnded:
-                if not batches:
-                    raise
-                break
-        filled = batches + [batches[-1]] * (CHUNK - len(batches))
-        return jax.tree.map(lambda *parts: np.stack(parts), *filled), len(batches)
-
-    def take(self, chunk: Any, place: Any, key: Any) -> Episode:
-        del key
-        return jax.tree.map(lambda values: values[place], chunk)
-
-
-def _with_tasks(x: np.ndarray, y: np.ndarray) -> Task:
-    num_tasks, n = y.shape
-    full = np.ones((num_tasks, n), bool)
-    return Task(x, np.zeros((num_tasks, n, 0)), np.zeros((num_tasks, 0)), y, {}, full)
-
-
-def side_by_side(part: Task) -> Tasks:
+def side_by_side(part: Task, coef: tuple[str, ...] | None = None) -> Tasks:
     """Tasks on a leading axis as :class:`Tasks`, without the rows that only fill up."""
     mask = np.asarray(part.mask)
     sizes, x = mask.sum(1), np.asarray(part.predictors, dtype=np.float64)
-    flat = x.ndim == 3
-    coef = tuple(f"x{i}" for i in range(x.shape[2])) if flat else ()
+    if coef is None:
+        coef = tuple(f"x{i}" for i in range(x.shape[2])) if x.ndim == 3 else ()
     return Tasks(
         x[mask], np.zeros((sizes.sum(), 0)), np.zeros((len(sizes), 0)),
         np.asarray(part.outcome, dtype=np.float64)[mask], {},
@@ -358,17 +278,12 @@ def side_by_side(part: Task) -> Tasks:
     )  # fmt: skip
 
 
-def _counts(**counts: Any) -> tuple[int, ...]:
-    for name, value in counts.items():
+def counts(**given: Any) -> tuple[int, ...]:
+    """The numbers as integers; refused, by name, where they are not positive ones."""
+    for name, value in given.items():
         if not (isinstance(value, (int, np.integer)) and value >= 1):
             raise InputError(f"{name} must be a positive integer, found {value!r}")
-    return tuple(int(value) for value in counts.values())
-
-
-def _as_int(seed: int | jax.Array) -> int:
-    if isinstance(seed, (int, np.integer)):
-        return int(seed)
-    return int(np.asarray(jax.random.key_data(as_key(seed))).ravel()[-1])
+    return tuple(int(value) for value in given.values())
 
 
 def _check_sampler(sample: Any, num_rows: int) -> None:
@@ -381,8 +296,13 @@ def _check_sampler(sample: Any, num_rows: int) -> None:
             "sample(key, num_rows) must be a JAX function that returns (x, y) of one task; it "
             f"raised {type(error).__name__}: {error}"
         ) from error
+    if not (hasattr(x, "shape") and hasattr(y, "shape")):
+        raise InputError(
+            f"sample(key, {num_rows}) must return two arrays, x and y of one task; found "
+            f"{type(x).__name__} and {type(y).__name__}"
+        )
     if y.shape != (num_rows,) or x.ndim < 2 or x.shape[0] != num_rows:
         raise InputError(
-            f"sample(key, {num_rows}) gives x of shape {x.shape} and y of shape {y.shape}; expected "
-            f"({num_rows}, …) and ({num_rows},)"
+            f"sample(key, {num_rows}) gives x of shape {x.shape} and y of shape {y.shape}; "
+            f"expected ({num_rows}, …) and ({num_rows},)"
         )

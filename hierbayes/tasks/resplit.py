@@ -11,7 +11,7 @@ import numpy as np
 
 from hierbayes.errors import InputError, listing
 from hierbayes.tasks.container import Tasks
-from hierbayes.tasks.episodes import Episode, Sampled, rows_of
+from hierbayes.tasks.episodes import Episode, Sampled, counts, rows_of
 
 
 def episodes_of_tasks(
@@ -31,24 +31,18 @@ def episodes_of_tasks(
         raise InputError(f"query must lie between 0 and 1, found {query!r}")
     if shots is None and queries is not None:
         raise InputError("queries is given without shots; give both, or query as a share")
-    need, sizes = 2, tasks.sizes
     if shots is not None:
-        queries = shots if queries is None else queries
-        if min(shots, queries) < 1:
-            raise InputError(f"shots and queries must be positive, found {shots} and {queries}")
-        need = shots + queries
-        if (few := sizes < need).any():
-            raise InputError(
-                f"{few.sum()} of {tasks.num_tasks} tasks have fewer than shots + queries = {need} "
-                f"rows: {listing(tasks.names[few].tolist(), 3)}, the smallest {sizes.min()}"
-            )
-    usable = np.flatnonzero(sizes >= need)
+        shots, queries = counts(shots=shots, queries=shots if queries is None else queries)
+    one = _OneTask(shots, queries, float(query))
+    sizes = tasks.sizes
+    one.check({"sizes": sizes, "names": tasks.names})
+    usable = np.flatnonzero(sizes >= 2)
     if not usable.size:
         raise InputError("no task has two rows, one for support and one for query")
     width = int(sizes.max())
     block = tasks.block(usable, width)
     data = {"x": block.predictors, "y": block.outcome, "sizes": sizes[usable].astype(np.int32)}
-    return Sampled(_OneTask(shots, queries, float(query)), data)
+    return Sampled(one, data, tasks.coef)
 
 
 @dataclass(frozen=True)
@@ -56,6 +50,18 @@ class _OneTask:
     shots: int | None
     queries: int | None
     query: float
+
+    def check(self, data: Any) -> None:
+        """Refuse tasks with fewer rows than both parts take."""
+        if self.shots is None or self.queries is None:
+            return
+        need, sizes = self.shots + self.queries, data["sizes"]
+        if (few := sizes < need).any():
+            names = data.get("names", np.arange(len(sizes)))
+            raise InputError(
+                f"{few.sum()} of {len(sizes)} tasks have fewer than shots + queries = {need} "
+                f"rows: {listing(names[few].tolist(), 3)}, the smallest {sizes.min()}"
+            )
 
     def __call__(self, data: Any, key: Any) -> Episode:
         pick, deal = jax.random.split(key)
