@@ -82,8 +82,11 @@ class GradientSteps(PointAdaptation):
         return self._climb(phi, value, start, jnp.maximum(count, 1)[:, None])
 
     def arrange(self, model: HierarchicalModel, tasks: Tasks) -> tuple[Task, Any]:
-        """As the likelihood wants them; side by side for an optimiser, which sees one task."""
-        if self.optimiser is None:
+        """As the likelihood wants them; side by side for what must see each task by itself.
+
+        An Optax optimiser, and the conjugate gradients of the implicit derivative.
+        """
+        if self.optimiser is None and self.derivative != "implicit":
             return model.likelihood.arrange(tasks)
         return tasks.block(np.arange(tasks.num_tasks), int(tasks.sizes.max(initial=1))), None
 
@@ -115,12 +118,15 @@ class GradientSteps(PointAdaptation):
         per_weight = eta is not None and not _is_number(eta)
         share = count if self.loss == "mean" else 1.0
 
-        def slope(theta: Any) -> Any:
+        def rise(theta: Any) -> Any:
             uphill = jax.grad(value)(theta)
             if self.proximal:
                 pull = _pull(phi["tau"], theta, start)
                 uphill = jax.tree.map(jnp.subtract, uphill, pull)
-            uphill = jax.tree.map(lambda g: g / share, uphill)
+            return uphill
+
+        def slope(theta: Any) -> Any:
+            uphill = jax.tree.map(lambda g: g / share, rise(theta))
             if self.derivative == "first-order":
                 uphill = jax.lax.stop_gradient(uphill)
             return jax.tree.map(jnp.multiply, eta, uphill) if per_weight else uphill
@@ -133,7 +139,8 @@ class GradientSteps(PointAdaptation):
         if path:
             return descent.path(slope, start)
         if self.derivative == "implicit":
-            return with_implicit_slope(descent.run, slope, start)
+            # step sizes do not move the maximum; A is symmetric without them
+            return with_implicit_slope(lambda _, at: descent.run(slope, at), rise, start)
         return descent.run(slope, start)
 
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
