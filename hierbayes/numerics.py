@@ -143,11 +143,28 @@ def solve_upper(factor: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _solve_lapack(factor: jax.Array, b: jax.Array, *, transpose: bool) -> jax.Array:
+    if b.ndim == 3:
+        return _substitute(factor, b, transpose=transpose)
     matrices = jnp.moveaxis(factor, (0, 1), (-2, -1))
-    columns = jnp.moveaxis(b if b.ndim == 3 else b[:, None], -1, 0)
+    columns = jnp.moveaxis(b[:, None], -1, 0)
     solved = jax.scipy.linalg.solve_triangular(matrices, columns, trans=int(transpose), lower=True)
-    solved = jnp.moveaxis(solved, 0, -1)
-    return solved if b.ndim == 3 else solved[:, 0]
+    return jnp.moveaxis(solved, 0, -1)[:, 0]
+
+
+def _substitute(factor: jax.Array, b: jax.Array, *, transpose: bool) -> jax.Array:
+    """Many right-hand sides a task, row by row.
+
+    LAPACK's own solve starts threads for matrices, inside XLA's, and takes a hundred times longer
+    or never ends on a machine of two cores.
+    """
+    matrix = jnp.swapaxes(factor, 0, 1) if transpose else factor
+    order = jnp.arange(len(b))
+
+    def row(solved: jax.Array, i: Any) -> tuple[jax.Array, None]:
+        value = b[i] - (matrix[i][:, None] * solved).sum(0)
+        return solved.at[i].set(value / matrix[i, i]), None
+
+    return jax.lax.scan(row, jnp.zeros_like(b), order[::-1] if transpose else order)[0]
 
 
 def log_diagonal_sum(factor: jax.Array) -> jax.Array:

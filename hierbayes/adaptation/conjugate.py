@@ -81,10 +81,8 @@ def posterior(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> tuple[jax
     precision = matmul(transposed, c.design) / c.noise_variance + jnp.eye(d)[:, :, None]
     # (I + BᵀB/σ²)⁻¹ = F⁻ᵀF⁻¹ with F lower, so L F⁻ᵀ is a root of the covariance
     factor = cholesky(precision)
-    columns = [
-        solve_upper(factor, jnp.broadcast_to(jnp.eye(d)[:, [i]], c.moved.shape)) for i in range(d)
-    ]
-    return mean, matmul(c.root[:, :, None], jnp.stack(columns, axis=1))
+    units = jnp.broadcast_to(jnp.eye(d)[:, :, None], factor.shape)
+    return mean, matmul(c.root[:, :, None], solve_upper(factor, units))
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -29,6 +29,8 @@ class Checkpoint:
         self._last = time.monotonic()
         if self.path is not None and not self.path.parent.is_dir():
             raise InputError(f"checkpoint: the folder of {str(path)!r} does not exist")
+        if self.path is not None and self.path.is_dir():
+            raise InputError(f"checkpoint: {str(path)!r} is a folder; give the path of a file")
 
     def save(self, state: Any, counters: dict[str, Any], *, force: bool = False) -> None:
         """Write, if a minute has passed since the last time or it is forced."""
@@ -48,9 +50,12 @@ class Checkpoint:
             with np.load(self.path, allow_pickle=False) as file:
                 described = json.loads(str(file["described"]))
                 found = [file[f"leaf.{i}"] for i in range(len(file.files) - 1)]
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{str(self.path)!r} is no checkpoint of hierbayes: {error}") from error
-        before = described["run"]
+            before, counters = described["run"], described["counters"]
+        except Exception as error:  # NumPy raises whatever unzipping and parsing do
+            raise InputError(
+                f"{str(self.path)!r} is no checkpoint of hierbayes, or damaged "
+                f"({type(error).__name__}: {error}); remove it to start anew"
+            ) from error
         if before != self.described:
             names = sorted(before.keys() | self.described.keys())
             other = [
@@ -69,4 +74,4 @@ class Checkpoint:
                 f"{str(self.path)!r} holds other weights, or another optimiser's state, than this "
                 "run's; give another path, or remove the file"
             )
-        return structure.unflatten(found), described["counters"]
+        return structure.unflatten(found), counters

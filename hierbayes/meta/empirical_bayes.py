@@ -8,16 +8,22 @@ r"""Empirical Bayes: φ̂ maximises the summed evidence, and each task gets its 
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import numpy as np
+import optax
 
 from hierbayes.adaptation import Conjugate
-from hierbayes.errors import InputError, announce, listing
+from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.fit import Fit
+from hierbayes.likelihoods import LastLayer
+from hierbayes.meta.episodic import on_episodes
+from hierbayes.meta.inner_loop import refuse_idle
+from hierbayes.meta.last_layer import maximise_evidence_of_features
 from hierbayes.meta.marginal import maximise_likelihood
 from hierbayes.meta.posterior_mode import maximise_posterior, resolve_for_mode
+from hierbayes.meta.training import Training
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key
 from hierbayes.tasks import Tasks
@@ -37,6 +43,10 @@ def empirical_bayes(
     num_draws: int = 1000,
     num_chains: int = 4,
     seed: int | jax.Array = 0,
+    optimiser: optax.GradientTransformation | None = None,
+    num_meta_steps: int | None = None,
+    progress: bool | None = None,
+    **training: Unpack[Training],
 ) -> Fit:
     r"""Learn the prior by maximising the evidence (type-II maximum likelihood, REML or MAP).
 
@@ -51,7 +61,7 @@ def empirical_bayes(
     Parameters
     ----------
     model : HierarchicalModel
-    tasks : Tasks or DataFrame
+    tasks : Tasks, DataFrame or Episodes
         A DataFrame goes through the model's formula.
     criterion : "ml", "reml" or "map"
         "map" maximises over (mu, tau, corr, beta, gamma, log sigma), with densities in tau and
@@ -63,7 +73,12 @@ def empirical_bayes(
     num_draws, num_chains : int
         Draws of θ given φ̂ in the DataTree.
     seed : int or JAX key
-        For these draws.
+        For these draws; on episodes for weights and tasks.
+    optimiser, num_meta_steps, progress, **training
+        On episodes, with a :class:`~hierbayes.likelihoods.LastLayer` likelihood, whose features are
+        learned by stochastic ascent: see :class:`~hierbayes.meta.training.Training`. Then there are
+        neither draws nor standard errors, and ``log_evidence`` is replaced by the mean a row of
+        held-out tasks in ``info["history"]``.
 
     Returns
     -------
@@ -94,6 +109,21 @@ def empirical_bayes(
     (0.324, -1081.83)
     """
     started = time.perf_counter()
+    given = {"optimiser": optimiser, "num_meta_steps": num_meta_steps, "progress": progress}
+    if on_episodes(model, tasks):
+        model.require_gaussian(
+            "empirical_bayes", "the exact evidence log p(D_j | φ)",
+            "use hb.maml, or hb.likelihoods.LastLayer for exact evidence on learned features",
+        )
+        if not isinstance(model.likelihood, LastLayer):
+            raise NotApplicable(
+                "empirical_bayes takes episodes with a LastLayer likelihood only; draw a fixed set "
+                "of tasks, support, query = episodes.draw(1000), for other Gaussian tasks"
+            )
+        if criterion != "ml":
+            raise InputError(f'criterion must be "ml" on episodes, found {criterion!r}')
+        return maximise_evidence_of_features(model, tasks, training | given | {"seed": seed})
+    refuse_idle(training | {k: v for k, v in given.items() if v is not None}, "empirical_bayes")
     tasks = model.tasks(tasks)
     if criterion not in ("ml", "reml", "map"):
         raise InputError(f'criterion must be "ml", "reml" or "map", found {criterion!r}')

@@ -23,10 +23,12 @@ from hierbayes.errors import InputError, announce
 from hierbayes.fit import Fit
 from hierbayes.likelihoods import LastLayer
 from hierbayes.likelihoods.neural import Neural
+from hierbayes.meta.inner_loop import check_counts
 from hierbayes.meta.training import Direction, Trained, settings, train
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic, to_numpy
 from hierbayes.tasks import Episodes, Task, Tasks
+from hierbayes.tasks.episodes import Sampled
 
 Parameters = dict[str, Any]
 
@@ -43,7 +45,11 @@ def on_episodes(model: HierarchicalModel, tasks: Any) -> bool:
 
 
 def source(model: HierarchicalModel, tasks: Any, query: float, held: int) -> tuple[Episodes, Tasks]:
-    """(source, the support rows of some of its tasks): a fixed set of tasks is split anew."""
+    """(source, the support rows of some of its tasks): a fixed set of tasks is split anew.
+
+    Of a fixed set the tasks are themselves, all rows of them.
+    """
+    check_counts(held_out=held)
     if not isinstance(tasks, Episodes):
         if not isinstance(tasks, Tasks):
             raise InputError(
@@ -55,7 +61,7 @@ def source(model: HierarchicalModel, tasks: Any, query: float, held: int) -> tup
             raise InputError(
                 f"a prior cannot be learned from one task: found {tasks.num_tasks}; give more"
             )
-        tasks = Episodes.from_tasks(tasks, query=query)
+        return Episodes.from_tasks(tasks, query=query), model.tasks(tasks)
     sample, _ = tasks.draw(held, seed=0)
     named = model.tasks(sample)
     model.likelihood.check(named)
@@ -130,16 +136,18 @@ def finish(
         phi = {k: np.asarray(v, np.float64) for k, v in outer.phi(trained.parameters).items()}
     phi |= outer.fixed  # as given, not as rounded
     if after is not None:
-        support, query = (outer.model.tasks(part) for part in episodes.draw(500, seed=1))
-        phi |= to_numpy(after(outer.model, phi, support, query))
-    best = max(trained.history["held_out"], default=np.nan)
+        # a generator may end; it has given as many as there are held out
+        num_tasks = 500 if isinstance(episodes, Sampled) else sample.num_tasks
+        support, query = (outer.model.tasks(part) for part in episodes.draw(num_tasks, seed=1))
+        with arithmetic(outer.model.likelihood.precision):
+            phi |= to_numpy(after(outer.model, phi, support, query))
     return Fit(
         method, outer.model, sample, phi, adaptation,
         no_evidence=no_evidence,
         warnings=announce(trained.warnings),
         info=info | {
             "outer_steps": trained.steps, "history": trained.history,
-            "held_out_score": trained.history["held_out"][-1] if trained.history else best,
+            "held_out_score": trained.held_out,
             "seconds": time.perf_counter() - started,
         },
     )  # fmt: skip

@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hierbayes.adaptation import Proximal
+from hierbayes.adaptation import GradientSteps, Proximal
+from hierbayes.adaptation.gradient import Derivative
 from hierbayes.errors import InputError, announce, listing
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
 from hierbayes.meta.ascent import maximise
+from hierbayes.meta.episodic import PLAIN_STEP, on_episodes
 from hierbayes.meta.inner_loop import (
     check_counts,
     check_optimiser,
+    check_steps,
     inner_noise,
     outer_parameters,
+    refuse_idle,
     side_by_side,
     support_query_splits,
 )
+from hierbayes.meta.maml_on_episodes import maximise_predictive
+from hierbayes.meta.training import Training
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
@@ -38,13 +44,19 @@ def imaml(
     tasks: Any,
     *,
     prior_precision: float | Sequence[float] | Literal["learn"] = "learn",
+    num_steps: int | None = None,
+    step_size: float | None = None,
+    loss: Literal["sum", "mean"] | None = None,
+    derivative: Derivative | None = None,
+    inner_optimiser: optax.GradientTransformation | None = None,
     query: float = 0.5,
     num_splits: int = 1,
     sigma: float | None = None,
     optimiser: optax.GradientTransformation | None = None,
-    num_meta_steps: int = 500,
+    num_meta_steps: int | None = None,
     seed: int | jax.Array = 0,
     progress: bool | None = None,
+    **training: Unpack[Training],
 ) -> Fit:
     r"""Meta-learning with implicit gradients: MAP estimates under one shared prior.
 
@@ -63,10 +75,15 @@ def imaml(
     Parameters
     ----------
     model : HierarchicalModel
-    tasks : Tasks or DataFrame
+    tasks : Tasks, DataFrame or Episodes
+    num_steps, step_size, loss, derivative, inner_optimiser
+        On episodes, where the maximum is approached by K = 16 gradient steps of 0.01 on the mean
+        log posterior unless said otherwise; see :func:`maml`. ``derivative`` "implicit" by default:
+        conjugate gradients at the point reached, which keep no step. On a fixed set of tasks the
+        maximum is found by Newton's method and these are refused.
     prior_precision : float, sequence by coefficient, or "learn"
         λ > 0, one for all coefficients or one each, in units of 1/θ²: the log likelihood is summed
-        over a task's rows. "learn" learns log λ, a number a coefficient.
+        over a task's rows. "learn" learns log λ, a number a coefficient; on episodes one for all.
     query : float
         Share of each task's rows in the query part; a one-row task is query-only.
     num_splits : int
@@ -76,13 +93,16 @@ def imaml(
         ``sigma_query``, the plug-in predictive deviation of the query rows, is, and absorbs the
         posterior variance of θ_j. A Bernoulli likelihood has neither.
     optimiser : optax.GradientTransformation, optional
-        Of the outer loop; L-BFGS by default, which converges on these smooth problems.
+        Of the outer loop; L-BFGS by default, which converges on these smooth problems, and Adam of
+        rate 0.001 on episodes.
     num_meta_steps : int
-        Outer steps at most.
+        Outer steps at most; 500 by default, 10,000 on episodes.
     seed : int or JAX key
-        For the splits.
+        For the splits; on episodes for weights and tasks.
     progress : bool, optional
         Show a progress bar; by default where stderr is a terminal.
+    **training
+        On episodes; see :class:`~hierbayes.meta.training.Training`.
 
     Returns
     -------
@@ -113,6 +133,19 @@ def imaml(
     0.1
     """
     started = time.perf_counter()
+    inner = dict(
+        num_steps=num_steps, step_size=step_size, loss=loss, derivative=derivative,
+        inner_optimiser=inner_optimiser,
+    )  # fmt: skip
+    if on_episodes(model, tasks):
+        outer = dict(
+            optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
+        )
+        return _on_episodes(
+            model, tasks, prior_precision, query, sigma, training | outer, **inner
+        )
+    refuse_idle(training | {k: v for k, v in inner.items() if v is not None}, "iMAML")
+    num_meta_steps = 500 if num_meta_steps is None else num_meta_steps
     tasks = model.tasks(tasks)
     check_counts(num_splits=num_splits, num_meta_steps=num_meta_steps)
     check_optimiser(optimiser)
@@ -162,6 +195,45 @@ def imaml(
         },
     )  # fmt: skip
 
+
+def _on_episodes(
+    model: HierarchicalModel,
+    tasks: Any,
+    prior_precision: Any,
+    query: float,
+    sigma: float | None,
+    training: Any,
+    *,
+    num_steps: int | None,
+    step_size: float | None,
+    loss: Any,
+    derivative: Any,
+    inner_optimiser: Any,
+) -> Fit:
+    """K steps on the log posterior under N(φ, I/λ), and the derivative of its maximum."""
+    num_steps, derivative = num_steps or PROXIMAL_STEPS, derivative or "implicit"
+    given = "auto" if step_size is None else step_size
+    check_steps(num_steps, given, loss, derivative, inner_optimiser)
+    learn = isinstance(prior_precision, str) and prior_precision == "learn"
+    number = isinstance(prior_precision, (int, float, np.number))
+    if not (learn or (number and np.isfinite(prior_precision) and prior_precision > 0)):
+        raise InputError(
+            'prior_precision on episodes must be "learn" or one positive number for all weights, '
+            f"found {prior_precision!r}"
+        )
+    eta = PLAIN_STEP if step_size is None else float(step_size)
+    steps = GradientSteps(
+        num_steps, eta if inner_optimiser is None else None, loss or "mean", inner_optimiser,
+        derivative, proximal=True,
+    )  # fmt: skip
+    return maximise_predictive(
+        "iMAML", model, tasks, steps, step_size=eta, learn_step_size=False, query=query,
+        sigma=sigma, tau="learn" if learn else float(prior_precision) ** -0.5, training=training,
+    )  # fmt: skip
+
+
+PROXIMAL_STEPS = 16
+"""Inner steps where none are given: as many as in the paper's Omniglot experiments."""
 
 STARTING_TAU = 0.3
 """Where the learned 1/√λ starts, in units of each coefficient's own scale."""

@@ -10,20 +10,24 @@ the last layer, iMAML steps on the log posterior with an implicit derivative.
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import jax
 
 from hierbayes.adaptation import GradientSteps
-from hierbayes.errors import InputError
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
 from hierbayes.meta.episodic import Outer, Parameters, finish, fixed_noise, per_row, run, source
 from hierbayes.meta.training import DEFAULTS, ascent_of
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task, Tasks
+
+
+STARTING_TAU = 0.3
+"""Where a learned 1/√λ starts, in the units of the weights."""
 
 
 def maximise_predictive(
@@ -36,7 +40,7 @@ def maximise_predictive(
     learn_step_size: bool | str,
     query: float,
     sigma: float | None,
-    tau: Any = None,
+    tau: float | Literal["learn"] | None = None,
     training: dict[str, Any],
 ) -> Fit:
     """Learn μ, and step sizes if wanted, where adapted tasks predict their query rows best."""
@@ -44,8 +48,8 @@ def maximise_predictive(
     model = model.without_encoder()
     episodes, sample = source(model, tasks, query, training.get("held_out") or DEFAULTS["held_out"])
     fixed = fixed_noise(model, sigma)
-    if tau is not None:
-        fixed["tau"] = np.full(len(sample.coef), float(tau))
+    if isinstance(tau, float):
+        fixed["tau"] = np.asarray(tau)
     outer = Outer(model, len(sample.coef), fixed)
     evidence = Predictive(adaptation)
 
@@ -55,6 +59,8 @@ def maximise_predictive(
             log_eta = jnp.log(jnp.asarray(step_size))
             each = jax.tree.map(lambda m: jnp.full_like(m, log_eta), parameters["mu"])
             parameters["log_step_size"] = each if learn_step_size == "coef" else log_eta
+        if tau == "learn":
+            parameters["log_tau"] = jnp.log(jnp.asarray(STARTING_TAU))
         return parameters
 
     def objective(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
@@ -72,12 +78,15 @@ def maximise_predictive(
         outer, ascent_of(objective), objective, episodes, training, method, described, start
     )
     learned = "sigma" in model.likelihood.parameters()
-    return finish(
+    fit = finish(
         method, outer, adaptation, trained, sample, episodes, described, started,
         f"{method} maximises the predictive evidence of query rows, in info['history'], not "
         "log p(D | φ)",
         query_deviation(adaptation) if learned else None,
     )  # fmt: skip
+    if "tau" in fit.phi:
+        fit = replace(fit, phi={**fit.phi, "tau": np.full(len(sample.coef), fit.phi["tau"])})
+    return fit
 
 
 def query_deviation(adaptation: GradientSteps) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,19 @@ from hierbayes.errors import InputError, announce
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
 from hierbayes.meta.ascent import maximise
+from hierbayes.meta.episodic import PLAIN_STEP, on_episodes
 from hierbayes.meta.fixed_point import follow
 from hierbayes.meta.inner_loop import (
     Parameters,
     check_counts,
-    check_inner_step,
     check_optimiser,
+    check_steps,
     inner_noise,
     outer_parameters,
+    refuse_idle,
 )
+from hierbayes.meta.reptile_on_episodes import follow_moves
+from hierbayes.meta.training import Training
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
@@ -41,13 +45,16 @@ def reptile(
     num_steps: int = 5,
     step_size: float | Literal["auto"] = "auto",
     *,
+    loss: Literal["sum", "mean"] | None = None,
+    inner_optimiser: optax.GradientTransformation | None = None,
     sigma: float | None = None,
     optimiser: optax.GradientTransformation | None = None,
-    num_meta_steps: int = 1000,
+    num_meta_steps: int | None = None,
     tolerance: float = 1e-10,
     query: float = 0.5,
     seed: int | jax.Array = 0,
     progress: bool | None = None,
+    **training: Unpack[Training],
 ) -> Fit:
     r"""Reptile, full batch: φ moves to where tasks go from it, until they go nowhere on average.
 
@@ -72,12 +79,14 @@ def reptile(
     Parameters
     ----------
     model : HierarchicalModel
-    tasks : Tasks or DataFrame
+    tasks : Tasks, DataFrame or Episodes
     num_steps : int
         K, inner gradient steps.
     step_size : float or "auto"
         η in units of the **sum** of the log likelihood over a task's rows; "auto" is 1/λ_max over
         all tasks. Beyond 2/λ_max the steps diverge, which is refused.
+    loss, inner_optimiser
+        On episodes only; see :func:`maml`.
     sigma : float, optional
         Within-task noise σ, which sets the units of the inner loop; by default the pooled
         within-task estimate. A Bernoulli likelihood has none.
@@ -85,9 +94,10 @@ def reptile(
         Given minus the direction, in scaled parameters, in the place of a gradient:
         ``optax.sgd(1.0)`` is Reptile with ε = 1. By default these steps of length one with
         Anderson's acceleration, which has the same fixed point and reaches it sooner: plain steps
-        are slow where K steps hardly move a task.
+        are slow where K steps hardly move a task. On episodes ``optax.sgd(0.1)``, in the weights'
+        own units.
     num_meta_steps : int
-        Outer steps at most.
+        Outer steps at most; 1,000 by default, 10,000 on episodes.
     tolerance : float
         Norm of the direction, in scaled parameters, at which the iteration ends.
     query : float
@@ -97,6 +107,8 @@ def reptile(
         For that split.
     progress : bool, optional
         Show a progress bar; by default where stderr is a terminal.
+    **training
+        On episodes; see :class:`~hierbayes.meta.training.Training`.
 
     Returns
     -------
@@ -124,9 +136,21 @@ def reptile(
     ['mu', 'sigma', 'sigma_query']
     """
     started = time.perf_counter()
+    check_steps(num_steps, step_size, loss, "first-order", inner_optimiser)
+    if on_episodes(model, tasks):
+        outer = dict(
+            optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
+        )
+        eta = PLAIN_STEP if step_size == "auto" else float(step_size)
+        steps = GradientSteps(
+            num_steps, eta if inner_optimiser is None else None, loss or "mean", inner_optimiser
+        )
+        return follow_moves(model, tasks, steps, eta, query, sigma, training | outer)
+    idle = {"loss": loss, "inner_optimiser": inner_optimiser}
+    refuse_idle(training | {k: v for k, v in idle.items() if v is not None}, "Reptile")
+    num_meta_steps = 1000 if num_meta_steps is None else num_meta_steps
     tasks = model.tasks(tasks)
-    check_counts(num_steps=num_steps, num_meta_steps=num_meta_steps)
-    check_inner_step(step_size)
+    check_counts(num_meta_steps=num_meta_steps)
     if not (np.isfinite(tolerance) and tolerance > 0):
         raise InputError(f"tolerance must be positive, found {tolerance!r}")
     check_optimiser(optimiser)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 import jax
@@ -77,10 +77,14 @@ class Training(TypedDict, total=False):
 
 @dataclass
 class Trained:
-    """Where a run ended: φ's parameters, and how it went."""
+    """Where a run ended: φ's parameters, and how it went.
+
+    ``held_out`` is the score of these parameters on the held-out tasks.
+    """
 
     parameters: Any
     steps: int
+    held_out: float
     history: dict[str, list[float]]
     warnings: list[str] = field(default_factory=list)
 
@@ -164,13 +168,12 @@ class _Run:
         self.history: dict[str, list[float]] = {"step": [], "score": [], "held_out": []}
         self.warnings: list[str] = []
         self.recent: list[float] = []
+        self.num_tasks: int | None = None
         self.checkpoint = Checkpoint(chosen["checkpoint"], method, described)
         self.held_out = jax.tree.map(
             jnp.asarray, _cast(episodes.batch(chosen["held_out"], self.held_key))
         )
-        self.score = jax.jit(
-            lambda p, held, key: score(p, held[0], held[1], key)
-        )
+        self.score = jax.jit(lambda p, held, key: score(p, held[0], held[1], key))
 
         def one(place: Any, state: Any) -> Any:
             (parameters, memory), scores, sound, chunk, first = state
@@ -181,7 +184,8 @@ class _Run:
             downhill = jax.tree.map(jnp.negative, uphill)
             updates, memory = optimiser.update(downhill, memory, parameters)
             parameters = optax.apply_updates(parameters, updates)
-            fine = jnp.isfinite(optax.tree.norm(downhill)) & jnp.isfinite(each).all()
+            sizes = jnp.stack([optax.tree.norm(downhill), optax.tree.norm(parameters)])
+            fine = jnp.isfinite(sizes).all() & jnp.isfinite(each).all()
             return (
                 (parameters, memory), scores.at[place].set(each), sound.at[place].set(fine),
                 chunk, first,
@@ -211,18 +215,22 @@ class _Run:
             try:
                 self._loop(total, bar)
             except BaseException:
-                self._save(force=True)
+                if self.history["step"]:
+                    self._save(force=True)
                 raise
         self._save(force=True)
-        stopped_early = self.chosen["patience"] is not None
-        parameters = self.best if stopped_early else self.carry[0]
-        return Trained(parameters, self.step, self.history, self.warnings)
+        if self.chosen["patience"] is not None:
+            return Trained(self.best, self.step, self.best_score, self.history, self.warnings)
+        held_out = self.history["held_out"][-1]
+        return Trained(self.carry[0], self.step, held_out, self.history, self.warnings)
 
     def _loop(self, total: int, bar: Any) -> None:
         size = 10
-        if not self.history["step"]:
-            self._evaluate(bar)
-        while self.step < total and not self._is_over():
+        while True:
+            if self.step % self.chosen["evaluate_every"] == 0 or self.step >= total:
+                self._evaluate(bar)
+            if self.step >= total or self._is_over():
+                return
             every = self.chosen["evaluate_every"]
             until = min(total, (self.step // every + 1) * every)
             count = min(size, until - self.step, self.feed.most, LONGEST)
@@ -237,25 +245,32 @@ class _Run:
                 return
             num_tasks = self._batch_size(chunk)
             carry, scores, sound = self.many(self.carry, chunk, self.step, count, num_tasks)
-            sound = np.asarray(sound[:count])
-            if not sound.all():
-                self._say_where(np.asarray(scores), int(np.argmin(sound)))
-                return
-            self.carry = carry
-            self.recent.append(float(jnp.mean(scores[:count])))
-            self.step += count
+            scores, sound = np.asarray(scores), np.asarray(sound)
+            lost = not sound[:count].all()
+            if lost:  # up to the first that is not finite
+                count = int(np.argmin(sound))
+                carry = self.many(self.carry, chunk, self.step, count, num_tasks)[0]
+            recent = [*self.recent, *scores[:count].mean(1).tolist()]
+            # together, so that an interruption finds a state that belongs together
+            self.carry, self.step, self.recent = carry, self.step + count, recent
             bar.update(count)
-            if self.step == until:
+            if lost:
+                self._say_where(scores[count])
                 self._evaluate(bar)
+                return
             self._save()
             seconds = time.perf_counter() - began
             size = max(1, min(LONGEST, int(size * min(4.0, RESPONSE / max(seconds, 1e-6)))))
 
     def _batch_size(self, chunk: Any) -> int:
-        shapes = jax.eval_shape(lambda c: self.feed.take(c, 0, self.train_key), chunk)
-        return shapes[0].outcome.shape[0]
+        if self.num_tasks is None:
+            shapes = jax.eval_shape(lambda c: self.feed.take(c, 0, self.train_key), chunk)
+            self.num_tasks = int(shapes[0].outcome.shape[0])
+        return self.num_tasks
 
     def _evaluate(self, bar: Any) -> None:
+        if self.history["step"][-1:] == [self.step]:
+            return
         each = np.asarray(self.score(self.carry[0], self.held_out, self.score_key))
         value = float(each.mean())
         if self.step == 0 and not np.isfinite(value):
@@ -266,9 +281,7 @@ class _Run:
         self.history["step"].append(self.step)
         self.history["score"].append(float(np.mean(self.recent)) if self.recent else np.nan)
         self.history["held_out"].append(value)
-        bar.set_postfix(
-            {"score": f"{self.history['score'][-1]:.4f}", "held out": f"{value:.4f}"}
-        )
+        bar.set_postfix({"score": f"{self.history['score'][-1]:.4f}", "held out": f"{value:.4f}"})
         self.recent = []
         if value > self.best_score:
             self.best, self.best_score, self.since_best = self.carry[0], value, 0
@@ -279,16 +292,19 @@ class _Run:
         patience = self.chosen["patience"]
         return patience is not None and self.since_best >= patience
 
-    def _say_where(self, scores: np.ndarray, place: int) -> None:
-        lost = np.flatnonzero(~np.isfinite(scores[place]))
+    def _say_where(self, scores: np.ndarray) -> None:
+        lost = np.flatnonzero(~np.isfinite(scores))
         where = f"in task {lost[0]} of its batch" if lost.size else "in the slope, of no one task"
         if lost.size > 1:
             where += f" and {lost.size - 1} more"
-        kept = f"; {self.checkpoint.path} holds it" if self.checkpoint.path else ""
+        kept = "that of the best held-out score"
+        if self.chosen["patience"] is None:
+            kept = f"what {self.step} meta-steps gave, the last that is finite"
+        if self.checkpoint.path:
+            kept += f"; {str(self.checkpoint.path)!r} holds it"
         self.warnings.append(
-            f"{self.method} stopped: the objective is not finite at meta-step "
-            f"{self.step + place}, {where}. phi is that of meta-step {self.step}, the last good "
-            f"one{kept}. Take a lower outer rate, shorter inner steps or fewer of them"
+            f"{self.method} stopped: the objective is not finite at meta-step {self.step}, "
+            f"{where}. phi is {kept}. Take a lower outer rate, shorter inner steps or fewer of them"
         )
 
     # ------------------------------------------------------------- checkpoints
@@ -320,7 +336,8 @@ def _cast(episode: Any) -> Any:
     """Numbers in the run's precision; pixels and labels may come as integers."""
     floats = jnp.zeros(()).dtype
 
-    def cast(x: Any) -> Any:
-        return x if x.dtype == bool else x.astype(floats)
+    def cast(part: Task) -> Task:
+        whole = jax.tree.map(lambda x: x.astype(floats), part)
+        return replace(whole, mask=part.mask)
 
-    return jax.tree.map(cast, episode)
+    return tuple(map(cast, episode))

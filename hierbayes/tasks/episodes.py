@@ -213,7 +213,8 @@ class Sampled(Episodes):
     def feed(self, seed: int | jax.Array, batch_size: int, start: int) -> Feed:
         """Nothing to bring in: batches are drawn in the loop."""
         del seed, start
-        return _SampledFeed(self, batch_size)
+        # on the device once, and not with every chunk
+        return _SampledFeed(replace(self, data=jax.tree.map(jnp.asarray, self.data)), batch_size)
 
     def batch(self, num_tasks: int, seed: int | jax.Array) -> Episode:
         """(support, query) of ``num_tasks`` tasks on a leading axis, NumPy arrays."""

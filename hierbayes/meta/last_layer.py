@@ -1,0 +1,79 @@
+r"""Empirical Bayes of the last layer: features learned by maximising the exact evidence.
+
+.. math:: \hat\varphi = \arg\max_{\omega, \mu, \Sigma, \sigma} \; \mathbb E_j
+    \log N\!\left(y_j;\; H_j\mu,\; H_j \Sigma H_j^\top + \sigma^2 I\right), \qquad H_j = h(X_j; \omega)
+
+with all rows of a task, support and query: no split is needed where θ is integrated out.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.adaptation import Conjugate
+from hierbayes.errors import InputError
+from hierbayes.evidence.features import log_evidence_on_features
+from hierbayes.fit import Fit
+from hierbayes.meta.episodic import Outer, Parameters, finish, rows_together, run, source
+from hierbayes.meta.training import DEFAULTS, ascent_of
+from hierbayes.model import HierarchicalModel
+from hierbayes.tasks import Task
+
+SMALLEST_SIGMA = 1e-3
+"""σ as a share of the outcome's spread below which rows without noise are not followed."""
+
+
+def maximise_evidence_of_features(
+    model: HierarchicalModel, tasks: Any, training: dict[str, Any]
+) -> Fit:
+    """φ̂ = (mu, tau, sigma, features) from a source of tasks, by stochastic ascent."""
+    started = time.perf_counter()
+    model = model.without_encoder()
+    correlated = model.prior.blocks(("a", "b")) == ((0, 1),)
+    if correlated:
+        raise InputError(
+            "the last layer's prior is independent: pass hb.priors.Gaussian(correlated=False). "
+            "Nothing is lost: features are learned, and a rotation of them is a correlation"
+        )
+    episodes, sample = source(model, tasks, 0.5, training.get("held_out") or DEFAULTS["held_out"])
+    outer = Outer(model, len(sample.coef), {})
+    spread = float(np.std(sample.outcome)) or 1.0
+
+    def start(key: Any) -> Parameters:
+        parameters = outer.start(key)
+        d = outer.num_coef
+        return parameters | {
+            "mu": jnp.zeros(d),
+            "log_tau": jnp.full(d, np.log(spread / np.sqrt(d))),
+            "log_sigma": jnp.log(jnp.asarray(0.3 * spread)),
+        }
+
+    def objective(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
+        del key
+        phi = outer.phi(parameters)
+        phi = phi | {"sigma": jnp.maximum(phi["sigma"], SMALLEST_SIGMA * spread)}
+        rows = rows_together(support, asked)
+        return log_evidence_on_features(model, phi, rows) / jnp.maximum(rows.mask.sum(-1), 1)
+
+    described: dict[str, Any] = {"criterion": "ml", "evidence": "exact"}
+    trained = run(
+        outer, ascent_of(objective), objective, episodes, training, "empirical Bayes", described,
+        start, precision="float64",
+    )  # fmt: skip
+    floor = SMALLEST_SIGMA * spread
+    if float(jnp.exp(trained.parameters["log_sigma"])) <= floor:
+        trained.parameters["log_sigma"] = jax.device_get(np.log(floor))
+        trained.warnings.append(
+            f"sigma has reached the smallest that is followed, {floor:.2g} ({SMALLEST_SIGMA:g} of "
+            "the outcome's spread): the features explain the rows almost without an error"
+        )
+    return finish(
+        "empirical Bayes", outer, Conjugate(), trained, sample, episodes, described, started,
+        "tasks are drawn without end: info['history'] has the mean log evidence a row of held-out "
+        "tasks", None,
+    )  # fmt: skip
