@@ -47,7 +47,7 @@ class Checkpoint:
         if self.path is None or not self.path.exists():
             return None
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 described = json.loads(str(file["described"]))
                 found = [file[f"leaf.{i}"] for i in range(len(file.files) - 1)]
             before, counters = described["run"], described["counters"]

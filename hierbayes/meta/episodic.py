@@ -62,7 +62,8 @@ def source(model: HierarchicalModel, tasks: Any, query: float, held: int) -> tup
                 f"a prior cannot be learned from one task: found {tasks.num_tasks}; give more"
             )
         return Episodes.from_tasks(tasks, query=query), model.tasks(tasks)
-    sample, _ = tasks.draw(held, seed=0)
+    with arithmetic(model.likelihood.precision):
+        sample, _ = tasks.draw(held, seed=0)
     named = model.tasks(sample)
     model.likelihood.check(named)
     return tasks, named
@@ -138,8 +139,8 @@ def finish(
     if after is not None:
         # a generator may end; it has given as many as there are held out
         num_tasks = 500 if isinstance(episodes, Sampled) else sample.num_tasks
-        support, query = (outer.model.tasks(part) for part in episodes.draw(num_tasks, seed=1))
         with arithmetic(outer.model.likelihood.precision):
+            support, query = (outer.model.tasks(part) for part in episodes.draw(num_tasks, seed=1))
             phi |= to_numpy(after(outer.model, phi, support, query))
     return Fit(
         method, outer.model, sample, phi, adaptation,

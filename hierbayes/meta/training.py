@@ -278,15 +278,15 @@ class _Run:
                 f"{self.method}: the score of held-out task(s) is not finite at the initial "
                 "weights; check apply, init and the tasks' scale, or take shorter inner steps"
             )
-        self.history["step"].append(self.step)
-        self.history["score"].append(float(np.mean(self.recent)) if self.recent else np.nan)
-        self.history["held_out"].append(value)
-        bar.set_postfix({"score": f"{self.history['score'][-1]:.4f}", "held out": f"{value:.4f}"})
-        self.recent = []
+        score = float(np.mean(self.recent)) if self.recent else np.nan
+        found = {"step": self.step, "score": score, "held_out": value}
+        history = {name: [*values, found[name]] for name, values in self.history.items()}
+        best = (self.best, self.best_score, self.since_best + 1)
         if value > self.best_score:
-            self.best, self.best_score, self.since_best = self.carry[0], value, 0
-        else:
-            self.since_best += 1
+            best = (self.carry[0], value, 0)
+        # together, as above
+        self.history, self.recent, (self.best, self.best_score, self.since_best) = history, [], best
+        bar.set_postfix({"score": f"{score:.4f}", "held out": f"{value:.4f}"})
 
     def _is_over(self) -> bool:
         patience = self.chosen["patience"]
