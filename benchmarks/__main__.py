@@ -21,7 +21,6 @@ import numpy as np
 
 import hierbayes as hb
 
-
 NAMED = ("meta-steps", "sinusoids")
 """Benchmarks of their own files, by the name that the command line takes."""
 

@@ -1,6 +1,6 @@
 """MAML on sinusoids in PyTorch, by learn2learn and by higher, as a process that answers questions.
 
-It reads one JSON object a line from stdin and answers each by one line on stdout, so that the asking
+It reads one JSON object a line from stdin and answers each by a line on stdout, so that the asking
 process can alternate between contestants. It needs ``torch`` and the packages themselves, nothing
 of hierbayes. Both loop over the tasks of a meta-batch, as their own examples do.
 """
