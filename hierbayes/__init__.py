@@ -9,7 +9,7 @@ r"""Meta-learning as what it is: learning the prior p(θ_j | φ) of many related
 One model definition; every way of learning its prior; one side-by-side comparison.
 """
 
-from hierbayes import datasets, likelihoods, plots, priors
+from hierbayes import datasets, likelihoods, meta, plots, priors
 from hierbayes.adaptation import equivalent_prior, equivalent_steps
 from hierbayes.compare import Comparison, compare, equivalence_report
 from hierbayes.errors import FitWarning, InputError
@@ -53,6 +53,7 @@ __all__ = [
     "likelihoods",
     "load",
     "maml",
+    "meta",
     "no_pooling",
     "plots",
     "priors",

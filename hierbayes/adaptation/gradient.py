@@ -25,6 +25,7 @@ from hierbayes.adaptation.descent import Descent
 from hierbayes.adaptation.implicit import with_implicit_slope
 from hierbayes.errors import InputError, listing
 from hierbayes.likelihoods.base import sum_by_task
+from hierbayes.likelihoods.neural import Neural
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic
 from hierbayes.tasks import Task, Tasks
@@ -144,8 +145,12 @@ class GradientSteps(PointAdaptation):
         return descent.run(slope, start)
 
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
-        """θ_K of every task, a point; a step size too long for a task is refused, naming it."""
-        if model.likelihood.linear and self.optimiser is None and not self.proximal:
+        """θ_K of every task, a point; a step size too long for a task is refused, naming it.
+
+        Not on learned features: φ and its features were learned through these very steps.
+        """
+        fixed = model.likelihood.linear and not isinstance(model.likelihood, Neural)
+        if fixed and self.optimiser is None and not self.proximal:
             eta = phi["step_size"] if self.step_size is None else self.step_size
             check_step_size(eta, model, tasks, phi, self.loss)
         if self.optimiser is None:

@@ -30,6 +30,7 @@ DIMS = {
     "gamma": ("coef", "task_predictor"),
     "theta": ("task", "coef"),
     "features": ("weight",),
+    "f": ("row",),
 }
 
 

@@ -5,22 +5,33 @@ r"""M: what all tasks together say about the prior.
 Every method is an evidence, an adaptation and a way to read φ: maximise the summed evidence
 (:func:`empirical_bayes`, :func:`maml`, :func:`imaml`), integrate over φ (:func:`full_bayes`),
 follow a direction that maximises nothing (:func:`reptile`), or take a limit of the prior
-(:func:`no_pooling`, :func:`complete_pooling`).
+(:func:`no_pooling`, :func:`complete_pooling`). Networks alone have :func:`llama` and :func:`abml`;
+:func:`nuts` and :func:`implied_posterior` give posteriors of weights under a φ learned otherwise.
 """
 
+from hierbayes.meta.abml import abml
 from hierbayes.meta.baselines import complete_pooling, no_pooling
 from hierbayes.meta.empirical_bayes import empirical_bayes
 from hierbayes.meta.full_bayes import full_bayes
 from hierbayes.meta.imaml import imaml
+from hierbayes.meta.implied import implied_posterior
+from hierbayes.meta.llama import llama
 from hierbayes.meta.maml import maml
 from hierbayes.meta.reptile import reptile
+from hierbayes.meta.training import Training
+from hierbayes.meta.weights_posterior import nuts
 
 __all__ = [
+    "Training",
+    "abml",
     "complete_pooling",
     "empirical_bayes",
     "full_bayes",
     "imaml",
+    "implied_posterior",
+    "llama",
     "maml",
     "no_pooling",
+    "nuts",
     "reptile",
 ]

@@ -1,0 +1,156 @@
+r"""ABML: amortised Bayesian meta-learning, a normal posterior of all weights for every task.
+
+.. math:: \varphi^* = \arg\max_{\mu, \tau, \sigma} \sum_j \left[\mathbb E_{q_j} \log p(D_j \mid \theta)
+          - \mathrm{KL}(q_j \,\Vert\, p(\theta \mid \varphi))\right] + \log p(\varphi)
+
+with q_j what K steps make of the prior on the support rows, D_j all rows.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+
+from hierbayes.adaptation.variational import Variational, divergence, expected
+from hierbayes.errors import InputError, NotApplicable
+from hierbayes.fit import Fit
+from hierbayes.meta.episodic import (
+    PLAIN_STEP,
+    Outer,
+    Parameters,
+    finish,
+    rows_together,
+    run,
+    source,
+)
+from hierbayes.meta.inner_loop import check_counts, check_steps
+from hierbayes.meta.training import DEFAULTS, Training, ascent_of
+from hierbayes.model import HierarchicalModel
+from hierbayes.tasks import Task
+
+STARTING_TAU = 0.05
+"""Where τ starts, in the units of the weights: small beside weights of order 1/√inputs."""
+
+
+def abml(
+    model: HierarchicalModel,
+    tasks: Any,
+    num_steps: int = 5,
+    step_size: float | None = None,
+    *,
+    num_samples: int = 5,
+    num_tasks: int | None = None,
+    precision_prior: tuple[float, float] = (1.0, 0.01),
+    query: float = 0.5,
+    **training: Unpack[Training],
+) -> Fit:
+    r"""Amortised Bayesian meta-learning.
+
+    .. math:: \max_{\mu, \tau, \sigma} \sum_j \left[\mathbb E_{q_j} \log p(D_j \mid \theta)
+              - \mathrm{KL}(q_j \Vert N(\mu, \operatorname{diag}\tau^2))\right] + \log p(\mu, \tau)
+
+    q_j are K gradient steps from the prior itself on the same objective of the support rows: φ is
+    both the prior and where the posterior's parameters start.
+
+    Parameters
+    ----------
+    model : HierarchicalModel
+        With a ``Network`` of any outcome.
+    tasks : Episodes or Tasks
+    num_steps : int
+        K.
+    step_size : float, optional
+        η on the objective divided by a task's rows; 0.01 by default.
+    num_samples : int
+        Draws of θ by which expectations under q are taken.
+    num_tasks : int, optional
+        J, over which log p(φ) is shared out; for a source without end it has no weight.
+    precision_prior : (float, float)
+        Shape and rate of the Gamma prior on 1/τ²; μ ~ N(0, I).
+    query : float
+        Share of a task's rows in the query part, where ``tasks`` are a fixed set.
+    **training
+        See :class:`~hierbayes.meta.training.Training`.
+
+    Returns
+    -------
+    Fit
+        ``phi`` holds ``mu``, ``tau`` and ``sigma``, learned; ``fit.prior`` is N(μ, diag τ²);
+        ``adapt`` gives draws of θ from q.
+
+    References
+    ----------
+    Ravi and Beatson (2019), Amortized Bayesian meta-learning, ICLR, equation 2 and algorithm 1.
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> network = hb.likelihoods.Network.mlp([1, 8, 1])
+    >>> model = hb.HierarchicalModel(network, hb.priors.Gaussian(correlated=False))
+    >>> fit = hb.meta.abml(model, hb.datasets.sinusoids(5), num_meta_steps=20, batch_size=5)
+    >>> sorted(fit.phi)
+    ['mu', 'sigma', 'tau']
+    """
+    started = time.perf_counter()
+    check_steps(num_steps, "auto" if step_size is None else step_size, "mean", "unrolled", None)
+    check_counts(num_samples=num_samples, num_tasks=1 if num_tasks is None else num_tasks)
+    if len(precision_prior) != 2 or not min(precision_prior) > 0:
+        raise InputError(
+            f"precision_prior must be a positive shape and rate, found {precision_prior!r}"
+        )
+    if model.likelihood.linear:
+        raise NotApplicable(
+            "abml approximates the posterior of a network's weights; tasks that are linear in θ "
+            "have exact ones: use hb.empirical_bayes or hb.full_bayes"
+        )
+    model = model.without_encoder()
+    eta = PLAIN_STEP if step_size is None else float(step_size)
+    episodes, sample = source(model, tasks, query, training.get("held_out") or DEFAULTS["held_out"])
+    outer = Outer(model, len(sample.coef), {})
+    adaptation = Variational(num_steps, eta, num_samples)
+    has_noise = "sigma" in model.likelihood.parameters()
+    spread = float(np.std(sample.outcome)) or 1.0
+    share = 0.0 if num_tasks is None else 1.0 / num_tasks
+
+    def start(key: Any) -> Parameters:
+        parameters = outer.start(key)
+        log_tau = jax.tree.map(lambda m: jnp.full_like(m, np.log(STARTING_TAU)), parameters["mu"])
+        noise = {"log_sigma": jnp.log(jnp.asarray(spread))} if has_noise else {}
+        return parameters | {"log_tau": log_tau} | noise
+
+    def objective(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
+        phi, rows = outer.phi(parameters), rows_together(support, asked)
+        steps, draws = jax.random.split(key)
+        q = adaptation.steps(model, phi, support, steps)
+        shape = (rows.mask.shape[0], num_samples, phi["mu"].shape[0])
+        noise = jax.random.normal(draws, shape, phi["mu"].dtype)
+        bound = jax.vmap(lambda task, m, s, e: expected(model, phi, task, (m, s), e))(
+            rows, *q, noise
+        ) - jax.vmap(lambda m, s: divergence((m, s), phi))(*q)
+        if share:
+            bound = bound + share * log_hyperprior(phi, precision_prior)
+        return bound / jnp.maximum(rows.mask.sum(-1), 1)
+
+    described = {
+        "num_steps": num_steps, "step_size": eta, "num_samples": num_samples, "query": query,
+        "num_tasks": num_tasks, "precision_prior": list(precision_prior),
+    }  # fmt: skip
+    trained = run(
+        outer, ascent_of(objective), objective, episodes, dict(training), "ABML", described, start
+    )
+    return finish(
+        "ABML", outer, adaptation, trained, sample, episodes, described, started,
+        "ABML maximises a lower bound of the evidence, in info['history'], a row", None,
+    )  # fmt: skip
+
+
+def log_hyperprior(phi: dict[str, Any], precision_prior: tuple[float, float]) -> Any:
+    """log p(μ, 1/τ²): standard normal and Gamma."""
+    of_mu: Any = dist.Normal(0.0, 1.0).log_prob(phi["mu"])
+    of_tau: Any = dist.Gamma(*precision_prior).log_prob(phi["tau"] ** -2)
+    return of_mu.sum() + of_tau.sum()
