@@ -161,9 +161,7 @@ class HierarchicalModel:
         total = jax.vmap(lambda t, w_j: self.prior.log_prob(t, phi, w_j))(theta, w).sum()
         for name, belief in self.phi_distributions(tasks).items():
             total = total + jnp.sum(belief.log_prob(phi[name]))
-        rows = self.likelihood.log_likelihood_of_rows(
-            theta, phi, *self.likelihood.arrange(tasks)
-        )
+        rows = self.likelihood.log_likelihood_of_rows(theta, phi, *self.likelihood.arrange(tasks))
         return total + rows.sum()
 
     # ----------------------------------------------------------------- program

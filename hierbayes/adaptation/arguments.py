@@ -17,7 +17,7 @@ from hierbayes.tasks import Tasks
 def read_tasks(model: HierarchicalModel, task: Any) -> tuple[Tasks, bool]:
     """(tasks, whether it was one task given as (X, y)): with outcomes that the model describes."""
     single = isinstance(task, tuple) and len(task) == 2
-    tasks = Tasks.from_arrays([task]) if single else model.tasks(task)
+    tasks = model.tasks(Tasks.from_arrays([task]) if single else task)
     model.likelihood.check(tasks)
     if tasks.outcome is None:
         raise InputError(f"the tasks hold no outcome {tasks.labels.outcome!r} to adapt to")
@@ -50,6 +50,7 @@ def read_phi(
             lead = () if name == "beta" else (d,)
             shapes[name] = (*lead, len(columns))
     shapes |= dict.fromkeys(model.likelihood.parameters(), ())
+    shapes |= model.likelihood.shared_weights()
     read = {}
     for name, shape in shapes.items():
         if name not in found:
@@ -72,16 +73,48 @@ def read_phi(
     return read
 
 
-def read_fit(phi: Any, num_steps: Any, step_size: Any, *, steps: bool) -> tuple[Any, Any, Any]:
-    """(φ, K, η), the last two as a fit took them where ``steps`` are wanted and none are given."""
-    info = getattr(phi, "info", None)
-    if not (isinstance(info, Mapping) and hasattr(phi, "phi")):
-        return phi, num_steps, step_size
-    if steps and num_steps is None:
-        num_steps = info.get("num_steps")
-    if steps and step_size is None:
-        step_size = phi.phi.get("step_size", info.get("step_size"))
-    return phi.phi, num_steps, step_size
+class Asked(NamedTuple):
+    """φ and the steps asked for, with what a fit took where nothing was asked."""
+
+    phi: Any
+    num_steps: Any
+    step_size: Any
+    preconditioner: Any
+    optimiser: Any
+    loss: str
+
+
+def read_fit(asked: Asked, *, flow: bool, loss: Any) -> Asked:
+    """Fill in what a fit took: K, η or its optimiser, a step size by coefficient, its loss."""
+    fit = asked.phi
+    info = getattr(fit, "info", None)
+    if not (isinstance(info, Mapping) and hasattr(fit, "phi")):
+        return asked._replace(loss=_loss(loss or "sum"))
+    took = fit.adaptation
+    if getattr(took, "proximal", False):
+        raise InputError(
+            f"the tasks of {fit.method} are MAP estimates under the shared prior N(phi, tau²) "
+            "already, which is fit.prior; its steps only approach them"
+        )
+    asked = asked._replace(phi=fit.phi, loss=_loss(loss or getattr(took, "loss", "sum")))
+    if flow:
+        return asked
+    if asked.num_steps is None:
+        asked = asked._replace(num_steps=info.get("num_steps"))
+    if asked.step_size is not None or asked.optimiser is not None:
+        return asked
+    if getattr(took, "optimiser", None) is not None:
+        return asked._replace(optimiser=took.optimiser)
+    learned = fit.phi.get("step_size")
+    if np.ndim(learned) and asked.preconditioner is None:
+        return asked._replace(step_size=1.0, preconditioner=np.asarray(learned))
+    return asked._replace(step_size=info.get("step_size") if learned is None else learned)
+
+
+def _loss(loss: Any) -> str:
+    if loss not in ("sum", "mean"):
+        raise InputError(f'loss must be "sum" or "mean", found {loss!r}')
+    return loss
 
 
 def read_method(
@@ -159,6 +192,17 @@ def over_rows(scaling: Preconditioner, tasks: Tasks) -> Preconditioner:
         raise InputError('loss="mean" goes with one preconditioner for all steps')
     root = np.broadcast_to(scaling.root, (tasks.num_tasks, *scaling.root.shape[-2:]))
     return Preconditioner(root / np.sqrt(np.maximum(tasks.sizes, 1))[:, None, None])
+
+
+def over_equal_rows(scaling: Preconditioner, tasks: Tasks) -> Preconditioner:
+    """:func:`over_rows` of a diagonal that all tasks share, for tasks of one size."""
+    sizes = np.unique(tasks.sizes[tasks.sizes > 0])
+    if len(sizes) > 1:
+        raise InputError(
+            f'loss="mean" without matrices is for tasks of one size, found {sizes.min()} to '
+            f"{sizes.max()} rows: take tasks of one size at a time"
+        )
+    return Preconditioner(scaling.root / np.sqrt(max(sizes.max(initial=1), 1)))
 
 
 def read_preconditioner(given: Any, tasks: Tasks, method: Descent | Flow) -> Preconditioner:

@@ -19,6 +19,8 @@ import numpy as np
 import optax
 
 from hierbayes.adaptation.arguments import (
+    Asked,
+    over_equal_rows,
     over_rows,
     read_diagonal,
     read_fit,
@@ -56,7 +58,7 @@ def equivalent_prior(
     time: float | None = None,
     null: Literal["limit", "pinned"] = "limit",
     curvature: Kind = "ggn",
-    loss: Literal["sum", "mean"] = "sum",
+    loss: Literal["sum", "mean"] | None = None,
     rank: int | None = None,
 ) -> EquivalentPrior | Any:
     r"""The Gaussian prior under which K gradient steps from φ are a MAP estimate.
@@ -103,8 +105,8 @@ def equivalent_prior(
         the limit λ → 0 of the formula, precision 1/(Kη), "pinned" infinite precision.
     curvature : "ggn" or "hessian"
         H at φ: generalised Gauss–Newton, or the exact Hessian, whose eigenvalues may be negative.
-    loss : "sum" or "mean"
-        What the steps descend: the summed negative log likelihood of a task, or its mean over the
+    loss : "sum" or "mean", optional
+        A fit's own, else "sum". What the steps descend: the summed negative log likelihood of a task, or its mean over the
         task's rows, as most MAML code does. Steps on the mean are η / n_j long in the units of the
         sum: they shrink large tasks no less than small ones, so that the implied prior is tighter
         the more rows a task has.
@@ -146,27 +148,23 @@ def equivalent_prior(
     [0.8]
     """
     tasks, single = read_tasks(model, task)
-    steps = time is None and optimiser is None
-    phi, num_steps, step_size = read_fit(phi, num_steps, step_size, steps=steps)
+    asked = Asked(phi, num_steps, step_size, preconditioner, optimiser, "sum")
+    phi, num_steps, step_size, preconditioner, optimiser, loss = read_fit(
+        asked, flow=time is not None, loss=loss
+    )
     found = read_phi(model, tasks, phi, sigma, beta)
     method = read_method(num_steps, step_size, momentum, nesterov, optimiser, time)
     if null not in ("limit", "pinned"):
         raise InputError(f'null must be "limit" or "pinned", found {null!r}')
     if curvature not in ("ggn", "hessian"):
         raise InputError(f'curvature must be "ggn" or "hessian", found {curvature!r}')
-    if loss not in ("sum", "mean"):
-        raise InputError(f'loss must be "sum" or "mean", found {loss!r}')
     d = len(tasks.coef)
     rank = read_rank(rank, d)
     if rank is not None or d > LARGE:
+        diagonal = read_diagonal(preconditioner, d)
         if loss == "mean":
-            raise InputError(
-                f'loss="mean" is not made for {d} coefficients, where no matrix is formed: take '
-                "one task at a time, with step_size divided by its number of rows"
-            )
-        many = matrix_free_prior(
-            model, tasks, found, method, read_diagonal(preconditioner, d), curvature, null, rank
-        )
+            diagonal = over_equal_rows(diagonal, tasks)
+        many = matrix_free_prior(model, tasks, found, method, diagonal, curvature, null, rank)
         return many[tasks.names[0]] if single else many
     scaling = read_preconditioner(preconditioner, tasks, method)
     if loss == "mean":
@@ -181,7 +179,13 @@ def equivalent_prior(
     hessian, slope = to_numpy(at)
     composed = scaling.per_step is not None
     status, messages = judge(
-        tasks, method, parts.curvature, parts.left, parts.moved, composed=composed
+        tasks,
+        method,
+        parts.curvature,
+        parts.left,
+        parts.moved,
+        composed=composed,
+        refuse=model.likelihood.linear,
     )
     pinned = np.zeros(parts.left.shape, dtype=bool)
     if null == "pinned":

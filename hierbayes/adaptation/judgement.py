@@ -58,11 +58,14 @@ def judge(
     moved: np.ndarray,
     *,
     composed: bool = False,
+    refuse: bool = True,
 ) -> tuple[np.ndarray, list[str]]:
     """Status of each task, and what to say of it; steps that diverge are refused, naming the task.
 
     ``curvature`` (J, d) may be that of the preconditioned problem; ``composed`` says that it is
-    that of all steps together, which no single step size can be held against.
+    that of all steps together, which no single step size can be held against. Without ``refuse``
+    steps that diverge on the linearised task are judged as having no prior: f is not linear, and
+    the steps themselves need not diverge.
     """
     equal = None if composed or isinstance(method, Flow) or not method.plain else method.step_size
     names = np.asarray(tasks.names)
@@ -73,9 +76,10 @@ def judge(
             away |= left <= -1
         elif isinstance(method, Descent):  # a ball may swing far past the optimum and yet settle
             away |= float(method.step_size) * curvature >= longest * (1 - 1e-12)
-    if away.any():
+    if away.any() and refuse:
         _refuse_divergence(tasks, method, curvature, away, composed=composed)
-    none = (left < -FLAT).any(1)
+    far = away.any(1)
+    none = (left < -FLAT).any(1) | far
     flat = (np.abs(left) <= FLAT).any(1)
     over = np.zeros(len(names), dtype=bool)
     if equal is not None:
@@ -84,6 +88,12 @@ def judge(
         [none, over, flat], [Status.NO_PRIOR, Status.OVERSHOOTS, Status.FLAT], Status.PROPER
     )
     messages = []
+    if far.any():
+        messages.append(
+            f"in {far.sum()} of {len(names)} task(s) ({listing(names[far].tolist(), 3)}) "
+            f"{described(method)} end farther from the optimum of the linearised task than they "
+            "began: their length exceeds 2/λ_max"
+        )
     if none.any():
         messages.append(
             f"no Gaussian prior makes these steps a MAP estimate in {none.sum()} of {len(names)} "

@@ -170,7 +170,11 @@ def equivalent_steps(
         location = np.asarray(model.prior.location(found, np.asarray(tasks.task_predictors)))
         hessian = np.asarray(
             linearise(
-                model.without_encoder(), curvature, found, *model.likelihood.arrange(tasks), location
+                model.without_encoder(),
+                curvature,
+                found,
+                *model.likelihood.arrange(tasks),
+                location,
             )[0]
         )
         _check_curvature(hessian, tasks)

@@ -43,4 +43,6 @@ class Predictive:
     ) -> jax.Array:
         """The same of rows that lie as :meth:`Likelihood.arrange` has them."""
         thetas = self.adaptation.steps(model, phi, *support)
-        return model.likelihood.log_likelihood_of_rows(thetas, model.likelihood.plug_in(phi), *query)
+        return model.likelihood.log_likelihood_of_rows(
+            thetas, model.likelihood.plug_in(phi), *query
+        )

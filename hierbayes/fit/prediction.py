@@ -14,6 +14,7 @@ import numpy as np
 from scipy import special, stats
 
 from hierbayes.errors import InputError
+from hierbayes.likelihoods.categorical import ClassProbabilities
 from hierbayes.tasks import Tasks
 
 
@@ -28,7 +29,8 @@ class Prediction:
     tasks : Tasks
         The rows predicted.
     components : SciPy distribution over (S, N)
-        Of which the prediction is the equally weighted mixture over S.
+        Of which the prediction is the equally weighted mixture over S. Classes have no mean and no
+        order: they have ``probabilities`` in the place of ``mean``, ``sd`` and quantiles.
     unidentified : array (N,) of bool
         Rows that need a coefficient which the fit does not know; they are left out of scores.
     """
@@ -44,17 +46,42 @@ class Prediction:
     @property
     def discrete(self) -> bool:
         """True where outcomes are counts or categories."""
-        return isinstance(self.components.dist, stats.rv_discrete)
+        return self.of_classes or isinstance(self.components.dist, stats.rv_discrete)
+
+    @property
+    def of_classes(self) -> bool:
+        """True where outcomes are classes, which have no order."""
+        return isinstance(self.components, ClassProbabilities)
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Probability of every class in each row (N, C); NaN where unidentified."""
+        if not self.of_classes:
+            raise InputError(
+                "probabilities are those of classes, of a Categorical likelihood; of outcomes of "
+                "0 and 1 the mean is the probability"
+            )
+        chances = self.components.probabilities.mean(0)
+        return np.where(self.unidentified[:, None], np.nan, chances)
+
+    def _numbers(self, what: str) -> Any:
+        """The components, if outcomes are numbers; classes are refused."""
+        if self.of_classes:
+            raise InputError(
+                f"classes have no {what}: read prediction.probabilities, (rows, classes), or "
+                "log_density"
+            )
+        return self.components
 
     @property
     def means(self) -> np.ndarray:
         """Means of the components (S, N)."""
-        return self.components.mean()
+        return self._numbers("mean").mean()
 
     @property
     def sds(self) -> np.ndarray:
         """Standard deviations of the components (S, N)."""
-        return self.components.std()
+        return self._numbers("standard deviation").std()
 
     @property
     def mean(self) -> np.ndarray:
@@ -64,7 +91,8 @@ class Prediction:
     @property
     def sd(self) -> np.ndarray:
         """Predictive standard deviation of each row (N,); NaN where unidentified."""
-        return self._known(np.sqrt(self.components.var().mean(0) + self.means.var(0)))
+        parts = self._numbers("standard deviation")
+        return self._known(np.sqrt(parts.var().mean(0) + self.means.var(0)))
 
     def _known(self, values: np.ndarray) -> np.ndarray:
         return np.where(self.unidentified, np.nan, values)
@@ -90,14 +118,15 @@ class Prediction:
 
     def pit(self, outcome: np.ndarray | None = None) -> np.ndarray:
         """P(new outcome ≤ the observed one) of each row (N,); NaN where unidentified."""
-        return self._known(self.components.cdf(self._outcome(outcome)).mean(0))
+        parts = self._numbers("order, and no P(new outcome ≤ the observed one)")
+        return self._known(parts.cdf(self._outcome(outcome)).mean(0))
 
     def quantile(self, probability: float) -> np.ndarray:
         """The smallest y with P(Y ≤ y) ≥ probability of each row (N,); NaN where unidentified."""
         if not 0 < probability < 1:
             raise InputError(f"a probability lies between 0 and 1, found {probability}")
         # a mixture's quantile lies between the smallest and the largest of its components'
-        parts = self.components.ppf(probability)
+        parts = self._numbers("quantiles").ppf(probability)
         low, high = parts.min(0), parts.max(0)
         step = 1.0 if self.discrete else 0.0
         tightest = 0.0 if self.discrete else 1e-6 * self.sds.min(initial=np.inf)
@@ -120,6 +149,10 @@ class Prediction:
         rows come out too narrow where the task's own θ is uncertain.
         """
         rng = np.random.default_rng(seed)
+        if self.of_classes:
+            below = self.probabilities.cumsum(1)[None, :, :-1]
+            drawn = (rng.random((num_draws, len(self.unidentified), 1)) > below).sum(2)
+            return self._known(drawn)
         frozen = self.components
         shape = self.means.shape
         component = rng.integers(shape[0], size=num_draws)
@@ -136,15 +169,17 @@ class Prediction:
         return self._known(drawn)
 
     def to_dataframe(self) -> Any:
-        """Task, mean, sd and 95 % interval of each row, in the order of the data it came from."""
+        """Task, mean, sd and 95 % interval of each row, in the order of the data it came from.
+
+        Of classes the probability of each, in columns ``class_0``, ``class_1``, ….
+        """
         import pandas as pd
 
-        low, high = self.interval(0.95)
-        table = pd.DataFrame(
-            {
-                self.tasks.labels.task: self.tasks.names[self.tasks.task_of_row],
-                "mean": self.mean, "sd": self.sd, "low_95": low, "high_95": high,
-            },
-            index=self.tasks.rows,
-        )  # fmt: skip
+        columns = {self.tasks.labels.task: self.tasks.names[self.tasks.task_of_row]}
+        if self.of_classes:
+            columns |= {f"class_{c}": chance for c, chance in enumerate(self.probabilities.T)}
+        else:
+            low, high = self.interval(0.95)
+            columns |= {"mean": self.mean, "sd": self.sd, "low_95": low, "high_95": high}
+        table = pd.DataFrame(columns, index=self.tasks.rows)
         return table.sort_index()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optax
 
 from hierbayes import likelihoods, priors
 from hierbayes.adaptation import (
@@ -19,6 +20,8 @@ from hierbayes.adaptation import (
     Proximal,
 )
 from hierbayes.adaptation.implied_posterior import ImpliedPosterior
+from hierbayes.adaptation.linearised import LinearisedSteps
+from hierbayes.adaptation.variational import Variational
 from hierbayes.errors import InputError
 from hierbayes.files import whole_file
 from hierbayes.fit.fit import Fit
@@ -31,7 +34,10 @@ from hierbayes.tasks.reading import ColumnReader
 from hierbayes.tasks.views import SLOTS
 
 GROUP = "hierbayes"
-KINDS = (Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, Proximal)
+KINDS = (
+    Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, LinearisedSteps, Proximal,
+    Variational,
+)  # fmt: skip
 LIKELIHOODS = (likelihoods.Bernoulli, likelihoods.Gaussian)
 FORMAT = 2
 """2 names the likelihood; 1 knew the Gaussian one alone, by its ``known_se``."""
@@ -41,6 +47,11 @@ def save(fit: Fit, path: Any) -> None:
     """Write ``fit`` to ``path``, whole or not at all."""
     import xarray as xr
 
+    if type(fit.adaptation) not in KINDS:
+        raise InputError(
+            f"a fit by {fit.method} cannot be saved whole; fit.datatree.to_netcdf(path) keeps its "
+            "draws and estimates"
+        )
     described, encoder_table = _describe(fit)
     tree = fit.datatree.copy()
     tree[GROUP] = xr.DataTree(_arrays(fit).assign_attrs(fit=json.dumps(described)))
@@ -50,14 +61,20 @@ def save(fit: Fit, path: Any) -> None:
         tree.to_netcdf(temporary, engine="h5netcdf")
 
 
-def load(path: Any, model: HierarchicalModel | None = None) -> Fit:
+def load(
+    path: Any,
+    model: HierarchicalModel | None = None,
+    inner_optimiser: optax.GradientTransformation | None = None,
+) -> Fit:
     """Read a fit that :meth:`Fit.save` wrote.
 
     Parameters
     ----------
     path : path
     model : HierarchicalModel, optional
-        The model, where it holds functions of the user's that no file can keep.
+        The model, where it holds functions of the user's that no file can keep: a network.
+    inner_optimiser : optax.GradientTransformation, optional
+        The optimiser of the inner loop, where the fit had one.
 
     Returns
     -------
@@ -116,7 +133,7 @@ def load(path: Any, model: HierarchicalModel | None = None) -> Fit:
         model or _model(described["model"], encoder),
         tasks,
         _prefixed(arrays, "phi."),
-        _adaptation(described["adaptation"]),
+        _adaptation(described["adaptation"], inner_optimiser),
         training,
         phi_draws={name: draws[name] for name in described["phi_draws"]} or None,
         theta_draws=theta_draws,
@@ -162,7 +179,7 @@ def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:
             "outcome": labels.outcome,
         },
         "encoder": encoder_json,
-        "adaptation": {"kind": type(adaptation).__name__, "settings": vars(adaptation)},
+        "adaptation": {"kind": type(adaptation).__name__, "settings": _settings(adaptation)},
         "phi_draws": list(fit.phi_draws or {}),
         "evidence": fit.evidence,
         "no_evidence": fit.no_evidence,
@@ -171,6 +188,17 @@ def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:
         "info": fit.info,
     }
     return json.loads(json.dumps(described, default=_number)), table
+
+
+OPTIMISER = "an Optax optimiser"
+"""What stands in the file for an inner optimiser, a function that no file can keep."""
+
+
+def _settings(adaptation: Adaptation) -> dict[str, Any]:
+    settings = dict(vars(adaptation))
+    if settings.get("optimiser") is not None:
+        settings["optimiser"] = OPTIMISER
+    return settings
 
 
 def _number(value: Any) -> Any:
@@ -248,9 +276,17 @@ def _model(described: dict[str, Any] | None, encoder: Any) -> HierarchicalModel:
     )
 
 
-def _adaptation(described: dict[str, Any]) -> Adaptation:
+def _adaptation(described: dict[str, Any], optimiser: Any) -> Adaptation:
     kinds = {kind.__name__: kind for kind in KINDS}
-    return kinds[described["kind"]](**described["settings"])
+    settings = described["settings"]
+    if settings.get("optimiser") == OPTIMISER:
+        if optimiser is None:
+            raise InputError(
+                "this fit's inner loop had an Optax optimiser: pass it, "
+                "hb.load(path, …, inner_optimiser=…)"
+            )
+        settings = {**settings, "optimiser": optimiser}
+    return kinds[described["kind"]](**settings)
 
 
 def _tuples(value: Any) -> Any:

@@ -68,6 +68,10 @@ class Likelihood(abc.ABC):
         """Names of the likelihood's own parameters in φ."""
         return ()
 
+    def shared_weights(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the arrays in φ that f depends on beside θ and β, by name."""
+        return {}
+
     def plug_in(self, phi: dict[str, Any]) -> dict[str, Any]:
         """φ for scoring rows at a point θ: with ``sigma_query`` in the place of ``sigma``."""
         return phi | {"sigma": phi["sigma_query"]} if "sigma_query" in phi else phi

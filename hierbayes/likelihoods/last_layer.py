@@ -14,7 +14,13 @@ import numpy as np
 from hierbayes.errors import InputError
 from hierbayes.likelihoods.base import Likelihood
 from hierbayes.likelihoods.gaussian import Gaussian
-from hierbayes.likelihoods.neural import Neural, check_neural, perceptron, refuse_extras
+from hierbayes.likelihoods.neural import (
+    Neural,
+    check_neural,
+    perceptron,
+    refuse_extras,
+    without_x,
+)
 from hierbayes.tasks import Task, Tasks
 
 
@@ -77,6 +83,10 @@ class LastLayer(Neural):
         apply, init = perceptron(sizes, activation)
         return LastLayer(lambda params, x: activation(apply(params, x)), init, intercept, dtype)
 
+    def shared_weights(self) -> dict[str, tuple[int, ...]]:
+        """The features' weights."""
+        return {"features": (self.weights.size,)}
+
     def features(self, phi: dict[str, Any], x: Any) -> Any:
         """h (n, d) of rows x under φ, the constant included."""
         weights = jnp.asarray(phi["features"])
@@ -117,7 +127,7 @@ class LastLayer(Neural):
     def check(self, tasks: Tasks) -> None:
         """Refuse rows that ``apply`` does not take."""
         refuse_extras(self, tasks)
-        self.outcome.check(tasks)
+        self.outcome.check(without_x(tasks))
         self.num_features(tasks.predictors)
 
 

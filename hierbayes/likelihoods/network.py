@@ -13,7 +13,14 @@ from hierbayes.errors import InputError
 from hierbayes.likelihoods.base import Likelihood
 from hierbayes.likelihoods.categorical import Categorical
 from hierbayes.likelihoods.gaussian import Gaussian
-from hierbayes.likelihoods.neural import Neural, check_neural, perceptron, refuse_extras, squeezed
+from hierbayes.likelihoods.neural import (
+    Neural,
+    check_neural,
+    perceptron,
+    refuse_extras,
+    squeezed,
+    without_x,
+)
 from hierbayes.tasks import Task, Tasks
 
 
@@ -111,7 +118,7 @@ class Network(Neural):
     def check(self, tasks: Tasks) -> None:
         """Refuse rows that ``apply`` does not take, and outputs that are not the family's."""
         refuse_extras(self, tasks)
-        self.outcome.check(tasks)
+        self.outcome.check(without_x(tasks))
         shape = self.output_shape(tasks.predictors)
         if isinstance(self.outcome, Categorical):
             if shape != (2, self.outcome.num_classes):

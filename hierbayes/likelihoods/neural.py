@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -31,7 +32,14 @@ class Neural(Likelihood):
         """The network's weights as a vector and as the pytree that ``apply`` takes."""
         if not callable(self.init):
             return Weights.like(self.init, self.dtype)
-        return Weights.like(jax.eval_shape(self.init, jax.random.key(0)), self.dtype)
+        try:
+            drawn = jax.eval_shape(self.init, jax.random.key(0))
+        except Exception as error:
+            raise InputError(
+                "init(key) must be a JAX function that returns the weights, a pytree of float "
+                f"arrays; it raised {type(error).__name__}: {_first_line(error)}"
+            ) from error
+        return Weights.like(drawn, self.dtype)
 
     def initial(self, key: Any) -> Any:
         """Weights to start from, a pytree in ``dtype``: drawn by ``init``, or as given."""
@@ -51,7 +59,7 @@ class Neural(Likelihood):
         except Exception as error:
             raise InputError(
                 f"apply does not take these tasks' rows: x of shape {rows.shape} gives "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                f"{type(error).__name__}: {_first_line(error)}"
             ) from error
         if not hasattr(out, "shape"):
             raise InputError(
@@ -95,6 +103,10 @@ class Neural(Likelihood):
         return self.outcome.units(tasks)
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
 def squeezed(f: Any, outcome: Likelihood) -> Any:
     """f (n,) of one output a row; (n, C) of classes as it is."""
     single = f.ndim == 2 and f.shape[-1] == 1 and not isinstance(outcome, Categorical)
@@ -116,6 +128,11 @@ def refuse_extras(likelihood: Likelihood, tasks: Tasks) -> None:
             f"{type(likelihood).__name__} takes x and y alone and would ignore "
             f"{', '.join(map(repr, extra))}; make the tasks without, or as columns of x"
         )
+
+
+def without_x(tasks: Tasks) -> Tasks:
+    """The tasks for a family to judge their outcomes; x may be images, which the network reads."""
+    return replace(tasks, predictors=np.zeros((tasks.num_rows, 0)))
 
 
 def perceptron(

@@ -112,7 +112,8 @@ def empirical_bayes(
     given = {"optimiser": optimiser, "num_meta_steps": num_meta_steps, "progress": progress}
     if on_episodes(model, tasks):
         model.require_gaussian(
-            "empirical_bayes", "the exact evidence log p(D_j | φ)",
+            "empirical_bayes",
+            "the exact evidence log p(D_j | φ)",
             "use hb.maml, or hb.likelihoods.LastLayer for exact evidence on learned features",
         )
         if not isinstance(model.likelihood, LastLayer):

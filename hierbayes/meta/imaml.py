@@ -141,9 +141,7 @@ def imaml(
         outer = dict(
             optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
         )
-        return _on_episodes(
-            model, tasks, prior_precision, query, sigma, training | outer, **inner
-        )
+        return _on_episodes(model, tasks, prior_precision, query, sigma, training | outer, **inner)
     refuse_idle(training | {k: v for k, v in inner.items() if v is not None}, "iMAML")
     num_meta_steps = 500 if num_meta_steps is None else num_meta_steps
     tasks = model.tasks(tasks)

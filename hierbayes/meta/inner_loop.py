@@ -76,9 +76,7 @@ def check_steps(
     if inner_optimiser is None:
         return
     if not isinstance(inner_optimiser, optax.GradientTransformation):
-        raise InputError(
-            f"inner_optimiser must be an Optax optimiser, found {inner_optimiser!r}"
-        )
+        raise InputError(f"inner_optimiser must be an Optax optimiser, found {inner_optimiser!r}")
     if step_size != "auto" or learn_step_size:
         raise InputError(
             "inner_optimiser has step sizes of its own: leave step_size and learn_step_size out"

@@ -25,7 +25,6 @@ from hierbayes.meta.training import DEFAULTS, ascent_of
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task, Tasks
 
-
 STARTING_TAU = 0.3
 """Where a learned 1/√λ starts, in the units of the weights."""
 

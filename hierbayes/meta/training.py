@@ -176,9 +176,8 @@ class _Run:
         self.score = jax.jit(lambda p, held, key: score(p, held[0], held[1], key))
 
         def one(place: Any, state: Any) -> Any:
-            (parameters, memory), scores, sound, chunk, first = state
-            key = jax.random.fold_in(self.train_key, first + place)
-            draw, other = jax.random.split(key)
+            (parameters, memory), scores, sound, chunk, key, first = state
+            draw, other = jax.random.split(jax.random.fold_in(key, first + place))
             support, query = _cast(self.feed.take(chunk, place, draw))
             each, uphill = direction(parameters, support, query, other)
             downhill = jax.tree.map(jnp.negative, uphill)
@@ -188,17 +187,17 @@ class _Run:
             fine = jnp.isfinite(sizes).all() & jnp.isfinite(each).all()
             return (
                 (parameters, memory), scores.at[place].set(each), sound.at[place].set(fine),
-                chunk, first,
+                chunk, key, first,
             )  # fmt: skip
 
-        def many(carry: Any, chunk: Any, first: Any, count: Any, num_tasks: int) -> Any:
+        def many(carry: Any, chunk: Any, key: Any, first: Any, count: Any, num_tasks: int) -> Any:
             scores = jnp.zeros((LONGEST, num_tasks))
             sound = jnp.ones(LONGEST, bool)
-            state = (carry, scores, sound, chunk, first)
+            state = (carry, scores, sound, chunk, key, first)
             carry, scores, sound, *_ = jax.lax.fori_loop(0, count, one, state)
             return carry, scores, sound
 
-        self.many = jax.jit(many, static_argnums=4)
+        self.many = jax.jit(many, static_argnums=5)
 
     def go(self) -> Trained:
         """Run to the end, from the checkpoint where there is one."""
@@ -244,12 +243,13 @@ class _Run:
                 self._evaluate(bar)
                 return
             num_tasks = self._batch_size(chunk)
-            carry, scores, sound = self.many(self.carry, chunk, self.step, count, num_tasks)
+            now = self.train_key, self.step
+            carry, scores, sound = self.many(self.carry, chunk, *now, count, num_tasks)
             scores, sound = np.asarray(scores), np.asarray(sound)
             lost = not sound[:count].all()
             if lost:  # up to the first that is not finite
                 count = int(np.argmin(sound))
-                carry = self.many(self.carry, chunk, self.step, count, num_tasks)[0]
+                carry = self.many(self.carry, chunk, *now, count, num_tasks)[0]
             recent = [*self.recent, *scores[:count].mean(1).tolist()]
             # together, so that an interruption finds a state that belongs together
             self.carry, self.step, self.recent = carry, self.step + count, recent
