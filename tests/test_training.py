@@ -91,7 +91,6 @@ def least_squares(source, num_tasks, eta, num_steps, seed):
 
     θ_K = A μ + (I − A) θ_LS with A = (I − η X'X / (n σ²))^K, σ² = ½, is linear in μ.
     """
-    columns, outcomes = [], []
     support, query = source.draw(num_tasks, seed=seed)
     xs, xq = (part.predictors.reshape(num_tasks, -1, 2) for part in (support, query))
     ys, yq = (part.outcome.reshape(num_tasks, -1) for part in (support, query))
@@ -118,17 +117,17 @@ def test_maml_on_a_linear_gaussian_sampler_reaches_its_closed_form():
     most that of least squares on the last tenth of the tasks, 7,500.
     """
     source = hb.Episodes.from_sampler(scaled_regressions, 6)
-    expected, covariance, rms = least_squares(source, 20_000, 0.1, 3, seed=11)
+    expected, covariance, rms = least_squares(source, 20_000, 0.1, 1, seed=11)
     model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
     found = hb.maml(
-        model, source, 3, 0.1, num_meta_steps=1500, batch_size=50, held_out=50,
+        model, source, 1, 0.1, num_meta_steps=1500, batch_size=50, held_out=50,
         optimiser=optax.adam(optax.cosine_decay_schedule(0.05, 1500)), progress=False,
     )  # fmt: skip
     error = np.sqrt(np.diag(covariance) * (1 + 20_000 / 7_500))
-    assert np.abs(found.phi["mu"] - expected).max() > 0, "two estimates of one number"
     assert (np.abs(found.phi["mu"] - expected) <= 4 * error).all(), (found.phi["mu"], expected)
     assert (error < 0.02).all(), "four standard errors say something"
-    assert abs(expected - [1.0, -2.0]).min() > 10 * error.max(), "scales weigh"
+    mean = 0.9 * np.array([1.0, -2.0])  # of θ, where all tasks would weigh the same
+    assert (np.abs(expected - mean) > 10 * error).all(), "scales weigh"
     # 500 tasks of 6 rows: a standard error of 1.3 %, more where a task's rows go together
     assert found.phi["sigma_query"] == pytest.approx(rms, rel=0.08)
     assert found.phi["sigma"] == np.sqrt(0.5)
@@ -136,7 +135,7 @@ def test_maml_on_a_linear_gaussian_sampler_reaches_its_closed_form():
 
 
 def test_the_score_is_the_mean_log_density_of_query_rows_and_improves(whole):
-    held_out = fitted(num_meta_steps=400, optimiser=optax.adam(0.01)).info["history"]["held_out"]
+    held_out = fitted(num_meta_steps=400, optimiser=optax.adam(0.3)).info["history"]["held_out"]
     assert held_out[-1] > held_out[0] + 0.1
     history = whole.info["history"]
     assert history["step"] == [0, 20, 40, 60]
@@ -156,9 +155,8 @@ def test_equal_seeds_end_bit_equal_and_others_do_not(whole):
         assert_equal_fits(whole, fitted(seed=1))
 
 
-@pytest.mark.parametrize("longest", [1, 7])
-def test_how_meta_steps_are_cut_into_calls_changes_nothing(whole, monkeypatch, longest):
-    monkeypatch.setattr(training, "LONGEST", longest)
+def test_how_meta_steps_are_cut_into_calls_changes_nothing(whole, monkeypatch):
+    monkeypatch.setattr(training, "LONGEST", 7)
     assert_equal_fits(whole, fitted())
 
 
@@ -211,10 +209,10 @@ def cut_at_call(monkeypatch, number):
     monkeypatch.setattr(sources._SampledFeed, "chunk", cut)
 
 
-@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize("number", [1, 5])
 def test_a_run_that_was_cut_and_resumed_ends_bit_equal(whole, monkeypatch, tmp_path, number):
     path = tmp_path / "run.npz"
-    monkeypatch.setattr(training, "LONGEST", 15)
+    monkeypatch.setattr(training, "LONGEST", 7)
     cut_at_call(monkeypatch, number)
     with pytest.raises(KeyboardInterrupt):
         fitted(checkpoint=path)
@@ -224,7 +222,7 @@ def test_a_run_that_was_cut_and_resumed_ends_bit_equal(whole, monkeypatch, tmp_p
 
 
 def test_a_run_with_patience_that_was_cut_ends_bit_equal(monkeypatch, tmp_path):
-    arguments = dict(patience=2, num_meta_steps=300, optimiser=optax.adam(0.1))
+    arguments = dict(patience=2, num_meta_steps=300, optimiser=optax.adam(0.3))
     straight = fitted(**arguments)
     cut_at_call(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
