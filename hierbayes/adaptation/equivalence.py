@@ -106,10 +106,10 @@ def equivalent_prior(
     curvature : "ggn" or "hessian"
         H at φ: generalised Gauss–Newton, or the exact Hessian, whose eigenvalues may be negative.
     loss : "sum" or "mean", optional
-        A fit's own, else "sum". What the steps descend: the summed negative log likelihood of a task, or its mean over the
-        task's rows, as most MAML code does. Steps on the mean are η / n_j long in the units of the
-        sum: they shrink large tasks no less than small ones, so that the implied prior is tighter
-        the more rows a task has.
+        What the steps descend: the summed negative log likelihood of a task, or its mean over the
+        task's rows, as most MAML code does; a fit's own by default, else "sum". Steps on the mean
+        are η / n_j long in the units of the sum: they shrink large tasks no less than small ones,
+        so that the implied prior is tighter the more rows a task has.
     rank : int, optional
         Keep this many directions of largest curvature and take it as 0 in the others, without
         forming any (d, d) matrix; always so where d > 256, with as many as a task has rows

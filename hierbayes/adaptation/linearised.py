@@ -6,8 +6,8 @@ r"""K gradient steps with the spread of f that they imply, of tasks with any num
     J = \partial f / \partial\theta \text{ at } \theta_K
 
 λ_i, v_i are the leading eigenpairs of the Gauss–Newton matrix Jᵀ J / σ², found from the n × n
-matrix J Jᵀ; s₀ = Kη is the variance of the prior that K short steps imply. "implied": s_i = S_K(λ_i)
-is what K steps leave, exact where f is linear in θ. "laplace": s_i = 1 / (λ_i + 1 / s₀), Laplace's
+matrix J Jᵀ; s₀ = Kη is the variance of the prior that K short steps imply. "implied": what K steps
+leave, s_i = S_K(λ_i), exact where f is linear in θ. "laplace": s_i = 1 / (λ_i + 1 / s₀), Laplace's
 approximation under N(φ, s₀ I).
 """
 

@@ -72,7 +72,10 @@ class Categorical(Likelihood):
         del phi, slots
         if np.max(variance, initial=0.0) > 0:
             raise InputError("class probabilities are computed from draws of θ, not moments")
-        return ClassProbabilities(special.softmax(np.asarray(location, dtype=float), axis=-1))
+        location = np.asarray(location, dtype=float)
+        if not location.size:  # no rows, and no classes to be counted
+            return ClassProbabilities(np.zeros((len(location), 0, self.num_classes)))
+        return ClassProbabilities(special.softmax(location, axis=-1))
 
     def divergence(
         self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]

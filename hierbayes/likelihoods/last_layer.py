@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -64,7 +64,7 @@ class LastLayer(Neural):
     init: Any
     intercept: bool = True
     dtype: str = "float32"
-    outcome: Likelihood = Gaussian()
+    outcome: Likelihood = field(default_factory=Gaussian)
     gaussian_in_theta = True
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -60,7 +60,7 @@ class Network(Neural):
 
     apply: Callable[[Any, Any], Any]
     init: Any
-    outcome: Likelihood = Gaussian()
+    outcome: Likelihood = field(default_factory=Gaussian)
     dtype: str = "float32"
     linear = False
 

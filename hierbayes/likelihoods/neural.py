@@ -16,6 +16,7 @@ from hierbayes.errors import InputError
 from hierbayes.likelihoods.base import Likelihood
 from hierbayes.likelihoods.categorical import Categorical
 from hierbayes.likelihoods.weights import Weights
+from hierbayes.numerics import arithmetic
 from hierbayes.tasks import Tasks
 
 
@@ -55,7 +56,8 @@ class Neural(Likelihood):
         """The shape of ``apply`` on ``num_rows`` rows like ``x``, without computing; or refused."""
         rows = jax.ShapeDtypeStruct((num_rows, *np.shape(x)[1:]), jnp.dtype(self.dtype))
         try:
-            out = jax.eval_shape(self.apply, self.weights.template, rows)
+            with arithmetic(self.dtype):
+                out = jax.eval_shape(self.apply, self.weights.template, rows)
         except Exception as error:
             raise InputError(
                 f"apply does not take these tasks' rows: x of shape {rows.shape} gives "
@@ -114,6 +116,8 @@ def squeezed(f: Any, outcome: Likelihood) -> Any:
 
 
 def check_neural(likelihood: Any) -> None:
+    """Refuse an ``apply`` that is no function, and another precision than the two."""
+    """Refuse an ``apply`` that is no function, and another dtype than the two."""
     if not callable(likelihood.apply):
         raise InputError(f"apply must be a function of (params, x), found {likelihood.apply!r}")
     if likelihood.dtype not in ("float32", "float64"):

@@ -1,6 +1,7 @@
 r"""ABML: amortised Bayesian meta-learning, a normal posterior of all weights for every task.
 
-.. math:: \varphi^* = \arg\max_{\mu, \tau, \sigma} \sum_j \left[\mathbb E_{q_j} \log p(D_j \mid \theta)
+.. math:: \varphi^* = \arg\max_{\mu, \tau, \sigma} \sum_j
+          \left[\mathbb E_{q_j} \log p(D_j \mid \theta)
           - \mathrm{KL}(q_j \,\Vert\, p(\theta \mid \varphi))\right] + \log p(\varphi)
 
 with q_j what K steps make of the prior on the support rows, D_j all rows.

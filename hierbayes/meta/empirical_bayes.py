@@ -23,7 +23,7 @@ from hierbayes.meta.inner_loop import refuse_idle
 from hierbayes.meta.last_layer import maximise_evidence_of_features
 from hierbayes.meta.marginal import maximise_likelihood
 from hierbayes.meta.posterior_mode import maximise_posterior, resolve_for_mode
-from hierbayes.meta.training import Training
+from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key
 from hierbayes.tasks import Tasks
@@ -46,7 +46,7 @@ def empirical_bayes(
     optimiser: optax.GradientTransformation | None = None,
     num_meta_steps: int | None = None,
     progress: bool | None = None,
-    **training: Unpack[Training],
+    **outer_loop: Unpack[OuterLoop],
 ) -> Fit:
     r"""Learn the prior by maximising the evidence (type-II maximum likelihood, REML or MAP).
 
@@ -74,9 +74,9 @@ def empirical_bayes(
         Draws of θ given φ̂ in the DataTree.
     seed : int or JAX key
         For these draws; on episodes for weights and tasks.
-    optimiser, num_meta_steps, progress, **training
+    optimiser, num_meta_steps, progress, **outer_loop
         On episodes, with a :class:`~hierbayes.likelihoods.LastLayer` likelihood, whose features are
-        learned by stochastic ascent: see :class:`~hierbayes.meta.training.Training`. Then there are
+        learned by stochastic ascent: see :class:`~hierbayes.meta.training.OuterLoop`. Then there are
         neither draws nor standard errors, and ``log_evidence`` is replaced by the mean a row of
         held-out tasks in ``info["history"]``.
 
@@ -123,8 +123,10 @@ def empirical_bayes(
             )
         if criterion != "ml":
             raise InputError(f'criterion must be "ml" on episodes, found {criterion!r}')
-        return maximise_evidence_of_features(model, tasks, training | given | {"seed": seed})
-    refuse_idle(training | {k: v for k, v in given.items() if v is not None}, "empirical_bayes")
+        return maximise_evidence_of_features(model, tasks, {**outer_loop, **given, "seed": seed})
+    refuse_idle(
+        {**outer_loop} | {k: v for k, v in given.items() if v is not None}, "empirical_bayes"
+    )
     tasks = model.tasks(tasks)
     if criterion not in ("ml", "reml", "map"):
         raise InputError(f'criterion must be "ml", "reml" or "map", found {criterion!r}')

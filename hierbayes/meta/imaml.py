@@ -33,7 +33,7 @@ from hierbayes.meta.inner_loop import (
     support_query_splits,
 )
 from hierbayes.meta.maml_on_episodes import maximise_predictive
-from hierbayes.meta.training import Training
+from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
@@ -56,7 +56,7 @@ def imaml(
     num_meta_steps: int | None = None,
     seed: int | jax.Array = 0,
     progress: bool | None = None,
-    **training: Unpack[Training],
+    **outer_loop: Unpack[OuterLoop],
 ) -> Fit:
     r"""Meta-learning with implicit gradients: MAP estimates under one shared prior.
 
@@ -101,8 +101,8 @@ def imaml(
         For the splits; on episodes for weights and tasks.
     progress : bool, optional
         Show a progress bar; by default where stderr is a terminal.
-    **training
-        On episodes; see :class:`~hierbayes.meta.training.Training`.
+    **outer_loop
+        On episodes; see :class:`~hierbayes.meta.training.OuterLoop`.
 
     Returns
     -------
@@ -133,7 +133,7 @@ def imaml(
     0.1
     """
     started = time.perf_counter()
-    inner = dict(
+    inner: dict[str, Any] = dict(
         num_steps=num_steps, step_size=step_size, loss=loss, derivative=derivative,
         inner_optimiser=inner_optimiser,
     )  # fmt: skip
@@ -141,8 +141,10 @@ def imaml(
         outer = dict(
             optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
         )
-        return _on_episodes(model, tasks, prior_precision, query, sigma, training | outer, **inner)
-    refuse_idle(training | {k: v for k, v in inner.items() if v is not None}, "iMAML")
+        return _on_episodes(
+            model, tasks, prior_precision, query, sigma, {**outer_loop, **outer}, **inner
+        )
+    refuse_idle({**outer_loop} | {k: v for k, v in inner.items() if v is not None}, "iMAML")
     num_meta_steps = 500 if num_meta_steps is None else num_meta_steps
     tasks = model.tasks(tasks)
     check_counts(num_splits=num_splits, num_meta_steps=num_meta_steps)

@@ -1,7 +1,8 @@
 r"""Empirical Bayes of the last layer: features learned by maximising the exact evidence.
 
 .. math:: \hat\varphi = \arg\max_{\omega, \mu, \Sigma, \sigma} \; \mathbb E_j
-    \log N\!\left(y_j;\; H_j\mu,\; H_j \Sigma H_j^\top + \sigma^2 I\right), \qquad H_j = h(X_j; \omega)
+    \log N\!\left(y_j;\; H_j\mu,\; H_j \Sigma H_j^\top + \sigma^2 I\right), \quad
+    H_j = h(X_j; \omega)
 
 with all rows of a task, support and query: no split is needed where θ is integrated out.
 """
@@ -34,8 +35,7 @@ def maximise_evidence_of_features(
     """φ̂ = (mu, tau, sigma, features) from a source of tasks, by stochastic ascent."""
     started = time.perf_counter()
     model = model.without_encoder()
-    correlated = model.prior.blocks(("a", "b")) == ((0, 1),)
-    if correlated:
+    if getattr(model.prior, "correlated", False):
         raise InputError(
             "the last layer's prior is independent: pass hb.priors.Gaussian(correlated=False). "
             "Nothing is lost: features are learned, and a rotation of them is a correlation"

@@ -37,7 +37,7 @@ from hierbayes.meta.inner_loop import (
     support_query_splits,
 )
 from hierbayes.meta.maml_on_episodes import maximise_predictive
-from hierbayes.meta.training import Training
+from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
@@ -60,7 +60,7 @@ def maml(
     num_meta_steps: int | None = None,
     seed: int | jax.Array = 0,
     progress: bool | None = None,
-    **training: Unpack[Training],
+    **outer_loop: Unpack[OuterLoop],
 ) -> Fit:
     r"""Model-agnostic meta-learning, second order.
 
@@ -86,8 +86,8 @@ def maml(
         largest that any θ can give). Beyond 2/λ_max the steps can diverge, which is refused. On
         episodes in units of ``loss``; "auto" is 0.01 there, and no bound is known.
     learn_step_size : bool or "coef"
-        Learn η too, within (0, 1/λ_max), where the steps are a MAP estimate for every K; "coef": one
-        for each coefficient, which is Meta-SGD. On episodes log η is learned, without bounds.
+        Learn η too, within (0, 1/λ_max), where the steps are a MAP estimate for every K; "coef":
+        one for each coefficient, which is Meta-SGD. On episodes log η is learned, without bounds.
     loss : "sum" or "mean"
         What the inner steps climb: a task's summed log likelihood, or its mean over the rows, as
         most MAML code does; "sum" by default, "mean" on episodes.
@@ -115,9 +115,9 @@ def maml(
         For the splits; on episodes for weights and tasks.
     progress : bool, optional
         Show a progress bar; by default where stderr is a terminal.
-    **training
+    **outer_loop
         On episodes: ``batch_size``, ``held_out``, ``evaluate_every``, ``patience`` and
-        ``checkpoint``; see :class:`~hierbayes.meta.training.Training`.
+        ``checkpoint``; see :class:`~hierbayes.meta.training.OuterLoop`.
 
     Returns
     -------
@@ -160,9 +160,9 @@ def maml(
         steps = GradientSteps(num_steps, fixed, loss or "mean", inner_optimiser, derivative)
         return maximise_predictive(
             "MAML", model, tasks, steps, step_size=None if inner_optimiser is not None else eta,
-            learn_step_size=learn_step_size, query=query, sigma=sigma, training=training | outer,
+            learn_step_size=learn_step_size, query=query, sigma=sigma, training={**outer_loop, **outer},
         )  # fmt: skip
-    refuse_idle(training, "MAML")
+    refuse_idle(outer_loop, "MAML")
     num_meta_steps = 500 if num_meta_steps is None else num_meta_steps
     tasks = model.tasks(tasks)
     check_counts(num_meta_steps=num_meta_steps)

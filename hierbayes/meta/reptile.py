@@ -33,7 +33,7 @@ from hierbayes.meta.inner_loop import (
     refuse_idle,
 )
 from hierbayes.meta.reptile_on_episodes import follow_moves
-from hierbayes.meta.training import Training
+from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
@@ -54,7 +54,7 @@ def reptile(
     query: float = 0.5,
     seed: int | jax.Array = 0,
     progress: bool | None = None,
-    **training: Unpack[Training],
+    **outer_loop: Unpack[OuterLoop],
 ) -> Fit:
     r"""Reptile, full batch: φ moves to where tasks go from it, until they go nowhere on average.
 
@@ -107,8 +107,8 @@ def reptile(
         For that split.
     progress : bool, optional
         Show a progress bar; by default where stderr is a terminal.
-    **training
-        On episodes; see :class:`~hierbayes.meta.training.Training`.
+    **outer_loop
+        On episodes; see :class:`~hierbayes.meta.training.OuterLoop`.
 
     Returns
     -------
@@ -145,9 +145,9 @@ def reptile(
         steps = GradientSteps(
             num_steps, eta if inner_optimiser is None else None, loss or "mean", inner_optimiser
         )
-        return follow_moves(model, tasks, steps, eta, query, sigma, training | outer)
+        return follow_moves(model, tasks, steps, eta, query, sigma, {**outer_loop, **outer})
     idle = {"loss": loss, "inner_optimiser": inner_optimiser}
-    refuse_idle(training | {k: v for k, v in idle.items() if v is not None}, "Reptile")
+    refuse_idle({**outer_loop} | {k: v for k, v in idle.items() if v is not None}, "Reptile")
     num_meta_steps = 1000 if num_meta_steps is None else num_meta_steps
     tasks = model.tasks(tasks)
     check_counts(num_meta_steps=num_meta_steps)

@@ -37,17 +37,13 @@ Direction = Callable[[Any, Task, Task, Any], tuple[jax.Array, Any]]
 """(parameters, support, query, key) → (score of every task (B,), where to go, like parameters)."""
 
 
-class Training(TypedDict, total=False):
+class OuterLoop(TypedDict, total=False):
     """Settings of the outer loop on episodes, of every method that learns from them.
 
     Attributes
     ----------
-    num_meta_steps : int
-        Outer steps at most; 10,000 by default.
     batch_size : int
         B, tasks a meta-step; 25 by default. A generator's batches decide for themselves.
-    optimiser : optax.GradientTransformation
-        Of the outer loop; ``optax.adam(1e-3)`` by default.
     held_out : int
         Fresh tasks, the same throughout, on which the score is taken along the way; 200.
     evaluate_every : int
@@ -58,6 +54,24 @@ class Training(TypedDict, total=False):
     checkpoint : path
         A file to which the state goes every minute, at the end and when the run is interrupted;
         if it is there at the start, the run goes on from it, to bit-equal results.
+    """
+
+    batch_size: int
+    held_out: int
+    evaluate_every: int
+    patience: int | None
+    checkpoint: Any
+
+
+class Training(OuterLoop, total=False):
+    """The same, with the settings that methods on fixed tasks have too.
+
+    Attributes
+    ----------
+    num_meta_steps : int
+        Outer steps at most; 10,000 by default.
+    optimiser : optax.GradientTransformation
+        Of the outer loop; ``optax.adam(1e-3)`` by default.
     seed : int or JAX key
         Of initial weights, tasks and held-out tasks.
     progress : bool
@@ -65,12 +79,7 @@ class Training(TypedDict, total=False):
     """
 
     num_meta_steps: int
-    batch_size: int
     optimiser: optax.GradientTransformation
-    held_out: int
-    evaluate_every: int
-    patience: int | None
-    checkpoint: Any
     seed: int | jax.Array
     progress: bool | None
 

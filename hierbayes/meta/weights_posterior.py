@@ -100,8 +100,8 @@ def nuts(
             phi[name] = np.asarray(float(value))
     if "tau" not in phi:
         raise InputError(
-            f"{fit.method} learns no prior that all tasks share: pass tau=…, the prior deviation of "
-            "every weight"
+            f"{fit.method} learns no prior that all tasks share: pass tau=…, the prior deviation "
+            "of every weight"
         )
     phi["tau"] = np.broadcast_to(phi["tau"], phi["mu"].shape)
     adaptation = ByNuts(num_draws, num_chains, num_warmup, target_accept, seed, progress)
