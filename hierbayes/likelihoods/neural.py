@@ -117,7 +117,6 @@ def squeezed(f: Any, outcome: Likelihood) -> Any:
 
 def check_neural(likelihood: Any) -> None:
     """Refuse an ``apply`` that is no function, and another precision than the two."""
-    """Refuse an ``apply`` that is no function, and another dtype than the two."""
     if not callable(likelihood.apply):
         raise InputError(f"apply must be a function of (params, x), found {likelihood.apply!r}")
     if likelihood.dtype not in ("float32", "float64"):
