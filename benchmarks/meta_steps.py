@@ -38,7 +38,7 @@ import numpy as np
 
 from benchmarks import meta_step_contest as contest
 from benchmarks import meta_step_scaling as scaling
-from benchmarks.output import environment, folder, look, save_figure, write_json
+from benchmarks.output import environment, folder, look, plain_numbers, save_figure, write_json
 
 NAME = "meta-steps"
 STEPS = (1, 5)
@@ -231,6 +231,9 @@ def draw_scaling(found: dict[str, Any], path: Any) -> None:
     for ax, panel in zip(axes[0], panels, strict=True):
         ax.set(xscale="log", yscale="log")
         ax.grid(alpha=0.3)
+        if panel != "batches":
+            plain_numbers(ax.xaxis)
+            plain_numbers(ax.yaxis)
         told = found[panel]
         if panel == "time":
             sizes = np.asarray(told["num_steps"], float)

@@ -61,6 +61,15 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def plain_numbers(axis: Any) -> None:
+    """Ticks at 1, 2, 5, 10, 20, … of a logarithmic axis, as plain numbers."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """The picture as PNG."""
     import matplotlib.pyplot as plt

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.output import look, save_figure
+from benchmarks.output import look, plain_numbers, save_figure
 
 GROUPS = (
     ("MAML, 0.01", "MAML, 0.001", "first-order MAML", "Meta-SGD", "ANIL"),
@@ -34,6 +34,7 @@ def draw_curves(found: dict[str, Any], shots: Sequence[int], path: Path) -> None
             floor = found["anchors"]["unadapted"]
             ax.axhline(floor, color="0.35", lw=1, ls=(0, (2, 2)), label="best before any row")
             ax.set(yscale="log", xticks=range(0, 11, 2))
+            plain_numbers(ax.yaxis)
             ax.grid(alpha=0.3)
         row[0].set_ylabel("test mean squared error")
         row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
@@ -80,7 +81,7 @@ def draw_scores(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes[2].axvline(level / 100, color=style["color"], lw=1, ls=":")
         axes[2].errorbar([row[f"coverage_{level}"] for row in rows], at, xerr=widths, capsize=2,
                          markersize=5, label=f"{level} %", **style)  # fmt: skip
-    axes[2].set(xlabel="coverage of intervals (dotted: as promised)", xlim=(0, 1.02))
+    axes[2].set(xlabel="coverage of intervals (dotted: as promised)")
     axes[2].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     axes[0].set_yticks(at, [f"{row['method']} ({row['spread']})" for row in rows], fontsize=8)
     for ax in axes:

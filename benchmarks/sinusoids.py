@@ -1,14 +1,16 @@
 """``python -m benchmarks sinusoids``: few-shot regression on sinusoids, as in the MAML paper.
 
 Protocol of Finn, Abbeel and Levine (2017), section 5.1: A ~ U(0.1, 5), b ~ U(0, π), x ~ U(−5, 5),
-no noise; a 2 × 40 ReLU network; K = 1 step of 0.01 on 10 rows when training, meta-batches of 25 and
-70,000 meta-steps of Adam at 0.001; tested at 5, 10 and 20 rows after 0 to 10 steps. The paper's step
-size is 0.01 and its code's default 0.001: both are run. The loss of the steps is the mean squared
-error, so that a step size means the same at every number of rows.
+no noise; a 2 × 40 ReLU network; K = 1 step of 0.01 on 10 rows when training, meta-batches of 25
+and 70,000 meta-steps of Adam at 0.001; tested at 5, 10 and 20 rows after 0 to 10 steps. The paper's
+step size is 0.01 and its code's default 0.001: both are run. The loss of the steps is the mean
+squared error, so that a step size means the same at every number of rows.
 
 Other methods see the same tasks; how many meta-steps each takes is in ``PLAN``. At 5 rows, where
 little is known, predictive distributions are scored too. Methods that end in a point get the
-deviation, and the number of steps, that are best on fresh tasks of 5 rows which are not scored.
+deviation, and the number of steps, that are best on fresh tasks of 5 rows which are not scored;
+LLAMA and MAML's implied posterior get the scale of their spread from the same tasks. ABML and the
+Bayesian last layer have a noise that they learned themselves, from 10 rows on.
 
 An oracle beside them regresses on sin x and cos x: sinusoids are linear in these two features and
 free of noise, so that it is exact from two rows on. No method here is given them.
@@ -24,7 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from benchmarks import sinusoid_scores as scoring
 from benchmarks.output import environment, folder, write_csv, write_json
 from hierbayes.adaptation import GradientSteps
 from hierbayes.adaptation.linearised import LinearisedSteps
+from hierbayes.meta.implied import scale_of
 
 NAME = "sinusoids"
 SHOTS = (5, 10, 20)
@@ -152,9 +155,15 @@ def predictive(name: str, fit: hb.Fit, num_tasks: int, queries: int) -> list[dic
     tuning = scoring.fresh_tasks(5, queries, min(num_tasks, 1000), TUNING_SEED)
     steps = fit.adaptation
     point = isinstance(steps, GradientSteps) and not isinstance(steps, LinearisedSteps)
-    variants = {name: scoring.tuned(fit, *tuning, MOST_STEPS) if point else fit}
+    some = tuple(scoring.as_tasks(scoring.first(part, 500)) for part in tuning)
+    if point:
+        variants = {name: scoring.tuned(fit, *tuning, MOST_STEPS)}
+    elif isinstance(steps, LinearisedSteps):
+        scale = scale_of(steps)(fit.model, dict(fit.phi), *some)
+        variants = {name: replace(fit, phi={**fit.phi, **scale}, training=None)}
+    else:
+        variants = {name: fit}
     if name.startswith("MAML"):
-        some = tuple(scoring.as_tasks(scoring.first(part, 500)) for part in tuning)
         variants[f"{name}, implied posterior"] = hb.meta.implied_posterior(variants[name], *some)
     return [
         {
