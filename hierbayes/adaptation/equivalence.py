@@ -149,7 +149,7 @@ def equivalent_prior(
     """
     tasks, single = read_tasks(model, task)
     asked = Asked(phi, num_steps, step_size, preconditioner, optimiser, "sum")
-    phi, num_steps, step_size, preconditioner, optimiser, loss = read_fit(
+    phi, num_steps, step_size, preconditioner, optimiser, units = read_fit(
         asked, flow=time is not None, loss=loss
     )
     found = read_phi(model, tasks, phi, sigma, beta)
@@ -162,12 +162,12 @@ def equivalent_prior(
     rank = read_rank(rank, d)
     if rank is not None or d > LARGE:
         diagonal = read_diagonal(preconditioner, d)
-        if loss == "mean":
+        if units == "mean":
             diagonal = over_equal_rows(diagonal, tasks)
         many = matrix_free_prior(model, tasks, found, method, diagonal, curvature, null, rank)
         return many[tasks.names[0]] if single else many
     scaling = read_preconditioner(preconditioner, tasks, method)
-    if loss == "mean":
+    if units == "mean":
         scaling = over_rows(scaling, tasks)
     bare, rows = model.without_encoder(), model.likelihood.arrange(tasks)
     with float64():

@@ -194,10 +194,10 @@ def _is_number(value: Any) -> bool:
 
 def _lost(theta: np.ndarray, tasks: Tasks) -> tuple[str, ...]:
     lost = ~np.isfinite(theta).all(1)
-    if not lost.any():
+    if not np.any(lost):
         return ()
     return (
-        f"gradient steps diverged in {lost.sum()} of {len(lost)} tasks "
+        f"gradient steps diverged in {np.sum(lost)} of {tasks.num_tasks} tasks "
         f"({listing(tasks.names[lost].tolist(), 3)}): their theta is not finite; take shorter "
         "steps",
     )

@@ -36,7 +36,9 @@ class Checkpoint:
         """Write, if a minute has passed since the last time or it is forced."""
         if self.path is None or not (force or time.monotonic() - self._last > EVERY):
             return
-        leaves = {f"leaf.{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
+        leaves: dict[str, Any] = {
+            f"leaf.{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))
+        }
         text = json.dumps({"run": self.described, "counters": counters})
         with whole_file(self.path) as temporary, temporary.open("wb") as file:
             np.savez(file, described=np.array(text), **leaves)

@@ -76,9 +76,9 @@ def empirical_bayes(
         For these draws; on episodes for weights and tasks.
     optimiser, num_meta_steps, progress, **outer_loop
         On episodes, with a :class:`~hierbayes.likelihoods.LastLayer` likelihood, whose features are
-        learned by stochastic ascent: see :class:`~hierbayes.meta.training.OuterLoop`. Then there are
-        neither draws nor standard errors, and ``log_evidence`` is replaced by the mean a row of
-        held-out tasks in ``info["history"]``.
+        learned by stochastic ascent: see :class:`~hierbayes.meta.training.OuterLoop`. Then there
+        are neither draws nor standard errors, and ``log_evidence`` is replaced by the mean a row
+        of held-out tasks in ``info["history"]``.
 
     Returns
     -------
@@ -124,9 +124,7 @@ def empirical_bayes(
         if criterion != "ml":
             raise InputError(f'criterion must be "ml" on episodes, found {criterion!r}')
         return maximise_evidence_of_features(model, tasks, {**outer_loop, **given, "seed": seed})
-    refuse_idle(
-        {**outer_loop} | {k: v for k, v in given.items() if v is not None}, "empirical_bayes"
-    )
+    refuse_idle({**outer_loop, **given}, "empirical_bayes")
     tasks = model.tasks(tasks)
     if criterion not in ("ml", "reml", "map"):
         raise InputError(f'criterion must be "ml", "reml" or "map", found {criterion!r}')

@@ -141,10 +141,9 @@ def imaml(
         outer = dict(
             optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
         )
-        return _on_episodes(
-            model, tasks, prior_precision, query, sigma, {**outer_loop, **outer}, **inner
-        )
-    refuse_idle({**outer_loop} | {k: v for k, v in inner.items() if v is not None}, "iMAML")
+        training = {**outer_loop, **outer}
+        return _on_episodes(model, tasks, prior_precision, query, sigma, training, **inner)
+    refuse_idle({**outer_loop, **inner}, "iMAML")
     num_meta_steps = 500 if num_meta_steps is None else num_meta_steps
     tasks = model.tasks(tasks)
     check_counts(num_splits=num_splits, num_meta_steps=num_meta_steps)
@@ -177,12 +176,12 @@ def imaml(
 
         best = maximise(objective, start, optimiser, num_meta_steps, progress, "iMAML")
         phi = to_numpy(unpack(best.parameters))
-    training = adaptation(resolved, tasks, phi)
-    remarks = [*best.warnings, *training.remarks]
+    adapted = adaptation(resolved, tasks, phi)
+    remarks = [*best.warnings, *adapted.remarks]
     if given is None:
         remarks += _extremes(tasks, phi["tau"] / units)
     return Fit(
-        "iMAML", resolved, tasks, phi, adaptation, training,
+        "iMAML", resolved, tasks, phi, adaptation, adapted,
         no_evidence="iMAML maximises the predictive evidence of the query rows, in "
         'info["query_log_density"], not log p(D | φ)',
         warnings=announce(remarks),

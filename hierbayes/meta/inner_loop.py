@@ -85,9 +85,10 @@ def check_steps(
 
 def refuse_idle(training: Mapping[str, Any], method: str) -> None:
     """Refuse settings of training on episodes where all tasks are fitted at once."""
-    if training:
+    idle = sorted(name for name, value in training.items() if value is not None)
+    if idle:
         raise InputError(
-            f"{method} on a fixed set of tasks takes no {', '.join(sorted(training))}: all tasks "
+            f"{method} on a fixed set of tasks takes no {', '.join(idle)}: all tasks "
             "are fitted at once; hb.Episodes.from_tasks(tasks) makes a source of batches of them"
         )
 

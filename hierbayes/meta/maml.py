@@ -160,7 +160,8 @@ def maml(
         steps = GradientSteps(num_steps, fixed, loss or "mean", inner_optimiser, derivative)
         return maximise_predictive(
             "MAML", model, tasks, steps, step_size=None if inner_optimiser is not None else eta,
-            learn_step_size=learn_step_size, query=query, sigma=sigma, training={**outer_loop, **outer},
+            learn_step_size=learn_step_size, query=query, sigma=sigma,
+            training={**outer_loop, **outer},
         )  # fmt: skip
     refuse_idle(outer_loop, "MAML")
     num_meta_steps = 500 if num_meta_steps is None else num_meta_steps

@@ -147,7 +147,7 @@ def reptile(
         )
         return follow_moves(model, tasks, steps, eta, query, sigma, {**outer_loop, **outer})
     idle = {"loss": loss, "inner_optimiser": inner_optimiser}
-    refuse_idle({**outer_loop} | {k: v for k, v in idle.items() if v is not None}, "Reptile")
+    refuse_idle({**outer_loop, **idle}, "Reptile")
     num_meta_steps = 1000 if num_meta_steps is None else num_meta_steps
     tasks = model.tasks(tasks)
     check_counts(num_meta_steps=num_meta_steps)
