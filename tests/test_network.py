@@ -385,6 +385,7 @@ def test_networks_work_where_float64_is_the_default():
     assert run.stdout.split() == ["(9,)"], run.stderr
 
 
+@pytest.mark.slow
 def test_few_shot_classes_of_images_of_bytes_are_learned():
     """Bars that are bright in one of four rows: after a few meta-steps all is well above chance."""
     rng = np.random.default_rng(6)
