@@ -156,7 +156,7 @@ def matrix_free_prior(
             for j in np.flatnonzero(tasks.sizes):
                 task = OneTask.of(bare, kind, phi, tasks, int(j))
                 white = White(task, location[j], root, basis[j], left[j], moved[j], rest)
-                measured[j] = white.measure(theta[j])
+                measured[j] = white.measure(theta[j], has_prior=status[j] != Status.NO_PRIOR)
         slow = np.isnan(measured[:, 0]) & (status != Status.NO_PRIOR)
         if slow.any():
             messages.append(

@@ -121,18 +121,24 @@ class White:
         pulled = self.penalty(u)
         return 0.5 * float(u @ pulled) - value, pulled - self.slope(slope)
 
-    def measure(self, theta: np.ndarray) -> tuple[float, float, float, float]:
-        """(missed, linearisation, curvature_drift, predictive_kl); see Discrepancy."""
+    def measure(
+        self, theta: np.ndarray, *, has_prior: bool = True
+    ) -> tuple[float, float, float, float]:
+        """(missed, linearisation, curvature_drift, predictive_kl); see Discrepancy.
+
+        Without a prior there is no MAP estimate to miss: the first and the last are NaN.
+        """
         u, d = self.u(theta), len(theta)
-        slope = self.loss(u)[1]
 
         def curvature(vector: np.ndarray) -> np.ndarray:
             turned = self.theta(vector) - self.centre
             return self.slope(self.task.product(theta, turned)) + self.penalty(vector)
 
-        missed = 0.5 * conjugate_gradients(curvature, slope)
         linear = self.slope(self.task.height(self.centre)[1])
         linearisation = float(np.linalg.norm(u - linear)) / np.sqrt(d)
+        if not has_prior:
+            return np.nan, linearisation, self._drift(theta), np.nan
+        missed = 0.5 * conjugate_gradients(curvature, self.loss(u)[1])
         return missed, linearisation, self._drift(theta), self._divergence_of_map(u, theta)
 
     def _drift(self, theta: np.ndarray) -> float:
