@@ -84,10 +84,15 @@ def curves(fits: dict[str, hb.Fit], shots: int = 5, num_tasks: int = 3) -> plt.F
             axis.plot(support.predictors[mine, 0], support.outcome[mine], "ko", ms=5,
                       label="rows seen")  # fmt: skip
         row[0].set_ylabel(f"{name}\ny")
-        row[0].legend(fontsize="small", loc="upper left")
     for axis in axes[-1]:
         axis.set_xlabel("x")
-    figure.suptitle(f"three fresh tasks, {shots} rows each, with 95 % intervals")
+    by_label = {
+        handle.get_label(): handle
+        for row in axes
+        for handle in row[0].get_legend_handles_labels()[0]
+    }
+    figure.legend(handles=by_label.values(), loc="outside lower center", ncols=len(by_label))
+    figure.suptitle(f"Three fresh tasks, {shots} rows each, with 95 % intervals")
     return figure
 
 
