@@ -155,7 +155,7 @@ def predictive(name: str, fit: hb.Fit, num_tasks: int, queries: int) -> list[dic
     tuning = scoring.fresh_tasks(5, queries, min(num_tasks, 1000), TUNING_SEED)
     steps = fit.adaptation
     point = isinstance(steps, GradientSteps) and not isinstance(steps, LinearisedSteps)
-    some = tuple(scoring.as_tasks(scoring.first(part, 500)) for part in tuning)
+    some = [fit.model.tasks(scoring.as_tasks(scoring.first(part, 500))) for part in tuning]
     if point:
         variants = {name: scoring.tuned(fit, *tuning, MOST_STEPS)}
     elif isinstance(steps, LinearisedSteps):
