@@ -208,8 +208,9 @@ def draw_contest(found: dict[str, Any], path: Any) -> None:
             error = [[medians[name] - low], [high - medians[name]]]
             ax.errorbar(medians[name], i, xerr=error, capsize=3, markersize=7, **style)
             _, _, threads = name.partition(", ")
+            label = f"{medians[name]:,.0f}" + (f" ({threads})" if threads else "")
             ax.annotate(
-                f"{medians[name]:,.0f}" + (f" ({threads})" if threads else ""), (medians[name], i), xytext=(0, 8), ha="center",
+                label, (medians[name], i), xytext=(0, 8), ha="center",
                 textcoords="offset points", fontsize=9,
             )  # fmt: skip
         ax.set_yticks(range(len(names)), [name.partition(", ")[0] for name in reversed(names)])
