@@ -34,7 +34,7 @@ def held_out_scores(prediction: Prediction) -> dict[str, float]:
         ``rmse_se``; ``coverage_50``, ``coverage_80``, ``coverage_95`` and ``width_50``, … in the
         outcome's units. Of discrete outcomes coverage and width are NaN, since central intervals
         of a few values say nothing; ``rmse`` of binary ones is the root of the Brier score, the
-        mean of (y − P(Y = 1))².
+        mean of (y − P(Y = 1))²; of classes without order there is none.
     """
     outcome = prediction.tasks.outcome
     if outcome is None:
@@ -44,16 +44,16 @@ def held_out_scores(prediction: Prediction) -> dict[str, float]:
     if not keep.any():
         return {"rows": 0, "left_out": int((~keep).sum())}
     log_density, log_density_se = mean_over_tasks(prediction.log_density()[keep], task)
-    squared, squared_se = mean_over_tasks((outcome - prediction.mean)[keep] ** 2, task)
-    rmse = float(np.sqrt(squared))
     scores: dict[str, float] = {
         "rows": int(keep.sum()),
         "left_out": int((~keep).sum()),
         "log_density": log_density,
         "log_density_se": log_density_se,
-        "rmse": rmse,
-        "rmse_se": squared_se / (2 * rmse) if rmse > 0 else 0.0,
     }
+    if not prediction.of_classes:
+        squared, squared_se = mean_over_tasks((outcome - prediction.mean)[keep] ** 2, task)
+        rmse = float(np.sqrt(squared))
+        scores |= {"rmse": rmse, "rmse_se": squared_se / (2 * rmse) if rmse > 0 else 0.0}
     if prediction.discrete:
         of_intervals = [
             f"{kind}_{round(100 * p)}" for kind in ("coverage", "width") for p in LEVELS

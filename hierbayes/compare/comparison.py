@@ -15,6 +15,7 @@ from hierbayes.checks.scores import mean_over_tasks
 from hierbayes.compare.report import write_report
 from hierbayes.errors import InputError
 from hierbayes.fit import Fit, Prediction
+from hierbayes.likelihoods.neural import Neural
 from hierbayes.tasks import Tasks
 
 COLUMNS = (
@@ -67,9 +68,15 @@ class Comparison:
         return formatted(self.table).to_html()
 
     def plot(self, *, coef: str | None = None) -> Any:
-        """Shrinkage, learned prior and held-out score in one figure; returns its axes (3,)."""
+        """Shrinkage, learned prior and held-out score in one figure; returns its axes (3,).
+
+        Of networks the score alone: their coefficients cannot be held against each other.
+        """
         import matplotlib.pyplot as plt
 
+        if _one_is_neural(*self.fits.values()):
+            _, ax = plt.subplots(figsize=(6, 1.5 + 0.4 * len(self.fits)), layout="constrained")
+            return plots.scores(self.table, ax=ax)
         width = 5 + 1.5 * len(self.fits)
         figure, axes = plt.subplots(
             1, 3, figsize=(width + 6, 4.2), layout="constrained",
@@ -87,7 +94,11 @@ class Comparison:
 
 
 def compare(
-    fits: Mapping[str, Fit | str], test: Any = None, *, reference: str | None = None
+    fits: Mapping[str, Fit | str],
+    test: Any = None,
+    *,
+    support: Any = None,
+    reference: str | None = None,
 ) -> Comparison:
     """Hold several fits of the same tasks against each other.
 
@@ -98,6 +109,9 @@ def compare(
     test : Tasks or DataFrame, optional
         Held-out rows of known tasks. Without them every task is predicted from the others
         (leave one task out).
+    support : Tasks or DataFrame, optional
+        New tasks, to which every fit is adapted first; ``test`` then holds other rows of these:
+        ``support, query = episodes.draw(500)`` for methods that learn from episodes.
     reference : str, optional
         Label of the fit that θ_j and scores are held against; by default full Bayes, else the
         first fit with a posterior.
@@ -128,7 +142,16 @@ def compare(
             raise InputError(f"compare takes fits; {label!r} is {type(fit).__name__}")
     if not usable:
         raise InputError("there is no fit to compare")
+    if support is not None:
+        if test is None:
+            raise InputError("support is given without test: pass the rows to be predicted too")
+        usable = {label: fit.on(support) for label, fit in usable.items()}
     _check_same_tasks(usable)
+    if test is None and any(isinstance(f.model.likelihood, Neural) for f in usable.values()):
+        raise InputError(
+            "networks are compared on new tasks: support, query = episodes.draw(500), "
+            "compare(fits, test=query, support=support)"
+        )
     chosen = _reference(usable, reference)
     rows: dict[str, dict[str, float]] = {}
     notes = [f"{label}: {why}" for label, why in fits.items() if isinstance(why, str)]
@@ -148,7 +171,8 @@ def compare(
     for label, fit in usable.items():
         rows[label]["seconds"] = float(fit.info.get("seconds", np.nan))
         if chosen is not None:
-            rows[label] |= theta_differences(fit, usable[chosen])
+            if fit.tasks.coef == usable[chosen].tasks.coef:
+                rows[label] |= theta_differences(fit, usable[chosen])
             rows[label] |= _paired(pointwise, label, chosen, held, by_task=test is None)
         if rows[label].get("left_out"):
             notes.append(
@@ -181,7 +205,7 @@ def _check_same_tasks(fits: dict[str, Fit]) -> None:
     first_label, first = next(iter(fits.items()))
     for label, fit in fits.items():
         same = (
-            fit.tasks.coef == first.tasks.coef
+            (fit.tasks.coef == first.tasks.coef or _one_is_neural(fit, first))
             and fit.tasks.num_rows == first.tasks.num_rows
             and fit.tasks.names.tolist() == first.tasks.names.tolist()
         )
@@ -190,6 +214,11 @@ def _check_same_tasks(fits: dict[str, Fit]) -> None:
                 f"{label!r} and {first_label!r} were fitted to different tasks: {fit.tasks} and "
                 f"{first.tasks}; compare fits of the same training data"
             )
+
+
+def _one_is_neural(*fits: Fit) -> bool:
+    """Whether coefficients mean different things: weights, features or columns."""
+    return any(isinstance(fit.model.likelihood, Neural) for fit in fits)
 
 
 def _reference(fits: dict[str, Fit], asked: str | None) -> str | None:

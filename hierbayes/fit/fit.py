@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -216,6 +216,25 @@ class Fit:
         phis = self._phis()
         draws = self.adaptation.draws(self.model, tasks, phis, as_key(seed))
         return AdaptedTasks(self.model, tasks, phis, _moments(draws), draws)
+
+    def on(self, tasks: Any) -> Fit:
+        """The same learned prior for other tasks: their θ, their predictions, their DataTree.
+
+        For a point φ; what :meth:`adapt` gives, as a fit that can be compared and drawn.
+        """
+        if self.phi_draws is not None:
+            raise InputError(
+                f"{self.method} holds draws of phi: adapt to the new tasks with fit.adapt(tasks)"
+            )
+        found = self.model.tasks(tasks)
+        check_columns(found, self.tasks)
+        self.model.likelihood.check(found)
+        if found.outcome is None:
+            raise InputError(f"the new tasks hold no outcome {found.labels.outcome!r}")
+        return replace(
+            self, tasks=found, training=None, theta_draws=None, sample_stats={}, evidence=None,
+            log_posterior=None, no_evidence="phi was learned from other tasks",
+        )  # fmt: skip
 
     def predict(self, data: Any = None, *, target: str | None = None) -> Prediction:
         """Predictive distributions of rows.

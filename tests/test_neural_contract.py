@@ -1,0 +1,194 @@
+"""Every way to learn a network's prior answers the same demands, on the same small episodes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from assertions import close
+
+import hierbayes as hb
+
+PRIOR = hb.priors.Gaussian(correlated=False)
+EPISODES = hb.datasets.sinusoids(5, noise=0.1)
+SHORT: dict[str, Any] = {
+    "num_meta_steps": 12, "batch_size": 4, "held_out": 10, "evaluate_every": 6, "seed": 1,
+}  # fmt: skip
+NETWORK = hb.HierarchicalModel(hb.likelihoods.Network.mlp([1, 6, 1], activation=jnp.tanh), PRIOR)
+FEATURES = hb.HierarchicalModel(hb.likelihoods.LastLayer.mlp([1, 6], activation=jnp.tanh), PRIOR)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A method, its model, what φ holds, and what it promises beyond the rest."""
+
+    run: Callable[..., hb.Fit]
+    phi: set[str]
+    model: hb.HierarchicalModel = NETWORK
+    prior: bool = False
+    spread: bool = False
+
+
+POINT = {"mu", "sigma", "sigma_query"}
+METHODS = {
+    "MAML": Promise(lambda m, e, **s: hb.maml(m, e, 2, 0.02, **s), POINT),
+    "first-order MAML": Promise(
+        lambda m, e, **s: hb.maml(m, e, 2, 0.02, derivative="first-order", **s), POINT
+    ),
+    "Meta-SGD": Promise(
+        lambda m, e, **s: hb.maml(m, e, 1, 0.02, learn_step_size="coef", **s),
+        {*POINT, "step_size"},
+    ),
+    "ANIL": Promise(
+        lambda m, e, **s: hb.maml(m, e, 2, 0.02, **s), {*POINT, "features"}, FEATURES
+    ),
+    "iMAML": Promise(
+        lambda m, e, **s: hb.imaml(m, e, num_steps=4, **s), {*POINT, "tau"}, prior=True
+    ),
+    "Reptile": Promise(lambda m, e, **s: hb.reptile(m, e, 2, 0.02, **s), POINT),
+    "LLAMA": Promise(lambda m, e, **s: hb.meta.llama(m, e, 2, 0.02, **s), POINT, spread=True),
+    "ABML": Promise(
+        lambda m, e, **s: hb.meta.abml(m, e, 2, 0.02, num_samples=2, **s),
+        {"mu", "tau", "sigma"}, prior=True, spread=True,
+    ),
+    "last layer": Promise(
+        hb.empirical_bayes, {"mu", "tau", "sigma", "features"}, FEATURES, prior=True, spread=True
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=list(METHODS))
+def made(request) -> tuple[Promise, hb.Fit]:
+    promise = METHODS[request.param]
+    return promise, promise.run(promise.model, EPISODES, **SHORT)
+
+
+def test_phi_holds_what_is_promised_and_is_finite(made):
+    promise, fit = made
+    assert set(fit.phi) == promise.phi
+    for value in fit.phi.values():
+        assert isinstance(value, np.ndarray | np.floating)
+        assert np.isfinite(value).all()
+    assert isinstance(fit.warnings, tuple)
+    assert fit.info["seconds"] > 0
+    assert fit.info["history"]["step"] == [0, 6, 12]
+
+
+def test_new_tasks_adapt_and_are_predicted_with_intervals(made):
+    promise, fit = made
+    support, query = EPISODES.draw(4, seed=7)
+    adapted = fit.adapt(support)
+    d = fit.phi["mu"].size
+    assert adapted.theta.shape == (4, d)
+    assert adapted.theta.dims == ("task", "coef")
+    seen = adapted.predict(query)
+    low, high = seen.interval(0.9)
+    assert (low < seen.mean).all()
+    assert (seen.mean < high).all()
+    assert np.isfinite(seen.log_density()).all()
+    if promise.spread:
+        assert np.ptp(seen.sd) > 0
+    else:
+        close(seen.sd, np.full(seen.sd.shape, float(fit.phi["sigma_query"])), rtol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(made):
+    promise, fit = made
+    again = promise.run(promise.model, EPISODES, **SHORT)
+    for name, value in fit.phi.items():
+        np.testing.assert_array_equal(value, again.phi[name])
+    assert not jax.config.jax_enable_x64
+
+
+def test_the_fit_is_a_tree_of_arviz_and_a_table(made):
+    _, fit = made
+    tree = fit.datatree
+    assert {"point_estimate", "observed_data", "constant_data"} <= set(tree.children)
+    assert tree["point_estimate"]["theta"].dims == ("task", "coef")
+    assert "mu" in tree["point_estimate"]
+    table = fit.summary(var_names=["mu"])
+    assert len(table) == fit.phi["mu"].size
+
+
+def test_a_file_gives_the_fit_back(made, tmp_path):
+    promise, fit = made
+    fit.save(tmp_path / "fit.nc")
+    again = hb.load(tmp_path / "fit.nc", model=promise.model)
+    support, query = EPISODES.draw(3, seed=8)
+    close(again.adapt(support).predict(query).mean, fit.adapt(support).predict(query).mean, rtol=0)
+    assert again.info["history"]["held_out"] == fit.info["history"]["held_out"]
+
+
+def test_a_prior_that_all_tasks_share_is_given_where_there_is_one(made):
+    promise, fit = made
+    if promise.prior:
+        assert fit.prior.variance.shape == fit.phi["mu"].shape
+    else:
+        with pytest.raises(AttributeError, match="equivalent_prior"):
+            fit.prior  # noqa: B018
+    with pytest.raises(AttributeError, match="log_evidence"):
+        fit.log_evidence  # noqa: B018
+
+
+def test_wrong_rows_are_refused_in_words(made):
+    _, fit = made
+    wide = hb.Tasks.from_arrays([(np.zeros((3, 2)), np.zeros(3))])
+    with pytest.raises(hb.InputError, match="does not take"):
+        fit.adapt(wide)
+
+
+def test_fits_stand_side_by_side_on_new_tasks():
+    fits = {
+        name: METHODS[name].run(METHODS[name].model, EPISODES, **SHORT)
+        for name in ("MAML", "ANIL", "last layer")
+    }
+    support, query = EPISODES.draw(6, seed=3)
+    comparison = hb.compare(fits, test=query, support=support)
+    table = comparison.table
+    assert comparison.reference == "last layer"
+    assert table["log_density"].notna().all()
+    for name, fit in fits.items():
+        seen = fit.adapt(support).predict(query)
+        close(table.loc[name, "log_density"], seen.log_density().mean(), rtol=1e-9)
+        close(table.loc[name, "rmse"], np.sqrt(np.mean((seen.mean - query.outcome) ** 2)))
+    assert np.isnan(table.loc["MAML", "theta_difference"])
+    comparison.plot()
+    with pytest.raises(hb.InputError, match="support is given without test"):
+        hb.compare(fits, support=support)
+    with pytest.raises(hb.InputError, match=r"episodes\.draw"):
+        hb.compare(fits)
+
+
+def test_classes_are_learned_and_compared_without_an_rmse():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 4, 4, 1)) + 3 * np.repeat(np.eye(6)[:, :4], 10, 0)[:, :, None, None]
+    episodes = hb.Episodes.from_classes(x, np.repeat(list("abcdef"), 10), ways=3, shots=2,
+                                        queries=3)  # fmt: skip
+
+    def apply(params, images):
+        return images.reshape(len(images), -1) @ params["w"] + params["b"]
+
+    start = {"w": jnp.zeros((16, 3)), "b": jnp.zeros(3)}
+    model = hb.HierarchicalModel(
+        hb.likelihoods.Network(apply, start, hb.likelihoods.Categorical(3)), PRIOR
+    )
+    fit = hb.maml(model, episodes, 5, 0.5, **SHORT)
+    assert set(fit.phi) == {"mu"}
+    support, query = episodes.draw(20, seed=2)
+    seen = fit.adapt(support).predict(query)
+    close(seen.probabilities.sum(1), np.ones(query.num_rows), rtol=1e-12)
+    right = (seen.probabilities.argmax(1) == query.outcome).mean()
+    assert right > 0.6  # chance is 1/3; 180 rows: its se is below 0.04
+    table = hb.compare({"MAML": fit}, test=query, support=support).table
+    assert np.isnan(table.loc["MAML", "rmse"])
+    close(table.loc["MAML", "log_density"], seen.log_density().mean(), rtol=1e-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hb.FitWarning)
+        draws = hb.meta.abml(model, episodes, 2, 0.1, num_samples=2, **SHORT)
+    close(draws.adapt(support).predict(query).probabilities.sum(1), np.ones(query.num_rows))
