@@ -80,15 +80,15 @@ PLAN = {
     ),
     "ANIL": Plan(1.0, head, lambda m, e, **k: hb.maml(m, e, 1, 0.01, **k)),
     "iMAML": Plan(
-        0.5, network,
+        0.2, network,
         lambda m, e, **k: hb.imaml(m, e, prior_precision=1.0, num_steps=16, step_size=0.01, **k),
     ),
     "Reptile": Plan(
         0.5, network,
         lambda m, e, **k: hb.reptile(m, e, 10, 0.02, optimiser=optax.sgd(0.1), **k),
     ),
-    "LLAMA": Plan(0.5, network, lambda m, e, **k: hb.meta.llama(m, e, 1, 0.01, weight=1.0, **k)),
-    "ABML": Plan(0.5, network, lambda m, e, **k: hb.meta.abml(m, e, 5, 0.01, **k)),
+    "LLAMA": Plan(0.1, network, lambda m, e, **k: hb.meta.llama(m, e, 1, 0.01, weight=1.0, **k)),
+    "ABML": Plan(0.05, network, lambda m, e, **k: hb.meta.abml(m, e, 5, 0.01, **k)),
     "Bayesian last layer": Plan(0.5, head, lambda m, e, **k: hb.empirical_bayes(m, e, **k)),
 }  # fmt: skip
 

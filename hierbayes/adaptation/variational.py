@@ -76,7 +76,10 @@ class Variational(Adaptation):
                 found = _steps(self, model.without_encoder(), dict(phi), block)
                 mean[positions], log_sd[positions] = (np.asarray(part) for part in found)
         white = np.random.default_rng(0).standard_normal((PREDICTIVE_DRAWS, 1, mean.shape[1]))
-        return Adapted(mean, sample=mean + np.exp(log_sd) * white)
+        sample = np.empty((PREDICTIVE_DRAWS, *mean.shape), dtype=model.likelihood.precision)
+        for place, one in enumerate(white):
+            sample[place] = mean + np.exp(log_sd) * one
+        return Adapted(mean, sample=sample)
 
 
 def expected(

@@ -135,9 +135,13 @@ def check_columns(rows: Tasks, known: Tasks) -> None:
         found, wanted = getattr(rows.labels, role), getattr(known.labels, role)
         if found != wanted:
             raise InputError(
-                f"these rows have {role} {found}, but the fit knows {role} {wanted}; "
+                f"these rows have {role} {_few(found)}, but the fit knows {role} {_few(wanted)}; "
                 "encode new rows by the training tasks: tasks.encode(data)"
             )
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return str(names) if len(names) <= 12 else f"({listing(names, 3)})"
 
 
 def finish(
