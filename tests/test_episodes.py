@@ -76,6 +76,7 @@ def test_the_assertion_of_disjointness_sees_an_example_that_appears_twice():
 # ---------------------------------------------------------------------- a sampler
 
 
+@pytest.mark.slow
 def test_a_sampler_gives_as_many_rows_as_asked_for():
     support, query = Episodes.from_sampler(lines, 4, 6).draw(7)
     assert support.sizes.tolist() == [4] * 7
@@ -113,6 +114,7 @@ def test_tasks_of_a_draw_differ_from_one_another():
     assert len(np.unique(outcome)) == 150
 
 
+@pytest.mark.slow
 def test_with_rows_is_the_same_source_with_other_numbers_of_rows():
     source = Episodes.from_sampler(lines, 3)
     support, query = source.with_rows(8, 2).draw(4)
@@ -132,6 +134,7 @@ def test_with_rows_refuses_what_the_data_do_not_hold():
         Episodes.from_tasks(marked_tasks([6, 7]), shots=2).with_rows(5, 4)
 
 
+@pytest.mark.slow
 def test_drawing_leaves_the_flag_for_float64_alone():
     for flag in (False, True):
         with jax.enable_x64(flag):
@@ -139,6 +142,7 @@ def test_drawing_leaves_the_flag_for_float64_alone():
             assert jax.config.jax_enable_x64 is flag
 
 
+@pytest.mark.slow
 def test_drawing_works_where_float64_is_the_default():
     code = (
         "import jax, numpy as np, hierbayes as hb\n"
@@ -188,6 +192,7 @@ def test_numbers_of_rows_and_tasks_must_be_positive_integers(bad):
 # ------------------------------------------------------------------------ classes
 
 
+@pytest.mark.slow
 def test_episodes_of_classes_hold_ways_classes_with_shots_and_queries_of_each():
     support, query = Episodes.from_classes(*labelled(), ways=3, shots=2, queries=3).draw(20)
     for j in range(20):
@@ -195,6 +200,7 @@ def test_episodes_of_classes_hold_ways_classes_with_shots_and_queries_of_each():
         assert sorted(query.take([j]).outcome) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_support_and_query_share_no_example_and_classes_are_distinct():
     """Every example has a number of its own, 1 and up: that of 0 would be a row of padding."""
     x, labels = labelled()
@@ -216,6 +222,7 @@ def test_support_and_query_share_no_example_and_classes_are_distinct():
     assert len(seen) == 12, "every class stands at every label in some episode"
 
 
+@pytest.mark.slow
 def test_every_example_of_a_class_of_any_size_is_drawn():
     """200 episodes of 2 of 4 classes, 5 of 5 to 9 examples: one is left out with chance 0.7^200."""
     x, labels = labelled()
@@ -224,6 +231,7 @@ def test_every_example_of_a_class_of_any_size_is_drawn():
     assert np.unique(drawn).astype(int).tolist() == list(range(1, 28))
 
 
+@pytest.mark.slow
 def test_images_of_bytes_are_taken_and_leave_as_numbers():
     x, labels = labelled(shape=(4, 4, 1), dtype=np.uint8)
     support, _ = Episodes.from_classes(x, labels, ways=2, shots=2, queries=1).draw(3)
@@ -232,6 +240,7 @@ def test_images_of_bytes_are_taken_and_leave_as_numbers():
     assert support.coef == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["integers", "strings", "objects"])
 def test_labels_may_be_of_any_kind(kind):
     x, labels = labelled()
@@ -273,6 +282,7 @@ def test_bad_classes_are_refused(change, words):
 # -------------------------------------------------------------- a fixed set of tasks
 
 
+@pytest.mark.slow
 @settings(max_examples=6)  # each compiles a program of its own
 @given(st.lists(st.integers(0, 12), min_size=2, max_size=9), st.floats(0.05, 0.95))
 def test_support_and_query_part_a_tasks_rows(sizes, query):

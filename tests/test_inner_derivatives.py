@@ -84,6 +84,7 @@ def value_and_slope(steps, model, tasks, phi):
 # ------------------------------------------------------------------- through the steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 7, 16])
 def test_recomputed_steps_have_the_derivative_of_kept_ones(num_steps):
     """1, 2 and 7 do not fill segments of √K steps."""
@@ -203,6 +204,7 @@ def exact(tasks, phi):
     return [np.stack(parts) for parts in zip(*found, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "per_coefficient", "tau"),
     [("sum", False, 0.7), ("mean", True, np.array([0.5, 1.1])), ("sum", True, 0.7)],
@@ -228,6 +230,7 @@ def test_the_implicit_derivative_is_that_of_the_maximum(loss, per_coefficient, t
     close(slope["step_size"], np.zeros_like(eta), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_implicit_derivative_of_a_network_is_that_of_many_steps():
     """Where the steps have converged both are the derivative of the maximum.
 
@@ -344,6 +347,7 @@ OPTIMISERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "which"), [*((name, "network") for name in OPTIMISERS), ("clipped", "linear")]
 )
@@ -375,6 +379,7 @@ def test_an_optimiser_runs_for_each_task_by_itself(name, which):
             close(found[j], theta, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_derivative_through_an_optimiser_is_that_of_differences():
     steps = GradientSteps(4, optimiser=optax.adam(0.05), derivative="rematerialised")
     phi = phi_of(network())
@@ -420,12 +425,14 @@ def scratch(derivative, num_steps):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("derivative", ["implicit", "first-order"])
 def test_memory_does_not_grow_with_the_steps(derivative):
     """Program text aside, which is the same for any K: a tenth is allowed."""
     assert scratch(derivative, 200) <= 1.1 * scratch(derivative, 10)
 
 
+@pytest.mark.slow
 def test_memory_of_recomputed_steps_grows_with_the_root_of_their_number():
     """√200 / √10 = 4.5; segments are whole numbers of steps, 14 and 3, a ratio of 4.7."""
     assert scratch("rematerialised", 200) <= 5 * scratch("rematerialised", 10)

@@ -83,6 +83,7 @@ def test_the_control_a_wrong_feature_is_seen():
         close(on_features(model, other, tasks), dense_evidence(model, phi, tasks), rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mu", "tau", "sigma", "features"])
 def test_the_slope_of_the_evidence_is_that_of_differences(name):
     model, tasks = model_of(sizes=(1, 3)), ragged()
@@ -145,6 +146,7 @@ def test_learning_the_features_raises_the_evidence_of_held_out_tasks(learned):
     assert fit.tasks.coef[:2] == ("Intercept", "h0")
 
 
+@pytest.mark.slow
 def test_intervals_cover_and_adapting_beats_what_is_known_of_new_tasks(learned):
     """95 % intervals over 200 tasks; the se of the coverage, tasks as units, is about 0.01."""
     fit, episodes = learned

@@ -121,6 +121,7 @@ def test_any_pytree_of_weights_goes_to_a_vector_and_back(kind):
     assert len(set(net.weights.names)) == len(net.weights.names) == net.weights.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_pytree_of_weights_adapts_and_predicts(kind):
     """f is what ``apply`` says at tree(θ); float32 rounds to 1e-7 a product."""
@@ -182,6 +183,7 @@ def test_the_log_likelihood_is_scipys(name):
         assert (found[j, n:] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OUTCOMES)
 def test_ragged_tasks_adapt_as_each_does_alone(name):
     tasks = some_tasks(name, sizes=(4, 1, 7, 0, 3))
@@ -203,6 +205,7 @@ def test_columns_of_shape_n_and_n_by_1_are_the_same_outputs():
     close(fits[0].predict().mean, fits[1].predict().mean, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_images_pass_a_convolution():
     """One 3 × 3 kernel, averaged: outcomes of every family, on images in tasks of any size."""
 
@@ -344,6 +347,7 @@ def test_float32_is_computed_in_and_float64_leaves():
             assert jax.config.jax_enable_x64 is flag
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "flag"), [("float32", True), ("float64", False)])
 def test_training_computes_in_what_was_asked_for_whatever_the_flag(dtype, flag):
     seen = set()
@@ -366,6 +370,7 @@ def test_training_computes_in_what_was_asked_for_whatever_the_flag(dtype, flag):
     assert seen == {(dtype, dtype)}
 
 
+@pytest.mark.slow
 def test_networks_work_where_float64_is_the_default():
     code = (
         "import jax, numpy as np, hierbayes as hb\n"

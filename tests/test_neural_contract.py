@@ -63,7 +63,14 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=list(METHODS))
+QUICK = ("MAML",)
+"""What the fast run holds to the contract; the others take seconds to compile each."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
+)
 def made(request) -> tuple[Promise, hb.Fit]:
     promise = METHODS[request.param]
     return promise, promise.run(promise.model, EPISODES, **SHORT)
@@ -143,6 +150,7 @@ def test_wrong_rows_are_refused_in_words(made):
         fit.adapt(wide)
 
 
+@pytest.mark.slow
 def test_fits_stand_side_by_side_on_new_tasks():
     fits = {
         name: METHODS[name].run(METHODS[name].model, EPISODES, **SHORT)
@@ -165,6 +173,7 @@ def test_fits_stand_side_by_side_on_new_tasks():
         hb.compare(fits)
 
 
+@pytest.mark.slow
 def test_classes_are_learned_and_compared_without_an_rmse():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 4, 4, 1)) + 3 * np.repeat(np.eye(6)[:, :4], 10, 0)[:, :, None, None]

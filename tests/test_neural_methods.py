@@ -54,6 +54,7 @@ def fitted(model, adaptation, phi, tasks):
 # ------------------------------------------------------- the spread of linearised steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 @pytest.mark.parametrize("sizes", [(5, 5, 5), (6, 2, 4)])
 def test_the_implied_variance_is_exact_where_f_is_linear(num_steps, sizes):
@@ -254,6 +255,7 @@ def test_meta_sgd_implies_the_precision_of_its_inverse_step_sizes_less_the_curva
     close(implied.posterior_mean, fit.theta.values, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sum", "mean"])
 def test_without_matrices_a_network_has_the_same_equivalent_prior_as_with_them(loss):
     model, tasks = tanh_network(), some_tasks(width=1)
@@ -290,6 +292,7 @@ def test_steps_beyond_twice_the_way_are_judged_and_not_refused_where_f_is_not_li
         hb.equivalent_prior(linear, some_tasks(), phi, num_steps=1, step_size=2.0)
 
 
+@pytest.mark.slow
 def test_anil_is_exactly_a_map_estimate_on_its_features():
     """θ is the last layer alone, so that the task is linear and nothing is approximated."""
     likelihood = hb.likelihoods.LastLayer.mlp([1, 4], activation=jnp.tanh, dtype="float64")
@@ -303,6 +306,7 @@ def test_anil_is_exactly_a_map_estimate_on_its_features():
     assert set(implied.status) == {"proper"}
 
 
+@pytest.mark.slow
 def test_imamls_estimates_are_of_the_shared_prior_already():
     model = tanh_network()
     fit = hb.imaml(

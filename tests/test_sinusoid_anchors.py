@@ -77,6 +77,7 @@ def test_the_oracle_is_exact_from_two_rows_on():
     assert np.median(np.abs(said - query.outcome)) > 0.1
 
 
+@pytest.mark.slow
 def test_errors_after_steps_are_those_of_steps_by_hand():
     """One weight, f = θ x: θ_k = θ_{k−1} + 2 η mean(x (y − θ_{k−1} x)) at σ² = 1/2."""
     line = hb.likelihoods.Network(lambda p, x: x @ p["w"], {"w": np.ones(1)}, dtype="float64")
@@ -97,6 +98,7 @@ def test_errors_after_steps_are_those_of_steps_by_hand():
     assert best.adaptation.num_steps == 1 + found[1:].mean(1).argmin()
 
 
+@pytest.mark.slow
 def test_scores_of_a_known_normal():
     """At f = 0 and deviation s: log density −½ log(2π s²) − y²/(2 s²), coverage by |y| ≤ z s."""
     flat = hb.likelihoods.Network(lambda p, x: 0 * x @ p["w"], {"w": np.ones(1)}, dtype="float64")

@@ -143,6 +143,7 @@ def test_maml_on_a_linear_gaussian_sampler_reaches_its_closed_form():
     assert found.warnings == ()
 
 
+@pytest.mark.slow
 def test_the_score_is_the_mean_log_density_of_query_rows_and_improves(whole):
     held_out = fitted(num_meta_steps=400, optimiser=optax.adam(0.3)).info["history"]["held_out"]
     assert held_out[-1] > held_out[0] + 0.1
@@ -157,6 +158,7 @@ def test_the_score_is_the_mean_log_density_of_query_rows_and_improves(whole):
 # ----------------------------------------------------------------------- repeatable
 
 
+@pytest.mark.slow
 def test_equal_seeds_end_bit_equal_and_others_do_not(whole):
     assert_equal_fits(whole, fitted())
     assert_equal_fits(whole, fitted(seed=jax.random.key(0)))
@@ -177,6 +179,7 @@ def test_the_users_flag_for_float64_stays_and_changes_nothing(whole):
     assert jax.config.jax_enable_x64 is False
 
 
+@pytest.mark.slow
 def test_many_meta_steps_run_in_one_compiled_call(monkeypatch):
     """Calls of 10, 40, 160 and 290 meta-steps; the sampler is traced as often as for one call."""
     monkeypatch.setattr(training, "RESPONSE", 1e9)
@@ -512,6 +515,7 @@ def test_what_is_no_source_is_refused(small):
 # ----------------------------------------------------------------- fixed sets of tasks
 
 
+@pytest.mark.slow
 def test_a_network_on_a_fixed_set_of_tasks_keeps_them_and_their_names():
     rng = np.random.default_rng(2)
     arrays = [(x := rng.uniform(-2, 2, (n, 1)), np.sin(x[:, 0] + n)) for n in (4, 7, 2, 5)]
@@ -523,6 +527,7 @@ def test_a_network_on_a_fixed_set_of_tasks_keeps_them_and_their_names():
     assert np.allclose(alone.sel(task="b"), found.theta.sel(task="b"), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_linear_tasks_resplit_in_every_meta_step_keep_their_coefficients(small):
     sizes = small.tasks.sizes
     tasks = small.tasks.take(np.flatnonzero(sizes >= 4))
