@@ -15,6 +15,9 @@ import numpy as np
 
 UNROLL_UP_TO = 4
 
+LAPACK_UP_TO = 16
+"""Above, LAPACK starts threads of its own inside XLA's: on two cores two calls may never end."""
+
 
 def float64() -> Any:
     """Context in which JAX computes in float64, whatever the user's flag says."""
@@ -64,6 +67,8 @@ def matvec(a: jax.Array, x: jax.Array) -> jax.Array:
 def cholesky(a: jax.Array) -> jax.Array:
     """Lower Cholesky factor of (d, d, …) matrices, the batch on the trailing axes."""
     d = a.shape[0]
+    if d > LAPACK_UP_TO:
+        return _factorise(a)
     if d > UNROLL_UP_TO:
         factor = jnp.linalg.cholesky(jnp.moveaxis(a, (0, 1), (-2, -1)))
         return jnp.moveaxis(factor, (-2, -1), (0, 1))
@@ -80,6 +85,18 @@ def cholesky(a: jax.Array) -> jax.Array:
                 value = value - rows[i][k] * rows[j][k]
             rows[i][j] = value / rows[j][j]
     return jnp.stack([jnp.stack(row) for row in rows])
+
+
+def _factorise(a: jax.Array) -> jax.Array:
+    """The Cholesky factor column by column, every line one loop over the trailing axes."""
+    places = jnp.arange(len(a)).reshape(-1, *(1,) * (a.ndim - 2))
+
+    def column(factor: jax.Array, j: Any) -> tuple[jax.Array, None]:
+        rest = a[:, j] - (factor * factor[j][None]).sum(1)
+        found = jnp.where(places >= j, rest, 0.0) / jnp.sqrt(rest[j])
+        return factor.at[:, j].set(found), None
+
+    return jax.lax.scan(column, jnp.zeros_like(a), jnp.arange(len(a)))[0]
 
 
 def semidefinite_root(a: jax.Array) -> jax.Array:
@@ -145,6 +162,8 @@ def solve_upper(factor: jax.Array, b: jax.Array) -> jax.Array:
 def _solve_lapack(factor: jax.Array, b: jax.Array, *, transpose: bool) -> jax.Array:
     if b.ndim == 3:
         return _substitute(factor, b, transpose=transpose)
+    if len(b) > LAPACK_UP_TO:
+        return _substitute(factor, b[:, None], transpose=transpose)[:, 0]
     matrices = jnp.moveaxis(factor, (0, 1), (-2, -1))
     columns = jnp.moveaxis(b[:, None], -1, 0)
     solved = jax.scipy.linalg.solve_triangular(matrices, columns, trans=int(transpose), lower=True)
@@ -152,11 +171,7 @@ def _solve_lapack(factor: jax.Array, b: jax.Array, *, transpose: bool) -> jax.Ar
 
 
 def _substitute(factor: jax.Array, b: jax.Array, *, transpose: bool) -> jax.Array:
-    """Many right-hand sides a task, row by row.
-
-    LAPACK's own solve starts threads for matrices, inside XLA's, and takes a hundred times longer
-    or never ends on a machine of two cores.
-    """
+    """Many right-hand sides a task, row by row; LAPACK's own solve is threaded for matrices."""
     matrix = jnp.swapaxes(factor, 0, 1) if transpose else factor
     order = jnp.arange(len(b))
 

@@ -58,7 +58,8 @@ def read_phi(
                 f"phi holds no {name!r}, which these tasks need; pass {name}=… or a fit's phi"
             )
         try:
-            value = np.asarray(found[name], dtype=float)
+            # a copy: the array itself may be part of a program compiled in float32
+            value = np.array(found[name], dtype=float)
         except (TypeError, ValueError) as error:
             raise InputError(f"phi's {name} is not a number or an array of numbers") from error
         if value.shape != shape:

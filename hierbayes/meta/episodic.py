@@ -135,7 +135,7 @@ def finish(
     """The fit; ``after`` learns what is left of φ from fresh tasks, (support, query)."""
     with arithmetic(outer.model.likelihood.precision):
         phi = {k: np.asarray(v, np.float64) for k, v in outer.phi(trained.parameters).items()}
-    phi |= outer.fixed  # as given, not as rounded
+    phi |= {name: np.array(value) for name, value in outer.fixed.items()}  # not as rounded
     if after is not None:
         # a generator may end; it has given as many as there are held out
         num_tasks = 500 if isinstance(episodes, Sampled) else sample.num_tasks

@@ -200,7 +200,9 @@ def maml(
 
         best = maximise(objective, start, optimiser, num_meta_steps, progress, "MAML")
         phi = to_numpy(unpack(best.parameters))
-    chosen = phi.get("step_size", eta) if inner_optimiser is None else None
+    chosen: Any = phi.get("step_size", eta) if inner_optimiser is None else None
+    if chosen is not None and np.ndim(chosen) == 0:
+        chosen = float(chosen)
     remarks = best.warnings
     if chosen is not None and np.ndim(chosen) == 0:
         supports = [support for support, _ in splits]
@@ -213,7 +215,7 @@ def maml(
         'info["query_log_density"], not log p(D | φ)',
         warnings=announce(remarks),
         info={
-            "num_steps": num_steps, "step_size": None if chosen is None else np.asarray(chosen),
+            "num_steps": num_steps, "step_size": chosen,
             "loss": loss, "derivative": derivative,
             "query_log_density": best.value * asked.num_rows / num_splits, "query": query,
             "num_splits": num_splits, "num_meta_steps": num_meta_steps, "sigma": sigma,
