@@ -258,7 +258,7 @@ def evaluate(name: str, args: argparse.Namespace, where: Path) -> dict[str, Any]
     told = {
         "meta_steps": fit.info["outer_steps"], "seconds": fit.info["seconds"],
         "warnings": list(fit.warnings), "curves": curves(fit, args.tasks, args.queries),
-        "scores": predictive(name, fit, args.tasks, args.queries),
+        "scores": predictive(name, fit, min(args.scored, args.tasks), args.queries),
     }  # fmt: skip
     write_json(kept, told)
     return told
@@ -272,6 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--meta-steps", type=int, default=70_000, help="MAML's; others a share")
     parser.add_argument("--tasks", type=int, default=6000, help="fresh tasks to be judged by")
+    parser.add_argument("--scored", type=int, default=1000, help="of these, with their spread")
     parser.add_argument("--queries", type=int, default=100, help="rows each is judged by")
     parser.add_argument("--only", nargs="+", choices=tuple(PLAN), default=tuple(PLAN))
     parser.add_argument("--seed", type=int, default=0)
