@@ -138,6 +138,7 @@ def learned():
     return fit, episodes
 
 
+@pytest.mark.slow
 def test_learning_the_features_raises_the_evidence_of_held_out_tasks(learned):
     fit, _ = learned
     history = fit.info["history"]["held_out"]
@@ -159,6 +160,7 @@ def test_intervals_cover_and_adapting_beats_what_is_known_of_new_tasks(learned):
     assert gain.mean() > 4 * gain.std() / np.sqrt(200)
 
 
+@pytest.mark.slow
 def test_the_fit_goes_to_a_file_and_comes_back(learned, tmp_path):
     fit, episodes = learned
     fit.save(tmp_path / "fit.nc")

@@ -67,6 +67,7 @@ def kept(tmp_path_factory):
     return path.read_bytes()
 
 
+@pytest.mark.slow
 def test_equal_fits_are_told_from_others(whole):
     """The control: one bit of one weight, and one score."""
     import copy

@@ -201,7 +201,7 @@ def over_equal_rows(scaling: Preconditioner, tasks: Tasks) -> Preconditioner:
     if len(sizes) > 1:
         raise InputError(
             f'loss="mean" without matrices is for tasks of one size, found {sizes.min()} to '
-            f"{sizes.max()} rows: take tasks of one size at a time"
+            f"{sizes.max()} rows: take tasks of one size at a time, or step_size / n_j for each"
         )
     return Preconditioner(scaling.root / np.sqrt(max(sizes.max(initial=1), 1)))
 

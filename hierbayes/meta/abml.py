@@ -93,7 +93,7 @@ def abml(
     >>> import hierbayes as hb
     >>> network = hb.likelihoods.Network.mlp([1, 8, 1])
     >>> model = hb.HierarchicalModel(network, hb.priors.Gaussian(correlated=False))
-    >>> fit = hb.meta.abml(model, hb.datasets.sinusoids(5), num_meta_steps=20, batch_size=5)
+    >>> fit = hb.meta.abml(model, hb.datasets.sinusoids(5), 1, num_samples=1, num_meta_steps=5)
     >>> sorted(fit.phi)
     ['mu', 'sigma', 'tau']
     """
