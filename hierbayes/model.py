@@ -20,6 +20,7 @@ import numpyro.distributions as dist
 
 from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.likelihoods import Likelihood
+from hierbayes.likelihoods.neural import Neural
 from hierbayes.numerics import float64
 from hierbayes.priors import HyperPrior, Prior
 from hierbayes.priors.gaussian import Gaussian as GaussianPrior
@@ -108,6 +109,12 @@ class HierarchicalModel:
     def check(self, tasks: Tasks, *, learns_prior: bool) -> None:
         """Refuse tasks that the model cannot be fitted to, before any computation."""
         self.likelihood.check(tasks)
+        if isinstance(self.likelihood, Neural):
+            raise NotApplicable(
+                f"{type(self.likelihood).__name__} learns its network from many tasks: use "
+                "hb.maml, hb.imaml, hb.reptile, hb.meta.llama or hb.meta.abml, or "
+                "hb.empirical_bayes with a LastLayer"
+            )
         self.shape(tasks)
         if tasks.outcome is None:
             raise InputError(f"the data hold no outcome {tasks.labels.outcome!r} to fit")

@@ -67,8 +67,6 @@ def matvec(a: jax.Array, x: jax.Array) -> jax.Array:
 def cholesky(a: jax.Array) -> jax.Array:
     """Lower Cholesky factor of (d, d, …) matrices, the batch on the trailing axes."""
     d = a.shape[0]
-    if d > LAPACK_UP_TO:
-        return _factorise(a)
     if d > UNROLL_UP_TO:
         factor = jnp.linalg.cholesky(jnp.moveaxis(a, (0, 1), (-2, -1)))
         return jnp.moveaxis(factor, (-2, -1), (0, 1))
@@ -87,8 +85,13 @@ def cholesky(a: jax.Array) -> jax.Array:
     return jnp.stack([jnp.stack(row) for row in rows])
 
 
-def _factorise(a: jax.Array) -> jax.Array:
-    """The Cholesky factor column by column, every line one loop over the trailing axes."""
+def cholesky_without_threads(a: jax.Array) -> jax.Array:
+    """:func:`cholesky`, for large d column by column: for what needs no derivative.
+
+    Every line is one loop over the trailing axes; a derivative would keep all columns' states.
+    """
+    if len(a) <= LAPACK_UP_TO:
+        return cholesky(a)
     places = jnp.arange(len(a)).reshape(-1, *(1,) * (a.ndim - 2))
 
     def column(factor: jax.Array, j: Any) -> tuple[jax.Array, None]:

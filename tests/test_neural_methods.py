@@ -121,7 +121,7 @@ def test_log_shrinkage_is_half_the_dense_log_determinant():
     steps = LinearisedSteps(3, 0.05)
     task = jax.tree.map(lambda v: v[0], tasks.block(np.arange(3), 5))
     with float64():
-        found = float(steps.log_shrinkage(model, PHI, jnp.asarray(PHI["mu"]), task))
+        found = float(steps.log_shrinkage(model, PHI, jnp.asarray(PHI["mu"]), task, task))
     x = columns(tasks.predictors[:5])
     dense = np.linalg.slogdet(np.eye(3) + 0.15 * x.T @ x / PHI["sigma"] ** 2)[1]
     close(found, 0.5 * dense, rtol=1e-10)

@@ -107,7 +107,12 @@ def read_fit(asked: Asked, *, flow: bool, loss: Any) -> Asked:
     if getattr(took, "optimiser", None) is not None:
         return asked._replace(optimiser=took.optimiser)
     learned = fit.phi.get("step_size")
-    if np.ndim(learned) and asked.preconditioner is None:
+    if np.ndim(learned) and asked.preconditioner is not None:
+        raise InputError(
+            f"{fit.method} has learned a step size for each coefficient, which is a preconditioner "
+            "already: leave preconditioner out, or pass fit.phi['mu'] with steps of your own"
+        )
+    if np.ndim(learned):
         return asked._replace(step_size=1.0, preconditioner=np.asarray(learned))
     return asked._replace(step_size=info.get("step_size") if learned is None else learned)
 

@@ -24,6 +24,7 @@ from hierbayes.adaptation.base import Adaptation, Adapted
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import (
     cholesky,
+    cholesky_without_threads,
     float64,
     matmul,
     matvec,
@@ -52,7 +53,9 @@ class Collapse(NamedTuple):
     noise_variance: Any
 
 
-def collapse(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> Collapse:
+def collapse(
+    stats: Statistics, prior: Prior, phi: dict[str, Any], factorise: Any = cholesky
+) -> Collapse:
     """Bring a Gaussian task and a Gaussian prior together."""
     d = stats.num_coef
     noise_variance = phi["sigma"] ** 2 if "sigma" in phi else 1.0
@@ -66,21 +69,21 @@ def collapse(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> Collapse:
     spread = matmul(design, jnp.swapaxes(design, 0, 1))
     variance = spread + noise_variance * jnp.eye(d)[:, :, None]
     return Collapse(
-        location, root, design, cholesky(variance), residual[:d] - matvec(x, location),
+        location, root, design, factorise(variance), residual[:d] - matvec(x, location),
         residual[d:], noise_variance,
     )  # fmt: skip
 
 
 def posterior(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """Means (d, J) and root covariances C (d, d, J), with C Cᵀ the covariance."""
-    c = collapse(stats, prior, phi)
+    c = collapse(stats, prior, phi, cholesky_without_threads)
     solved = solve_upper(c.factor, solve_lower(c.factor, c.moved))
     transposed = jnp.swapaxes(c.design, 0, 1)
     mean = c.location + matvec(c.root[:, :, None], matvec(transposed, solved))
     d = stats.num_coef
     precision = matmul(transposed, c.design) / c.noise_variance + jnp.eye(d)[:, :, None]
     # (I + BᵀB/σ²)⁻¹ = F⁻ᵀF⁻¹ with F lower, so L F⁻ᵀ is a root of the covariance
-    factor = cholesky(precision)
+    factor = cholesky_without_threads(precision)
     units = jnp.broadcast_to(jnp.eye(d)[:, :, None], factor.shape)
     return mean, matmul(c.root[:, :, None], solve_upper(factor, units))
 

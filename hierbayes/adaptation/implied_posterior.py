@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hierbayes.adaptation.base import Adaptation, Adapted
 from hierbayes.adaptation.equivalence import equivalent_prior
@@ -23,11 +23,14 @@ class ImpliedPosterior(Adaptation):
     num_steps : int
         K.
     step_size : float
-        η, in units of the summed log likelihood.
+        η, in the units of ``loss``.
+    loss : "sum" or "mean"
+        Steps on the summed log likelihood of a task's rows, or on its mean.
     """
 
     num_steps: int
     step_size: float
+    loss: Literal["sum", "mean"] = "sum"
     name = "implied posterior"
 
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
@@ -38,7 +41,9 @@ class ImpliedPosterior(Adaptation):
         """The prior of each task under which the steps are a MAP estimate."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FitWarning)  # they travel in the messages
-            return equivalent_prior(model, tasks, phi, self.num_steps, self.step_size)
+            return equivalent_prior(
+                model, tasks, phi, self.num_steps, self.step_size, loss=self.loss
+            )
 
     @staticmethod
     def read(implied: EquivalentPrior) -> Adapted:

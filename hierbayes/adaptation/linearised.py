@@ -78,15 +78,18 @@ class LinearisedSteps(GradientSteps):
         self, model: HierarchicalModel, phi: dict[str, Any], theta: Any, given: Task, asked: Task
     ) -> Any:
         """var f (m,) at the rows ``asked`` of one task that took its steps on ``given``."""
-        jacobian, weights = _whitened(model, phi, theta, given)
-        return self._variance(phi, _jacobian(model, phi, theta, asked), jacobian, weights)
+        jacobian = _whitened(model, phi, theta, given)
+        return self._variance(phi, _jacobian(model, phi, theta, asked), jacobian, given)
 
     def log_shrinkage(
-        self, model: HierarchicalModel, phi: dict[str, Any], theta: Any, rows: Task
+        self, model: HierarchicalModel, phi: dict[str, Any], theta: Any, given: Task, rows: Task
     ) -> Any:
-        """½ log det(I + s₀ JᵀJ/σ²) of the ``rows``: by how much they narrow N(φ, s₀ I)."""
-        jacobian, _ = _whitened(model, phi, theta, rows)
-        prior = self._flat(phi, rows)[0]
+        """½ log det(I + s₀ JᵀJ/σ²) of ``rows``: by how much they narrow N(φ, s₀ I).
+
+        s₀ is that of the steps on ``given``.
+        """
+        jacobian = _whitened(model, phi, theta, rows)
+        prior = self._flat(phi, given)[0]
         gram = jnp.eye(len(jacobian)) + prior * jacobian @ jacobian.T
         return jnp.log(jnp.diagonal(jnp.linalg.cholesky(gram))).sum()
 
@@ -118,10 +121,10 @@ def _jacobian(model: HierarchicalModel, phi: Any, theta: Any, task: Task) -> Any
     return jnp.where(task.mask[:, None], rows, 0.0)
 
 
-def _whitened(model: HierarchicalModel, phi: Any, theta: Any, task: Task) -> tuple[Any, Task]:
-    """W^½ J (n, d), with W the curvature of each row's log likelihood in f, and the rows."""
+def _whitened(model: HierarchicalModel, phi: Any, theta: Any, task: Task) -> Any:
+    """W^½ J (n, d), with W the curvature of each row's log likelihood in f."""
     bend = model.likelihood.curvature_bound(phi, task.slots)
-    return jnp.sqrt(bend) * _jacobian(model, phi, theta, task), task
+    return jnp.sqrt(bend) * _jacobian(model, phi, theta, task)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

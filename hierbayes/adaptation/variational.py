@@ -49,10 +49,9 @@ class Variational(Adaptation):
     name = "variational steps"
 
     def steps(
-        self, model: HierarchicalModel, phi: dict[str, Any], rows: Task, key: Any
+        self, model: HierarchicalModel, phi: dict[str, Any], rows: Task, keys: Any
     ) -> tuple[Any, Any]:
-        """(m, log s), each (J, d), of tasks on a leading axis; differentiable in φ."""
-        keys = jax.random.split(key, rows.mask.shape[0])
+        """(m, log s), each (J, d), of tasks on a leading axis, a key each; differentiable in φ."""
         return jax.vmap(lambda task, k: self._of_one(model, phi, task, k))(rows, keys)
 
     def _of_one(
@@ -103,4 +102,8 @@ def divergence(q: tuple[Any, Any], phi: dict[str, Any]) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _steps(adaptation: Variational, model: HierarchicalModel, phi: Any, rows: Task) -> Any:
-    return adaptation.steps(model, phi, rows, jax.random.key(0))
+    # one key for all: what a task concludes does not depend on its place among others
+    keys = jax.random.wrap_key_data(
+        jnp.broadcast_to(jax.random.key_data(jax.random.key(0)), (rows.mask.shape[0], 2))
+    )
+    return adaptation.steps(model, phi, rows, keys)

@@ -227,12 +227,13 @@ def _reference(fits: dict[str, Fit], asked: str | None) -> str | None:
             raise InputError(f"reference {asked!r} is not among the fits: {', '.join(fits)}")
         return asked
     full = [label for label, fit in fits.items() if fit.method == "full Bayes"]
-    posterior = [
-        label
-        for label, fit in fits.items()
-        if fit.adapted.covariance is not None and "mu" in fit.phi
-    ]
+    posterior = [label for label, fit in fits.items() if _has_posterior(fit) and "mu" in fit.phi]
     return next(iter(full + posterior), None)
+
+
+def _has_posterior(fit: Fit) -> bool:
+    adapted = fit.adapted.adapted
+    return not (adapted.covariance is None and adapted.sample is None and adapted.spread is None)
 
 
 def _by_task(

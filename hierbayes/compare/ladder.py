@@ -77,7 +77,8 @@ def build_ladder(
     learned = posterior if point is None else point
     centre = {k: np.asarray(start.phi[k]) for k in _CENTRE if k in start.phi}
     spread = {k: np.asarray(learned.phi[k]) for k in _SPREAD if k in learned.phi}
-    steps = ImpliedPosterior(*_steps(start, num_steps, step_size))
+    loss: Any = getattr(start.adaptation, "loss", "sum")
+    steps = ImpliedPosterior(*_steps(start, num_steps, step_size), loss)
     exact: Adaptation = Conjugate() if gaussian else Laplace()
     draws = (num_chains, num_draws)
     implied = steps.prior(model, tasks, centre)
@@ -105,13 +106,19 @@ def _steps(start: Fit, num_steps: int | None, step_size: float | str | None) -> 
         return int(best), float(finite.loc[best, "step_size"])
     if num_steps is None and "num_steps" not in start.info:
         raise InputError(f"{start.method} takes no gradient steps: pass num_steps and step_size")
+    if getattr(start.adaptation, "optimiser", None) is not None:
+        raise InputError(
+            f"the inner loop of {start.method} had an optimiser of its own; the report is for "
+            "plain gradient steps"
+        )
     size: Any = step_size
     if size is None:
         size = start.phi.get("step_size", start.info.get("step_size", "auto"))
     if np.ndim(size):
         raise InputError(f"step_size must be one number for all steps, found {size!r}")
     if size == "auto":
-        size = 1.0 / float(largest_curvature(start.model, start.tasks, dict(start.phi)).max())
+        loss = getattr(start.adaptation, "loss", "sum")
+        size = 1 / float(largest_curvature(start.model, start.tasks, dict(start.phi), loss).max())
     if num_steps is None:
         num_steps = int(start.info["num_steps"])
     return num_steps, float(size)

@@ -35,6 +35,8 @@ class LaplacePredictive:
         scored = model.likelihood.plug_in(phi)
         rows = model.likelihood.log_likelihood_of_rows(thetas, scored, query, None)
         narrower = jax.vmap(
-            lambda theta, task: self.adaptation.log_shrinkage(model, phi, theta, task)
-        )(thetas, query)
+            lambda theta, given, asked: self.adaptation.log_shrinkage(
+                model, phi, theta, given, asked
+            )
+        )(thetas, support, query)
         return rows.sum(-1) - self.weight * narrower

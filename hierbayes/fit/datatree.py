@@ -132,7 +132,10 @@ def log_likelihood(fit: Fit, draws: dict[str, np.ndarray], by: str = "row") -> A
             fit.model.without_encoder(), theta.reshape(-1, *theta.shape[2:]), flat,
             *fit.model.likelihood.arrange(tasks),
         )  # fmt: skip
-        values = np.asarray(by_row).reshape(*lead, tasks.num_rows)
+        values = np.asarray(by_row)
+        if values.ndim > 2:  # tasks side by side, filled up
+            values = values[:, fit.model.likelihood.arrange(tasks)[0].mask]
+        values = values.reshape(*lead, tasks.num_rows)
     coords = {"chain": np.arange(theta.shape[0]), "draw": np.arange(theta.shape[1])}
     if by == "task":
         upto = np.concatenate([np.zeros((*theta.shape[:2], 1)), values.cumsum(axis=-1)], axis=-1)

@@ -283,7 +283,10 @@ class Fit:
         drawn = target == "new" and "tau" in self.phi
         if drawn:
             white = np.random.default_rng(0).standard_normal((200, *thetas.shape[1:]))
-            thetas = mu + np.asarray(self.phi["tau"]) * white
+            # where sigma only sets the units of steps, sigma_query scales the prior with the noise
+            scaled = "sigma_query" in self.phi
+            unit = float(self.phi["sigma_query"] / self.phi["sigma"]) if scaled else 1.0
+            thetas = mu + np.asarray(self.phi["tau"]) * unit * white
         means = locations(self.model, thetas, dict(self.phi), rows)
         what = "new task" if target == "new" else target
         return finish(what, self.model, rows, self._phis(), means, 0.0 if drawn else None)

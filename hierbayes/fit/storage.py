@@ -26,6 +26,7 @@ from hierbayes.errors import InputError
 from hierbayes.files import whole_file
 from hierbayes.fit.fit import Fit
 from hierbayes.formula import FormulaEncoder
+from hierbayes.likelihoods.neural import Neural
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors.serialise import hyperprior_from_plain, hyperprior_to_plain
 from hierbayes.tasks import Labels, Tasks
@@ -113,6 +114,8 @@ def load(
     arrays = {str(name): value.values for name, value in tree[GROUP].data_vars.items()}
     encoder = _encoder(described["encoder"], tree)
     tasks = _tasks(tree, described["labels"], encoder)
+    if model is not None and isinstance(model.likelihood, Neural):
+        _check_network(model, arrays)
     training = None
     if "training.mean" in arrays:
         training = Adapted(
@@ -145,6 +148,18 @@ def load(
         warnings=tuple(described["warnings"]),
         info=described["info"],
     )
+
+
+def _check_network(model: HierarchicalModel, arrays: dict[str, np.ndarray]) -> None:
+    """Refuse a network that has other weights than those in the file."""
+    assert isinstance(model.likelihood, Neural)
+    weights = model.likelihood.weights
+    kept = arrays.get("phi.features", arrays["phi.mu"])
+    if kept.shape != (weights.size,):
+        raise InputError(
+            f"the file holds {kept.size} weights, but the model's network has {weights.size}; pass "
+            "the model that was fitted"
+        )
 
 
 def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:

@@ -29,7 +29,7 @@ from hierbayes.meta.episodic import (
     run,
     source,
 )
-from hierbayes.meta.inner_loop import check_counts, check_steps
+from hierbayes.meta.inner_loop import check_counts, check_steps, step_or
 from hierbayes.meta.training import DEFAULTS, Training, ascent_of
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task
@@ -110,7 +110,7 @@ def abml(
             "have exact ones: use hb.empirical_bayes or hb.full_bayes"
         )
     model = model.without_encoder()
-    eta = PLAIN_STEP if step_size is None else float(step_size)
+    eta = step_or(step_size, PLAIN_STEP)
     episodes, sample = source(model, tasks, query, training.get("held_out") or DEFAULTS["held_out"])
     outer = Outer(model, len(sample.coef), {})
     adaptation = Variational(num_steps, eta, num_samples)
@@ -127,7 +127,7 @@ def abml(
     def objective(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
         phi, rows = outer.phi(parameters), rows_together(support, asked)
         steps, draws = jax.random.split(key)
-        q = adaptation.steps(model, phi, support, steps)
+        q = adaptation.steps(model, phi, support, jax.random.split(steps, len(rows.mask)))
         shape = (rows.mask.shape[0], num_samples, phi["mu"].shape[0])
         noise = jax.random.normal(draws, shape, phi["mu"].dtype)
         bound = jax.vmap(lambda task, m, s, e: expected(model, phi, task, (m, s), e))(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -39,6 +39,13 @@ UNIT_LOSS = float(np.sqrt(0.5))
 """σ at which the mean negative log likelihood is the mean squared error, up to a constant."""
 
 
+SHARE = 0.5
+"""Share of a task's rows in the query part, where nothing else is said."""
+
+SAMPLE_SEED, DEVIATION_SEED = 0x5A17_0001, 0x5A17_0002
+"""Of the tasks that a fit shows, and of those on which ``sigma_query`` is learned: no user's."""
+
+
 def on_episodes(model: HierarchicalModel, tasks: Any) -> bool:
     """Whether φ is to be learned batch by batch: from a source, or of a network."""
     return isinstance(tasks, Episodes) or isinstance(model.likelihood, Neural)
@@ -62,9 +69,15 @@ def source(model: HierarchicalModel, tasks: Any, query: float, held: int) -> tup
                 f"a prior cannot be learned from one task: found {tasks.num_tasks}; give more"
             )
         return Episodes.from_tasks(tasks, query=query), model.tasks(tasks)
+    if query != SHARE:
+        raise InputError("query is for a fixed set of tasks; episodes come with their query rows")
+    if getattr(model.prior, "zero_mean", ()):
+        raise InputError("zero_mean is for fixed sets of tasks: on episodes every mean is learned")
     with arithmetic(model.likelihood.precision):
-        sample, _ = tasks.draw(held, seed=0)
-    named = model.tasks(sample)
+        sample, _ = tasks.draw(held, seed=jax.random.key(SAMPLE_SEED))
+    # not the names of other draws, whose rows would be predicted with these tasks' theta
+    names = np.array([f"sample {j}" for j in range(sample.num_tasks)])
+    named = model.tasks(replace(sample, labels=replace(sample.labels, names=names)))
     model.likelihood.check(named)
     return tasks, named
 
@@ -131,22 +144,24 @@ def finish(
     started: float,
     no_evidence: str,
     after: Callable[[HierarchicalModel, dict[str, Any], Tasks, Tasks], dict[str, Any]] | None,
+    precision: str | None = None,
 ) -> Fit:
     """The fit; ``after`` learns what is left of φ from fresh tasks, (support, query)."""
-    with arithmetic(outer.model.likelihood.precision):
+    with arithmetic(precision or outer.model.likelihood.precision):
         phi = {k: np.asarray(v, np.float64) for k, v in outer.phi(trained.parameters).items()}
     phi |= {name: np.array(value) for name, value in outer.fixed.items()}  # not as rounded
     if after is not None:
         # a generator may end; it has given as many as there are held out
         num_tasks = 500 if isinstance(episodes, Sampled) else sample.num_tasks
         with arithmetic(outer.model.likelihood.precision):
-            support, query = (outer.model.tasks(part) for part in episodes.draw(num_tasks, seed=1))
+            drawn = episodes.draw(num_tasks, seed=jax.random.key(DEVIATION_SEED))
+            support, query = (outer.model.tasks(part) for part in drawn)
             phi |= to_numpy(after(outer.model, phi, support, query))
     return Fit(
         method, outer.model, sample, phi, adaptation,
         no_evidence=no_evidence,
         warnings=announce(trained.warnings),
-        info=info | {
+        info=info | trained.settings | {
             "outer_steps": trained.steps, "history": trained.history,
             "held_out_score": trained.held_out,
             "seconds": time.perf_counter() - started,
@@ -186,8 +201,10 @@ def run(
     """Train with the settings given; ``start`` adds a method's own parameters."""
     chosen = settings(training, method)
     kept = ("batch_size", "held_out", "evaluate_every", "patience", "seed")
-    return train(
+    settled = {name: chosen[name] for name in kept}
+    trained = train(
         direction, score, outer.start if start is None else start, episodes, chosen,
-        precision or outer.model.likelihood.precision, method,
-        described | {name: chosen[name] for name in kept},
+        precision or outer.model.likelihood.precision, method, described | settled,
     )  # fmt: skip
+    trained.settings = settled | {"num_meta_steps": chosen["num_meta_steps"]}
+    return trained

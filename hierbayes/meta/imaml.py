@@ -29,7 +29,9 @@ from hierbayes.meta.inner_loop import (
     inner_noise,
     outer_parameters,
     refuse_idle,
+    refuse_splits,
     side_by_side,
+    step_or,
     support_query_splits,
 )
 from hierbayes.meta.maml_on_episodes import maximise_predictive
@@ -138,6 +140,7 @@ def imaml(
         inner_optimiser=inner_optimiser,
     )  # fmt: skip
     if on_episodes(model, tasks):
+        refuse_splits(num_splits, "iMAML")
         outer = dict(
             optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
         )
@@ -210,7 +213,8 @@ def _on_episodes(
     inner_optimiser: Any,
 ) -> Fit:
     """K steps on the log posterior under N(φ, I/λ), and the derivative of its maximum."""
-    num_steps, derivative = num_steps or PROXIMAL_STEPS, derivative or "implicit"
+    num_steps = PROXIMAL_STEPS if num_steps is None else num_steps
+    derivative = derivative or "implicit"
     given = "auto" if step_size is None else step_size
     check_steps(num_steps, given, loss, derivative, inner_optimiser)
     learn = isinstance(prior_precision, str) and prior_precision == "learn"
@@ -220,7 +224,7 @@ def _on_episodes(
             'prior_precision on episodes must be "learn" or one positive number for all weights, '
             f"found {prior_precision!r}"
         )
-    eta = PLAIN_STEP if step_size is None else float(step_size)
+    eta = step_or(step_size, PLAIN_STEP)
     steps = GradientSteps(
         num_steps, eta if inner_optimiser is None else None, loss or "mean", inner_optimiser,
         derivative, proximal=True,

@@ -83,6 +83,19 @@ def check_steps(
         )
 
 
+def refuse_splits(num_splits: int, method: str) -> None:
+    """Refuse several splits where every meta-step draws its own."""
+    if num_splits != 1:
+        raise InputError(
+            f"{method} on episodes takes no num_splits: every meta-step splits its tasks anew"
+        )
+
+
+def step_or(step_size: Any, default: float) -> float:
+    """The step size given, or ``default`` for None and "auto"."""
+    return default if step_size in (None, "auto") else float(step_size)
+
+
 def refuse_idle(training: Mapping[str, Any], method: str) -> None:
     """Refuse settings of training on episodes where all tasks are fitted at once."""
     idle = sorted(name for name, value in training.items() if value is not None)

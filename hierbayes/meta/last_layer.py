@@ -75,5 +75,5 @@ def maximise_evidence_of_features(
     return finish(
         "empirical Bayes", outer, Conjugate(), trained, sample, episodes, described, started,
         "tasks are drawn without end: info['history'] has the mean log evidence a row of held-out "
-        "tasks", None,
+        "tasks", None, precision="float64",
     )  # fmt: skip

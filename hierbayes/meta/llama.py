@@ -26,7 +26,7 @@ from hierbayes.meta.episodic import (
     source,
 )
 from hierbayes.meta.implied import scale_of
-from hierbayes.meta.inner_loop import check_steps
+from hierbayes.meta.inner_loop import check_steps, step_or
 from hierbayes.meta.training import DEFAULTS, Training, ascent_of
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task
@@ -99,7 +99,7 @@ def llama(
         raise InputError(f"weight must be zero or positive, found {weight!r}")
     _require_gaussian_network(model)
     model = model.without_encoder()
-    eta = PLAIN_STEP if step_size is None else float(step_size)
+    eta = step_or(step_size, PLAIN_STEP)
     episodes, sample = source(model, tasks, query, training.get("held_out") or DEFAULTS["held_out"])
     outer = Outer(model, len(sample.coef), fixed_noise(model, sigma))
     adaptation = LinearisedSteps(num_steps, eta, "mean", spread="laplace")

@@ -33,6 +33,7 @@ from hierbayes.meta.inner_loop import (
     inner_noise,
     outer_parameters,
     refuse_idle,
+    refuse_splits,
     side_by_side,
     support_query_splits,
 )
@@ -152,6 +153,7 @@ def maml(
     check_steps(num_steps, step_size, loss, derivative, inner_optimiser, learn_step_size)
     check_counts(num_splits=num_splits)
     if on_episodes(model, tasks):
+        refuse_splits(num_splits, "MAML")
         outer = dict(
             optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
         )

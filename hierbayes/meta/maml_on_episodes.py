@@ -91,7 +91,8 @@ def maximise_predictive(
 def query_deviation(adaptation: GradientSteps) -> Any:
     """``sigma_query`` at its maximum: the deviation of query rows from what adapted tasks say.
 
-    Until then σ stands in its place, on which μ does not depend: it scales the loss.
+    Tasks whose steps diverged are left out: adapting to one says so. Until then σ stands in its
+    place, on which μ does not depend: it scales the loss.
     """
 
     def learn(
@@ -101,6 +102,6 @@ def query_deviation(adaptation: GradientSteps) -> Any:
         rows, of_row = model.likelihood.arrange(query)
         f = np.asarray(model.likelihood.locations(thetas, phi, rows, of_row), np.float64)
         residual = (np.asarray(rows.outcome) - f)[np.asarray(rows.mask)]
-        return {"sigma_query": np.sqrt(np.mean(residual**2))}
+        return {"sigma_query": np.sqrt(np.mean(residual[np.isfinite(residual)] ** 2))}
 
     return learn

@@ -45,7 +45,8 @@ class OuterLoop(TypedDict, total=False):
     batch_size : int
         B, tasks a meta-step; 25 by default. A generator's batches decide for themselves.
     held_out : int
-        Fresh tasks, the same throughout, on which the score is taken along the way; 200.
+        Fresh tasks, the same throughout, on which the score is taken along the way; 200. Of a fixed
+        set of tasks other splits of the same tasks, which cannot show overfitting to them.
     evaluate_every : int
         Meta-steps between those scores; 500.
     patience : int
@@ -96,6 +97,7 @@ class Trained:
     held_out: float
     history: dict[str, list[float]]
     warnings: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 DEFAULTS: dict[str, Any] = {
@@ -170,7 +172,7 @@ class _Run:
         keys = jax.random.split(as_key(chosen["seed"]), 4)
         self.start_key, self.train_key, self.held_key, self.score_key = keys
         self.chosen, self.method, self.episodes = chosen, method, episodes
-        optimiser = optax.with_extra_args_support(chosen["optimiser"])
+        optimiser = self.optimiser = optax.with_extra_args_support(chosen["optimiser"])
         parameters = start(self.start_key)
         self.carry = (parameters, optimiser.init(parameters))
         self.best, self.best_score, self.since_best, self.step = parameters, -np.inf, 0, 0
@@ -324,8 +326,18 @@ class _Run:
     def _counters(self) -> dict[str, Any]:
         return {
             "step": self.step, "best_score": self.best_score, "since_best": self.since_best,
-            "history": self.history, "recent": self.recent,
+            "history": self.history, "recent": self.recent, "moves": self._optimiser_moves(),
         }  # fmt: skip
+
+    def _optimiser_moves(self) -> list[str]:
+        """What the outer optimiser makes of two fixed slopes: another rate, another answer."""
+        one = jax.tree.map(jnp.zeros_like, self.carry[0])
+        memory, found = self.optimiser.init(one), []
+        for slope in (0.1, -0.3):
+            slopes = jax.tree.map(lambda x, g=slope: jnp.full_like(x, g), one)
+            updates, memory = self.optimiser.update(slopes, memory, one)
+            found.append(f"{float(optax.tree.norm(updates)):.4e}")
+        return found
 
     def _save(self, *, force: bool = False) -> None:
         self.checkpoint.save(self._state(), self._counters(), force=force)
@@ -335,6 +347,20 @@ class _Run:
         if found is None:
             return
         state, counters = found
+        first = float(np.asarray(self.score(self.carry[0], self.held_out, self.score_key)).mean())
+        before = counters["history"]["held_out"][0]
+        moves = self._optimiser_moves()
+        if not np.isclose(first, before, rtol=1e-4, atol=1e-6) or moves != counters["moves"]:
+            what = "tasks, network or inner loop" if moves == counters["moves"] else "optimiser"
+            raise InputError(
+                f"{str(self.checkpoint.path)!r} is the checkpoint of another run: its {what} "
+                "differs from this one's; give another path, or remove the file"
+            )
+        if counters["step"] > self.chosen["num_meta_steps"]:
+            self.warnings.append(
+                f"the checkpoint is of meta-step {counters['step']}, beyond the "
+                f"{self.chosen['num_meta_steps']} asked for: phi is that of the checkpoint"
+            )
         self.carry, self.best = state["carry"], state["best"]
         self.step, self.best_score = counters["step"], counters["best_score"]
         self.since_best, self.history = counters["since_best"], counters["history"]

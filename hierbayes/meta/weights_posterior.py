@@ -98,6 +98,13 @@ def nuts(
             if not (np.isfinite(value) and value > 0):
                 raise InputError(f"{name} must be positive, found {value!r}")
             phi[name] = np.asarray(float(value))
+    if "sigma" not in model.likelihood.parameters() and sigma is not None:
+        raise InputError("sigma has no place in this likelihood; leave it out")
+    if "sigma_query" in fit.phi and sigma is None:
+        raise InputError(
+            f"phi's sigma sets the units of {fit.method}'s steps and is no estimate of the noise: "
+            "pass sigma=…, the deviation of a row given its task's weights"
+        )
     if "tau" not in phi:
         raise InputError(
             f"{fit.method} learns no prior that all tasks share: pass tau=…, the prior deviation "
