@@ -15,6 +15,10 @@ GROUPS = (
 """Curves that share a row of panels: few enough to be told apart; MAML in both."""
 
 
+SHOWN = (1e-3, 10.0)
+"""Errors that the curves show: steps too long for a few tasks take a mean beyond any picture."""
+
+
 def draw_curves(found: dict[str, Any], shots: Sequence[int], path: Path) -> None:
     """Test error against gradient steps, a column a number of rows; bands are 95 % intervals."""
     import matplotlib.pyplot as plt
@@ -33,7 +37,7 @@ def draw_curves(found: dict[str, Any], shots: Sequence[int], path: Path) -> None
                 _curve(ax, found["methods"][name]["curves"][str(number)], name, look(i))
             floor = found["anchors"]["unadapted"]
             ax.axhline(floor, color="0.35", lw=1, ls=(0, (2, 2)), label="best before any row")
-            ax.set(yscale="log", xticks=range(0, 11, 2))
+            ax.set(yscale="log", xticks=range(0, 11, 2), ylim=SHOWN)
             plain_numbers(ax.yaxis)
             ax.grid(alpha=0.3)
         row[0].set_ylabel("test mean squared error")
@@ -52,7 +56,7 @@ def _curve(ax: Any, each: list[dict[str, float]], name: str, style: dict[str, An
         return
     steps = [point["step"] for point in each]
     ax.plot(steps, [point["mse"] for point in each], **style, markersize=4, lw=1.3, label=name)
-    low, high = ([point[side] for point in each] for side in ("low", "high"))
+    low, high = ([max(point[side], SHOWN[0]) for point in each] for side in ("low", "high"))
     ax.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
 
 
