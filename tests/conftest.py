@@ -36,6 +36,15 @@ sys.path.insert(0, str(Path(__file__).parent))  # `from assertions import …` f
 settings.register_profile("hierbayes", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("hierbayes")
 
+SLOW_EXAMPLES = {
+    "hierbayes.compare.equivalence.equivalence_report",
+    "hierbayes.meta.abml.abml",
+    "hierbayes.meta.implied.implied_posterior",
+    "hierbayes.meta.llama.llama",
+    "hierbayes.meta.weights_posterior.nuts",
+}
+"""Docstrings whose example compiles an outer loop or NUTS: they run with the slow tests."""
+
 RADON = "log_radon ~ 1 + floor + log_uranium + (1 + floor | county)"
 SCHOOLS = "y ~ 1 + (1 | school)"
 QUICK = dict(num_draws=100, num_warmup=100, num_chains=2, seed=1, progress=False)
@@ -49,6 +58,13 @@ class Problem:
     model: hb.HierarchicalModel
     tasks: hb.Tasks
     data: Any = None
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest's own hook leaves the slow ones out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.rpartition("::")[2] in SLOW_EXAMPLES:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -357,7 +357,10 @@ def grid_posterior(successes: list[int], sizes: list[int]) -> dict[str, tuple[fl
 
 @pytest.mark.parametrize(
     ("num_draws", "least_ess", "share"),
-    [(500, 150, 0.2), pytest.param(5000, 2000, 0.06, marks=pytest.mark.slow)],
+    [
+        pytest.param(500, 150, 0.2, marks=pytest.mark.slow),
+        pytest.param(5000, 2000, 0.06, marks=pytest.mark.slow),
+    ],
 )
 def test_nuts_samples_the_posterior_that_a_grid_gives(num_draws, least_ess, share):
     """Three tasks of 1 of 4, 6 of 8 and 3 of 9; within four Monte Carlo standard errors."""

@@ -69,7 +69,7 @@ def balanced_solution(design, y, criterion):
 
 
 @pytest.mark.parametrize("criterion", ["ml", "reml"])
-@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("d", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_balanced_layout(d, criterion):
     design, num_tasks = DESIGNS[d], 40
     tasks, y = balanced(num_tasks, design, np.arange(1.0, d + 1), ROOTS[d], 0.8, seed=d)
@@ -378,6 +378,7 @@ def test_a_predictor_far_from_zero(criterion):
 # ------------------------------------------------------------------------ large data
 
 
+@pytest.mark.slow
 def test_twenty_thousand_tasks_recover_the_prior():
     """Correlated slopes, 10 rows a task: every φ within four of its standard errors.
 
@@ -501,7 +502,13 @@ def test_the_layouts_of_this_file_are_what_they_say():
         assert max(value(at + step), value(at - step)) < value(at)
 
 
-@pytest.mark.parametrize(("size", "criterion"), [(3, "ml"), (4, "reml"), (5, "ml")])
+@pytest.mark.parametrize(
+    ("size", "criterion"),
+    [
+        (3, "ml"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, "reml"), (5, "ml")]),
+    ],
+)
 def test_singular_covariances_are_ordinary(size, criterion):
     # one direction varies between six tasks, so the estimated covariance lacks rank, as lme4's
     # does in such data; theta, draws and the prior must stay finite all the same
@@ -531,6 +538,7 @@ def test_singular_covariances_are_ordinary(size, criterion):
     np.testing.assert_allclose(fit.theta.values[0], dense, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_uncentred_task_predictors_change_nothing_but_mu():
     rng = np.random.default_rng(5)
     w = rng.normal(size=40)

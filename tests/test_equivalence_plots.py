@@ -118,6 +118,7 @@ def test_the_posterior_is_drawn_as_ellipses_of_its_moments(radon, radon_ml, ax):
     assert "posterior,\nempirical Bayes" in texts(ax)
 
 
+@pytest.mark.slow
 def test_binary_outcomes_are_drawn_and_steps_that_are_no_map_estimate_are_named(ax):
     model = hb.HierarchicalModel(hb.likelihoods.Bernoulli(), hb.priors.Gaussian())
     x = np.column_stack([np.ones(30), np.random.default_rng(4).normal(size=30)])

@@ -489,6 +489,7 @@ def test_the_picture_holds_ninety_per_cent_ellipses(report, rng):
     assert report._repr_html_().count("<table") == 2
 
 
+@pytest.mark.slow
 def test_posteriors_without_width_are_infinitely_far(schools, schools_full):
     """Eight schools, τ̂_ML = 0: the learned prior and the posterior at φ̂ are one point."""
     import matplotlib.pyplot as plt

@@ -281,6 +281,7 @@ def test_a_learned_prior_without_width_or_end_is_said():
 # --------------------------------------------------------------------- logistic tasks
 
 
+@pytest.mark.slow
 def test_logistic_tasks_end_at_a_maximum():
     """At the optimum the slope of the density written out vanishes, in every part of φ.
 

@@ -272,6 +272,7 @@ def test_steps_between_one_and_two_over_the_curvature_are_said():
 # -------------------------------------------------------------------- outer optimisation
 
 
+@pytest.mark.slow
 def test_adam_reaches_the_same_optimum():
     """With a rate that falls to zero; 1e-4 is what 2,000 steps reach, L-BFGS's 1e-8 beside it."""
     model, tasks = regressions()

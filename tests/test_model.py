@@ -161,6 +161,7 @@ def ordinary():
     return model, tasks
 
 
+@pytest.mark.slow
 def test_mcmc_runs_the_program():
     model, tasks, _, _ = made(1, shared=1)
     mcmc = MCMC(NUTS(model.numpyro_program(tasks)), num_warmup=5, num_samples=5, progress_bar=False)
@@ -171,6 +172,7 @@ def test_mcmc_runs_the_program():
     assert all(np.isfinite(value).all() for value in draws.values())
 
 
+@pytest.mark.slow
 def test_svi_runs_the_program():
     model, tasks, _, _ = made(1, shared=1)
     program = model.numpyro_program(tasks)

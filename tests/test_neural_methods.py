@@ -76,6 +76,7 @@ def test_the_implied_variance_is_exact_where_f_is_linear(num_steps, sizes):
         close(seen.sd[rows] ** 2, variance + PHI["sigma"] ** 2, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_implied_variance_is_that_of_the_equivalent_prior():
     model, tasks = line(), some_tasks()
     fit = fitted(model, LinearisedSteps(4, 0.01), PHI, tasks)
@@ -280,6 +281,7 @@ def test_the_mean_loss_without_matrices_is_for_tasks_of_one_size():
         hb.equivalent_prior(model, some_tasks((5, 3), width=1), phi, 2, 0.01, loss="mean", rank=2)
 
 
+@pytest.mark.slow
 def test_steps_beyond_twice_the_way_are_judged_and_not_refused_where_f_is_not_linear():
     model, tasks = tanh_network(), some_tasks(width=1)
     phi = {"mu": np.random.default_rng(4).normal(size=13), "sigma": np.asarray(0.1)}

@@ -65,6 +65,7 @@ def test_a_leak_is_seen_and_an_honest_error_is_not():
     assert anchors.leaks(found.mean, found.se)
 
 
+@pytest.mark.slow
 def test_the_oracle_is_exact_from_two_rows_on():
     for shots in (2, 5):
         support, query = scoring.fresh_tasks(shots, 50, 300, seed=2)

@@ -173,6 +173,7 @@ def test_how_meta_steps_are_cut_into_calls_changes_nothing(whole, monkeypatch):
     assert_equal_fits(whole, fitted())
 
 
+@pytest.mark.slow
 def test_the_users_flag_for_float64_stays_and_changes_nothing(whole):
     with jax.enable_x64(True):
         assert_equal_fits(whole, fitted())
