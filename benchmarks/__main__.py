@@ -1,7 +1,10 @@
 """``python -m benchmarks``: how long each method takes, cold (compiling) and warm.
 
-``python -m benchmarks NAME`` runs a benchmark of a file of its own, with arguments of its own:
-``meta-steps`` (:mod:`benchmarks.meta_steps`) or ``sinusoids`` (:mod:`benchmarks.sinusoids`).
+``python -m benchmarks NAME`` runs a benchmark of a file of its own, with arguments of its own
+(``--help`` tells them): ``radon``, ``radon-correlated``, ``uneven``, ``uneven-correlated`` and
+``schools`` (:mod:`benchmarks.samplers`), ``many-tasks``, ``scaling``, ``cold-start``, ``import``,
+``meta-steps``, ``sinusoids``. ``python -m benchmarks --quick`` runs all but the last two at small
+sizes, to see that they work; a peer that is not installed is named and skipped.
 Ratios hold within one run on one machine; do not compare seconds between machines.
 """
 
@@ -20,8 +23,17 @@ from typing import Any
 import numpy as np
 
 import hierbayes as hb
+from benchmarks.samplers import NAMES
 
-NAMED = ("meta-steps", "sinusoids")
+CONTESTS = {
+    **{name: ("samplers", name) for name in NAMES},
+    "many-tasks": ("many_tasks",),
+    "scaling": ("scaling",),
+    "cold-start": ("cold_start",),
+    "import": ("import_time",),
+}
+"""hierbayes beside its peers: the file that runs it, and its first arguments."""
+NAMED = {"meta-steps": ("meta_steps",), "sinusoids": ("sinusoids",), **CONTESTS}
 """Benchmarks of their own files, by the name that the command line takes."""
 
 
@@ -81,11 +93,18 @@ def equivalence(num_tasks: int = 10_000, num_coef: int = 5) -> dict[str, Callabl
     return {f"equivalent_prior, {num_tasks:,} tasks, d = {num_coef}": work}
 
 
+def run_named(name: str, arguments: list[str]) -> int:
+    """A benchmark of a file of its own."""
+    file, *first = NAMED[name]
+    return importlib.import_module(f"benchmarks.{file}").main([*first, *arguments])
+
+
 def main() -> int:
     """Run, print a table to stdout."""
     if sys.argv[1:] and sys.argv[1] in NAMED:
-        named = importlib.import_module(f"benchmarks.{sys.argv[1].replace('-', '_')}")
-        return named.main(sys.argv[2:])
+        return run_named(sys.argv[1], sys.argv[2:])
+    if sys.argv[1:] == ["--quick"]:
+        return max(run_named(name, ["--quick"]) for name in CONTESTS)
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=100_000, help="tasks of the large case")

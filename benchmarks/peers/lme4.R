@@ -1,0 +1,36 @@
+# lmer in a process of its own: reads columns once, then one fit for each line of standard input.
+arguments <- commandArgs(trailingOnly = TRUE)
+folder <- arguments[1]
+formula <- as.formula(arguments[2])
+rows <- as.integer(arguments[3])
+names <- strsplit(arguments[4], ",")[[1]]
+began <- proc.time()[["elapsed"]]
+suppressPackageStartupMessages(library(lme4))
+columns <- lapply(names, function(name) {
+  readBin(file.path(folder, paste0(name, ".bin")), "double", rows)
+})
+data <- as.data.frame(setNames(columns, names))
+data$task <- factor(data$task)
+cat("ready", as.character(packageVersion("lme4")), R.version.string, "\n", sep = "|")
+flush(stdout())
+
+peak <- function() {
+  lines <- tryCatch(readLines("/proc/self/status"), error = function(e) character())
+  line <- grep("^VmHWM", lines, value = TRUE)
+  if (length(line)) as.numeric(gsub("[^0-9]", "", line)) / 1024 else NA
+}
+
+input <- file("stdin", "r")
+while (length(line <- readLines(input, n = 1)) == 1) {
+  seconds <- system.time(fit <- lmer(formula, data = data, REML = FALSE))[["elapsed"]]
+  covariance <- VarCorr(fit)
+  # each bar without correlations is a group of its own
+  tau <- unlist(lapply(covariance, function(v) attr(v, "stddev")))
+  corr <- unlist(lapply(covariance, function(v) {
+    r <- attr(v, "correlation")
+    r[upper.tri(r)]
+  }))
+  values <- c(seconds, peak(), sigma(fit), logLik(fit), fixef(fit), tau, corr)
+  cat(paste(sprintf("%.17g", values), collapse = " "), "\n", sep = "")
+  flush(stdout())
+}

@@ -1,0 +1,63 @@
+"""lme4's ``lmer`` with its defaults, timed inside R with the data loaded: the fit alone."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers.given import Given
+from benchmarks.worker import Missing
+
+SCRIPT = Path(__file__).with_suffix(".R")
+
+
+class Contestant:
+    """An Rscript that holds the data; ``lmer(REML = FALSE)``."""
+
+    about = "lmer(REML = FALSE), timed inside R, data loaded"
+
+    def __init__(self, given: Given) -> None:
+        if shutil.which("Rscript") is None:
+            raise Missing("no Rscript on the path")
+        self.given = given
+        self.folder = tempfile.TemporaryDirectory(prefix="hierbayes-lme4-")
+        columns = given.columns()
+        for name, values in columns.items():
+            np.asarray(values, float).tofile(Path(self.folder.name) / f"{name}.bin")
+        self.process = subprocess.Popen(
+            ["Rscript", str(SCRIPT), self.folder.name, given.formula, str(len(given.outcome)),
+             ",".join(columns)],
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        _, *self.told = self._line().split("|")
+        if not self.told:
+            raise Missing("R has no package lme4")
+
+    def versions(self) -> dict[str, str]:
+        """Of what is timed."""
+        return {"lme4": self.told[0], "R": self.told[1].removeprefix("R version ")}
+
+    def run(self, seed: int) -> dict[str, Any]:
+        """One fit; the seconds are R's own, exact to a millisecond."""
+        assert self.process.stdin is not None
+        print("fit", file=self.process.stdin, flush=True)
+        values = np.array(self._line().split(), float)
+        seconds, self.peak, sigma, log_likelihood = values[:4]
+        d = self.given.num_coef
+        mu, tau, corr = np.split(values[4:], [d, 2 * d])
+        found = {"mu": mu, "tau": tau, "sigma": sigma, "log_likelihood": log_likelihood}
+        found |= {"corr": corr} if self.given.corr is not None else {}
+        return {"seconds": float(seconds), **found}
+
+    def memory(self) -> dict[str, float]:
+        """Of R, the data in it."""
+        return {"peak_mb": float(self.peak)}
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
