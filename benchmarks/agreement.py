@@ -16,6 +16,9 @@ ERRORS = 5.0
 ESTIMATES = 1e-4
 """Maximum likelihood estimates may differ by this share; correlations, on [-1, 1], by this much."""
 
+SUMMIT = 1e-3
+"""Log likelihoods that differ by no more belong to the same maximum."""
+
 
 class Summary(NamedTuple):
     """Of every scalar quantity, by its name."""
@@ -99,6 +102,18 @@ def same_estimates(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
         if not (share <= ESTIMATES).all():
             return f"{name} by {np.max(share):.1e} of its size"
     return None
+
+
+def stopped_early(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
+    """In words, where the estimates differ but both are at the maximum to ``SUMMIT``; else None.
+
+    A search stops where the likelihood is flat to its own tolerance; that is not another answer.
+    """
+    short = float(np.ravel(b["log_likelihood"])[0] - np.ravel(a["log_likelihood"])[0])
+    differs = same_estimates(a, b)
+    if differs is None or not abs(short) <= SUMMIT:
+        return None
+    return f"off by its own tolerance: {differs}, log likelihood lower by {short:.0e}"
 
 
 def verdicts(found: Mapping[str, Any], same: Any) -> dict[str, str | None]:

@@ -4,7 +4,6 @@ folder <- arguments[1]
 formula <- as.formula(arguments[2])
 rows <- as.integer(arguments[3])
 names <- strsplit(arguments[4], ",")[[1]]
-began <- proc.time()[["elapsed"]]
 suppressPackageStartupMessages(library(lme4))
 columns <- lapply(names, function(name) {
   readBin(file.path(folder, paste0(name, ".bin")), "double", rows)
@@ -14,6 +13,10 @@ data$task <- factor(data$task)
 cat("ready", as.character(packageVersion("lme4")), R.version.string, "\n", sep = "|")
 flush(stdout())
 
+# the two tolerances that help("convergence") names
+tight <- list(xtol_abs = 1e-8, ftol_abs = 1e-8)
+control <- if (arguments[5] == "tighter") lmerControl(optCtrl = tight) else lmerControl()
+
 peak <- function() {
   lines <- tryCatch(readLines("/proc/self/status"), error = function(e) character())
   line <- grep("^VmHWM", lines, value = TRUE)
@@ -22,7 +25,7 @@ peak <- function() {
 
 input <- file("stdin", "r")
 while (length(line <- readLines(input, n = 1)) == 1) {
-  seconds <- system.time(fit <- lmer(formula, data = data, REML = FALSE))[["elapsed"]]
+  seconds <- system.time(fit <- lmer(formula, data = data, REML = FALSE, control = control))[["elapsed"]]
   covariance <- VarCorr(fit)
   # each bar without correlations is a group of its own
   tau <- unlist(lapply(covariance, function(v) attr(v, "stddev")))
