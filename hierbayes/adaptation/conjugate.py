@@ -23,6 +23,7 @@ import numpy as np
 from hierbayes.adaptation.base import Adaptation, Adapted
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import (
+    as_rng,
     cholesky,
     cholesky_without_threads,
     float64,
@@ -35,6 +36,12 @@ from hierbayes.numerics import (
 from hierbayes.priors import Prior
 from hierbayes.statistics import Statistics, statistics
 from hierbayes.tasks import Tasks
+
+NUMBERS_AT_ONCE = 100_000
+"""Draws × tasks that are worked on together: more than this leaves the processor's cache."""
+
+NUMBERS_KEPT = 4_000_000
+"""Normal numbers that are held in memory beside the draws."""
 
 
 class Collapse(NamedTuple):
@@ -94,17 +101,18 @@ def _posterior(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> Any:
     return mean.T, jnp.einsum("ikj,lkj->jil", root, root)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _draws(stats: Statistics, prior: Prior, phis: dict[str, Any], key: jax.Array) -> jax.Array:
-    """One exact draw of every θ_j for each φ of ``phis``, (S, J, d)."""
+@functools.partial(jax.jit, static_argnums=(1, 4))
+def _draws(
+    stats: Statistics, prior: Prior, phis: dict[str, Any], white: jax.Array, at_once: int
+) -> jax.Array:
+    """One exact draw of every θ_j for each φ of ``phis``, (S, J, d), from ``white`` (S, d, J)."""
 
     def one(inputs: Any) -> jax.Array:
-        phi, k = inputs
+        phi, z = inputs
         mean, root = posterior(stats, prior, phi)
-        return (mean + matvec(root, jax.random.normal(k, mean.shape, mean.dtype))).T
+        return (mean + matvec(root, z)).T
 
-    size = jax.tree.leaves(phis)[0].shape[0]
-    return jax.lax.map(one, (phis, jax.random.split(key, size)), batch_size=64)
+    return jax.lax.map(one, (phis, white), batch_size=at_once)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -141,8 +149,20 @@ class Conjugate(Adaptation):
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: jax.Array
     ) -> np.ndarray:
         """Exact draws (S, J, d), one for each of the S values of φ."""
+        rng, stats = as_rng(key), statistics(tasks)
+        size = len(next(iter(phis.values())))
+        # NumPy's normals take a quarter of the time of JAX's
+        at_once = max(1, min(size, NUMBERS_AT_ONCE // max(stats.num_tasks, 1)))
+        theta = np.empty((size, stats.num_tasks, stats.num_coef))
+        step = max(at_once, NUMBERS_KEPT // max(theta[0].size, 1))
         with float64():
-            return np.asarray(_draws(statistics(tasks), model.prior, dict(phis), key))
+            for start in range(0, size, step):
+                part = slice(start, min(start + step, size))
+                some = {name: value[part] for name, value in phis.items()}
+                shape = (part.stop - start, stats.num_coef, stats.num_tasks)
+                white = rng.standard_normal(shape)
+                theta[part] = _draws(stats, model.prior, some, white, at_once)
+        return theta
 
     def moments(
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray]

@@ -19,17 +19,25 @@ from numpyro.distributions import biject_to
 
 from hierbayes.adaptation import Adapted, Conjugate, Laplace
 from hierbayes.errors import InputError, announce
-from hierbayes.evidence.exact import log_evidence
 from hierbayes.fit import Fit
-from hierbayes.meta.diagnostics import remarks
+from hierbayes.meta.collapsed import Collapsed
+from hierbayes.meta.collapsed_sampling import sample_collapsed
+from hierbayes.meta.diagnostics import remarks as judged
 from hierbayes.meta.sampling import run_nuts
-from hierbayes.model import HierarchicalModel, sample_phi
+from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, float64
-from hierbayes.statistics import statistics
 from hierbayes.tasks import Tasks
 
 LARGEST_THETA = 50_000_000
 """Draws × tasks × coefficients up to which draws of θ are stored (400 MB)."""
+
+SURE = 0.5
+"""Acceptance of independent proposals from which on R̂ and effective sizes are not asked for."""
+
+NO_EVIDENCE = (
+    "the sampler draws from the posterior without its normalising constant, or the hyperprior is "
+    "improper"
+)
 
 
 def full_bayes(
@@ -109,13 +117,16 @@ def full_bayes(
         num_draws=num_draws, num_chains=num_chains, num_warmup=num_warmup,
         target_accept=target_accept, progress=progress,
     )  # fmt: skip
-    training = None
+    training, evidence, remarks = None, None, []
+    info: dict[str, Any] = {"method": method, "sampler": "nuts", **settings}
     with float64():
-        start = _start(resolved, tasks, key_start, num_chains)
         if method == "collapsed":
-            program = collapsed_program(resolved, tasks)
-            draws, sample_stats = run_nuts(program, key, start, dense=True, **settings)
+            found = sample_collapsed(Collapsed(resolved, tasks), key, **settings)
+            draws, sample_stats, remarks = found.draws, found.sample_stats, list(found.remarks)
+            info |= found.info
+            evidence = found.log_evidence
         else:
+            start = _start(resolved, tasks, key_start, num_chains)
             program = resolved.numpyro_program(tasks, centred=False)
             white = jax.random.normal(key_theta, (num_chains, tasks.num_tasks, len(tasks.coef)))
             start["z"] = 0.1 * white
@@ -130,28 +141,17 @@ def full_bayes(
             theta = flat.reshape(num_chains, num_draws, *flat.shape[1:])
         else:
             training = Adapted(*adaptation.moments(resolved, tasks, phis))
+    if info["sampler"] != "independence" or info["acceptance"] < SURE:
+        remarks += judged(draws, theta, sample_stats, tasks)
     phi = {name: value.mean(axis=(0, 1)) for name, value in draws.items()}
     sites = resolved.phi_distributions(tasks)
     return Fit(
         "full Bayes", resolved, tasks, {name: phi[name] for name in sites}, adaptation, training,
         phi_draws={name: draws[name] for name in sites}, theta_draws=theta,
         sample_stats=sample_stats,
-        no_evidence="the sampler draws from the posterior without its normalising constant",
-        warnings=announce(remarks(draws, theta, sample_stats, tasks)),
-        info={"method": method, "seconds": time.perf_counter() - started, **settings},
+        evidence=evidence, no_evidence=NO_EVIDENCE, warnings=announce(remarks),
+        info=info | {"seconds": time.perf_counter() - started},
     )  # fmt: skip
-
-
-def collapsed_program(model: HierarchicalModel, tasks: Tasks) -> Any:
-    """p(φ) Π_j p(D_j | φ) as a NumPyro program: θ is integrated out."""
-    stats = jax.tree.map(jnp.asarray, statistics(tasks))
-    sites = model.phi_distributions(tasks)
-
-    def program() -> None:
-        phi = sample_phi(sites)
-        numpyro.factor("log_evidence", log_evidence(stats, model.prior, phi).sum())
-
-    return program
 
 
 def _start(

@@ -39,6 +39,37 @@ def run_nuts(
     a program operation by operation to set itself up, which takes longer than the sampling.
     """
     potential = jax.jit(lambda z: potential_energy(program, (), {}, z))
+    found, statistics = run_potential(
+        potential, key, start, dense=dense, num_draws=num_draws, num_chains=num_chains,
+        num_warmup=num_warmup, target_accept=target_accept, progress=progress,
+    )  # fmt: skip
+    constrain = jax.jit(
+        lambda zs: jax.lax.map(
+            lambda z: constrain_fn(program, (), {}, z, return_deterministic=True), zs,
+            batch_size=256,
+        )
+    )  # fmt: skip
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    draws = {
+        name: np.asarray(value).reshape(num_chains, num_draws, *value.shape[1:])
+        for name, value in constrain(flat).items()
+    }
+    return draws, statistics
+
+
+def run_potential(
+    potential: Callable[[Any], jax.Array],
+    key: jax.Array,
+    start: Any,
+    *,
+    dense: bool,
+    num_draws: int,
+    num_chains: int,
+    num_warmup: int,
+    target_accept: float,
+    progress: bool | None,
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """Draws (chain, draw, …) of a pytree with density exp(−potential), and sample statistics."""
     kernel = NUTS(potential_fn=potential, dense_mass=dense, target_accept_prob=target_accept)
     mcmc = MCMC(
         kernel, num_warmup=num_warmup, num_samples=num_draws, num_chains=num_chains,
@@ -46,22 +77,9 @@ def run_nuts(
         progress_bar=sys.stderr.isatty() if progress is None else progress,
     )  # fmt: skip
     if num_chains == 1:
-        start = {name: value[0] for name, value in start.items()}
+        start = jax.tree.map(lambda value: value[0], start)
     mcmc.run(key, init_params=start, extra_fields=tuple(SAMPLE_STATS))
-    constrain = jax.jit(
-        lambda zs: jax.lax.map(
-            lambda z: constrain_fn(program, (), {}, z, return_deterministic=True), zs,
-            batch_size=256,
-        )
-    )  # fmt: skip
-    flat = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[2:]), mcmc.get_samples(group_by_chain=True)
-    )
-    draws = {
-        name: np.asarray(value).reshape(num_chains, num_draws, *value.shape[1:])
-        for name, value in constrain(flat).items()
-    }
     fields: dict[str, Any] = mcmc.get_extra_fields(group_by_chain=True)
     statistics = {SAMPLE_STATS[name]: np.asarray(fields[name]) for name in SAMPLE_STATS}
     statistics["lp"] = -statistics["lp"]
-    return draws, statistics
+    return mcmc.get_samples(group_by_chain=True), statistics

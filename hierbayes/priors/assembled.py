@@ -20,7 +20,7 @@ Part = tuple[dist.Distribution, tuple[Any, ...]]
 
 
 class _Constant:
-    """A pytree without leaves: the parts are constants of the model."""
+    """A pytree without leaves."""
 
     def tree_flatten(self) -> Any:
         return (), self
@@ -30,7 +30,31 @@ class _Constant:
         return aux_data
 
 
-class Assembled(_Constant, dist.Distribution):
+class _Layout:
+    """Places and background, compared by value, so that equal layouts share compiled programs."""
+
+    def __init__(self, places: Sequence[tuple[Any, ...]], background: np.ndarray):
+        self.places, self.background = tuple(places), background
+        self._key = (
+            tuple(tuple(map(_token, index)) for index in self.places), _token(background)
+        )  # fmt: skip
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Layout) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def _token(index: Any) -> Any:
+    """Something hashable that tells one index, or one array, from another."""
+    if isinstance(index, slice):
+        return ("slice", index.start, index.stop, index.step)
+    array = np.asarray(index)
+    return (array.dtype.str, array.shape, array.tobytes())
+
+
+class Assembled(dist.Distribution):
     """Independent parts placed in a constant background array.
 
     Parameters
@@ -47,6 +71,22 @@ class Assembled(_Constant, dist.Distribution):
         super().__init__(
             batch_shape=(), event_shape=self.background.shape, validate_args=validate_args
         )
+
+    def tree_flatten(self) -> Any:
+        """The parts' own numbers are leaves; where they stand is structure."""
+        layout = _Layout([index for _, index in self.parts], self.background)
+        return tuple(part for part, _ in self.parts), layout
+
+    @classmethod
+    def tree_unflatten(cls, aux_data: Any, params: Any) -> Any:
+        """The distribution again."""
+        whole = cls.__new__(cls)
+        whole.parts = tuple(zip(params, aux_data.places, strict=True))
+        whole.background = aux_data.background
+        dist.Distribution.__init__(
+            whole, batch_shape=(), event_shape=whole.background.shape, validate_args=False
+        )
+        return whole
 
     @property
     def support(self) -> constraints.Constraint:  # type: ignore[override]

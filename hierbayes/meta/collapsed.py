@@ -1,0 +1,246 @@
+r"""p(φ | D) with every θ_j integrated out, as a density over few numbers without bounds.
+
+With b = (μ, Γ, β) and a normal belief s(b) that equals p(b), or stands near it,
+
+.. math::
+
+    \log p(D, x, b) = \underbrace{\log p(\psi(x)) + \log\left|\tfrac{d\psi}{dx}\right|
+        + \log \int p(D \mid \psi, b)\, s(b)\, db}_{\text{density of } x}
+        + \log q(b \mid D, \psi) + \log \frac{p(b)}{s(b)}
+
+where q(b | D, ψ) is the exact conditional under s. A point (x, e) stands for
+b = E_q[b] + C⁻ᵀ e with e standard normal; the last term, the correction, is zero where the belief
+is normal, as it is by default.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+
+from hierbayes.evidence.integrated import (
+    IntegratedProblem,
+    NormalBelief,
+    integrate,
+    integrated_problem,
+    least_squares,
+)
+from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import solve_upper
+from hierbayes.priors.assembled import Assembled
+from hierbayes.priors.hyperprior import Shape
+from hierbayes.priors.normality import as_normal
+from hierbayes.statistics import statistics
+from hierbayes.tasks import Tasks
+
+BATCH = 1024
+"""Points of one compiled call: one shape, so one compilation."""
+
+NUMBERS_AT_ONCE = 100_000
+"""Points × tasks that are worked on together: more than this leaves the processor's cache."""
+
+
+class Point(NamedTuple):
+    """φ at one point: its parts by name, and the log density of the point."""
+
+    phi: dict[str, Any]
+    log_density: Any
+
+
+@dataclass(frozen=True)
+class Structure:
+    """All that decides a compiled program, and nothing that does not."""
+
+    coordinates: Coordinates
+    shape: Shape
+    exact: bool
+
+    def __hash__(self) -> int:
+        return hash((self.coordinates, self._names_do_not_matter()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and (
+            (self.coordinates, self.exact, self._names_do_not_matter())
+            == (other.coordinates, other.exact, other._names_do_not_matter())
+        )
+
+    def _names_do_not_matter(self) -> Any:
+        s = self.shape
+        return s.free_mean, len(s.shared), len(s.task_predictors)
+
+    @property
+    def num_fixed(self) -> int:
+        """P, the number of fixed effects b."""
+        free, p, q = self._names_do_not_matter()
+        return sum(free) + len(free) * q + p
+
+    def fixed(self, b: jax.Array) -> dict[str, jax.Array]:
+        """b by name; pinned means are zero."""
+        free, p, q = self._names_do_not_matter()
+        d, count = len(free), sum(free)
+        places = np.flatnonzero(free)
+        named = {"mu": jnp.zeros(d).at[places].set(b[:count])}
+        if q:
+            named["gamma"] = b[count : count + d * q].reshape(d, q)
+        if p:
+            named["beta"] = b[len(b) - p :]
+        return named
+
+    def flat(self, values: dict[str, np.ndarray]) -> np.ndarray:
+        """b from arrays by name."""
+        parts = [np.asarray(values["mu"])[np.array(self.shape.free_mean)]]
+        parts += [np.ravel(values[name]) for name in ("gamma", "beta") if name in values]
+        return np.concatenate(parts)
+
+
+def point(
+    structure: Structure, problem: IntegratedProblem, beliefs: Beliefs, units: Units, x: Any, e: Any
+) -> Point:
+    """φ and the log density at (x, e)."""
+    scales = structure.coordinates.scales(x, units, beliefs)
+    found = integrate(problem, scales.root, scales.sigma)
+    total = scales.log_density + found.log_evidence
+    b = found.mean
+    if structure.num_fixed:
+        b = b + solve_upper(found.factor, e)
+    named = structure.fixed(b)
+    if not structure.exact:
+        total = total + _correction(structure, problem, beliefs, named, b)
+    total = jnp.where(jnp.isnan(total), -jnp.inf, total)
+    return Point(named | scales.phi, total)
+
+
+def _correction(
+    structure: Structure, problem: IntegratedProblem, beliefs: Beliefs, named: Any, b: Any
+) -> jax.Array:
+    """log p(b) − log s(b)."""
+    location, precision = problem.belief
+    flat = precision == 0
+    log_scale = jnp.log(jnp.where(flat, 1.0, precision / (2 * jnp.pi)))
+    stand_in = 0.5 * (log_scale - precision * (b - location) ** 2).sum()
+    total = -stand_in
+    for name in named:
+        if name in beliefs:
+            support: Any = beliefs[name].support
+            log_prob = jnp.sum(jnp.asarray(beliefs[name].log_prob(named[name])))
+            total = total + jnp.where(jnp.all(support(named[name])), log_prob, -jnp.inf)
+    return total
+
+
+class Target(NamedTuple):
+    """What a compiled program is given: numbers only.
+
+    Beliefs come as their leaves, since NumPyro takes long to take its distributions apart.
+    """
+
+    problem: IntegratedProblem
+    beliefs: list[Any]
+    units: Units
+
+
+Compiled = tuple[Structure, Any]
+"""What a compiled program is made for: the structure, and how beliefs are put together."""
+
+
+def _point(made_for: Compiled, target: Target, x: Any, e: Any) -> Point:
+    structure, how = made_for
+    beliefs = jax.tree.unflatten(how, target.beliefs)
+    return point(structure, target.problem, beliefs, target.units, x, e)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _densities(made_for: Compiled, target: Target, xs: Any, es: Any, at_once: int) -> jax.Array:
+    def density(at: Any) -> Any:
+        return _point(made_for, target, *at).log_density
+
+    return jax.lax.map(density, (xs, es), batch_size=at_once)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _phis(made_for: Compiled, target: Target, xs: Any, es: Any, at_once: int) -> dict[str, Any]:
+    return jax.lax.map(lambda at: _point(made_for, target, *at).phi, (xs, es), batch_size=at_once)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value_and_slope(made_for: Compiled, target: Target, x: Any, e: Any) -> Any:
+    return jax.value_and_grad(lambda v: _point(made_for, target, v, e).log_density)(x)
+
+
+class Collapsed:
+    """The collapsed posterior of a model and its tasks; use it inside ``numerics.float64()``.
+
+    ``units`` are rough sizes of τ and σ, to start from.
+    """
+
+    def __init__(self, model: HierarchicalModel, tasks: Tasks):
+        shape, stats = model.shape(tasks), statistics(tasks)
+        self.beliefs = model.phi_distributions(tasks)
+        normals = {n: as_normal(self.beliefs[n]) for n in ("mu", "gamma", "beta")
+                   if n in self.beliefs}  # fmt: skip
+        exact = all(normal.exact for normal in normals.values())
+        self.structure = Structure(Coordinates.of(shape), shape, exact)
+        self._leaves, how = jax.tree.flatten(self.beliefs)
+        self._made_for = (self.structure, how)
+        self.num_tasks = tasks.num_tasks
+        self.proper = not any(map(_improper, self.beliefs.values()))
+        location, precision = (
+            self.structure.flat({n: getattr(a, part) for n, a in normals.items()})
+            for part in ("location", "precision")
+        )
+        centre, residual = least_squares(stats, shape.free_mean)
+        self.units = Units(0.3 * model.scales(tasks).coef, float(residual) or 1.0)
+        self.problem = integrated_problem(
+            stats, shape.free_mean, centre, NormalBelief(location, precision)
+        )
+
+    @property
+    def at_once(self) -> int:
+        """Points that are worked on together."""
+        return int(np.clip(NUMBERS_AT_ONCE // max(self.num_tasks, 1), 1, BATCH))
+
+    def _target(self, units: Units) -> Target:
+        return Target(self.problem, self._leaves, units)
+
+    def densities(self, units: Units, xs: np.ndarray, es: np.ndarray) -> np.ndarray:
+        """Log densities (n,) at the points (xs, es)."""
+        return self._in_batches(_densities, units, xs, es)
+
+    def phis(self, units: Units, xs: np.ndarray, es: np.ndarray) -> dict[str, np.ndarray]:
+        """φ by name at the points, (n, …)."""
+        return self._in_batches(_phis, units, xs, es)
+
+    def _in_batches(self, compiled: Any, units: Units, xs: np.ndarray, es: np.ndarray) -> Any:
+        found = []
+        for start in range(0, len(xs), BATCH):
+            x, e = xs[start : start + BATCH], es[start : start + BATCH]
+            filled = ((0, BATCH - len(x)), (0, 0))
+            x, e = np.pad(x, filled, mode="edge"), np.pad(e, filled, mode="edge")
+            values = compiled(self._made_for, self._target(units), x, e, self.at_once)
+            found.append(
+                jax.tree.map(lambda v, size=BATCH - filled[0][1]: np.asarray(v)[:size], values)
+            )
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+    def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
+        """Minus the log density at (x, e = 0) and its slope, for a minimiser."""
+        e = np.zeros(self.structure.num_fixed)
+        value, slope = _value_and_slope(self._made_for, self._target(units), x, e)
+        value = -float(value)
+        return (value if np.isfinite(value) else 1e300), -np.nan_to_num(np.asarray(slope))
+
+
+def _improper(belief: dist.Distribution) -> bool:
+    """True where a belief, or a part of it, has no normalising constant."""
+    if isinstance(belief, Assembled):
+        return any(_improper(part) for part, _ in belief.parts)
+    core: Any = belief
+    while isinstance(core, (dist.Independent, dist.ExpandedDistribution)):
+        core = core.base_dist
+    return isinstance(core, dist.ImproperUniform)

@@ -1,0 +1,177 @@
+"""Draws from the collapsed posterior: independence Metropolis, or NUTS where that is poor."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import optimize
+
+from hierbayes.meta.collapsed import BATCH, Collapsed, point
+from hierbayes.meta.independence import Chains, Proposal, fit_proposal, run_chains
+from hierbayes.meta.optimum import curvature
+from hierbayes.meta.sampling import run_potential
+from hierbayes.meta.scales_of_phi import Units
+from hierbayes.numerics import as_rng
+
+LEAST_ACCEPTANCE = 0.2
+"""Share of accepted proposals below which NUTS takes over."""
+
+THINNING = 3
+"""Proposals a draw, where densities are cheap: draws are then close to independent."""
+
+CHEAP = 20_000_000
+"""Draws × tasks up to which densities count as cheap."""
+
+
+class Sampled(NamedTuple):
+    """Draws of φ (chain, draw, …) and what is known of how they were made."""
+
+    draws: dict[str, np.ndarray]
+    sample_stats: dict[str, np.ndarray]
+    log_evidence: float | None
+    remarks: list[str]
+    info: dict[str, Any]
+
+
+class Located(NamedTuple):
+    """The mode of the collapsed posterior: units of τ, x, and a root of the inverse Hessian."""
+
+    units: Units
+    mode: np.ndarray
+    root: np.ndarray
+
+
+def sample_collapsed(
+    target: Collapsed,
+    key: jax.Array,
+    *,
+    num_draws: int,
+    num_chains: int,
+    num_warmup: int,
+    target_accept: float,
+    progress: bool | None,
+) -> Sampled:
+    """Sample φ from its exact posterior."""
+    rng = as_rng(key)
+    located = locate(target)
+    size, num_fixed = len(located.mode), target.structure.num_fixed
+    thinning = THINNING if num_draws * num_chains * target.num_tasks <= CHEAP else 1
+    with _bar(progress, "full Bayes") as bar:
+
+        def log_density(points: np.ndarray) -> np.ndarray:
+            values = [
+                target.densities(located.units, part[:, :size], part[:, size:])
+                for part in _parts(points, bar)
+            ]
+            return np.concatenate(values)
+
+        fitted = fit_proposal(log_density, Proposal(located.mode, located.root, num_fixed), rng)
+        chains = None
+        if fitted.share > 0.01:
+            bar.reset(-(-num_chains * num_draws * thinning // BATCH))
+            chains = run_chains(
+                log_density, fitted, rng,
+                num_draws=num_draws, num_chains=num_chains, thinning=thinning,
+            )  # fmt: skip
+    if chains is not None and chains.acceptance >= LEAST_ACCEPTANCE:
+        return _from_chains(target, located.units, chains, size)
+    share = 0.0 if chains is None else chains.acceptance
+    return _by_nuts(
+        target, located, key, share, num_draws=num_draws, num_chains=num_chains,
+        num_warmup=num_warmup, target_accept=target_accept, progress=progress,
+    )  # fmt: skip
+
+
+def locate(target: Collapsed) -> Located:
+    """The mode, found in the target's rough units and stated in units of τ's own spread."""
+    coordinates = target.structure.coordinates
+    d = coordinates.num_coef
+    units = target.units
+    x = coordinates.vector(units.tau, units.sigma, units)
+    run: Any = optimize.minimize(
+        lambda v: target.value_and_slope(units, v), x, jac=True, method="L-BFGS-B"
+    )
+    found = np.asarray(run.x)
+    hessian = curvature(lambda v: target.value_and_slope(units, v), found, np.ones(len(x), bool))
+    covariance = _inverse(hessian)
+    slope = 1.0 / (1.0 + np.exp(-found[:d]))  # of softplus: dτ/dx in units
+    spread = units.tau * slope * np.sqrt(np.diag(covariance)[:d])
+    own = Units(np.clip(spread, 1e-3 * units.tau, 1e3 * units.tau), units.sigma)
+    mode = coordinates.rescaled(found, units, own)
+    stretch = np.ones(len(x))
+    stretch[:d] = units.tau * slope * (1.0 + np.exp(-mode[:d])) / own.tau
+    return Located(own, mode, np.linalg.cholesky(covariance * np.outer(stretch, stretch)))
+
+
+def _inverse(hessian: np.ndarray) -> np.ndarray:
+    """The inverse of a Hessian, with directions that hardly curve taken as of unit width."""
+    values, vectors = np.linalg.eigh(np.nan_to_num(hessian))
+    safe = np.where(values > 1e-2, values, 1.0)
+    return (vectors / safe) @ vectors.T
+
+
+def _from_chains(target: Collapsed, units: Units, chains: Chains, size: int) -> Sampled:
+    points = chains.points[chains.places.ravel()]
+    phis = target.phis(units, points[:, :size], points[:, size:])
+    lead = chains.places.shape
+    draws = {name: value.reshape(*lead, *value.shape[1:]) for name, value in phis.items()}
+    stats = {"acceptance_rate": chains.accepted, "lp": chains.log_density}
+    info: dict[str, Any] = {"sampler": "independence", "acceptance": chains.acceptance}
+    if not target.proper:
+        return Sampled(draws, stats, None, [], info)
+    info["log_evidence_se"] = chains.log_normaliser_se
+    return Sampled(draws, stats, chains.log_normaliser, [], info)
+
+
+def _by_nuts(
+    target: Collapsed, located: Located, key: jax.Array, share: float, *,
+    num_draws: int, num_chains: int, **settings: Any,
+) -> Sampled:  # fmt: skip
+    """NUTS in the coordinates that the Hessian makes round."""
+    size, structure = len(located.mode), target.structure
+    problem, beliefs, units = target.problem, target.beliefs, located.units
+    num_white = 0 if structure.exact else structure.num_fixed
+    absent = jnp.zeros(structure.num_fixed - num_white)
+
+    @jax.jit
+    def potential(z: jax.Array) -> jax.Array:
+        x = located.mode + jnp.asarray(located.root) @ z[:size]
+        e = jnp.concatenate([z[size:], absent])
+        density = point(structure, problem, beliefs, units, x, e).log_density
+        return 0.5 * (z[size:] ** 2).sum() - density
+
+    key, key_start, key_white = jax.random.split(key, 3)
+    start = jax.random.uniform(key_start, (num_chains, size + num_white), minval=-1.0, maxval=1.0)
+    found, stats = run_potential(
+        potential, key, start, dense=True, num_draws=num_draws, num_chains=num_chains, **settings
+    )
+    z = np.asarray(found).reshape(num_chains * num_draws, -1)
+    white = np.asarray(jax.random.normal(key_white, (len(z), structure.num_fixed)))
+    if num_white:
+        white = z[:, size:]
+    xs = located.mode + z[:, :size] @ located.root.T
+    phis = target.phis(units, xs, white)
+    draws = {n: v.reshape(num_chains, num_draws, *v.shape[1:]) for n, v in phis.items()}
+    remark = (
+        f"independence Metropolis accepted {share:.0%} of its proposals (at least "
+        f"{LEAST_ACCEPTANCE:.0%} wanted), so phi was sampled by NUTS on the same collapsed "
+        "density; the result is as exact, only slower"
+    )
+    return Sampled(draws, stats, None, [remark], {"sampler": "nuts"})
+
+
+def _parts(points: np.ndarray, bar: Any) -> Any:
+    for start in range(0, len(points), BATCH):
+        yield points[start : start + BATCH]
+        bar.update(1)
+
+
+def _bar(progress: bool | None, name: str) -> Any:
+    from tqdm.auto import tqdm
+
+    shown = sys.stderr.isatty() if progress is None else progress
+    return tqdm(desc=name, disable=not shown, leave=False, delay=1.0)

@@ -1,0 +1,66 @@
+"""A belief as a normal: exactly where it is one, otherwise the nearest that is of use."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpyro.distributions as dist
+
+from hierbayes.numerics import float64
+from hierbayes.priors.assembled import Assembled
+
+
+class AsNormal(NamedTuple):
+    """``location`` and ``precision`` of every entry; ``exact`` says whether the belief is that.
+
+    Precision 0 is flat. What is not exact is meant for proposals, which are then weighted.
+    """
+
+    location: np.ndarray
+    precision: np.ndarray
+    exact: bool
+
+
+def as_normal(belief: dist.Distribution) -> AsNormal:
+    """Independent normals and flat beliefs as they are; any other by its moments, or flat."""
+    if isinstance(belief, Assembled):
+        location, precision = np.array(belief.background), np.zeros(belief.event_shape)
+        exact = True
+        for part, index in belief.parts:
+            found = as_normal(part)
+            location[index], precision[index] = found.location, found.precision
+            exact = exact and found.exact
+        return AsNormal(location, precision, exact)
+    core: Any = belief
+    while isinstance(core, (dist.Independent, dist.ExpandedDistribution)):
+        core = core.base_dist
+    shape = belief.shape()
+    if isinstance(core, dist.ImproperUniform) and core.support in (
+        dist.constraints.real, dist.constraints.real_vector,
+    ):  # fmt: skip
+        return AsNormal(np.zeros(shape), np.zeros(shape), True)
+    if type(core) is dist.Normal:
+        location, scale = np.asarray(core.loc), np.asarray(core.scale)
+        return AsNormal(
+            np.broadcast_to(location, shape).astype(float),
+            np.broadcast_to(1.0 / scale.astype(float) ** 2, shape),
+            True,
+        )
+    location, variance = _moments(belief)
+    known = np.isfinite(location) & np.isfinite(variance) & (variance > 0)
+    return AsNormal(
+        np.where(known, location, 0.0), np.where(known, 1.0 / np.where(known, variance, 1.0), 0.0),
+        False,
+    )  # fmt: skip
+
+
+def _moments(belief: dist.Distribution) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of every entry; NaN where the distribution does not know them."""
+    unknown = np.full(belief.shape(), np.nan)
+    try:
+        with float64():
+            mean, variance = np.asarray(belief.mean, float), np.asarray(belief.variance, float)
+    except NotImplementedError:
+        return unknown, unknown
+    return np.broadcast_to(mean, belief.shape()), np.broadcast_to(variance, belief.shape())
