@@ -21,12 +21,13 @@ import numpyro.distributions as dist
 from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.likelihoods import Likelihood
 from hierbayes.likelihoods.neural import Neural
-from hierbayes.numerics import float64
+from hierbayes.numerics import float64, triangle
 from hierbayes.priors import HyperPrior, Prior
 from hierbayes.priors.gaussian import Gaussian as GaussianPrior
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.priors.scales import Scales
 from hierbayes.tasks import Encoder, Tasks
+from hierbayes.tasks.kept import kept
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class HierarchicalModel:
                 f"{int((tasks.sizes > 0).sum())} with rows; give more tasks, or use no_pooling"
             )
         if tasks.predictors.ndim == 2:
-            _check_independent(tasks, np.array(self.shape(tasks).free_mean))
+            _check_independent(tasks, self.shape(tasks).free_mean)
 
     # ----------------------------------------------------------------- density
 
@@ -231,26 +232,33 @@ def sample_phi(sites: dict[str, dist.Distribution]) -> dict[str, Any]:
     return phi
 
 
-def _check_independent(tasks: Tasks, free_mean: np.ndarray) -> None:
+@kept
+def _check_independent(tasks: Tasks, free_mean: tuple[bool, ...]) -> None:
     """Refuse a column that over all tasks together depends linearly on the others."""
-    level = tasks.task_predictors[tasks.task_of_row]
-    moved = [tasks.predictors * level[:, [k]] for k in range(level.shape[1])]
-    names = [c for c, free in zip(tasks.coef, free_mean, strict=True) if free]
+    free = np.array(free_mean)
+    names = [c for c, is_free in zip(tasks.coef, free_mean, strict=True) if is_free]
     names += tasks.labels.shared
     names += [f"{w} on {c}" for w in tasks.labels.task_predictors for c in tasks.coef]
+
+    def columns() -> np.ndarray:
+        level = tasks.task_predictors[tasks.task_of_row]
+        moved = [tasks.predictors * level[:, [k]] for k in range(level.shape[1])]
+        return np.column_stack([tasks.predictors[:, free], tasks.shared, *moved])
+
     _refuse_dependent(tasks.predictors, list(tasks.coef))
-    columns = [tasks.predictors[:, free_mean], tasks.shared, *moved]
-    _refuse_dependent(np.column_stack(columns), names)
+    if names != list(tasks.coef):
+        _refuse_dependent(columns(), names)
 
 
 def _refuse_dependent(columns: np.ndarray, names: list[str]) -> None:
-    norms = np.linalg.norm(columns, axis=0)
+    factor = triangle(columns)
+    norms = np.linalg.norm(factor, axis=0)
     for name, norm in zip(names, norms, strict=True):
         if norm == 0:
             raise InputError(f"predictor {name!r} is zero in every row; leave it out")
     if len(columns) < len(names):
         raise InputError(f"{len(columns)} rows cannot tell {len(names)} predictors apart")
-    residual = np.abs(np.diag(np.linalg.qr(columns / norms, mode="r")))
+    residual = np.abs(np.diag(factor)) / norms
     if not (dependent := np.flatnonzero(residual < 1e-10)).size:
         return
     last = int(dependent[0])

@@ -185,6 +185,20 @@ def _substitute(factor: jax.Array, b: jax.Array, *, transpose: bool) -> jax.Arra
     return jax.lax.scan(row, jnp.zeros_like(b), order[::-1] if transpose else order)[0]
 
 
+def triangle(rows: np.ndarray) -> np.ndarray:
+    """R of the QR factorisation of many rows (N, P): of blocks that fit the cache, then of theirs.
+
+    Signs of its rows are arbitrary; N < P gives (N, P).
+    """
+    num_rows, width = rows.shape
+    block = max(1000, 10 * width)
+    if num_rows < 2 * block or not width:
+        return np.asarray(np.linalg.qr(rows, mode="r"))
+    whole = num_rows // block * block
+    parts = np.asarray(np.linalg.qr(rows[:whole].reshape(-1, block, width), mode="r"))
+    return triangle(np.concatenate([parts.reshape(-1, width), rows[whole:]]))
+
+
 def log_diagonal_sum(factor: jax.Array) -> jax.Array:
     """Σ_i log L_ii of (d, d, …) triangular factors: half the log determinant."""
     return jnp.log(jnp.stack([factor[i, i] for i in range(factor.shape[0])])).sum(0)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from hierbayes.tasks import Tasks
+from hierbayes.tasks.kept import kept
 
 
 @functools.partial(
@@ -61,8 +62,9 @@ def row_scale(tasks: Tasks) -> np.ndarray:
     return scale
 
 
+@kept
 def statistics(tasks: Tasks) -> Statistics:
-    """Reduce every task to its triangle, in float64, bucket by bucket."""
+    """Reduce every task to its triangle, in float64, bucket by bucket; once for these tasks."""
     d, p = tasks.predictors.shape[1], tasks.shared.shape[1]
     m, num_tasks = d + p + 1, tasks.num_tasks
     scale = row_scale(tasks)
@@ -74,10 +76,13 @@ def statistics(tasks: Tasks) -> Statistics:
     triangles = np.ascontiguousarray(np.moveaxis(triangles, 0, -1))
     log_scale = np.zeros(num_tasks)
     np.add.at(log_scale, tasks.task_of_row, np.log(scale))
-    return Statistics(
+    made = Statistics(
         triangles[:, :d], triangles[:, d : d + p], triangles[:, -1],
-        tasks.sizes.astype(float), log_scale, np.ascontiguousarray(tasks.task_predictors.T),
+        tasks.sizes.astype(float), log_scale, np.array(tasks.task_predictors.T, order="C"),
     )  # fmt: skip
+    for array in jax.tree.leaves(made):
+        array.flags.writeable = False
+    return made
 
 
 def _stacks(rows: np.ndarray, tasks: Tasks, at_least: int):

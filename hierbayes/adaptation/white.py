@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize
 
 from hierbayes.adaptation.curvature import Kind, products
 from hierbayes.adaptation.newton import ACCEPTED
@@ -149,6 +148,8 @@ class White:
         return float(np.linalg.norm(there - here) / size) if size > 0 else 0.0
 
     def _divergence_of_map(self, u: np.ndarray, theta: np.ndarray) -> float:
+        from scipy import optimize
+
         found = optimize.minimize(
             self.loss, u, jac=True, method="L-BFGS-B",
             options={"maxiter": 500, "maxcor": 30, "ftol": 1e-16, "gtol": 1e-9},

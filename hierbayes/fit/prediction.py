@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from hierbayes.errors import InputError
 from hierbayes.likelihoods.categorical import ClassProbabilities
@@ -46,7 +46,7 @@ class Prediction:
     @property
     def discrete(self) -> bool:
         """True where outcomes are counts or categories."""
-        return self.of_classes or isinstance(self.components.dist, stats.rv_discrete)
+        return self.of_classes or hasattr(self.components.dist, "pmf")
 
     @property
     def of_classes(self) -> bool:

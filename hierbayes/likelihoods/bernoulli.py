@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import numpyro.distributions as dist
-from scipy import special, stats
+from scipy import special
 
 from hierbayes.errors import InputError, listing
 from hierbayes.likelihoods.base import Likelihood
@@ -74,6 +74,8 @@ class Bernoulli(Likelihood):
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
     ) -> Any:
         """Bernoulli with the mean probability under normal f, by quadrature."""
+        from scipy import stats
+
         del phi, slots
         if np.max(variance, initial=0.0) == 0:
             return stats.bernoulli(np.clip(special.expit(location), *POSSIBLE))

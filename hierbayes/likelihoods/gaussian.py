@@ -8,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from scipy import stats
 
 from hierbayes.errors import InputError
 from hierbayes.likelihoods.base import Likelihood
 from hierbayes.tasks import Tasks
+from hierbayes.tasks.kept import kept
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class Gaussian(Likelihood):
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
     ) -> Any:
         """N(f, s² + the variance of f) of every row."""
+        from scipy import stats  # a third of a second, when first used
+
         noise = np.asarray(self.noise_sd(phi, slots))
         return stats.norm(location, np.sqrt(noise**2 + variance))
 
@@ -90,5 +92,10 @@ class Gaussian(Likelihood):
 
     def units(self, tasks: Tasks) -> tuple[float, float]:
         """Mean and standard deviation of the outcome less its offset."""
-        y = tasks.outcome - tasks.slots.get("offset", 0.0)
-        return float(y.mean()), float(np.std(y)) or max(float(np.abs(y).max(initial=0.0)), 1.0)
+        return _units(tasks)
+
+
+@kept
+def _units(tasks: Tasks) -> tuple[float, float]:
+    y = tasks.outcome - tasks.slots.get("offset", 0.0)
+    return float(y.mean()), float(np.std(y)) or max(float(np.abs(y).max(initial=0.0)), 1.0)

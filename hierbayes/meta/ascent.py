@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from scipy import optimize
 
 CHUNK = 50
 """Optax steps inside one compiled call."""
@@ -63,6 +62,8 @@ def maximise(
 def _lbfgs(
     objective: Callable[[Any], jax.Array], start: Any, num_steps: int, bar: Any
 ) -> tuple[Any, float, float, int]:
+    from scipy import optimize
+
     flat, unravel = ravel_pytree(start)
     value_and_grad = jax.jit(jax.value_and_grad(lambda v: -objective(unravel(v))))
 

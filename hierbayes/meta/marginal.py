@@ -7,29 +7,36 @@ whose diagonal may reach zero: Λ is where τ = 0 is an ordinary point (see
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.evidence.profile import (
-    ProfileProblem,
-    profile,
-    profile_and_slopes,
-    profile_problem,
+from hierbayes.evidence.curved import Curved, Plain, PlainAt, around, with_criterion
+from hierbayes.evidence.nearby import Nearby
+from hierbayes.evidence.profile import profile_problem
+from hierbayes.meta.optimum import (
+    Near,
+    Optimum,
+    ValueAndSlope,
+    curvature,
+    descend,
+    minimise,
+    polish,
 )
-from hierbayes.meta.optimum import Optimum, curvature, minimise
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.statistics import Statistics, statistics
 from hierbayes.tasks import Tasks
+from hierbayes.tasks.kept import kept
 
 Blocks = tuple[tuple[int, ...], ...]
 
 SINGULAR = 1e-4
 """Relative size of a direction's standard deviation below which it counts as zero, as in lme4."""
+
+MANY_CHUNKS = 32
+"""From so many thousand tasks on the search starts on a sample of them."""
 
 
 def maximise_likelihood(model: HierarchicalModel, tasks: Tasks, *, reml: bool) -> Optimum:
@@ -37,29 +44,36 @@ def maximise_likelihood(model: HierarchicalModel, tasks: Tasks, *, reml: bool) -
     shape = model.shape(tasks)
     known_noise = "sigma" not in shape.parameters
     with float64():
-        stats = statistics(tasks)
-        problem = jax.tree.map(
-            jnp.asarray, profile_problem(stats, shape, reml=reml, known_noise=known_noise)
-        )
-        scale = _units(stats)
-        root, value, trouble = _best_root(problem, shape, scale)
-        root = _snap(problem, root, value, scale)
-        best = profile(problem, jnp.asarray(root))
+        evidence, scale = _laid_out(tasks, shape)
+        evidence = with_criterion(evidence, reml=reml, known_noise=known_noise)
+        found = _best_root(evidence, shape, scale)
+        root = _snap(evidence, found.root, found.value, scale)
+        nearby = evidence.at(root)
+        best = nearby.profile
         sigma = float(best.sigma)
         covariance = sigma**2 * root @ root.T
         phi = _phi(shape, np.asarray(best.fixed), covariance, sigma, known_noise)
         errors, remarks = _standard_errors(
-            problem, shape, phi, np.asarray(best.covariance), known_noise, tasks
+            nearby, shape, phi, np.asarray(best.covariance), known_noise, tasks
         )
         fixed_errors = named_fixed(shape, np.sqrt(np.diag(np.asarray(best.covariance))))
     errors |= {name: se for name, se in fixed_errors.items() if name in phi}
-    warnings = ([trouble] if trouble else []) + remarks
+    warnings = ([found.problem] if found.problem else []) + remarks
     return Optimum(phi, float(best.log_evidence), errors, warnings)
+
+
+@kept
+def _laid_out(tasks: Tasks, shape: Shape) -> tuple[Curved | Plain, np.ndarray]:
+    """The evidence of these tasks, and the unit of each coefficient's τ / σ."""
+    stats = statistics(tasks)
+    problem = profile_problem(stats, shape, reml=False, known_noise=False)
+    return around(problem), _units(stats)
 
 
 def _units(stats: Statistics) -> np.ndarray:
     """The standard deviation of a coefficient that matches the noise of one row, (d,)."""
-    return 1.0 / np.sqrt((np.asarray(stats.x) ** 2).sum(axis=(0, 2)) / np.sum(stats.num_rows))
+    squares, rows = (stats.x**2).sum(axis=(0, 2)), stats.num_rows.sum()
+    return 1.0 / np.sqrt(np.asarray(squares) / np.asarray(rows))
 
 
 def positions(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
@@ -69,9 +83,13 @@ def positions(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
     return rows, columns
 
 
-def _best_root(
-    problem: ProfileProblem, shape: Shape, scale: np.ndarray
-) -> tuple[np.ndarray, float, str | None]:
+class _Found(NamedTuple):
+    root: np.ndarray
+    value: float
+    problem: str | None
+
+
+def _best_root(evidence: Curved | Plain, shape: Shape, scale: np.ndarray) -> _Found:
     rows, columns = positions(shape.blocks)
     unit = scale[rows]
     diagonal = rows == columns
@@ -81,36 +99,54 @@ def _best_root(
         root[rows, columns] = scaled * unit
         return root
 
-    def value_and_slope(scaled: np.ndarray) -> tuple[float, np.ndarray]:
-        value, (slope, _) = profile_and_slopes(problem, unpacked(scaled), np.float64(np.nan))
-        return -float(value), -np.asarray(slope)[rows, columns] * unit
+    def criterion_of(evidence: Curved | Plain) -> tuple[ValueAndSlope, Near]:
+        def near(x: np.ndarray) -> ValueAndSlope:
+            nearby = evidence.at(unpacked(x))
 
+            def value_and_slope(scaled: np.ndarray) -> tuple[float, np.ndarray]:
+                value, (slope, _) = nearby.value_and_slope(unpacked(scaled))
+                return -value, -slope[rows, columns] * unit
+
+            return value_and_slope
+
+        return lambda x: near(x)(x), near
+
+    value_and_slope, near = criterion_of(evidence)
     lower = np.where(diagonal, 0.0, -np.inf)
     starts = [np.where(diagonal, s, 0.0) for s in (1.0, 0.2)]
-    best = minimise(value_and_slope, starts, lower)
+
+    best = None
+    if evidence.num_chunks >= MANY_CHUNKS:
+        # a sample's maximum lies a few standard errors off: Newton steps on all tasks do the rest
+        few, near_few = criterion_of(evidence.sample(max(4, evidence.num_chunks // 64)))
+        best = polish(value_and_slope, descend(few, starts[0], lower, near_few), lower, near)
+    if best is None or best.problem is not None or (best.x[diagonal] < 0.01).any():
+        best = minimise(value_and_slope, starts, lower, near)
     # A zero column of Λ is always stationary; where more variance would help, it is no maximum.
     for _ in range(len(scale)):
         flat = diagonal & (best.x <= 1e-8)
         if not flat.any():
             break
         stuck = np.zeros_like(flat)
-        stuck[flat] = np.diag(curvature(value_and_slope, best.x, flat)) < -1e-8
+        stuck[flat] = np.diag(curvature(near(best.x), best.x, flat)) < -1e-8
         if not stuck.any():
             break
-        again = minimise(value_and_slope, [np.where(stuck, 0.3, best.x)], lower)
+        again = minimise(value_and_slope, [np.where(stuck, 0.3, best.x)], lower, near)
         if not again.value < best.value:
             break
         best = again
-    return unpacked(best.x), best.value, best.problem
+    return _Found(unpacked(best.x), best.value, best.problem)
 
 
-def _snap(problem: ProfileProblem, root: np.ndarray, value: float, scale: np.ndarray) -> np.ndarray:
+def _snap(
+    evidence: Curved | Plain, root: np.ndarray, value: float, scale: np.ndarray
+) -> np.ndarray:
     """Rows of Λ that are zero but for rounding become exactly zero, where that costs nothing."""
     small = np.linalg.norm(root, axis=1) < SINGULAR * scale
     trial = np.where(small[:, None], 0.0, root)
     if not small.any():
         return root
-    at_zero = -float(profile(problem, jnp.asarray(trial)).log_evidence)
+    at_zero = -float(evidence.at(trial).profile.log_evidence)
     return trial if at_zero <= value + 1e-7 * max(1.0, abs(value)) else root
 
 
@@ -143,7 +179,7 @@ def named_fixed(shape: Shape, values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _standard_errors(
-    problem: ProfileProblem,
+    nearby: Nearby | PlainAt,
     shape: Shape,
     phi: dict[str, np.ndarray],
     covariance: np.ndarray,
@@ -171,7 +207,7 @@ def _standard_errors(
             "and sigma hold them fixed there, and the data may not support correlated effects"
         )
     free_corr = () if singular else tuple(b for b in blocks if len(b) > 1)
-    spread = _Spread(problem, tau, corr, inside, free_corr, phi.get("sigma"))
+    spread = _Spread(nearby, tau, corr, inside, free_corr, phi.get("sigma"))
     start = spread.vector()
     if not start.size:
         return errors, remarks
@@ -199,14 +235,14 @@ class _Spread:
 
     def __init__(
         self,
-        problem: ProfileProblem,
+        nearby: Nearby | PlainAt,
         tau: np.ndarray,
         corr: np.ndarray,
         inside: np.ndarray,
         free_corr: Blocks,
         sigma: np.ndarray | None,
     ):
-        self.problem, self.tau = problem, tau
+        self.nearby, self.tau = nearby, tau
         self.sigma = None if sigma is None else float(sigma)
         self.inside = np.flatnonzero(inside)
         self.corr_root = _cholesky(corr)
@@ -235,8 +271,7 @@ class _Spread:
         length = np.linalg.norm(below, axis=1)
         corr_root = below / length[:, None]
         root = tau[:, None] * corr_root / sigma
-        value, (by_root, by_sigma) = profile_and_slopes(self.problem, root, np.float64(sigma))
-        by_root = np.asarray(by_root)
+        value, (by_root, by_sigma) = self.nearby.value_and_slope(root, sigma)
         by_tau = (by_root * corr_root).sum(1)[self.inside] / sigma * self.tau[self.inside]
         by_noise = []
         if self.sigma is not None:
@@ -244,7 +279,7 @@ class _Spread:
         by_corr = by_root * tau[:, None] / sigma
         along = (by_corr * corr_root).sum(1)[:, None] * corr_root
         by_below = ((by_corr - along) / length[:, None])[self.rows, self.columns]
-        return -float(value), -np.concatenate([by_tau, by_noise, by_below])
+        return -value, -np.concatenate([by_tau, by_noise, by_below])
 
 
 def _cholesky(corr: np.ndarray) -> np.ndarray:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy import optimize
 
 ValueAndSlope = Callable[[np.ndarray], tuple[float, np.ndarray]]
+Near = Callable[[np.ndarray], ValueAndSlope]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,11 @@ def minimise(
     value_and_slope: ValueAndSlope,
     starts: list[np.ndarray],
     lower: np.ndarray,
+    near: Near | None = None,
 ) -> Minimum:
     """The best of several bounded quasi-Newton runs, polished by Newton steps off the bounds."""
+    from scipy import optimize
+
     runs = []
     for start in starts:
         run: Any = optimize.minimize(
@@ -50,13 +53,31 @@ def minimise(
     if not runs:
         return Minimum(starts[0], np.nan, "the criterion is not finite at any starting point")
     best = min(runs, key=lambda run: run.fun)
-    x, value = np.asarray(best.x), float(best.fun)
+    return polish(value_and_slope, np.asarray(best.x), lower, near)
+
+
+def polish(
+    value_and_slope: ValueAndSlope,
+    x: np.ndarray,
+    lower: np.ndarray,
+    near: Near | None = None,
+) -> Minimum:
+    """Newton steps off the bounds, from a point that is nearly the minimum.
+
+    ``near(x)``, where given, is the criterion around x, cheap and exact to second order.
+    """
+
+    def curved(x: np.ndarray, which: np.ndarray) -> np.ndarray:
+        return curvature(value_and_slope if near is None else near(x), x, which)
+
     for _ in range(20):
         value, slope = value_and_slope(x)
         free = ~((x <= lower) & (slope >= 0))
         if not free.any():
             break
-        hessian = curvature(value_and_slope, x, free)
+        hessian = curved(x, free)
+        if not np.isfinite(hessian).all():
+            break
         values, vectors = np.linalg.eigh(hessian)
         if values[0] <= 0:
             break
@@ -65,6 +86,10 @@ def minimise(
         decrement = float(-slope @ step)
         trial = np.maximum(x + step, lower)
         if decrement < 1e-14 * max(1.0, abs(value)):
+            # too little for the value to tell, but of many tasks the estimate still can
+            if near is not None and (np.abs(step) <= 1e-5 * np.maximum(1.0, np.abs(x))).all():
+                x = trial
+                value, slope = value_and_slope(x)
             break
         if not value_and_slope(trial)[0] <= value + 1e-12 * abs(value):
             break
@@ -72,8 +97,40 @@ def minimise(
     else:
         value, slope = value_and_slope(x)
     free = ~((x <= lower) & (slope >= 0))
-    hessian = curvature(value_and_slope, x, free)
-    return Minimum(x, float(value), _problem(slope[free], hessian, value))
+    return Minimum(x, float(value), _problem(slope[free], curved(x, free), value))
+
+
+def descend(
+    value_and_slope: ValueAndSlope, x: np.ndarray, lower: np.ndarray, near: Near
+) -> np.ndarray:
+    """Damped Newton steps from afar: a dozen evaluations to the neighbourhood of a minimum.
+
+    Directions of negative curvature are followed as if it were positive. Where nothing is gained
+    any more the last point is returned, for :func:`polish` to judge.
+    """
+    value, slope = value_and_slope(x)
+    for _ in range(30):
+        free = ~((x <= lower) & (slope >= 0))
+        hessian = curvature(near(x), x, free)
+        if not (free.any() and np.isfinite(hessian).all()):
+            break
+        values, vectors = np.linalg.eigh(hessian)
+        values = np.maximum(np.abs(values), 1e-8 * np.abs(values).max() + 1e-300)
+        step = np.zeros_like(x)
+        step[free] = -vectors @ ((vectors.T @ slope[free]) / values)
+        step /= max(1.0, np.abs(step).max())
+        decrement = float(-slope @ step)
+        for shrink in (1.0, 0.3, 0.1, 0.01):
+            trial = np.maximum(x + shrink * step, lower)
+            found = value_and_slope(trial)
+            if found[0] < value:
+                break
+        else:
+            break
+        x, (value, slope) = trial, found
+        if decrement < 1e-2:  # a tenth of a standard error
+            break
+    return x
 
 
 def curvature(value_and_slope: ValueAndSlope, x: np.ndarray, which: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from hierbayes.fit import Fit
 from hierbayes.plots.style import as_fits, axes_or_new, looks, pick_coef
@@ -38,6 +37,8 @@ def forest(
     -------
     matplotlib Axes
     """
+    from scipy import stats
+
     fits = as_fits(fits)
     name, styles = pick_coef(fits, coef), looks(fits)
     reference = next((f for f in fits.values() if f.method == "full Bayes"), None)

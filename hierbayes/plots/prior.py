@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from hierbayes.adaptation import LeastSquares
 from hierbayes.fit import Fit
@@ -30,6 +29,8 @@ def learned_prior(fits: Fit | Mapping[str, Fit], *, coef: str | None = None, ax:
     -------
     matplotlib Axes
     """
+    from scipy import stats
+
     fits = as_fits(fits)
     name, styles = pick_coef(fits, coef), looks(fits)
     ax = axes_or_new(ax, (6.0, 3.8))

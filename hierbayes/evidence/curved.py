@@ -1,0 +1,258 @@
+r"""The profiled evidence with its first and second derivatives, in one pass over the tasks.
+
+With A = ΛΛᵀ, V_j = I + R_j A R_jᵀ and S_j = [F_j, y_j − F_j b₀] the tasks enter the evidence by
+
+.. math::
+
+    \textstyle\sum_j \log|V_j|, \qquad C = \sum_j S_j^\top V_j^{-1} S_j
+
+only, and both have short derivatives in A: with M_j = RᵀV⁻¹R and U_j = RᵀV⁻¹S,
+
+.. math::
+
+    \log|V(A + \delta)| &= \log|V| + \operatorname{tr} M\delta
+        - \tfrac12 \operatorname{tr} M\delta M\delta + O(\delta^3), \\
+    C(A + \delta) &= C + \textstyle\sum_j \left(-U^\top\delta U + U^\top\delta M\delta U\right)
+        + O(\delta^3).
+
+The sums over tasks of M, M ⊗ M, U ⊗ U and U ⊗ U ⊗ M therefore give the evidence near A, exact to
+second order, in whatever parameters: a Newton step and standard errors cost one pass. Tasks are
+taken by the thousand, so that what lies between stays in the processor's cache. b₀ is the last
+value of the fixed effects, which makes the residual sum of squares a sum without cancellation.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.evidence.nearby import Nearby, Slopes, Sums, Terms
+from hierbayes.evidence.profile import Profile, ProfileProblem, profile, profile_and_slopes
+from hierbayes.numerics import UNROLL_UP_TO, cholesky, float64, matmul, solve_lower
+
+LANES = 1024
+"""Tasks side by side: few enough for the cache, and for XLA not to wake threads for each line."""
+
+LARGEST_PRODUCT = 1000
+"""Distinct entries of U ⊗ U up to which second derivatives are summed."""
+
+CHUNKS_FOR_THREADS = 16
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["x", "right", "counts"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Chunks:
+    """Tasks in ``n`` chunks of ``B``, dealt out like cards, on each of ``G`` devices.
+
+    ``x`` (d, d, G, n, B); ``right`` (m, P + 1, G, n, B), whitened fixed columns and y; ``counts``
+    (2, G, n, B), rows and log scale. The first chunks are an even sample of the tasks.
+    """
+
+    x: Any
+    right: Any
+    counts: Any
+
+
+class Raw(NamedTuple):
+    """Sums over tasks as they come off the device, (G, …)."""
+
+    log_det: Any
+    gram: Any
+    products: Any
+    counts: Any
+
+
+def fits(num_coef: int, num_fixed: int) -> bool:
+    """Whether second derivatives are few enough to be summed over tasks."""
+    size = num_coef * (num_fixed + 1)
+    return num_coef <= UNROLL_UP_TO and size * (size + 1) // 2 <= LARGEST_PRODUCT
+
+
+def chunks_of(problem: ProfileProblem) -> Chunks:
+    """The problem's tasks dealt out; on the device, or devices, where they lie."""
+    num_tasks = problem.y.shape[-1]
+    if isinstance(problem.y, np.ndarray):
+        return _deal(np, problem, 1, _number(num_tasks))
+    groups = len(problem.y.sharding.device_set)
+    return _deal_on_device(problem, groups, _number(-(-num_tasks // groups)))
+
+
+def _number(num_tasks: int) -> int:
+    return max(1, -(-num_tasks // LANES))
+
+
+def _deal(xp: Any, problem: ProfileProblem, groups: int, number: int) -> Chunks:
+    num_tasks = problem.y.shape[-1]
+    lanes = max(1, -(-num_tasks // (groups * number)))
+    missing = groups * number * lanes - num_tasks
+
+    def dealt(a: Any) -> Any:
+        a = xp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)]) if missing else a
+        a = xp.swapaxes(a.reshape(*a.shape[:-1], groups, lanes, number), -1, -2)
+        return xp.ascontiguousarray(a) if xp is np else a
+
+    right = xp.concatenate([problem.fixed, problem.y[:, None]], axis=1)
+    counts = xp.stack([problem.num_rows, problem.log_scale])
+    return Chunks(dealt(problem.x), dealt(right), dealt(counts))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _deal_on_device(problem: ProfileProblem, groups: int, number: int) -> Chunks:
+    return _deal(jnp, problem, groups, number)
+
+
+@jax.jit
+def _sum(chunks: Chunks, root: Any, effects: Any, first: Any, last: Any) -> Raw:
+    """Sums over the chunks ``first`` to ``last``."""
+    d, width, groups = chunks.x.shape[0], chunks.right.shape[1], chunks.x.shape[2]
+    pairs, halves = np.triu_indices(d * width), np.triu_indices(d)
+
+    def add(i: Any, sums: Raw) -> Raw:
+        x, right, counts = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, i, a.ndim - 2, keepdims=False),
+            (chunks.x, chunks.right, chunks.counts),
+        )
+        residual = right[:, -1:] - (right[:, :-1] * effects[:, None, None]).sum(1, keepdims=True)
+        right = jnp.concatenate([right[:, :-1], residual], axis=1)
+        design = matmul(x, root[:, :, None, None])
+        variance = matmul(design, jnp.swapaxes(design, 0, 1)) + jnp.eye(d)[:, :, None, None]
+        factor = cholesky(variance)
+        white = solve_lower(factor, jnp.concatenate([x, right[:d]], axis=1))
+        white_x, white_right = white[:, :d], white[:, d:]
+        m = (white_x[:, :, None] * white_x[:, None]).sum(0)[halves]
+        u = (white_x[:, :, None] * white_right[:, None]).sum(0).reshape(-1, *x.shape[2:])
+        uu = u[pairs[0]] * u[pairs[1]]
+        left = jnp.concatenate([jnp.ones_like(m[:1]), m])
+        rows = jnp.concatenate([white_right, right[d:]])
+        pivots = functools.reduce(jnp.multiply, [factor[k, k] for k in range(d)])
+        found = Raw(
+            2 * jnp.log(pivots).sum(-1),
+            jnp.einsum("ikgb,ilgb->gkl", rows, rows),
+            jnp.einsum("kgb,lgb->gkl", left, jnp.concatenate([uu, m])),
+            counts.sum(-1).T,
+        )
+        return Raw(*(a + b for a, b in zip(sums, found, strict=True)))
+
+    zero = Raw(
+        jnp.zeros(groups),
+        jnp.zeros((groups, width, width)),
+        jnp.zeros((groups, 1 + len(halves[0]), len(pairs[0]) + len(halves[0]))),
+        jnp.zeros((groups, 2)),
+    )
+    return jax.tree.map(lambda a: a.sum(0), jax.lax.fori_loop(first, last, add, zero))
+
+
+class Curved:
+    """The profiled evidence as a function of Λ, and near any Λ as a function of everything."""
+
+    def __init__(self, chunks: Chunks, effects: np.ndarray, terms: Terms, last: int | None = None):
+        self.chunks, self.effects, self.terms = chunks, effects, terms
+        self.last = chunks.x.shape[3] if last is None else last
+        self._recent: dict[bytes, Nearby] = {}
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of chunks, about J / 1024."""
+        return self.last
+
+    def sample(self, num_chunks: int) -> Curved:
+        """The same of an even sample of the tasks, for which nothing is compiled anew."""
+        return Curved(self.chunks, self.effects, self.terms, num_chunks)
+
+    def at(self, root: np.ndarray) -> Nearby:
+        """The evidence near Λ; the last few are remembered."""
+        key = np.ascontiguousarray(root).tobytes()
+        if key not in self._recent:
+            while len(self._recent) >= 4:
+                del self._recent[next(iter(self._recent))]
+            near = Nearby(root, self._sums(root), self.effects, self.terms)
+            if np.isfinite(near.effects).all():
+                self.effects = near.effects
+            self._recent[key] = near
+        return self._recent[key]
+
+    def _sums(self, root: np.ndarray) -> Sums:
+        parts = 1
+        if self.last >= CHUNKS_FOR_THREADS and self.chunks.x.shape[2] == 1:
+            parts = min(os.cpu_count() or 1, self.last // (CHUNKS_FOR_THREADS // 2))
+        ends = np.linspace(0, self.last, parts + 1).astype(int)
+
+        def part(k: int) -> list[np.ndarray]:
+            with float64():  # the flag is each thread's own
+                raw = _sum(self.chunks, root, self.effects, ends[k], ends[k + 1])
+                return [np.asarray(a) for a in raw]
+
+        found = _in_threads(part, parts)
+        return Sums.unpacked(Raw(*(sum(a) for a in zip(*found, strict=True))), root.shape[0])
+
+
+def _in_threads(part: Any, number: int) -> Sequence[list[np.ndarray]]:
+    """XLA runs one small loop on one core; as many loops as cores run side by side."""
+    if number == 1:
+        return [part(0)]
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(part, range(number)))
+
+
+class PlainAt(NamedTuple):
+    """The evidence itself, for a function that holds near a Λ: as exact, and dearer."""
+
+    problem: ProfileProblem
+    root: np.ndarray
+
+    @property
+    def profile(self) -> Profile:
+        """What Λ implies."""
+        return profile(self.problem, jnp.asarray(self.root))
+
+    def value_and_slope(self, root: np.ndarray, sigma: float = np.nan) -> tuple[float, Slopes]:
+        """The evidence and its slopes in Λ and σ; σ is maximised out where it is NaN."""
+        value, slopes = profile_and_slopes(self.problem, root, np.float64(sigma))
+        return float(value), (np.asarray(slopes[0]), np.asarray(slopes[1]))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The profiled evidence where second derivatives would be too many to sum over tasks."""
+
+    problem: ProfileProblem
+    num_chunks = 1
+
+    def sample(self, num_chunks: int) -> Plain:
+        """All of it: there are no chunks."""
+        del num_chunks
+        return self
+
+    def at(self, root: np.ndarray) -> PlainAt:
+        """The evidence near Λ, and anywhere else."""
+        return PlainAt(self.problem, root)
+
+
+def with_criterion(evidence: Curved | Plain, *, reml: bool, known_noise: bool) -> Curved | Plain:
+    """The same tasks under another criterion, and nothing remembered."""
+    given: dict[str, Any] = {"reml": reml, "known_noise": known_noise}
+    if isinstance(evidence, Plain):
+        return Plain(replace(evidence.problem, **given))
+    return Curved(evidence.chunks, evidence.effects, replace(evidence.terms, **given))
+
+
+def around(problem: ProfileProblem) -> Curved | Plain:
+    """The evidence laid out on the device, for single passes where that is to be had."""
+    if not fits(problem.x.shape[0], problem.fixed.shape[1]):
+        return Plain(jax.tree.map(jnp.asarray, problem))
+    xp: Any = np if isinstance(problem.y, np.ndarray) else jnp
+    effects = np.asarray(xp.einsum("mpj,mj->p", problem.fixed, problem.y))
+    terms = Terms(np.asarray(problem.whitener), problem.reml, problem.known_noise)
+    return Curved(jax.tree.map(jnp.asarray, chunks_of(problem)), effects, terms)
