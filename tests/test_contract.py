@@ -65,7 +65,7 @@ METHODS = {
         "radon_reptile", hb.reptile, ("mu", "beta", "sigma", "sigma_query"), False, False
     ),
     "full Bayes": Promise(
-        "radon_full", lambda m, t: hb.full_bayes(m, t, **QUICK), FULL, False, True, (*FULL, "theta")
+        "radon_full", lambda m, t: hb.full_bayes(m, t, **QUICK), FULL, True, True, (*FULL, "theta")
     ),
 }
 

@@ -24,8 +24,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hierbayes.numerics import UNROLL_UP_TO, cholesky, log_diagonal_sum, matmul, solve_lower
-from hierbayes.numerics import solve_upper as solve_transposed
+from hierbayes.numerics import (
+    UNROLL_UP_TO,
+    cholesky,
+    log_diagonal_sum,
+    matmul,
+    solve_lower,
+    solve_upper,
+)
 from hierbayes.statistics import Statistics
 
 
@@ -135,14 +141,14 @@ def integrate(problem: IntegratedProblem, root: jax.Array, sigma: Any) -> Integr
     away = location - p.centre
     inverse = gram + p.gram_below / noise + jnp.diag(precision)
     h = slope + p.slope_below / noise + precision * away
-    lower = cholesky(inverse)
-    solved = solve_lower(lower, h)
+    lower = cholesky(inverse[:, :, None])
+    solved = solve_lower(lower, h[:, None])
     flat = precision == 0
     log_prior = jnp.where(flat, jnp.log(2 * jnp.pi), jnp.log(jnp.where(flat, 1.0, precision)))
     total = total + (precision * away**2).sum() - (solved**2).sum()
-    total = total + 2 * log_diagonal_sum(lower) - log_prior.sum()
-    mean = p.centre + solve_transposed(lower, solved)
-    return Integrated(-0.5 * total + p.log_scale, mean, lower)
+    total = total + 2 * log_diagonal_sum(lower)[0] - log_prior.sum()
+    mean = p.centre + solve_upper(lower, solved)[:, 0]
+    return Integrated(-0.5 * total + p.log_scale, mean, lower[:, :, 0])
 
 
 def _products(f: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:

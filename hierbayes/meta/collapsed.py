@@ -109,7 +109,7 @@ def point(
     total = scales.log_density + found.log_evidence
     b = found.mean
     if structure.num_fixed:
-        b = b + solve_upper(found.factor, e)
+        b = b + solve_upper(found.factor[:, :, None], e[:, None])[:, 0]
     named = structure.fixed(b)
     if not structure.exact:
         total = total + _correction(structure, problem, beliefs, named, b)

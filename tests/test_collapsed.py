@@ -1,0 +1,363 @@
+"""The collapsed posterior: fixed effects integrated out, coordinates, proposals, fall-back.
+
+Rung (a) closed forms: a dense normal density from SciPy, Bayes' theorem point by point. Rung (b):
+quadrature for p(D), differences for Jacobians. Rung (c): NUTS on the same density. Rung (d): means
+of known targets within Monte-Carlo error.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from assertions import close, monte_carlo
+from conftest import QUICK, quietly
+from scipy import integrate as quadrature
+from scipy import linalg, stats
+from test_evidence import case
+
+import hierbayes as hb
+from hierbayes.evidence import Exact
+from hierbayes.evidence.integrated import (
+    NormalBelief,
+    fixed_columns,
+    integrate,
+    integrated_problem,
+    least_squares,
+)
+from hierbayes.meta import collapsed_sampling
+from hierbayes.meta.collapsed import Collapsed
+from hierbayes.meta.independence import Proposal, fit_proposal, run_chains
+from hierbayes.meta.scales_of_phi import Coordinates, Units, inverse_softplus
+from hierbayes.numerics import float64
+from hierbayes.statistics import row_scale, statistics
+
+CASES = {
+    "intercepts": dict(d=1),
+    "two": dict(d=2, shared=1),
+    "three, pinned": dict(d=3, shared=2, zero_mean=("x2",)),
+    "five": dict(d=5),
+    "task predictors": dict(d=2, level=2),
+    "known errors": dict(d=2, slots=("known_se",)),
+    "weights and offset": dict(d=2, shared=1, slots=("weight", "offset")),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def one(request):
+    return case(**request.param)
+
+
+def belief_of(num_fixed: int) -> NormalBelief:
+    rng = np.random.default_rng(num_fixed)
+    return NormalBelief(rng.normal(size=num_fixed), rng.uniform(0.1, 2.0, num_fixed))
+
+
+def integrated(one, belief, centre=None):
+    """(evidence, mean, factor) of the package at the case's own τ, R, σ."""
+    with float64():
+        stats_of = statistics(one.tasks)
+        shape = one.model.shape(one.tasks)
+        start = least_squares(stats_of, shape.free_mean)[0] if centre is None else centre
+        problem = integrated_problem(stats_of, shape.free_mean, start, belief)
+        corr = one.phi.get("corr", np.eye(len(one.phi["tau"])))
+        root = one.phi["tau"][:, None] * np.linalg.cholesky(corr)
+        found = jax.jit(integrate)(problem, root, one.phi.get("sigma", 1.0))
+        return tuple(np.asarray(part) for part in found)
+
+
+def dense(one):
+    """y, F and the covariance of y given b, by rows."""
+    tasks, phi = one.tasks, one.phi
+    shape = one.model.shape(tasks)
+    free = [i for i, f in enumerate(shape.free_mean) if f]
+    w = tasks.task_predictors[tasks.task_of_row]
+    moved = [tasks.predictors[:, [i]] * w for i in range(len(shape.coef))]
+    fixed = np.column_stack([tasks.predictors[:, free], *moved, tasks.shared])
+    with float64():
+        sigma_theta = np.asarray(jax.jit(one.model.prior.covariance)(phi))
+    noise = (phi.get("sigma", 1.0) / row_scale(tasks)) ** 2
+    same = tasks.task_of_row[:, None] == tasks.task_of_row[None]
+    covariance = same * (tasks.predictors @ sigma_theta @ tasks.predictors.T) + np.diag(noise)
+    return tasks.outcome - tasks.slots.get("offset", 0.0), fixed, covariance
+
+
+# 1e-9: dense Cholesky of 32 rows with condition numbers up to 1e4
+def test_the_evidence_is_the_dense_normal_density(one):
+    y, fixed, covariance = dense(one)
+    belief = belief_of(fixed.shape[1])
+    whole = covariance + fixed @ np.diag(1 / belief.precision) @ fixed.T
+    expected = stats.multivariate_normal(fixed @ belief.location, whole).logpdf(y)
+    found, mean, factor = integrated(one, belief)
+    close(found, expected, rtol=1e-9)
+    precision = fixed.T @ np.linalg.solve(covariance, fixed) + np.diag(belief.precision)
+    slope = fixed.T @ np.linalg.solve(covariance, y) + belief.precision * belief.location
+    close(factor @ factor.T, precision, rtol=1e-9, atol=1e-9)
+    close(mean, np.linalg.solve(precision, slope), rtol=1e-8, atol=1e-9)
+
+
+def test_where_it_is_expanded_does_not_matter(one):
+    num_fixed = dense(one)[1].shape[1]
+    near = integrated(one, belief_of(num_fixed))
+    far = integrated(one, belief_of(num_fixed), np.full(num_fixed, 3.0))
+    for a, b in zip(near, far, strict=True):
+        close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_flat_belief_is_the_limit_of_wide_ones(one):
+    """log p(D) less the normals' own log density at their centre; 1e-6: precision 1e-9 times b²."""
+    num_fixed = dense(one)[1].shape[1]
+    flat = integrated(one, NormalBelief(np.zeros(num_fixed), np.zeros(num_fixed)))
+    wide = integrated(one, NormalBelief(np.zeros(num_fixed), np.full(num_fixed, 1e-9)))
+    own = 0.5 * num_fixed * np.log(1e-9 / (2 * np.pi))
+    close(flat[0], wide[0] - own, rtol=0, atol=1e-6)
+    close(flat[1], wide[1], rtol=1e-6, atol=1e-6)
+
+
+# --------------------------------------------------------------- the density of a point
+
+
+def believing(**beliefs):
+    """A correlated radon model and what is believed of its φ."""
+    model, tasks = hb.from_formula(
+        "log_radon ~ 1 + floor + log_uranium + (1 + floor | county)", hb.datasets.radon(),
+        hyperprior=hb.HyperPrior(**beliefs),
+    )  # fmt: skip
+    return model.resolve(tasks), tasks
+
+
+BELIEFS = {
+    "default": {},
+    "Student t": dict(mu=dist.StudentT(3.0, 1.0, 0.5), beta=dist.Laplace(0.0, 0.3)),
+    "Cauchy": dict(mu={"floor": dist.Cauchy(0.0, 1.0)}, tau=dist.HalfCauchy(1.0)),
+    "flat": dict(mu=dist.ImproperUniform(dist.constraints.real, (), ())),
+    "variance": dict(sigma=dist.Gamma(2.0, 2.0), corr=dist.LKJ(2, 0.7)),
+}
+
+
+@pytest.mark.parametrize("beliefs", BELIEFS.values(), ids=BELIEFS.keys())
+def test_a_point_obeys_bayes_theorem(beliefs):
+    """p(D, φ) |dψ/dx| = density(x, e) q(b | ψ, D), with q normal; for any e.
+
+    1e-9: log densities of about 1,000, in which nothing cancels.
+    """
+    model, tasks = believing(**beliefs)
+    with float64():
+        target = Collapsed(model, tasks)
+        units = target.units
+        shape = target.structure.shape
+        rng = np.random.default_rng(3)
+        x, e = 0.3 * rng.normal(size=4), rng.normal(size=3)
+        log_density = target.densities(units, x[None], e[None])[0]
+        phi = {name: v[0] for name, v in target.phis(units, x[None], e[None]).items()}
+        corr_root = np.linalg.cholesky(phi["corr"])
+        inner = jax.jit(integrate)(target.problem, phi["tau"][:, None] * corr_root, phi["sigma"])
+        b = np.asarray(inner.mean) + linalg.solve_triangular(inner.factor, e, trans=1, lower=True)
+        q = stats.multivariate_normal(
+            inner.mean, np.linalg.inv(np.asarray(inner.factor @ inner.factor.T))
+        ).logpdf(b)
+        close(phi["mu"], b[:2], rtol=1e-12)
+        close(phi["beta"], b[2:], rtol=1e-12)
+        believed = sum(
+            float(np.sum(belief.log_prob(phi[name]))) for name, belief in target.beliefs.items()
+        )
+
+        def free(x):
+            found = Coordinates.of(shape).scales(jnp.asarray(x), units, target.beliefs).phi
+            return jnp.array([*found["tau"], found["corr"][1, 0], found["sigma"]])
+
+        jacobian = np.linalg.slogdet(np.asarray(jax.jit(jax.jacfwd(free))(x)))[1]
+    evidence = Exact()(model, tasks, phi).sum()
+    close(log_density + q, evidence + believed + jacobian, rtol=1e-9)
+
+
+def test_density_is_nothing_outside_the_support():
+    model, tasks = believing(tau=dist.Uniform(0.0, 0.5))
+    with float64():
+        target = Collapsed(model, tasks)
+        units = Units(np.full(2, 0.1), 1.0)
+        inside = np.array([*inverse_softplus(np.array([4.0, 4.0])), 0.0, 0.0])
+        outside = np.array([*inverse_softplus(np.array([4.0, 6.0])), 0.0, 0.0])
+        values = target.densities(units, np.stack([inside, outside]), np.zeros((2, 3)))
+    assert np.isfinite(values[0])
+    assert values[1] == -np.inf
+
+
+def test_units_are_a_matter_of_description():
+    """The same ψ has the same density in ψ: x moves, and the density by its Jacobian only."""
+    model, tasks = believing()
+    with float64():
+        target = Collapsed(model, tasks)
+        coordinates = target.structure.coordinates
+        old, new = target.units, Units(np.array([0.05, 2.0]), 0.4)
+        x = np.random.default_rng(0).normal(size=(6, 4))
+        moved = coordinates.rescaled(x, old, new)
+        at = jax.jit(jax.vmap(lambda v, u: coordinates.scales(v, u, target.beliefs), (0, None)))
+        before, after = at(x, old), at(moved, new)
+        for name in ("tau", "corr", "sigma"):
+            close(after.phi[name], before.phi[name], rtol=1e-12)
+        slope = [1 / (1 + np.exp(-v[:, :2])) for v in (x, moved)]
+        stretch = np.log(slope[0] * old.tau / (slope[1] * new.tau)).sum(1)
+        close(after.log_density + stretch, before.log_density, rtol=1e-11)
+
+
+# ------------------------------------------------------------------------ the sampler
+
+
+def correlated_target(points):
+    """log Gamma(3) in exp(x₀), normal x₁ around x₀ with sd ½: E eˣ = 3, E x₁ = ψ(3)."""
+    x = points[:, 0]
+    return stats.gamma(3).logpdf(np.exp(x)) + x + stats.norm(x, 0.5).logpdf(points[:, 1])
+
+
+def chains(log_density, rng, num_draws=4000):
+    fitted = fit_proposal(log_density, Proposal(np.zeros(2), np.eye(2)), rng)
+    return run_chains(log_density, fitted, rng, num_draws=num_draws, num_chains=4, thinning=2)
+
+
+def test_chains_have_the_targets_moments(rng):
+    found = chains(correlated_target, rng)
+    draws = found.points[found.places]
+    digamma_3, trigamma_3 = 0.9227843350984671, 0.3949340668482264
+    monte_carlo(np.exp(draws[..., 0]), 3.0, np.sqrt(3.0))
+    monte_carlo(draws[..., 1], digamma_3, np.sqrt(trigamma_3 + 0.25))
+    monte_carlo((draws[..., 1] - draws[..., 0]) ** 2, 0.25, np.sqrt(2) * 0.25)
+    assert found.acceptance > 0.6
+    assert abs(found.log_normaliser) < 5 * found.log_normaliser_se < 0.05
+
+
+def test_chains_that_forget_the_proposal_are_caught(rng, monkeypatch):
+    """Negative control: weights p(x) in the place of p(x) / q(x)."""
+    fitted = fit_proposal(correlated_target, Proposal(np.zeros(2), np.eye(2)), rng)
+    monkeypatch.setattr(Proposal, "log_prob", lambda self, points: np.zeros(len(points)))
+    found = run_chains(correlated_target, fitted, rng, num_draws=4000, num_chains=4, thinning=2)
+    draws = found.points[found.places]
+    with pytest.raises(AssertionError):
+        monte_carlo((draws[..., 1] - draws[..., 0]) ** 2, 0.25, np.sqrt(2) * 0.25)
+
+
+def test_a_start_far_off_is_found_back_from(rng):
+    def far(points):
+        return correlated_target(points - np.array([6.0, -9.0]))
+
+    fitted = fit_proposal(far, Proposal(np.zeros(2), np.eye(2)), rng)
+    assert fitted.share > 0.3
+
+
+def test_one_chain_and_one_draw_are_served(schools):
+    fit = hb.full_bayes(schools.model, schools.tasks, num_draws=1, num_chains=1)
+    assert fit.datatree.posterior["theta"].shape == (1, 1, 8, 1)
+
+
+def test_the_evidence_of_eight_schools_is_its_integral(schools_full, schools):
+    """log p(D) = log ∫ p(τ) N(y; m, τ² I + s² + v 11ᵀ) dτ, the mean integrated by hand."""
+    model = schools.model.resolve(schools.tasks)
+    data = schools.data
+    y, s = data["y"].to_numpy(float), data["se"].to_numpy(float)
+    mu = model.hyperprior.mu["Intercept"]
+    tau = model.hyperprior.tau["Intercept"]
+    spread = float(tau.scale)
+
+    def density(t):
+        covariance = np.diag(s**2 + t**2) + float(mu.scale) ** 2
+        likelihood = stats.multivariate_normal(np.full(8, float(mu.loc)), covariance).pdf(y)
+        return likelihood * stats.halfnorm(scale=spread).pdf(t)
+
+    value = quadrature.quad(density, 0, 15 * spread, epsabs=0, epsrel=1e-10)[0]
+    error = schools_full.info["log_evidence_se"]
+    assert 0 < error < 0.02
+    assert abs(schools_full.log_evidence - np.log(value)) < 5 * error
+
+
+def test_an_improper_hyperprior_has_no_evidence():
+    model, tasks = believing(**BELIEFS["flat"])
+    fit = hb.full_bayes(model, tasks, **QUICK)
+    with pytest.raises(AttributeError, match="improper"):
+        _ = fit.log_evidence
+
+
+def test_poor_acceptance_falls_back_to_nuts_and_says_so(schools, monkeypatch):
+    before = quietly(hb.full_bayes, schools, num_draws=1000, seed=2)
+    monkeypatch.setattr(collapsed_sampling, "LEAST_ACCEPTANCE", 1.1)
+    with pytest.warns(hb.FitWarning, match="accepted .* of its proposals"):
+        fit = hb.full_bayes(
+            schools.model, schools.tasks, num_draws=1000, num_warmup=300, seed=2, progress=False
+        )
+    assert fit.info["sampler"] == "nuts"
+    assert {"diverging", "n_steps"} <= set(fit.sample_stats)
+    for name in ("mu", "tau"):
+        known = before.phi_draws[name]
+        # k = 6: both sides are random, the one that is held for exact by a fraction of the other
+        monte_carlo(fit.phi_draws[name][..., 0], known.mean(), known.std(), k=6)
+
+
+@pytest.mark.slow
+def test_nuts_takes_beliefs_that_are_not_normal(monkeypatch):
+    """Student's t on μ: b is then sampled too, in coordinates white under its conditional."""
+    model, tasks = believing(**BELIEFS["Student t"])
+    exact = hb.full_bayes(model, tasks, num_draws=4000, seed=1, progress=False)
+    assert exact.info["sampler"] == "independence"
+    monkeypatch.setattr(collapsed_sampling, "LEAST_ACCEPTANCE", 1.1)
+    fit = hb.full_bayes(model, tasks, num_draws=1000, seed=1, progress=False)
+    for name in ("mu", "beta", "tau", "sigma"):
+        for index in np.ndindex(exact.phi_draws[name].shape[2:]):
+            known = exact.phi_draws[name][(..., *index)]
+            monte_carlo(fit.phi_draws[name][(..., *index)], known.mean(), known.std(), k=6)
+
+
+def test_other_data_of_the_same_shape_compile_nothing(small):
+    """Task names, values and default hyperpriors differ; shapes decide."""
+    x = np.column_stack([np.ones(36), np.tile([0.0, 1.0, 2.0], 12)])
+
+    def fitted(seed):
+        rng = np.random.default_rng(seed)
+        tasks = hb.Tasks.from_arrays(
+            [(x[i : i + 6], x[i : i + 6] @ rng.normal(size=2) + rng.normal(size=6))
+             for i in range(0, 36, 6)], names=[f"{seed}-{k}" for k in range(6)],
+        )  # fmt: skip
+        return quietly(hb.full_bayes, type(small)(small.model, tasks), num_draws=50, num_chains=2)
+
+    fitted(0)
+    compiled = []
+
+    def heard(event: str, seconds: float, **_: object) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        fitted(1)
+        assert not compiled
+        jax.jit(lambda v: v + 1.2345)(jnp.ones(3))  # the listener does hear
+        assert compiled
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_moments_take_the_place_of_draws_for_very_many_tasks(small, monkeypatch):
+    kept = quietly(hb.full_bayes, small, num_draws=500, seed=5)
+    monkeypatch.setattr(sys.modules["hierbayes.meta.full_bayes"], "LARGEST_THETA", 10)
+    fit = quietly(hb.full_bayes, small, num_draws=500, seed=5)
+    assert fit.theta_draws is None
+    draws = kept.theta_draws
+    for j in range(small.tasks.num_tasks):
+        for k in range(2):
+            sd = np.sqrt(fit.adapted.covariance.values[j, k, k])
+            monte_carlo(draws[:, :, j, k], fit.theta.values[j, k], sd)
+
+
+def test_columns_are_those_of_the_rows():
+    """F from triangles has the Gram matrix of F from rows."""
+    one = case(2, shared=1, level=1)
+    with float64():
+        stats_of = statistics(one.tasks)
+        columns = fixed_columns(
+            stats_of.x, stats_of.z, stats_of.task_predictors, one.model.shape(one.tasks).free_mean
+        )
+        gram = np.einsum("ikj,imj->km", columns, columns)
+    fixed = dense(one)[1] * row_scale(one.tasks)[:, None]
+    close(gram, fixed.T @ fixed, rtol=1e-10, atol=1e-10)
