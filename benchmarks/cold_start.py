@@ -92,8 +92,8 @@ print("MEANS", numpy.mean(mu), numpy.mean(tau))
 
 def run(name: str, caches: Path, seed: int) -> tuple[float, list[float], str]:
     """Wall seconds, posterior means of μ and τ, and what went wrong."""
-    variable = f"HIERBAYES_{name.split()[0].upper()}_PYTHON"
-    python = os.environ.get(variable, sys.executable)
+    named = name.upper().replace(" ", "_")
+    python = os.environ.get(f"HIERBAYES_{named}_PYTHON", sys.executable)
     code = f"SEED = {seed}\n" + DATA + SCRIPTS[name] + END
     kept = {variable: str(caches / of) for variable, of in CACHES.items()}
     kept["PYTENSOR_FLAGS"] = f"base_compiledir={caches / 'pytensor'}"
