@@ -13,6 +13,7 @@ from hierbayes import datasets, likelihoods, meta, plots, priors
 from hierbayes.adaptation import equivalent_prior, equivalent_steps
 from hierbayes.compare import Comparison, compare, equivalence_report
 from hierbayes.errors import FitWarning, InputError
+from hierbayes.files import compilation_cache
 from hierbayes.fit import Fit, Prediction, load
 from hierbayes.formula import from_formula
 from hierbayes.meta import (
@@ -41,6 +42,7 @@ __all__ = [
     "Prediction",
     "Tasks",
     "compare",
+    "compilation_cache",
     "complete_pooling",
     "datasets",
     "empirical_bayes",

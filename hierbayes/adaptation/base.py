@@ -14,6 +14,9 @@ from hierbayes.errors import NotApplicable
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task, Tasks
 
+DRAWN_AT_ONCE = 30_000
+"""Numbers that are drawn, turned and shifted together."""
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -52,8 +55,15 @@ class Adapted:
             raise ValueError("a point estimate has no distribution to draw from")
         values, vectors = np.linalg.eigh(self.covariance)
         root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
-        white = rng.standard_normal((num_draws, *self.mean.shape))
-        return self.mean + np.einsum("jkl,sjl->sjk", root, white)
+        draws = rng.standard_normal((num_draws, *self.mean.shape))
+        step = max(1, DRAWN_AT_ONCE // max(1, self.mean.size))
+        rows, means = np.ascontiguousarray(np.moveaxis(root, 0, -1)), self.mean.T
+        for start in range(0, num_draws, step):  # in place, by pieces that fit the cache
+            piece = draws[start : start + step]
+            white = np.ascontiguousarray(np.moveaxis(piece, -1, 0))
+            for k, row in enumerate(rows):
+                piece[:, :, k] = means[k] + sum(a * z for a, z in zip(row, white, strict=True))
+        return draws
 
 
 class Adaptation(abc.ABC):

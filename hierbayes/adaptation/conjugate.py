@@ -43,6 +43,9 @@ NUMBERS_AT_ONCE = 100_000
 NUMBERS_KEPT = 4_000_000
 """Normal numbers that are held in memory beside the draws."""
 
+TASKS_AT_ONCE = 1024
+"""Tasks in a chunk of :func:`_posterior_by_chunks`."""
+
 
 class Collapse(NamedTuple):
     """What evidence and posterior both need; tasks on the last axis.
@@ -101,6 +104,29 @@ def _posterior(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> Any:
     return mean.T, jnp.einsum("ikj,lkj->jil", root, root)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _posterior_by_chunks(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> Any:
+    """The same a thousand tasks at a time, so that what lies between stays in the cache."""
+    num_tasks = stats.num_tasks
+
+    def chunk(start: Any) -> Any:
+        def part(a: Any) -> Any:
+            return jax.lax.dynamic_slice_in_dim(a, start, TASKS_AT_ONCE, a.ndim - 1)
+
+        return _posterior(jax.tree.map(part, stats), prior, phi)
+
+    # the last chunk goes back to end with the last task: some tasks are done twice, to the same end
+    starts = jnp.minimum(jnp.arange(0, num_tasks, TASKS_AT_ONCE), num_tasks - TASKS_AT_ONCE)
+    mean, covariance = jax.lax.map(chunk, starts)
+
+    def together(a: Any) -> Any:
+        whole = (len(starts) - 1) * TASKS_AT_ONCE
+        body = a[:-1].reshape(whole, *a.shape[2:])
+        return jnp.concatenate([body, a[-1][whole - num_tasks :]])
+
+    return together(mean), together(covariance)
+
+
 @functools.partial(jax.jit, static_argnums=(1, 4))
 def _draws(
     stats: Statistics, prior: Prior, phis: dict[str, Any], white: jax.Array, at_once: int
@@ -142,7 +168,11 @@ class Conjugate(Adaptation):
         """Posterior means and covariances."""
         linear = model.likelihood.design(tasks, phi)
         with float64():
-            mean, covariance = to_numpy(_posterior(statistics(linear), model.prior, dict(phi)))
+            stats = statistics(linear)
+            on_host = isinstance(stats.x, np.ndarray)
+            many = on_host and stats.num_tasks >= 4 * TASKS_AT_ONCE
+            function = _posterior_by_chunks if many else _posterior
+            mean, covariance = to_numpy(function(stats, model.prior, dict(phi)))
         return Adapted(mean, covariance)
 
     def draws(

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from hierbayes.adaptation.arguments import Preconditioner
 from hierbayes.adaptation.curvature import Kind
@@ -184,6 +183,8 @@ def _leading(
     task: OneTask, centre: np.ndarray, root: np.ndarray, tasks: Tasks, j: int, rank: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The eigenpairs of D H D of largest |λ|, by ascending λ."""
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+
     d = len(centre)
     count = min(MOST if rank is None else rank, d - 1)
     if task.kind == "ggn":

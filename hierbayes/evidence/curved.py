@@ -26,7 +26,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -202,6 +201,8 @@ def _in_threads(part: Any, number: int) -> Sequence[list[np.ndarray]]:
     """XLA runs one small loop on one core; as many loops as cores run side by side."""
     if number == 1:
         return [part(0)]
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(number) as pool:
         return list(pool.map(part, range(number)))
 

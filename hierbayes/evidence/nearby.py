@@ -54,7 +54,8 @@ class Nearby:
 
     def __init__(self, root: np.ndarray, sums: Sums, effects: np.ndarray, terms: Terms):
         self.root, self.sums, self.terms, self._start = root, sums, terms, effects
-        self.profile = self._profile()
+        with np.errstate(all="ignore"):  # a Λ of no finite evidence is for the search to see
+            self.profile = self._profile()
 
     @property
     def effects(self) -> np.ndarray:
@@ -63,6 +64,10 @@ class Nearby:
 
     def value_and_slope(self, root: np.ndarray, sigma: float = np.nan) -> tuple[float, Slopes]:
         """The evidence and its slopes in Λ and σ; σ is maximised out where it is NaN."""
+        with np.errstate(all="ignore"):
+            return self._value_and_slope(root, sigma)
+
+    def _value_and_slope(self, root: np.ndarray, sigma: float) -> tuple[float, Slopes]:
         s = self.sums
         move = root @ root.T - self.root @ self.root.T
         gram, log_det, by_matrix = s.gram, s.log_det, s.m

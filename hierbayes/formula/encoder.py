@@ -188,24 +188,32 @@ class FormulaEncoder:
         table = frame.to_pandas(used)
         if training:
             outcome_columns = _columns_in(self.parts.outcome, frame.columns)
-            self._learn(table, frame.columns, outcome_columns)
+            first, *rest = self._learn(table, frame.columns, outcome_columns)
+            return [self._one_column(first), *rest]
         first = self.specs[0].matrix(table, self.parts, frame.columns) if with_outcome else None
-        if first is not None and first.shape[1] != 1:
+        rest = [spec.matrix(table, self.parts, frame.columns) for spec in self.specs[1:]]
+        return [None if first is None else self._one_column(first), *rest]
+
+    def _one_column(self, outcome: np.ndarray) -> np.ndarray:
+        if outcome.shape[1] != 1:
             raise InputError(
                 f"the outcome {self.parts.outcome!r} is not one column of numbers: it gives "
                 f"{listing(list(self.specs[0].names))}"
             )
-        rest = [spec.matrix(table, self.parts, frame.columns) for spec in self.specs[1:]]
-        return [None if first is None else first[:, 0], *rest]
+        return outcome[:, 0]
 
-    def _learn(self, table: Any, known: Sequence[str], outcome_columns: Sequence[str]) -> None:
+    def _learn(
+        self, table: Any, known: Sequence[str], outcome_columns: Sequence[str]
+    ) -> list[np.ndarray]:
         """Let formulaic encode every part of the formula once, and keep what it learned."""
         parts = self.parts
         terms = [parts.fixed, *(bar.terms for bar in parts.bars)]
-        outcome = _Spec.fit(f"0 + {parts.outcome}", parts.outcome, table, parts, known)
+        outcome, first = _Spec.fit(f"0 + {parts.outcome}", parts.outcome, table, parts, known)
+        fitted = {term: _Spec.fit(term, term, table, parts, known) for term in terms}
         self.specs = [replace(outcome, required_columns=tuple(outcome_columns))]
-        self.specs += [_Spec.fit(term, term, table, parts, known) for term in terms]
+        self.specs += [fitted[term][0] for term in terms]
         self.training = table
+        return [first, *(fitted[term][1] for term in terms)]
 
     def to_plain(self) -> tuple[dict[str, Any], Any]:
         """The encoder as JSON and its training columns as a Dataset, from which it learns again."""
@@ -259,7 +267,10 @@ class _Spec:
     required_columns: tuple[str, ...] = ()
 
     @classmethod
-    def fit(cls, text: str, shown: str, table: Any, parts: Parts, known: Sequence[str]) -> _Spec:
+    def fit(
+        cls, text: str, shown: str, table: Any, parts: Parts, known: Sequence[str]
+    ) -> tuple[_Spec, np.ndarray]:
+        """The part as encoded in the training data, and its columns there."""
         from formulaic import Formula
 
         with _formulaic_errors(shown, parts, known):
@@ -269,11 +280,15 @@ class _Spec:
         spec: Any = matrix.model_spec
         # treatment-coded and full dummies of one level are the same column: name them alike
         names = tuple(name.replace("[T.", "[") for name in spec.column_names)
-        return cls(spec, names)
+        made = cls(spec, names)
+        return made, made._finite(matrix)
 
     def matrix(self, table: Any, parts: Parts, known: Sequence[str]) -> np.ndarray:
         with _formulaic_errors(str(self.spec.formula), parts, known):
             matrix = self.spec.get_model_matrix(table, context={})
+        return self._finite(matrix)
+
+    def _finite(self, matrix: Any) -> np.ndarray:
         values = np.asarray(matrix, dtype=np.float64)
         for i, name in enumerate(self.names):
             bad = ~np.isfinite(values[:, i])

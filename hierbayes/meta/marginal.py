@@ -35,9 +35,6 @@ Blocks = tuple[tuple[int, ...], ...]
 SINGULAR = 1e-4
 """Relative size of a direction's standard deviation below which it counts as zero, as in lme4."""
 
-MANY_CHUNKS = 32
-"""From so many thousand tasks on the search starts on a sample of them."""
-
 
 def maximise_likelihood(model: HierarchicalModel, tasks: Tasks, *, reml: bool) -> Optimum:
     """φ̂ of type-II maximum likelihood or REML, with standard errors."""
@@ -116,10 +113,15 @@ def _best_root(evidence: Curved | Plain, shape: Shape, scale: np.ndarray) -> _Fo
     starts = [np.where(diagonal, s, 0.0) for s in (1.0, 0.2)]
 
     best = None
-    if evidence.num_chunks >= MANY_CHUNKS:
-        # a sample's maximum lies a few standard errors off: Newton steps on all tasks do the rest
-        few, near_few = criterion_of(evidence.sample(max(4, evidence.num_chunks // 64)))
-        best = polish(value_and_slope, descend(few, starts[0], lower, near_few), lower, near)
+    if isinstance(evidence, Curved):
+        # Newton steps on ever more tasks: a sample's maximum lies a few standard errors off
+        ends, chunks = list(starts), evidence.num_chunks
+        samples = [evidence.sample(n) for n in (chunks // 64, chunks // 8) if n >= 4]
+        for some, near_some in map(criterion_of, samples or [evidence]):
+            ends = [descend(some, x, lower, near_some) for x in ends]
+            ends = [min(ends, key=lambda x: some(x)[0])]
+        best = polish(value_and_slope, ends[0], lower, near)
+    # Where a bound is near, or nothing was found, the search is done with more patience.
     if best is None or best.problem is not None or (best.x[diagonal] < 0.01).any():
         best = minimise(value_and_slope, starts, lower, near)
     # A zero column of Λ is always stationary; where more variance would help, it is no maximum.

@@ -86,8 +86,9 @@ def polish(
         decrement = float(-slope @ step)
         trial = np.maximum(x + step, lower)
         if decrement < 1e-14 * max(1.0, abs(value)):
-            # too little for the value to tell, but of many tasks the estimate still can
-            if near is not None and (np.abs(step) <= 1e-5 * np.maximum(1.0, np.abs(x))).all():
+            # too little for the value to tell; of many tasks the estimate may still tell it
+            relative = float((np.abs(step) / np.maximum(0.1, np.abs(x))).max())
+            if near is not None and 1e-9 < relative < 1e-4:
                 x = trial
                 value, slope = value_and_slope(x)
             break
@@ -103,11 +104,13 @@ def polish(
 def descend(
     value_and_slope: ValueAndSlope, x: np.ndarray, lower: np.ndarray, near: Near
 ) -> np.ndarray:
-    """Damped Newton steps from afar: a dozen evaluations to the neighbourhood of a minimum.
+    """Damped Newton steps inside the bounds: a dozen, from afar to near a minimum.
 
     Directions of negative curvature are followed as if it were positive. Where nothing is gained
     any more the last point is returned, for :func:`polish` to judge.
     """
+    bounded = np.isfinite(lower)
+    bound = np.where(bounded, lower, 0.0)
     value, slope = value_and_slope(x)
     for _ in range(30):
         free = ~((x <= lower) & (slope >= 0))
@@ -121,7 +124,8 @@ def descend(
         step /= max(1.0, np.abs(step).max())
         decrement = float(-slope @ step)
         for shrink in (1.0, 0.3, 0.1, 0.01):
-            trial = np.maximum(x + shrink * step, lower)
+            # a zero column of Λ is stationary: whoever steps on the bound never leaves it
+            trial = np.maximum(x + shrink * step, np.where(bounded, 0.8 * bound + 0.2 * x, -np.inf))
             found = value_and_slope(trial)
             if found[0] < value:
                 break

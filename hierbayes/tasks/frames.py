@@ -71,6 +71,8 @@ class Frame:
         Categories keep their order; other values stand in the order in which they first occur.
         """
         series = self.native[column]
+        if series.dtype.is_integer() or series.dtype == nw.String:
+            return _numbered(series)
         values = series.to_list()
         number: dict[Any, int] = {}
         if series.dtype in (nw.Categorical, nw.Enum):
@@ -82,7 +84,12 @@ class Frame:
 
     def is_null(self, column: str) -> np.ndarray:
         """Rows in which a column of any kind has no value, (N,) of bool."""
-        values = self.native[column].to_list()
+        series = self.native[column]
+        if not series.null_count() and (series.dtype.is_integer() or series.dtype == nw.String):
+            return np.zeros(len(series), dtype=bool)
+        if series.dtype.is_float():
+            return np.isnan(_with_nan(series.to_list()) if series.null_count() else _float(series))
+        values = series.to_list()
         return np.array([v is None or v != v for v in values], dtype=bool)
 
     def is_numeric(self, column: str) -> bool:
@@ -124,6 +131,17 @@ class Frame:
     def take(self, rows: np.ndarray) -> Frame:
         """The frame with only these row numbers."""
         return Frame(nw.to_native(self.native[rows.tolist()]), rows=self.rows[rows])
+
+
+def _numbered(series: nw.Series[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Names in order of first occurrence and each row's number, of whole numbers or strings."""
+    import pandas as pd
+
+    found: Any = pd.factorize(series.to_numpy())
+    index, values = found
+    if values.dtype.kind in "iu" and np.abs(values.astype(float)).max(initial=0) < 2**62:
+        return values.astype(np.int64), index
+    return as_names(values.tolist()), index
 
 
 def as_names(values: Sequence[Any]) -> np.ndarray:
