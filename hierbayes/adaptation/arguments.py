@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import optax
 
 from hierbayes.adaptation.descent import Descent, Flow, check_linear
 from hierbayes.errors import InputError, listing
@@ -127,6 +126,8 @@ def read_method(
     num_steps: Any, step_size: Any, momentum: Any, nesterov: bool, optimiser: Any, time: Any
 ) -> Descent | Flow:
     """The first-order method asked for, whose coefficients must be fixed before the data."""
+    import optax
+
     if time is not None:
         rest = (step_size is None, optimiser is None, not momentum, not nesterov)
         if not (num_steps is None and all(rest)):

@@ -19,15 +19,17 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from hierbayes.errors import InputError
 from hierbayes.numerics import float64
+
+if TYPE_CHECKING:
+    import optax
 
 
 @functools.partial(
@@ -91,6 +93,8 @@ class Descent:
         return self._scan(slope, start, keep=False)[0]
 
     def _scan(self, slope: Callable[[Any], Any], start: Any, *, keep: bool) -> Any:
+        import optax
+
         add = optax.tree.add
         scan = scan_in_segments if self.rematerialise and not keep else jax.lax.scan
         if self.optimiser is not None:

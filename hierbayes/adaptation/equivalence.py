@@ -13,10 +13,9 @@ prior for all tasks only where all H are equal, or as ηλ → 0, where P → I 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import optax
 
 from hierbayes.adaptation.arguments import (
     Asked,
@@ -40,6 +39,9 @@ from hierbayes.errors import InputError, announce, listing
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
+
+if TYPE_CHECKING:
+    import optax
 
 
 def equivalent_prior(

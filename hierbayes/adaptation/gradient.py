@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from hierbayes.adaptation.base import Adapted, PointAdaptation
 from hierbayes.adaptation.descent import Descent
@@ -29,6 +28,9 @@ from hierbayes.likelihoods.neural import Neural
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic
 from hierbayes.tasks import Task, Tasks
+
+if TYPE_CHECKING:
+    import optax
 
 Derivative = Literal["unrolled", "rematerialised", "first-order", "implicit"]
 DERIVATIVES = ("unrolled", "rematerialised", "first-order", "implicit")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import optax
 
 from hierbayes import likelihoods, priors
 from hierbayes.adaptation import (
@@ -33,6 +32,9 @@ from hierbayes.tasks import Labels, Tasks
 from hierbayes.tasks.frames import as_names
 from hierbayes.tasks.reading import ColumnReader
 from hierbayes.tasks.views import SLOTS
+
+if TYPE_CHECKING:
+    import optax
 
 GROUP = "hierbayes"
 KINDS = (

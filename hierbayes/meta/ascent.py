@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import optax
 from jax.flatten_util import ravel_pytree
+
+if TYPE_CHECKING:
+    import optax
 
 CHUNK = 50
 """Optax steps inside one compiled call."""
@@ -89,6 +91,8 @@ def _optax(
     num_steps: int,
     bar: Any,
 ) -> tuple[Any, float, float, int]:
+    import optax
+
     chosen = optax.with_extra_args_support(optimiser)
 
     def loss(parameters: Any) -> jax.Array:

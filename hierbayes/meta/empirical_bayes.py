@@ -8,11 +8,10 @@ r"""Empirical Bayes: φ̂ maximises the summed evidence, and each task gets its 
 from __future__ import annotations
 
 import time
-from typing import Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
 import numpy as np
-import optax
 
 from hierbayes.adaptation import Conjugate
 from hierbayes.errors import InputError, NotApplicable, announce, listing
@@ -27,6 +26,9 @@ from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key
 from hierbayes.tasks import Tasks
+
+if TYPE_CHECKING:
+    import optax
 
 LARGEST_THETA = 20_000_000
 """Draws × tasks × coefficients up to which θ is kept as draws beside mean and covariance."""

@@ -13,15 +13,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.flatten_util import ravel_pytree
 
 from hierbayes.meta.ascent import CHUNK
+
+if TYPE_CHECKING:
+    import optax
 
 MEMORY = 30
 """Earlier steps that the acceleration combines at most."""
@@ -119,6 +121,8 @@ def _optax(
     tolerance: float,
     bar: Any,
 ) -> tuple[Any, float, int]:
+    import optax
+
     def step(carry: Any, _: None) -> tuple[Any, None]:
         parameters, state = carry
         falling = jax.tree.map(jnp.negative, direction(parameters))

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from hierbayes.adaptation.gradient import DERIVATIVES
 from hierbayes.adaptation.least_squares import within_tasks
@@ -47,6 +46,8 @@ def check_inner_step(step_size: Any) -> None:
 
 def check_optimiser(optimiser: Any) -> None:
     """Refuse an outer optimiser that is neither None nor of Optax."""
+    import optax
+
     if not (optimiser is None or isinstance(optimiser, optax.GradientTransformation)):
         raise InputError(
             f"optimiser must be an Optax optimiser, for example optax.adam(0.01), "
@@ -63,6 +64,8 @@ def check_steps(
     learn_step_size: Any = False,
 ) -> None:
     """Refuse settings of the inner loop that cannot be, or that would be ignored."""
+    import optax
+
     check_counts(num_steps=num_steps)
     check_inner_step(step_size)
     if loss not in (None, "sum", "mean"):

@@ -7,12 +7,11 @@ r"""MAML: φ is where K gradient steps on some rows predict the other rows best.
 from __future__ import annotations
 
 import time
-from typing import Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from hierbayes.adaptation import GradientSteps
 from hierbayes.adaptation.gradient import (
@@ -42,6 +41,9 @@ from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
+
+if TYPE_CHECKING:
+    import optax
 
 
 def maml(

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from hierbayes.adaptation import GradientSteps
 from hierbayes.adaptation.gradient import check_step_size, largest_curvature
@@ -37,6 +36,9 @@ from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
+
+if TYPE_CHECKING:
+    import optax
 
 
 def reptile(

@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 import jax
-import optax
 
 from hierbayes.adaptation import GradientSteps
 from hierbayes.errors import InputError
@@ -42,6 +41,8 @@ def follow_moves(
     training: dict[str, Any],
 ) -> Fit:
     """Move φ along the mean move of each batch's tasks, all their rows in the inner loop."""
+    import optax
+
     started = time.perf_counter()
     model = model.without_encoder()
     if isinstance(model.likelihood, LastLayer):

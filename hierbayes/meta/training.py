@@ -13,12 +13,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from hierbayes.errors import InputError
 from hierbayes.meta.checkpoint import Checkpoint
@@ -26,6 +25,9 @@ from hierbayes.meta.inner_loop import check_counts, check_optimiser
 from hierbayes.numerics import arithmetic, as_key
 from hierbayes.tasks import Episodes, Task
 from hierbayes.tasks.episodes import StreamEnded
+
+if TYPE_CHECKING:
+    import optax
 
 LONGEST = 500
 """Meta-steps in one compiled call at most."""
@@ -108,6 +110,8 @@ DEFAULTS: dict[str, Any] = {
 
 def settings(given: dict[str, Any], method: str) -> dict[str, Any]:
     """The settings with defaults filled in; what is unknown or cannot be is refused."""
+    import optax
+
     for name in given:
         if name not in DEFAULTS:
             raise InputError(
@@ -169,6 +173,8 @@ class _Run:
         method: str,
         described: dict[str, Any],
     ) -> None:
+        import optax
+
         keys = jax.random.split(as_key(chosen["seed"]), 4)
         self.start_key, self.train_key, self.held_key, self.score_key = keys
         self.chosen, self.method, self.episodes = chosen, method, episodes
@@ -331,6 +337,8 @@ class _Run:
 
     def _optimiser_moves(self) -> list[str]:
         """What the outer optimiser makes of two fixed slopes: another rate, another answer."""
+        import optax
+
         one = jax.tree.map(jnp.zeros_like, self.carry[0])
         memory, found = self.optimiser.init(one), []
         for slope in (0.1, -0.3):

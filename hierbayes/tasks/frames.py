@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import narwhals.stable.v1 as nw
 import numpy as np
-from narwhals.exceptions import DuplicateError
 
 from hierbayes.errors import FitWarning, InputError, listing, suggestion
+
+if TYPE_CHECKING:
+    import narwhals.stable.v1 as nw
 
 Missing = Literal["raise", "drop"]
 
@@ -23,6 +24,9 @@ class Frame:
     """A read-only view of a DataFrame by column, with its rows numbered as they came."""
 
     def __init__(self, data: Any, rows: np.ndarray | None = None):
+        import narwhals.stable.v1 as nw
+        from narwhals.exceptions import DuplicateError
+
         try:
             self.native = nw.from_native(data, eager_only=True)
         except TypeError as error:
@@ -52,6 +56,8 @@ class Frame:
 
     def numbers(self, column: str) -> np.ndarray:
         """One column as float64, nulls as NaN; strings, dates and categories are refused."""
+        import narwhals.stable.v1 as nw
+
         series = self.native[column]
         dtype = series.dtype
         if not (dtype.is_numeric() or dtype == nw.Boolean):
@@ -70,6 +76,8 @@ class Frame:
 
         Categories keep their order; other values stand in the order in which they first occur.
         """
+        import narwhals.stable.v1 as nw
+
         series = self.native[column]
         if series.dtype.is_integer() or series.dtype == nw.String:
             return _numbered(series)
@@ -84,6 +92,8 @@ class Frame:
 
     def is_null(self, column: str) -> np.ndarray:
         """Rows in which a column of any kind has no value, (N,) of bool."""
+        import narwhals.stable.v1 as nw
+
         series = self.native[column]
         if not series.null_count() and (series.dtype.is_integer() or series.dtype == nw.String):
             return np.zeros(len(series), dtype=bool)
@@ -94,6 +104,8 @@ class Frame:
 
     def is_numeric(self, column: str) -> bool:
         """Whether a column holds numbers or truth values."""
+        import narwhals.stable.v1 as nw
+
         dtype = self.native[column].dtype
         return dtype.is_numeric() or dtype == nw.Boolean
 
@@ -103,6 +115,8 @@ class Frame:
 
     def is_categorical(self, column: str) -> bool:
         """Whether a column was declared to hold categories."""
+        import narwhals.stable.v1 as nw
+
         return self.native[column].dtype in (nw.Categorical, nw.Enum)
 
     def distinct_strings(self, column: str) -> list[str]:
@@ -130,6 +144,8 @@ class Frame:
 
     def take(self, rows: np.ndarray) -> Frame:
         """The frame with only these row numbers."""
+        import narwhals.stable.v1 as nw
+
         return Frame(nw.to_native(self.native[rows.tolist()]), rows=self.rows[rows])
 
 
