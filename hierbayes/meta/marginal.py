@@ -115,8 +115,9 @@ def _best_root(evidence: Curved | Plain, shape: Shape, scale: np.ndarray) -> _Fo
     best = None
     if isinstance(evidence, Curved):
         # Newton steps on ever more tasks: a sample's maximum lies a few standard errors off
-        ends, chunks = list(starts), evidence.num_chunks
+        chunks = evidence.num_chunks
         samples = [evidence.sample(n) for n in (chunks // 64, chunks // 8) if n >= 4]
+        ends = starts[:1] if samples else list(starts)
         for some, near_some in map(criterion_of, samples or [evidence]):
             ends = [descend(some, x, lower, near_some) for x in ends]
             ends = [min(ends, key=lambda x: some(x)[0])]
