@@ -33,9 +33,17 @@ def to_numpy(tree: Any) -> Any:
     """Every JAX array of a pytree as a NumPy array.
 
     A JAX float64 array used outside the context would silently turn to float32; a NumPy array
-    does not.
+    does not. An array whose parts lie with several processes is gathered, by all of them.
     """
-    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, tree)
+    return jax.tree.map(lambda x: _whole(x) if isinstance(x, jax.Array) else x, tree)
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(x, tiled=True))
 
 
 def as_key(seed: int | jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hierbayes.sharding import place
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.kept import kept
 
@@ -93,6 +94,14 @@ def statistics(tasks: Tasks) -> Statistics:
     for array in jax.tree.leaves(made):
         array.flags.writeable = False
     return made
+
+
+def placed_statistics(tasks: Tasks) -> Statistics:
+    """:func:`statistics` on the devices that the tasks are spread over, filled up with zeros.
+
+    A task of zeros has the evidence 0 and its prior as posterior, whatever φ.
+    """
+    return place(statistics(tasks), tasks.sharding)
 
 
 def _stacks(rows: np.ndarray, tasks: Tasks, at_least: int):

@@ -16,9 +16,9 @@ import hierbayes
 PACKAGE = Path(hierbayes.__file__).parent
 
 ROOMS = [
-    "errors", "files", "numerics", "tasks", "statistics", "likelihoods", "priors", "model",
-    "formula", "adaptation", "evidence", "fit", "meta", "checks", "plots", "compare", "datasets",
-    "cli",
+    "errors", "files", "numerics", "sharding", "tasks", "statistics", "likelihoods", "priors",
+    "model", "formula", "adaptation", "evidence", "fit", "meta", "checks", "plots", "compare",
+    "datasets", "cli",
 ]  # fmt: skip
 """From the top of the house to the bottom; a room imports only rooms above it, or itself."""
 

@@ -243,7 +243,7 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path):
         return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
 
     first_hits, first_misses, as_found = process()
-    assert first_misses > 3
+    assert first_misses >= 2, "least squares and the posterior"
     assert as_found
     hits, misses, _ = process()
     assert misses == 0

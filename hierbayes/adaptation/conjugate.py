@@ -31,10 +31,10 @@ from hierbayes.numerics import (
     matvec,
     solve_lower,
     solve_upper,
-    to_numpy,
 )  # fmt: skip
 from hierbayes.priors import Prior
-from hierbayes.statistics import Statistics, statistics
+from hierbayes.sharding import gathered, place
+from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
 
 NUMBERS_AT_ONCE = 100_000
@@ -168,30 +168,34 @@ class Conjugate(Adaptation):
         """Posterior means and covariances."""
         linear = model.likelihood.design(tasks, phi)
         with float64():
-            stats = statistics(linear)
+            stats = placed_statistics(linear)
             on_host = isinstance(stats.x, np.ndarray)
             many = on_host and stats.num_tasks >= 4 * TASKS_AT_ONCE
             function = _posterior_by_chunks if many else _posterior
-            mean, covariance = to_numpy(function(stats, model.prior, dict(phi)))
+            found = function(stats, model.prior, dict(phi))
+            mean, covariance = gathered(found, tasks.num_tasks)
         return Adapted(mean, covariance)
 
     def draws(
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: jax.Array
     ) -> np.ndarray:
         """Exact draws (S, J, d), one for each of the S values of φ."""
-        rng, stats = as_rng(key), statistics(tasks)
+        rng, num_tasks = as_rng(key), tasks.num_tasks
         size = len(next(iter(phis.values())))
         # NumPy's normals take a quarter of the time of JAX's
-        at_once = max(1, min(size, NUMBERS_AT_ONCE // max(stats.num_tasks, 1)))
-        theta = np.empty((size, stats.num_tasks, stats.num_coef))
+        at_once = max(1, min(size, NUMBERS_AT_ONCE // max(num_tasks, 1)))
+        theta = np.empty((size, num_tasks, tasks.predictors.shape[1]))
         step = max(at_once, NUMBERS_KEPT // max(theta[0].size, 1))
         with float64():
+            stats = placed_statistics(tasks)
             for start in range(0, size, step):
                 part = slice(start, min(start + step, size))
                 some = {name: value[part] for name, value in phis.items()}
-                shape = (part.stop - start, stats.num_coef, stats.num_tasks)
-                white = rng.standard_normal(shape)
-                theta[part] = _draws(stats, model.prior, some, white, at_once)
+                shape = (part.stop - start, stats.num_coef, num_tasks)
+                # drawn for the tasks alone: the same key gives the same on any number of devices
+                white = place(rng.standard_normal(shape), tasks.sharding)
+                found = _draws(stats, model.prior, some, white, at_once)
+                theta[part] = gathered(found, num_tasks, axis=1)
         return theta
 
     def moments(
@@ -199,4 +203,5 @@ class Conjugate(Adaptation):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Posterior mean (J, d) and covariance (J, d, d), averaged over the values of φ."""
         with float64():
-            return to_numpy(_moments(statistics(tasks), model.prior, dict(phis)))
+            found = _moments(placed_statistics(tasks), model.prior, dict(phis))
+            return gathered(found, tasks.num_tasks)

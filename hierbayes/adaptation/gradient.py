@@ -27,7 +27,8 @@ from hierbayes.likelihoods.base import sum_by_task
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic
-from hierbayes.tasks import Task, Tasks
+from hierbayes.sharding import gathered
+from hierbayes.tasks import Task, Tasks, on_devices
 
 if TYPE_CHECKING:
     import optax
@@ -160,10 +161,12 @@ class GradientSteps(PointAdaptation):
         else:
             groups = [(positions, (block, None)) for positions, block in tasks.blocks()]
         with arithmetic(model.likelihood.precision):
+            plain = model.without_encoder()
             parts = [
-                (positions, np.asarray(_steps(self, model.without_encoder(), dict(phi), *arranged)))
+                (positions, _steps(self, plain, dict(phi), *on_devices(arranged, tasks)))
                 for positions, arranged in groups
             ]
+            parts = [(positions, gathered(found, len(positions))) for positions, found in parts]
             start = model.prior.location(phi, tasks.task_predictors)
         theta = np.array(start, dtype=np.float64)
         for positions, found in parts:

@@ -25,8 +25,9 @@ from hierbayes.adaptation.base import Adaptation, Adapted
 from hierbayes.adaptation.newton import Mode, climb, trouble
 from hierbayes.errors import announce
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64, to_numpy
-from hierbayes.tasks import Task, Tasks
+from hierbayes.numerics import float64
+from hierbayes.sharding import gathered
+from hierbayes.tasks import Task, Tasks, on_devices
 
 ROWS_AT_ONCE = 4_000_000
 """Rows × values of φ that a batch of draws holds at most."""
@@ -71,7 +72,7 @@ def _posterior(model: HierarchicalModel, phi: dict[str, Any], rows: Task, of_row
     return found._replace(root=_square(found.root))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _draws(
     model: HierarchicalModel,
     phis: dict[str, Any],
@@ -79,11 +80,16 @@ def _draws(
     of_row: Any,
     key: jax.Array,
     batch: int,
+    num_tasks: int,
 ) -> Any:
+    """A draw a value of φ; beyond ``num_tasks`` stand tasks that only fill up the devices."""
+
     def one(inputs: Any) -> Any:
         phi, k = inputs
         found = posterior(model, phi, rows, of_row)
-        white = jax.random.normal(k, found.mean.shape, found.mean.dtype)
+        size = len(found.mean)
+        white = jax.random.normal(k, (num_tasks, found.mean.shape[1]), found.mean.dtype)
+        white = jnp.pad(white, ((0, size - num_tasks), (0, 0)))
         draw = found.mean + jnp.einsum("jkl,jl->jk", found.root, white)
         return draw, found.converged, found.definite
 
@@ -125,8 +131,9 @@ class Laplace(Adaptation):
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
         """Modes and covariances; ``remarks`` name the tasks where no mode was reached."""
         with float64():
-            mean, covariance, converged, definite = to_numpy(
-                _posterior(model.without_encoder(), dict(phi), *model.likelihood.arrange(tasks))
+            rows = on_devices(model.likelihood.arrange(tasks), tasks)
+            mean, covariance, converged, definite = gathered(
+                _posterior(model.without_encoder(), dict(phi), *rows), tasks.num_tasks
             )
         return Adapted(mean, covariance, remarks=trouble(tasks.names, converged, definite))
 
@@ -137,9 +144,9 @@ class Laplace(Adaptation):
         batch = int(np.clip(ROWS_AT_ONCE // max(tasks.num_rows, 1), 1, 64))
         plain = model.without_encoder()
         with float64():
-            draws, *went = to_numpy(
-                _draws(plain, dict(phis), *model.likelihood.arrange(tasks), key, batch)
-            )
+            rows, count = on_devices(model.likelihood.arrange(tasks), tasks), tasks.num_tasks
+            found = _draws(plain, dict(phis), *rows, key, batch, count)
+            draws, *went = gathered(found, count, axis=1)
         announce(trouble(tasks.names, *went))
         return draws
 
@@ -149,8 +156,7 @@ class Laplace(Adaptation):
         """Posterior mean (J, d) and covariance (J, d, d), averaged over the values of φ."""
         plain = model.without_encoder()
         with float64():
-            mean, covariance, *went = to_numpy(
-                _moments(plain, dict(phis), *model.likelihood.arrange(tasks))
-            )
+            rows = on_devices(model.likelihood.arrange(tasks), tasks)
+            mean, covariance, *went = gathered(_moments(plain, dict(phis), *rows), tasks.num_tasks)
         announce(trouble(tasks.names, *went))
         return mean, covariance

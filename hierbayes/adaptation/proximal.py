@@ -30,8 +30,9 @@ from hierbayes.adaptation.curvature import curvatures_at, slopes
 from hierbayes.adaptation.laplace import mode
 from hierbayes.adaptation.newton import trouble
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import cholesky, float64, solve_lower, solve_upper, to_numpy
-from hierbayes.tasks import Task, Tasks
+from hierbayes.numerics import cholesky, float64, solve_lower, solve_upper
+from hierbayes.sharding import gathered
+from hierbayes.tasks import Task, Tasks, on_devices
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Proximal(PointAdaptation):
         """θ* of every task; ``remarks`` name those where Newton's method has not reached it."""
         plain = model.without_encoder()
         with float64():
-            theta, *went = to_numpy(_points(plain, dict(phi), *model.likelihood.arrange(tasks)))
+            rows = on_devices(model.likelihood.arrange(tasks), tasks)
+            theta, *went = gathered(_points(plain, dict(phi), *rows), tasks.num_tasks)
         return Adapted(theta, remarks=trouble(tasks.names, *went))
 
 

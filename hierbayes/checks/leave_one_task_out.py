@@ -22,7 +22,8 @@ from hierbayes.fit import Fit
 from hierbayes.fit.datatree import dataset
 from hierbayes.meta import complete_pooling, empirical_bayes, imaml, maml, reptile
 from hierbayes.numerics import float64
-from hierbayes.statistics import statistics
+from hierbayes.sharding import gathered
+from hierbayes.statistics import placed_statistics, statistics
 
 
 def leave_one_task_out(fit: Fit) -> dict[str, Any]:
@@ -109,15 +110,15 @@ def _importance(fit: Fit) -> dict[str, Any]:
 
     assert fit.phi_draws is not None
     with float64():
-        numbers = statistics(fit.tasks)
         over_draws = jax.jit(
-            lambda phis: jax.lax.map(
+            lambda numbers, phis: jax.lax.map(
                 lambda phi: log_evidence(numbers, fit.model.prior, phi), phis, batch_size=64
             )
         )
         chains, draws = next(iter(fit.phi_draws.values())).shape[:2]
         flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in fit.phi_draws.items()}
-        values = np.asarray(over_draws(flat)).reshape(chains, draws, -1)
+        found = over_draws(placed_statistics(fit.tasks), flat)
+        values = gathered(found, fit.tasks.num_tasks, axis=1).reshape(chains, draws, -1)
     tree = _tree_by_task(values, fit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # k̂ is returned and judged by the caller

@@ -24,7 +24,8 @@ from hierbayes.adaptation.conjugate import collapse
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, log_diagonal_sum, solve_lower
 from hierbayes.priors import Prior
-from hierbayes.statistics import Statistics, statistics
+from hierbayes.sharding import gathered
+from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
 
 
@@ -51,4 +52,5 @@ class Exact:
         """The log evidence of each task, (J,)."""
         linear = model.likelihood.design(tasks, phi)
         with float64():
-            return np.asarray(_log_evidence(statistics(linear), model.prior, dict(phi)))
+            found = _log_evidence(placed_statistics(linear), model.prior, dict(phi))
+            return gathered(found, tasks.num_tasks)

@@ -17,7 +17,7 @@ import jax
 
 from hierbayes.adaptation.base import PointAdaptation
 from hierbayes.model import HierarchicalModel
-from hierbayes.tasks import Task, Tasks
+from hierbayes.tasks import Task, Tasks, dealt, on_devices
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,11 @@ class Predictive:
     adaptation: PointAdaptation
     name = "predictive"
 
-    def __call__(
-        self, model: HierarchicalModel, phi: dict[str, Any], support: Tasks, query: Tasks
-    ) -> jax.Array:
-        """Log p(y^query | A(D^support; φ), φ) of every query row."""
-        rows = self.adaptation.arrange(model, support)
-        return self.of_rows(model, phi, rows, model.likelihood.arrange(query))
+    def arrange(self, model: HierarchicalModel, support: Tasks, query: Tasks) -> Any:
+        """Both parts of the same tasks as :meth:`of_rows` takes them, on their devices."""
+        order = dealt(support, support.sizes + query.sizes)
+        rows = on_devices(self.adaptation.arrange(model, support), support, order)
+        return rows, on_devices(model.likelihood.arrange(query), query, order)
 
     def of_rows(
         self,
@@ -41,7 +40,10 @@ class Predictive:
         support: tuple[Task, Any],
         query: tuple[Task, Any],
     ) -> jax.Array:
-        """The same of rows that lie as :meth:`Likelihood.arrange` has them."""
+        """Log p(y^query | A(D^support; φ), φ) of every query row, zero where a row fills up.
+
+        Rows lie as :meth:`Likelihood.arrange` has them.
+        """
         thetas = self.adaptation.steps(model, phi, *support)
         return model.likelihood.log_likelihood_of_rows(
             thetas, model.likelihood.plug_in(phi), *query

@@ -104,7 +104,8 @@ class Likelihood(abc.ABC):
         """(rows, task of each row) as this likelihood wants many tasks.
 
         Flat, so that no row is padded. A likelihood for which a θ for each row is too much has the
-        tasks side by side on a leading axis instead, and None for the second.
+        tasks side by side on a leading axis instead, and None for the second. Spread over devices
+        by :func:`hierbayes.tasks.on_devices`, flat rows lie in one line a device.
         """
         return tasks.flat(), tasks.task_of_row
 
@@ -155,12 +156,26 @@ class Likelihood(abc.ABC):
 
 
 def own_theta(thetas: Any, task_of_row: Any) -> Any:
-    """Each row's own θ (N, …), of those of all tasks (J, …)."""
-    return jax.tree.map(lambda theta: theta[task_of_row], thetas)
+    """Each row's own θ (N, …), of those of all tasks (J, …).
+
+    Where rows lie in one line a device (K, n), the tasks of a device stand together too.
+    """
+    if np.ndim(task_of_row) == 1:
+        return jax.tree.map(lambda theta: theta[task_of_row], thetas)
+
+    def by_device(theta: Any) -> Any:
+        held = theta.reshape(len(task_of_row), -1, *theta.shape[1:])
+        return jax.vmap(lambda of_device, of_row: of_device[of_row])(held, task_of_row)
+
+    return jax.tree.map(by_device, thetas)
 
 
 def sum_by_task(values: Any, task_of_row: Any, num_tasks: int) -> jax.Array:
     """Sums over each task's rows (J,), rows lying as :meth:`Likelihood.arrange` has them."""
     if task_of_row is None:
         return values.sum(-1)
-    return jax.ops.segment_sum(values, task_of_row, num_tasks)
+    if np.ndim(task_of_row) == 1:
+        return jax.ops.segment_sum(values, task_of_row, num_tasks)
+    held = num_tasks // len(task_of_row)
+    sums = jax.vmap(lambda v, of_row: jax.ops.segment_sum(v, of_row, held))(values, task_of_row)
+    return sums.reshape(num_tasks, *sums.shape[2:])

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+
+from hierbayes.meta.optimum import newton
+from hierbayes.numerics import to_numpy
 
 if TYPE_CHECKING:
     import optax
 
 CHUNK = 50
 """Optax steps inside one compiled call."""
+
+POLISHED = 50
+"""Parameters up to which Newton steps end what L-BFGS leaves: it stops where the objective is flat
+to rounding, which φ is not."""
 
 CONVERGED = 1e-4
 """Largest gradient norm, in parameters of order one, that counts as a maximum."""
@@ -31,22 +40,29 @@ class Ascent:
 
 
 def maximise(
-    objective: Callable[[Any], jax.Array],
+    objective: Callable[..., jax.Array],
     start: Any,
+    data: tuple[Any, ...],
     optimiser: optax.GradientTransformation | None,
     num_steps: int,
     progress: bool | None,
     name: str,
 ) -> Ascent:
-    """Ascend ``objective`` from ``start``, both of order one; L-BFGS unless told otherwise."""
+    """Ascend ``objective(parameters, *data)`` from ``start``, of order one; L-BFGS unless told.
+
+    ``data`` are arguments of the compiled programs, so that they stay spread over devices where
+    they are; what an objective holds itself would be copied to every device.
+    """
     from tqdm.auto import tqdm
 
     shown = sys.stderr.isatty() if progress is None else progress
     with tqdm(total=num_steps, desc=name, disable=not shown, leave=False, delay=1.0) as bar:
         if optimiser is None:
-            parameters, value, norm, taken = _lbfgs(objective, start, num_steps, bar)
+            parameters, value, norm, taken = _lbfgs(objective, start, data, num_steps, bar)
         else:
-            parameters, value, norm, taken = _optax(objective, start, optimiser, num_steps, bar)
+            parameters, value, norm, taken = _optax(
+                objective, start, data, optimiser, num_steps, bar
+            )
     warnings = []
     if not np.isfinite(value):
         warnings.append(
@@ -62,15 +78,15 @@ def maximise(
 
 
 def _lbfgs(
-    objective: Callable[[Any], jax.Array], start: Any, num_steps: int, bar: Any
+    objective: Callable[..., jax.Array], start: Any, data: Any, num_steps: int, bar: Any
 ) -> tuple[Any, float, float, int]:
     from scipy import optimize
 
     flat, unravel = ravel_pytree(start)
-    value_and_grad = jax.jit(jax.value_and_grad(lambda v: -objective(unravel(v))))
+    value_and_grad = jax.jit(jax.value_and_grad(lambda v, *d: -objective(unravel(v), *d)))
 
     def loss(vector: np.ndarray) -> tuple[float, np.ndarray]:
-        value, grad = value_and_grad(vector)
+        value, grad = value_and_grad(vector, *data)
         return float(value), np.asarray(grad)
 
     def report(intermediate_result: Any) -> None:
@@ -81,12 +97,16 @@ def _lbfgs(
         loss, np.asarray(flat), jac=True, method="L-BFGS-B", callback=report,
         options={"maxiter": num_steps, "ftol": 1e-15, "gtol": 1e-10, "maxcor": 20},
     )  # fmt: skip
-    return unravel(run.x), -float(run.fun), float(np.linalg.norm(run.jac)), int(run.nit)
+    x, value, slope = np.asarray(run.x), float(run.fun), np.asarray(run.jac)
+    if len(x) <= POLISHED and np.linalg.norm(slope) <= CONVERGED:
+        x, value, slope = newton(loss, x, np.full(len(x), -np.inf), flat=1e-8)
+    return unravel(jnp.asarray(x)), -value, float(np.linalg.norm(slope)), int(run.nit)
 
 
 def _optax(
-    objective: Callable[[Any], jax.Array],
+    objective: Callable[..., jax.Array],
     start: Any,
+    data: Any,
     optimiser: optax.GradientTransformation,
     num_steps: int,
     bar: Any,
@@ -95,26 +115,29 @@ def _optax(
 
     chosen = optax.with_extra_args_support(optimiser)
 
-    def loss(parameters: Any) -> jax.Array:
-        return -objective(parameters)
+    @functools.partial(jax.jit, static_argnums=1)
+    def chunk(carry: Any, length: int, data: Any) -> tuple[Any, jax.Array]:
+        def loss(parameters: Any) -> jax.Array:
+            return -objective(parameters, *data)
 
-    def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
-        parameters, state = carry
-        value, grad = jax.value_and_grad(loss)(parameters)
-        updates, state = chosen.update(
-            grad, state, parameters, value=value, grad=grad, value_fn=loss
-        )
-        return (optax.apply_updates(parameters, updates), state), -value
+        def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
+            parameters, state = carry
+            value, grad = jax.value_and_grad(loss)(parameters)
+            updates, state = chosen.update(
+                grad, state, parameters, value=value, grad=grad, value_fn=loss
+            )
+            return (optax.apply_updates(parameters, updates), state), -value
 
-    chunk = jax.jit(lambda carry, length: jax.lax.scan(step, carry, None, length), static_argnums=1)
+        return jax.lax.scan(step, carry, None, length)
+
     carry, taken = (start, chosen.init(start)), 0
     while taken < num_steps:
         size = min(CHUNK, num_steps - taken)
-        carry, values = chunk(carry, size)
+        carry, values = chunk(carry, size, data)
         taken += size
         bar.update(size)
         bar.set_postfix({"log density a row": f"{float(values[-1]):.4f}"})
         if not np.isfinite(values).all():
             break
-    value, grad = jax.value_and_grad(objective)(carry[0])
-    return carry[0], float(value), float(optax.tree.norm(grad)), taken
+    value, grad = jax.jit(jax.value_and_grad(objective))(carry[0], *data)
+    return to_numpy(carry[0]), float(value), float(optax.tree.norm(grad)), taken

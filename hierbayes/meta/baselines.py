@@ -10,8 +10,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation import Conjugate, LeastSquares
@@ -22,7 +20,7 @@ from hierbayes.fit import Fit
 from hierbayes.meta.marginal import named_fixed
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
-from hierbayes.statistics import statistics
+from hierbayes.statistics import placed_statistics, statistics
 
 
 def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = None) -> Fit:
@@ -143,8 +141,10 @@ def complete_pooling(model: HierarchicalModel, tasks: Any) -> Fit:
     known_noise = "sigma" not in shape.parameters
     d = len(shape.coef)
     with float64():
-        problem = profile_problem(statistics(tasks), shape, reml=False, known_noise=known_noise)
-        best = profile(jax.tree.map(jnp.asarray, problem), jnp.zeros((d, d)))
+        problem = profile_problem(
+            placed_statistics(tasks), shape, reml=False, known_noise=known_noise
+        )
+        best = profile(problem, np.zeros((d, d)))
     phi = named_fixed(shape, np.asarray(best.fixed)) | {"tau": np.zeros(d)}
     errors = named_fixed(shape, np.sqrt(np.diag(np.asarray(best.covariance))))
     if not known_noise:

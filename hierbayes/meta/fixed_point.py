@@ -21,6 +21,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from hierbayes.meta.ascent import CHUNK
+from hierbayes.numerics import to_numpy
 
 if TYPE_CHECKING:
     import optax
@@ -45,26 +46,32 @@ class FixedPoint:
 
 
 def follow(
-    direction: Callable[[Any], Any],
+    direction: Callable[..., Any],
     start: Any,
+    data: tuple[Any, ...],
     optimiser: optax.GradientTransformation | None,
     num_steps: int,
     tolerance: float,
     progress: bool | None,
     name: str,
 ) -> FixedPoint:
-    """Follow ``direction`` from ``start``, both of order one; accelerated unless told otherwise.
+    """Follow ``direction(parameters, *data)`` from ``start``; accelerated unless told otherwise.
 
-    An Optax optimiser is given minus the direction in the place of a gradient.
+    Both are of order one. An Optax optimiser is given minus the direction in the place of a
+    gradient.
     """
     from tqdm.auto import tqdm
 
     shown = sys.stderr.isatty() if progress is None else progress
     with tqdm(total=num_steps, desc=name, disable=not shown, leave=False, delay=1.0) as bar:
         if optimiser is None:
-            parameters, norm, taken = _accelerated(direction, start, num_steps, tolerance, bar)
+            parameters, norm, taken = _accelerated(
+                direction, start, data, num_steps, tolerance, bar
+            )
         else:
-            parameters, norm, taken = _optax(direction, start, optimiser, num_steps, tolerance, bar)
+            parameters, norm, taken = _optax(
+                direction, start, data, optimiser, num_steps, tolerance, bar
+            )
     warnings = []
     if not np.isfinite(norm):
         warnings.append(
@@ -80,16 +87,16 @@ def follow(
 
 
 def _accelerated(
-    direction: Callable[[Any], Any], start: Any, num_steps: int, tolerance: float, bar: Any
+    direction: Callable[..., Any], start: Any, data: Any, num_steps: int, tolerance: float, bar: Any
 ) -> tuple[Any, float, int]:
     """Anderson's acceleration of full steps; returns the point of the shortest direction."""
     flat, unravel = ravel_pytree(start)
-    compiled = jax.jit(lambda v: ravel_pytree(direction(unravel(v)))[0])
+    compiled = jax.jit(lambda v, *d: ravel_pytree(direction(unravel(v), *d))[0])
     at = np.asarray(flat)
     points, moves = [], []
     best, shortest = at, np.inf
     for taken in range(1, num_steps + 1):
-        move = np.asarray(compiled(at))
+        move = np.asarray(compiled(at, *data))
         norm = float(np.linalg.norm(move))
         bar.update(1)
         bar.set_postfix({"direction": f"{norm:.1e}"})
@@ -114,8 +121,9 @@ def _accelerated(
 
 
 def _optax(
-    direction: Callable[[Any], Any],
+    direction: Callable[..., Any],
     start: Any,
+    data: Any,
     optimiser: optax.GradientTransformation,
     num_steps: int,
     tolerance: float,
@@ -123,24 +131,24 @@ def _optax(
 ) -> tuple[Any, float, int]:
     import optax
 
-    def step(carry: Any, _: None) -> tuple[Any, None]:
-        parameters, state = carry
-        falling = jax.tree.map(jnp.negative, direction(parameters))
-        updates, state = optimiser.update(falling, state, parameters)
-        return (optax.apply_updates(parameters, updates), state), None
+    def run(carry: Any, length: int, data: Any) -> Any:
+        def step(carry: Any, _: None) -> tuple[Any, None]:
+            parameters, state = carry
+            falling = jax.tree.map(jnp.negative, direction(parameters, *data))
+            updates, state = optimiser.update(falling, state, parameters)
+            return (optax.apply_updates(parameters, updates), state), None
 
-    def run(carry: Any, length: int) -> Any:
         carry, _ = jax.lax.scan(step, carry, None, length)
-        return carry, optax.tree.norm(direction(carry[0])), optax.tree.norm(carry[0])
+        return carry, optax.tree.norm(direction(carry[0], *data)), optax.tree.norm(carry[0])
 
     chunk = jax.jit(run, static_argnums=1)
     carry, taken, norm = (start, optimiser.init(start)), 0, np.inf
     while taken < num_steps and norm > tolerance:
         size = min(CHUNK, num_steps - taken)
-        carry, norm, far = chunk(carry, size)
+        carry, norm, far = chunk(carry, size, data)
         norm, taken = float(norm), taken + size
         bar.update(size)
         bar.set_postfix({"direction": f"{norm:.1e}"})
         if not float(far) < DIVERGED:
-            return carry[0], np.nan, taken
-    return carry[0], norm, taken
+            return to_numpy(carry[0]), np.nan, taken
+    return to_numpy(carry[0]), norm, taken

@@ -176,10 +176,11 @@ def imaml(
         support, asked = (side_by_side(parts) for parts in zip(*splits, strict=True))
         plain = resolved.without_encoder()
 
-        def objective(parameters: Any) -> jax.Array:
-            return evidence(plain, unpack(parameters), support, asked).sum() / asked.num_rows
+        def objective(parameters: Any, *parts: Any) -> jax.Array:
+            return evidence.of_rows(plain, unpack(parameters), *parts).sum() / asked.num_rows
 
-        best = maximise(objective, start, optimiser, num_meta_steps, progress, "iMAML")
+        data = evidence.arrange(plain, support, asked)
+        best = maximise(objective, start, data, optimiser, num_meta_steps, progress, "iMAML")
         phi = to_numpy(unpack(best.parameters))
     adapted = adaptation(resolved, tasks, phi)
     remarks = [*best.warnings, *adapted.remarks]

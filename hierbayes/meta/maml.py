@@ -198,11 +198,12 @@ def maml(
 
         support, asked = (side_by_side(parts) for parts in zip(*splits, strict=True))
 
-        def objective(parameters: Any) -> jax.Array:
-            rows = evidence(resolved, unpack(parameters), support, asked)
+        def objective(parameters: Any, *parts: Any) -> jax.Array:
+            rows = evidence.of_rows(resolved, unpack(parameters), *parts)
             return rows.sum() / asked.num_rows
 
-        best = maximise(objective, start, optimiser, num_meta_steps, progress, "MAML")
+        data = evidence.arrange(resolved, support, asked)
+        best = maximise(objective, start, data, optimiser, num_meta_steps, progress, "MAML")
         phi = to_numpy(unpack(best.parameters))
     chosen: Any = phi.get("step_size", eta) if inner_optimiser is None else None
     if chosen is not None and np.ndim(chosen) == 0:

@@ -26,7 +26,7 @@ from hierbayes.meta.optimum import (
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.priors.hyperprior import Shape
-from hierbayes.statistics import Statistics, statistics
+from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.kept import kept
 
@@ -62,7 +62,7 @@ def maximise_likelihood(model: HierarchicalModel, tasks: Tasks, *, reml: bool) -
 @kept
 def _laid_out(tasks: Tasks, shape: Shape) -> tuple[Curved | Plain, np.ndarray]:
     """The evidence of these tasks, and the unit of each coefficient's τ / σ."""
-    stats = statistics(tasks)
+    stats = placed_statistics(tasks)
     problem = profile_problem(stats, shape, reml=False, known_noise=False)
     return around(problem), _units(stats)
 

@@ -66,39 +66,49 @@ def polish(
 
     ``near(x)``, where given, is the criterion around x, cheap and exact to second order.
     """
+    x, value, slope = newton(value_and_slope, x, lower, near)
+    free = ~((x <= lower) & (slope >= 0))
+    hessian = curvature(value_and_slope if near is None else near(x), x, free)
+    return Minimum(x, float(value), _problem(slope[free], hessian, value))
 
-    def curved(x: np.ndarray, which: np.ndarray) -> np.ndarray:
-        return curvature(value_and_slope if near is None else near(x), x, which)
 
+def newton(
+    value_and_slope: ValueAndSlope,
+    x: np.ndarray,
+    lower: np.ndarray,
+    near: Near | None = None,
+    flat: float = 0.0,
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """(x, value, slope) after the steps of :func:`polish`.
+
+    None is taken where some direction has less than the share ``flat`` of the largest curvature.
+    """
+    value, slope = value_and_slope(x)
     for _ in range(20):
-        value, slope = value_and_slope(x)
         free = ~((x <= lower) & (slope >= 0))
         if not free.any():
             break
-        hessian = curved(x, free)
+        hessian = curvature(value_and_slope if near is None else near(x), x, free)
         if not np.isfinite(hessian).all():
             break
         values, vectors = np.linalg.eigh(hessian)
-        if values[0] <= 0:
+        if values[0] <= flat * values[-1]:
             break
         step = np.zeros_like(x)
         step[free] = -vectors @ ((vectors.T @ slope[free]) / values)
-        decrement = float(-slope @ step)
+        # too little for the value to tell, but the slope still tells the estimate many digits more
+        settled = float(-slope @ step) < 1e-14 * max(1.0, abs(value))
+        relative = float((np.abs(step) / np.maximum(0.1, np.abs(x))).max())
+        if settled and not 1e-12 < relative < 1e-4:
+            break
         trial = np.maximum(x + step, lower)
-        if decrement < 1e-14 * max(1.0, abs(value)):
-            # too little for the value to tell; of many tasks the estimate may still tell it
-            relative = float((np.abs(step) / np.maximum(0.1, np.abs(x))).max())
-            if near is not None and 1e-9 < relative < 1e-4:
-                x = trial
-                value, slope = value_and_slope(x)
+        after, slope_after = value_and_slope(trial)
+        if not (settled or after <= value + 1e-12 * abs(value)):
             break
-        if not value_and_slope(trial)[0] <= value + 1e-12 * abs(value):
+        x, value, slope = trial, after, slope_after
+        if settled:
             break
-        x = trial
-    else:
-        value, slope = value_and_slope(x)
-    free = ~((x <= lower) & (slope >= 0))
-    return Minimum(x, float(value), _problem(slope[free], curved(x, free), value))
+    return x, value, slope
 
 
 def descend(

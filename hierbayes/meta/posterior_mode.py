@@ -23,7 +23,7 @@ from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.priors.scales import Scales
-from hierbayes.statistics import statistics
+from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
 
 TINY = 1e-300
@@ -50,22 +50,25 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
     shape, scales = resolved.shape(tasks), resolved.scales(tasks)
     start = maximise_likelihood(resolved, tasks, reml=False)
     with float64():
-        stats = jax.tree.map(jnp.asarray, statistics(tasks))
+        stats = jax.tree.map(jnp.asarray, placed_statistics(tasks))
         beliefs = resolved.phi_distributions(tasks)
         layout = _Layout(shape, scales)
 
-        def log_density(phi: dict[str, Any]) -> tuple[Any, Any]:
+        def log_density(phi: dict[str, Any], stats: Statistics) -> tuple[Any, Any]:
             evidence = log_evidence(stats, resolved.prior, phi).sum()
             beside = phi | {"tau": jnp.where(phi["tau"] > 0, phi["tau"], TINY)}
             belief = sum(jnp.sum(b.log_prob(beside[name])) for name, b in beliefs.items())
             jacobian = jnp.log(phi["sigma"]) if "sigma" in phi else 0.0
             return evidence, belief + jacobian
 
-        objective = jax.jit(lambda v: -sum(log_density(layout.phi(v))))
+        def objective(v: jax.Array, stats: Statistics) -> Any:
+            return -sum(log_density(layout.phi(v), stats))
+
+        # as an argument, or every device would hold all tasks
         slope = jax.jit(jax.value_and_grad(objective))
 
         def value_and_slope(v: np.ndarray) -> tuple[float, np.ndarray]:
-            value, gradient = slope(jnp.asarray(v))
+            value, gradient = slope(v, stats)
             value = float(value)
             return (value if np.isfinite(value) else 1e300), np.nan_to_num(np.asarray(gradient))
 
@@ -77,7 +80,7 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
         inside = best.x > layout.lower
         hessian = curvature(value_and_slope, best.x, inside)
         phi = to_numpy(jax.jit(layout.phi)(jnp.asarray(best.x)))
-        evidence, belief = jax.jit(log_density)({k: jnp.asarray(v) for k, v in phi.items()})
+        evidence, belief = jax.jit(log_density)(phi, stats)
         errors = layout.errors(inside, hessian, phi)
     phi = _pinned(phi, shape)
     warnings = [best.problem] if best.problem else []

@@ -35,7 +35,8 @@ from hierbayes.meta.reptile_on_episodes import follow_moves
 from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
-from hierbayes.tasks import Tasks
+from hierbayes.sharding import place
+from hierbayes.tasks import Tasks, on_devices
 
 if TYPE_CHECKING:
     import optax
@@ -167,8 +168,8 @@ def reptile(
         start, to_phi = outer_parameters(resolved, tasks, fixed)
         start.pop("log_sigma_query", None)
         found = follow(
-            _direction(resolved, tasks, adaptation, to_phi),
-            start, optimiser, num_meta_steps, tolerance, progress, "Reptile",
+            _direction(resolved, tasks, adaptation, to_phi), start, _data(resolved, tasks),
+            optimiser, num_meta_steps, tolerance, progress, "Reptile",
         )  # fmt: skip
         phi = to_numpy(to_phi(found.parameters))
     remarks = list(found.warnings)
@@ -199,13 +200,11 @@ def _direction(
     tasks: Tasks,
     adaptation: GradientSteps,
     to_phi: Callable[[Parameters], dict[str, Any]],
-) -> Callable[[Parameters], Parameters]:
-    """Where the tasks pull μ, Γ and β, in scaled parameters."""
+) -> Callable[..., Parameters]:
+    """Where the tasks pull μ, Γ and β, in scaled parameters; a function of these and _data."""
     plain, scales = model.without_encoder(), model.scales(tasks)
-    rows, of_row = model.likelihood.arrange(tasks)
-    regression = jnp.asarray(_regression(tasks, np.array(model.shape(tasks).free_mean)))
 
-    def direction(parameters: Parameters) -> Parameters:
+    def direction(parameters: Parameters, regression: Any, rows: Any, of_row: Any) -> Parameters:
         phi = to_phi(parameters)
         thetas = adaptation.steps(plain, phi, rows, of_row)
         moves = thetas - plain.prior.location(phi, rows.task_predictors)
@@ -221,15 +220,20 @@ def _direction(
                 )
                 return each.sum()
 
-            bound = jnp.broadcast_to(
-                plain.likelihood.curvature_bound(phi, rows.slots), (tasks.num_rows,)
-            )
-            curvature = tasks.shared.T @ (bound[:, None] * tasks.shared)
+            bound = plain.likelihood.curvature_bound(phi, rows.slots)
+            bound = jnp.where(rows.mask, bound, 0.0)[..., None]
+            curvature = jnp.einsum("...p,...q->pq", rows.shared, bound * rows.shared)
             slope = jax.grad(log_likelihood)(phi["beta"])
             pull["beta"] = jnp.linalg.solve(curvature, slope) / scales.shared
         return pull
 
     return direction
+
+
+def _data(model: HierarchicalModel, tasks: Tasks) -> tuple[Any, ...]:
+    """The regression and the rows, on the devices of the tasks and in the same order."""
+    regression = _regression(tasks, np.array(model.shape(tasks).free_mean))
+    return place(regression, tasks.sharding), *on_devices(model.likelihood.arrange(tasks), tasks)
 
 
 def _regression(tasks: Tasks, free: np.ndarray) -> np.ndarray:
@@ -266,9 +270,10 @@ def _sigma_query(
         def at(log_sigma: Any) -> dict[str, Any]:
             return phi | {"sigma_query": unit * jnp.exp(log_sigma)}
 
-        def objective(log_sigma: Any) -> jax.Array:
-            return evidence(plain, at(log_sigma), support, asked).sum() / asked.num_rows
+        def objective(log_sigma: Any, *parts: Any) -> jax.Array:
+            return evidence.of_rows(plain, at(log_sigma), *parts).sum() / asked.num_rows
 
-        best = maximise(objective, jnp.zeros(()), None, 100, False, "Reptile's sigma_query")
+        data = evidence.arrange(plain, support, asked)
+        best = maximise(objective, jnp.zeros(()), data, None, 100, False, "Reptile's sigma_query")
         learned = to_numpy(at(best.parameters))["sigma_query"]
     return {"sigma_query": learned}, best.value * asked.num_rows, best.warnings

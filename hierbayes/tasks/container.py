@@ -15,17 +15,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from hierbayes.errors import InputError, suggestion
-from hierbayes.numerics import as_rng
+from hierbayes.sharding import sharding_over
+from hierbayes.tasks import layout
 from hierbayes.tasks.frames import Missing
-from hierbayes.tasks.views import FILL, Labels, Task
+from hierbayes.tasks.views import Labels, Task
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["predictors", "shared", "task_predictors", "outcome", "slots", "starts", "rows"],
-    meta_fields=["labels"],
+    meta_fields=["labels", "sharding"],
 )
 @dataclass(frozen=True, eq=False)
 class Tasks:
@@ -51,6 +53,8 @@ class Tasks:
         Each row's number in the data that it was read from.
     labels : Labels
         Names of tasks and columns.
+    sharding : jax.sharding.NamedSharding or None
+        How methods spread the tasks over devices; see :meth:`shard`. It is not saved.
 
     Examples
     --------
@@ -72,6 +76,7 @@ class Tasks:
     starts: Any
     rows: Any
     labels: Labels = field(repr=False)
+    sharding: NamedSharding | None = field(default=None, repr=False)
 
     # ---------------------------------------------------------------- ways in
 
@@ -306,7 +311,7 @@ class Tasks:
             Share of each task's rows that go to the query part.
         seed : int or JAX key
         """
-        chosen = self._choose_rows(query, seed, lonely_is_chosen=True)
+        chosen = layout.choose_rows(self, query, seed, lonely_is_chosen=True)
         return self.keep_rows(~chosen), self.keep_rows(chosen)
 
     def hold_out(self, fraction: float = 0.2, seed: int | jax.Array = 0) -> tuple[Tasks, Tasks]:
@@ -314,22 +319,46 @@ class Tasks:
 
         As :meth:`split`, but a one-row task stays in the training part.
         """
-        chosen = self._choose_rows(fraction, seed, lonely_is_chosen=False)
+        chosen = layout.choose_rows(self, fraction, seed, lonely_is_chosen=False)
         return self.keep_rows(~chosen), self.keep_rows(chosen)
 
-    def _choose_rows(
-        self, share: float, seed: int | jax.Array, *, lonely_is_chosen: bool
-    ) -> np.ndarray:
-        if not 0 < share < 1:
-            raise InputError(f"the share of rows must lie between 0 and 1, found {share}")
-        sizes, task = self.sizes, self.task_of_row
-        shuffled = as_rng(seed).random(self.num_rows)
-        order = np.lexsort((shuffled, task))
-        place = np.empty(self.num_rows, dtype=int)
-        place[order] = np.arange(self.num_rows) - self.starts[:-1][task]
-        count = np.clip(np.floor(share * sizes + 0.5), 1, np.maximum(sizes - 1, 1))
-        count = np.where(sizes == 1, int(lonely_is_chosen), count)
-        return place < count[task]
+    # ----------------------------------------------------------------- devices
+
+    def shard(self, mesh: Mesh | None, axis: str | Sequence[str] | None = None) -> Tasks:
+        """The same tasks, to be spread over the devices of a mesh, of this host or of many.
+
+        Every method takes them as it takes others, with the same results. The rows stay on the
+        hosts; a method puts on each device what it needs of that device's share of the tasks.
+        In several processes all make the same Tasks and call the same methods in the same order.
+
+        Parameters
+        ----------
+        mesh : jax.sharding.Mesh or None
+            Made by ``jax.make_mesh``; None takes tasks back to one device.
+        axis : str or sequence of str, optional
+            Axes of the mesh over which tasks are spread; the first by default.
+
+        Returns
+        -------
+        Tasks
+            Parts of it (:meth:`take`, :meth:`split`, …) are spread over the same devices.
+
+        Raises
+        ------
+        InputError
+            For what is no mesh, or an axis that it does not have.
+
+        Examples
+        --------
+        >>> import jax, hierbayes as hb
+        >>> model, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+        ...                                known_se="se")
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("tasks",))
+        >>> fit = hb.empirical_bayes(model, tasks.shard(mesh), criterion="map")
+        >>> fit.theta.dims
+        ('task', 'coef')
+        """
+        return replace(self, sharding=None if mesh is None else sharding_over(mesh, axis))
 
     # ------------------------------------------------- what the methods consume
 
@@ -351,30 +380,11 @@ class Tasks:
         A bucket of width 2^k holds the tasks of 2^(k−1) < n_j ≤ 2^k rows, so that padding stays
         below the number of observations. Tasks without rows stand in no bucket.
         """
-        width = np.where(self.sizes > 0, 2 ** np.ceil(np.log2(np.maximum(self.sizes, 1))), 0)
-        return [
-            (positions := np.flatnonzero(width == w), self.block(positions, int(w)))
-            for w in np.unique(width[width > 0])
-        ]
+        return layout.blocks(self)
 
     def block(self, positions: np.ndarray, width: int) -> Task:
         """The tasks at these positions side by side, each filled up to ``width`` rows."""
-        column = np.arange(width)
-        mask = column < self.sizes[positions][:, None]
-        rows = np.where(mask, self.starts[positions][:, None] + column, 0)
-
-        def padded(values: Any, fill: float = 0.0) -> Any:
-            shape = mask.shape + (1,) * (values.ndim - 1)
-            return np.where(mask.reshape(shape), values[rows], np.asarray(fill, values.dtype))
-
-        return Task(
-            padded(self.predictors),
-            padded(self.shared),
-            self.task_predictors[positions],
-            None if self.outcome is None else padded(self.outcome),
-            {name: padded(values, FILL[name]) for name, values in self.slots.items()},
-            mask,
-        )
+        return layout.block(self, positions, width)
 
     def to_dataframe(self) -> Any:
         """The rows as a pandas DataFrame: task, columns, outcome, slots."""

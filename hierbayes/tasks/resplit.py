@@ -20,6 +20,11 @@ def episodes_of_tasks(
     """See :meth:`Episodes.from_tasks`."""
     if not isinstance(tasks, Tasks):
         raise InputError(f"expected Tasks, found {type(tasks).__name__}")
+    if tasks.sharding is not None:
+        raise InputError(
+            "episodes are drawn on one device, and these tasks are spread over several: use "
+            "tasks.shard(None)"
+        )
     if tasks.outcome is None:
         raise InputError(f"the tasks hold no outcome {tasks.labels.outcome!r} to learn from")
     extra = [*tasks.labels.shared, *tasks.labels.task_predictors, *tasks.slots]

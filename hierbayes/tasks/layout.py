@@ -1,0 +1,123 @@
+"""How rows of ragged tasks lie side by side or on devices, and which go into parts of a split."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from hierbayes.errors import InputError
+from hierbayes.numerics import as_rng
+from hierbayes.sharding import num_shares, padded, place
+from hierbayes.tasks.views import FILL, Task
+
+if TYPE_CHECKING:
+    from hierbayes.tasks.container import Tasks
+
+
+def blocks(tasks: Tasks) -> list[tuple[np.ndarray, Task]]:
+    """See :meth:`Tasks.blocks`."""
+    sizes = tasks.sizes
+    width = np.where(sizes > 0, 2 ** np.ceil(np.log2(np.maximum(sizes, 1))), 0)
+    return [
+        (positions := np.flatnonzero(width == w), block(tasks, positions, int(w)))
+        for w in np.unique(width[width > 0])
+    ]
+
+
+def block(tasks: Tasks, positions: np.ndarray, width: int) -> Task:
+    """See :meth:`Tasks.block`."""
+    column = np.arange(width)
+    mask = column < tasks.sizes[positions][:, None]
+    rows = np.where(mask, tasks.starts[positions][:, None] + column, -1)
+    return _taken(tasks.flat(), rows, tasks.task_predictors[positions])
+
+
+def _taken(source: Task, places: np.ndarray, task_predictors: Any) -> Task:
+    """What stands at ``places`` of the leading axis; where they are −1 an empty row or task."""
+    real = places >= 0
+
+    def taken(values: Any, fill: float = 0.0) -> Any:
+        found = np.full((*places.shape, *values.shape[1:]), fill, values.dtype)
+        found[real] = values[places[real]]
+        return found
+
+    return Task(
+        taken(source.predictors),
+        taken(source.shared),
+        task_predictors,
+        None if source.outcome is None else taken(source.outcome),
+        {name: taken(values, FILL[name]) for name, values in source.slots.items()},
+        taken(source.mask),
+    )
+
+
+def on_devices(
+    arranged: tuple[Task, Any], tasks: Tasks, order: np.ndarray | None = None
+) -> tuple[Task, Any]:
+    """Rows as a likelihood arranged them, spread by tasks over the devices of ``tasks``.
+
+    Flat rows become one line a device, (K, n), with the rows of that device's tasks and the
+    number of each row's task among them; so no row's θ lies on another device. Tasks side by side
+    on a leading axis stay so. ``order``, of :func:`dealt`, holds the task in each place, −1 in
+    places that are empty; empty places come last by default. An empty place has no rows, but the
+    longest task's where tasks stand side by side, for an adaptation whose result there is not used.
+    """
+    rows, of_row = arranged
+    if tasks.sharding is None:
+        return arranged
+    if order is None:
+        count = len(rows.mask) if of_row is None else tasks.num_tasks
+        order = np.full(padded(count, tasks.sharding), -1)
+        order[:count] = np.arange(count)
+    level = np.zeros((len(order), *rows.task_predictors.shape[1:]))
+    level[order >= 0] = rows.task_predictors[order[order >= 0]]
+    if of_row is None:
+        # an optimiser's derivative may not exist where nothing moves it, as Adam's at slope zero
+        longest = int(np.argmax(rows.mask.sum(1)))
+        again = np.where(order >= 0, order, longest)
+        return place((_taken(rows, again, level), None), tasks.sharding, axis=0)
+    sizes = np.where(order >= 0, tasks.sizes[order], 0)
+    shares = num_shares(tasks.sharding)
+    a_share = sizes.reshape(shares, -1)
+    lines = np.full((shares, max(int(a_share.sum(1).max()), 1)), -1)
+    of_line = np.zeros(lines.shape, dtype=np.int32)
+    for k, counts in enumerate(a_share):
+        held = np.arange(k * len(counts), (k + 1) * len(counts))
+        starts, total = tasks.starts[:-1][order[held]], int(counts.sum())
+        before = np.cumsum(counts) - counts
+        lines[k, :total] = np.repeat(starts - before, counts) + np.arange(total)
+        of_line[k, :total] = np.repeat(np.arange(len(counts)), counts)
+    return place((_taken(rows, lines, level), of_line), tasks.sharding, axis=0)
+
+
+def dealt(tasks: Tasks, sizes: np.ndarray) -> np.ndarray | None:
+    """Which task goes to which place, so that all devices get about as many rows.
+
+    Largest first, tasks are dealt to the devices in turn, forwards and backwards. None where tasks
+    are not spread.
+    """
+    if tasks.sharding is None:
+        return None
+    order = np.full(padded(len(sizes), tasks.sharding), -1)
+    order[: len(sizes)] = np.argsort(-sizes, kind="stable")
+    rounds = order.reshape(-1, num_shares(tasks.sharding))
+    rounds[1::2] = rounds[1::2, ::-1]
+    return rounds.T.ravel()
+
+
+def choose_rows(
+    tasks: Tasks, share: float, seed: int | jax.Array, *, lonely_is_chosen: bool
+) -> np.ndarray:
+    """Rows (N,) of bool that go to the second part, about ``share`` of every task's."""
+    if not 0 < share < 1:
+        raise InputError(f"the share of rows must lie between 0 and 1, found {share}")
+    sizes, task = tasks.sizes, tasks.task_of_row
+    shuffled = as_rng(seed).random(tasks.num_rows)
+    order = np.lexsort((shuffled, task))
+    place = np.empty(tasks.num_rows, dtype=int)
+    place[order] = np.arange(tasks.num_rows) - tasks.starts[:-1][task]
+    count = np.clip(np.floor(share * sizes + 0.5), 1, np.maximum(sizes - 1, 1))
+    count = np.where(sizes == 1, int(lonely_is_chosen), count)
+    return place < count[task]

@@ -1,0 +1,159 @@
+"""Tasks spread over eight devices give the results of one, and lie where they should.
+
+The devices are forced on the host of a process of its own, run once; what it found is judged here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import sharded
+
+import hierbayes as hb
+from hierbayes.sharding import num_shares, padded, place, sharding_over
+
+AGREE = 1e-10
+
+
+@pytest.fixture(scope="module")
+def eight_devices() -> dict[str, Any]:
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+    }  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("eight_devices.py"))],
+        capture_output=True, text=True, env=environment, timeout=500,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    print(run.stderr)
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> jax.sharding.Mesh:
+    return jax.make_mesh((1,), ("tasks",))
+
+
+def test_every_method_gives_the_results_of_one_device(eight_devices):
+    differences = eight_devices["differences"]
+    assert len(differences) >= 10
+    assert {name: d for name, d in differences.items() if not d <= AGREE} == {}
+
+
+def test_arrays_are_cut_into_eight_parts(eight_devices):
+    placing = eight_devices["placing"]
+    assert placing["statistics"] == [8, 24, 3], "21 tasks and 3 empty ones, 3 on each device"
+    assert placing["rows"] == [8, 8, 1]
+    assert placing["task of row"] == [8, 8, 1]
+    assert placing["parts keep it"] == [True, True]
+
+
+def test_devices_exchange_sums_and_no_tasks(eight_devices):
+    placing = eight_devices["placing"]
+    for method in ("evidence", "maml"):
+        assert placing[f"{method} all-reduces"] >= 1
+        assert placing[f"{method} all-gathers"] == 0
+
+
+def test_rows_are_dealt_evenly(eight_devices):
+    placing = eight_devices["placing"]
+    rows, largest = placing["rows dealt"], placing["largest task"]
+    assert max(rows) <= largest + np.mean(rows) / 2
+    assert sum(rows) == int(sharded.two_coefficients()[1].num_rows)
+
+
+def test_the_comparison_sees_a_task_less_and_a_wrong_fill(eight_devices):
+    """The control."""
+    controls = eight_devices["controls"]
+    assert controls["a task less"] > 1e-3
+    assert controls["filled with zeros"] <= AGREE
+    assert controls["filled with ones"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([1.0, np.nan], [1.0, np.nan], 0.0),
+        ([1.0, np.nan], [1.0, 2.0], np.inf),
+        ([1.0, 2.0], [1.0], np.inf),
+        ([100.0], [101.0], 0.01),
+    ],
+)
+def test_the_distance_sees_what_differs(one, other, expected):
+    """The control."""
+    assert sharded.distance(one, other) == pytest.approx(expected)
+    assert sharded.furthest({"a": one}, {"b": one}) == np.inf
+
+
+# -------------------------------------------------------------- on one device
+
+
+def test_a_mesh_of_one_device_changes_nothing(small, mesh):
+    fit = hb.empirical_bayes(small.model, small.tasks)
+    spread = hb.empirical_bayes(small.model, small.tasks.shard(mesh))
+    assert sharded.furthest(sharded.results(fit), sharded.results(spread)) <= AGREE
+
+
+def test_parts_are_spread_like_the_whole_and_can_be_taken_back(small, mesh):
+    spread = small.tasks.shard(mesh)
+    for part in (*spread.split(), *spread.hold_out(), spread.take([0, 2]), spread[["a", "c"]]):
+        assert part.sharding == spread.sharding
+    assert small.tasks.sharding is None
+    assert spread.shard(None).sharding is None
+
+
+def test_the_mesh_is_not_saved(small, mesh, tmp_path):
+    hb.empirical_bayes(small.model, small.tasks.shard(mesh)).save(tmp_path / "fit.nc")
+    assert hb.load(tmp_path / "fit.nc").tasks.sharding is None
+
+
+def test_several_axes_and_axes_with_explicit_types(small):
+    explicit = jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((1, 1), ("host", "device"), axis_types=(explicit, explicit))
+    assert sharding_over(mesh).spec == jax.sharding.PartitionSpec("host")
+    both = sharding_over(mesh, ["host", "device"])
+    assert both.spec == jax.sharding.PartitionSpec(("host", "device"))
+    assert num_shares(both) == 1
+    assert set(both.mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    assert padded(0, both) == 1, "a device without any task holds an empty one"
+    placed = place({"a": np.ones((3, 5))}, both, axis=1)["a"]
+    assert placed.sharding.spec == jax.sharding.PartitionSpec(None, ("host", "device"))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axis", "message"),
+    [
+        ("cpu", None, r"expected a jax.sharding.Mesh, found str; jax.make_mesh"),
+        (8, None, r"found int"),
+        (None, "task", r"has no axis 'task'; did you mean 'tasks'"),
+        (None, ["tasks", "tasks"], r"one or more different axes"),
+        (None, [], r"one or more different axes"),
+    ],
+)
+def test_what_is_no_mesh_or_no_axis_is_refused_in_words(small, mesh, axis, message):
+    made = jax.make_mesh((1,), ("tasks",)) if mesh is None else mesh
+    with pytest.raises(hb.InputError, match=message):
+        small.tasks.shard(made, axis)
+
+
+def test_episodes_of_spread_tasks_are_refused_in_words(small, mesh):
+    with pytest.raises(hb.InputError, match=r"drawn on one device.*tasks\.shard\(None\)"):
+        hb.Episodes.from_tasks(small.tasks.shard(mesh))
+
+
+def test_the_joint_sampler_says_that_it_makes_no_use_of_the_mesh(schools, mesh):
+    with pytest.warns(hb.FitWarning, match="one device of each process"):
+        fit = hb.full_bayes(
+            schools.model, schools.tasks.shard(mesh), method="nuts", num_draws=5, num_warmup=5,
+            num_chains=1,
+        )  # fmt: skip
+    assert any("makes no use" in remark for remark in fit.warnings)
