@@ -176,9 +176,9 @@ def _solve_lapack(factor: jax.Array, b: jax.Array, *, transpose: bool) -> jax.Ar
     if len(b) > LAPACK_UP_TO:
         return _substitute(factor, b[:, None], transpose=transpose)[:, 0]
     matrices = jnp.moveaxis(factor, (0, 1), (-2, -1))
-    columns = jnp.moveaxis(b[:, None], -1, 0)
+    columns = jnp.moveaxis(b[:, None], (0, 1), (-2, -1))
     solved = jax.scipy.linalg.solve_triangular(matrices, columns, trans=int(transpose), lower=True)
-    return jnp.moveaxis(solved, 0, -1)[:, 0]
+    return jnp.moveaxis(solved[..., 0], -1, 0)
 
 
 def _substitute(factor: jax.Array, b: jax.Array, *, transpose: bool) -> jax.Array:

@@ -30,7 +30,6 @@ def differences(mesh: Mesh) -> dict[str, float]:
         sharded.two_coefficients, mesh,
         {
             "ml": hb.empirical_bayes,
-            "full Bayes": lambda m, t: hb.full_bayes(m, t, num_draws=50, num_chains=2, seed=3),
             "maml": lambda m, t: hb.maml(m, t, num_steps=3, num_splits=2),
             "reptile": lambda m, t: hb.reptile(m, t, num_steps=3),
             "complete pooling": hb.complete_pooling,
@@ -43,6 +42,7 @@ def differences(mesh: Mesh) -> dict[str, float]:
         {
             "reml": lambda m, t: hb.empirical_bayes(m, t, criterion="reml"),
             "map": lambda m, t: hb.empirical_bayes(m, t, criterion="map"),
+            "full Bayes": lambda m, t: hb.full_bayes(m, t, num_draws=50, num_chains=2, seed=3),
             "iMAML": lambda m, t: hb.imaml(m, t, prior_precision=0.5),
         },
     )  # fmt: skip

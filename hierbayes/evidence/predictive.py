@@ -27,6 +27,12 @@ class Predictive:
     adaptation: PointAdaptation
     name = "predictive"
 
+    def __call__(
+        self, model: HierarchicalModel, phi: dict[str, Any], support: Tasks, query: Tasks
+    ) -> jax.Array:
+        """Log p(y^query | A(D^support; φ), φ) of every query row."""
+        return self.of_rows(model, phi, *self.arrange(model, support, query))
+
     def arrange(self, model: HierarchicalModel, support: Tasks, query: Tasks) -> Any:
         """Both parts of the same tasks as :meth:`of_rows` takes them, on their devices."""
         order = dealt(support, support.sizes + query.sizes)

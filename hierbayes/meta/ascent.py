@@ -42,11 +42,11 @@ class Ascent:
 def maximise(
     objective: Callable[..., jax.Array],
     start: Any,
-    data: tuple[Any, ...],
     optimiser: optax.GradientTransformation | None,
     num_steps: int,
     progress: bool | None,
     name: str,
+    data: tuple[Any, ...] = (),
 ) -> Ascent:
     """Ascend ``objective(parameters, *data)`` from ``start``, of order one; L-BFGS unless told.
 

@@ -48,12 +48,12 @@ class FixedPoint:
 def follow(
     direction: Callable[..., Any],
     start: Any,
-    data: tuple[Any, ...],
     optimiser: optax.GradientTransformation | None,
     num_steps: int,
     tolerance: float,
     progress: bool | None,
     name: str,
+    data: tuple[Any, ...] = (),
 ) -> FixedPoint:
     """Follow ``direction(parameters, *data)`` from ``start``; accelerated unless told otherwise.
 

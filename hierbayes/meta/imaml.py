@@ -180,7 +180,7 @@ def imaml(
             return evidence.of_rows(plain, unpack(parameters), *parts).sum() / asked.num_rows
 
         data = evidence.arrange(plain, support, asked)
-        best = maximise(objective, start, data, optimiser, num_meta_steps, progress, "iMAML")
+        best = maximise(objective, start, optimiser, num_meta_steps, progress, "iMAML", data)
         phi = to_numpy(unpack(best.parameters))
     adapted = adaptation(resolved, tasks, phi)
     remarks = [*best.warnings, *adapted.remarks]

@@ -203,7 +203,7 @@ def maml(
             return rows.sum() / asked.num_rows
 
         data = evidence.arrange(resolved, support, asked)
-        best = maximise(objective, start, data, optimiser, num_meta_steps, progress, "MAML")
+        best = maximise(objective, start, optimiser, num_meta_steps, progress, "MAML", data)
         phi = to_numpy(unpack(best.parameters))
     chosen: Any = phi.get("step_size", eta) if inner_optimiser is None else None
     if chosen is not None and np.ndim(chosen) == 0:

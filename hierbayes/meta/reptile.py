@@ -168,8 +168,8 @@ def reptile(
         start, to_phi = outer_parameters(resolved, tasks, fixed)
         start.pop("log_sigma_query", None)
         found = follow(
-            _direction(resolved, tasks, adaptation, to_phi), start, _data(resolved, tasks),
-            optimiser, num_meta_steps, tolerance, progress, "Reptile",
+            _direction(resolved, tasks, adaptation, to_phi), start, optimiser, num_meta_steps,
+            tolerance, progress, "Reptile", _data(resolved, tasks),
         )  # fmt: skip
         phi = to_numpy(to_phi(found.parameters))
     remarks = list(found.warnings)
@@ -274,6 +274,6 @@ def _sigma_query(
             return evidence.of_rows(plain, at(log_sigma), *parts).sum() / asked.num_rows
 
         data = evidence.arrange(plain, support, asked)
-        best = maximise(objective, jnp.zeros(()), data, None, 100, False, "Reptile's sigma_query")
+        best = maximise(objective, jnp.zeros(()), None, 100, False, "Reptile's sigma_query", data)
         learned = to_numpy(at(best.parameters))["sigma_query"]
     return {"sigma_query": learned}, best.value * asked.num_rows, best.warnings
