@@ -17,7 +17,7 @@ from hierbayes.evidence import Exact, Predictive
 from hierbayes.evidence.exact import log_evidence
 from hierbayes.numerics import float64
 from hierbayes.statistics import placed_statistics, statistics
-from hierbayes.tasks import dealt, on_devices
+from hierbayes.tasks.layout import dealt, on_devices
 
 EXPECTED = 8
 

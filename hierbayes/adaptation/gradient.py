@@ -28,7 +28,8 @@ from hierbayes.likelihoods.neural import Neural
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic
 from hierbayes.sharding import gathered
-from hierbayes.tasks import Task, Tasks, on_devices
+from hierbayes.tasks import Task, Tasks
+from hierbayes.tasks.layout import on_devices
 
 if TYPE_CHECKING:
     import optax

@@ -27,7 +27,8 @@ from hierbayes.errors import announce
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.sharding import gathered
-from hierbayes.tasks import Task, Tasks, on_devices
+from hierbayes.tasks import Task, Tasks
+from hierbayes.tasks.layout import on_devices
 
 ROWS_AT_ONCE = 4_000_000
 """Rows × values of φ that a batch of draws holds at most."""

@@ -32,7 +32,8 @@ from hierbayes.adaptation.newton import trouble
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import cholesky, float64, solve_lower, solve_upper
 from hierbayes.sharding import gathered
-from hierbayes.tasks import Task, Tasks, on_devices
+from hierbayes.tasks import Task, Tasks
+from hierbayes.tasks.layout import on_devices
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import jax
 
 from hierbayes.adaptation.base import PointAdaptation
 from hierbayes.model import HierarchicalModel
-from hierbayes.tasks import Task, Tasks, dealt, on_devices
+from hierbayes.tasks import Task, Tasks
+from hierbayes.tasks.layout import dealt, on_devices
 
 
 @dataclass(frozen=True)

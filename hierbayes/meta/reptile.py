@@ -36,7 +36,8 @@ from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.sharding import place
-from hierbayes.tasks import Tasks, on_devices
+from hierbayes.tasks import Tasks
+from hierbayes.tasks.layout import on_devices
 
 if TYPE_CHECKING:
     import optax

@@ -5,7 +5,6 @@ r"""D_1, …, D_J: the data of many related tasks.
 
 from hierbayes.tasks.container import Tasks
 from hierbayes.tasks.episodes import Episodes
-from hierbayes.tasks.layout import dealt, on_devices
 from hierbayes.tasks.views import Encoder, Labels, Task
 
-__all__ = ["Encoder", "Episodes", "Labels", "Task", "Tasks", "dealt", "on_devices"]
+__all__ = ["Encoder", "Episodes", "Labels", "Task", "Tasks"]
