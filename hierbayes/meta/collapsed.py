@@ -33,11 +33,11 @@ from hierbayes.evidence.integrated import (
 )
 from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import solve_upper, to_numpy
+from hierbayes.numerics import solve_upper
 from hierbayes.priors.assembled import Assembled
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.priors.normality import as_normal
-from hierbayes.statistics import placed_statistics
+from hierbayes.statistics import statistics
 from hierbayes.tasks import Tasks
 
 BATCH = 1024
@@ -180,7 +180,7 @@ class Collapsed:
     """
 
     def __init__(self, model: HierarchicalModel, tasks: Tasks):
-        shape, stats = model.shape(tasks), placed_statistics(tasks)
+        shape, stats = model.shape(tasks), statistics(tasks)
         self.beliefs = model.phi_distributions(tasks)
         normals = {n: as_normal(self.beliefs[n]) for n in ("mu", "gamma", "beta")
                    if n in self.beliefs}  # fmt: skip
@@ -188,7 +188,7 @@ class Collapsed:
         self.structure = Structure(Coordinates.of(shape), shape, exact)
         self._leaves, how = jax.tree.flatten(self.beliefs)
         self._made_for = (self.structure, how)
-        self.num_tasks, self.spread = tasks.num_tasks, tasks.sharding is not None
+        self.num_tasks = tasks.num_tasks
         self.proper = not any(map(_improper, self.beliefs.values()))
         location, precision = (
             self.structure.flat({n: getattr(a, part) for n, a in normals.items()})
@@ -224,7 +224,7 @@ class Collapsed:
             x, e = np.pad(x, filled, mode="edge"), np.pad(e, filled, mode="edge")
             values = compiled(self._made_for, self._target(units), x, e, self.at_once)
             found.append(
-                jax.tree.map(lambda v, size=BATCH - filled[0][1]: to_numpy(v)[:size], values)
+                jax.tree.map(lambda v, size=BATCH - filled[0][1]: np.asarray(v)[:size], values)
             )
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 

@@ -15,7 +15,7 @@ from hierbayes.meta.independence import Chains, Proposal, fit_proposal, run_chai
 from hierbayes.meta.optimum import curvature
 from hierbayes.meta.sampling import run_potential
 from hierbayes.meta.scales_of_phi import Units
-from hierbayes.numerics import as_rng, to_numpy
+from hierbayes.numerics import as_rng
 
 LEAST_ACCEPTANCE = 0.2
 """Share of accepted proposals below which NUTS takes over."""
@@ -133,9 +133,7 @@ def _by_nuts(
 ) -> Sampled:  # fmt: skip
     """NUTS in the coordinates that the Hessian makes round."""
     size, structure = len(located.mode), target.structure
-    # NumPyro holds what a potential is made of, in its own programs: on each device all of it
-    problem = to_numpy(target.problem)
-    beliefs, units = target.beliefs, located.units
+    problem, beliefs, units = target.problem, target.beliefs, located.units
     num_white = 0 if structure.exact else structure.num_fixed
     absent = jnp.zeros(structure.num_fixed - num_white)
 
@@ -163,8 +161,6 @@ def _by_nuts(
         f"{LEAST_ACCEPTANCE:.0%} wanted), so phi was sampled by NUTS on the same collapsed "
         "density; the result is as exact, only slower"
     )
-    if target.spread:
-        remark += ", and on one device of each process, not on those that the tasks are spread over"
     return Sampled(draws, stats, None, [remark], {"sampler": "nuts"})
 
 

@@ -126,11 +126,6 @@ def full_bayes(
             info |= found.info
             evidence = found.log_evidence
         else:
-            if tasks.sharding is not None:
-                remarks.append(
-                    'method="nuts" samples all theta together, on one device of each process: of '
-                    "the devices that the tasks are spread over it makes no use"
-                )
             start = _start(resolved, tasks, key_start, num_chains)
             program = resolved.numpyro_program(tasks, centred=False)
             white = jax.random.normal(key_theta, (num_chains, tasks.num_tasks, len(tasks.coef)))
