@@ -152,8 +152,8 @@ def test_a_point_obeys_bayes_theorem(beliefs):
         shape = target.structure.shape
         rng = np.random.default_rng(3)
         x, e = 0.3 * rng.normal(size=4), rng.normal(size=3)
-        log_density = target.densities(units, x[None], e[None])[0]
-        phi = {name: v[0] for name, v in target.phis(units, x[None], e[None]).items()}
+        found = target.points(units, x[None], e[None])
+        log_density, phi = found.log_density[0], {name: v[0] for name, v in found.phi.items()}
         corr_root = np.linalg.cholesky(phi["corr"])
         inner = jax.jit(integrate)(target.problem, phi["tau"][:, None] * corr_root, phi["sigma"])
         b = np.asarray(inner.mean) + linalg.solve_triangular(inner.factor, e, trans=1, lower=True)
@@ -182,7 +182,7 @@ def test_density_is_nothing_outside_the_support():
         units = Units(np.full(2, 0.1), 1.0)
         inside = np.array([*inverse_softplus(np.array([4.0, 4.0])), 0.0, 0.0])
         outside = np.array([*inverse_softplus(np.array([4.0, 6.0])), 0.0, 0.0])
-        values = target.densities(units, np.stack([inside, outside]), np.zeros((2, 3)))
+        values = target.points(units, np.stack([inside, outside]), np.zeros((2, 3))).log_density
     assert np.isfinite(values[0])
     assert values[1] == -np.inf
 
@@ -211,21 +211,23 @@ def test_units_are_a_matter_of_description():
 def correlated_target(points):
     """log Gamma(3) in exp(x₀), normal x₁ around x₀ with sd ½: E eˣ = 3, E x₁ = ψ(3)."""
     x = points[:, 0]
-    return stats.gamma(3).logpdf(np.exp(x)) + x + stats.norm(x, 0.5).logpdf(points[:, 1])
+    log_density = stats.gamma(3).logpdf(np.exp(x)) + x + stats.norm(x, 0.5).logpdf(points[:, 1])
+    return log_density, {"ratio": np.exp(x - points[:, 1])}
 
 
-def chains(log_density, rng, num_draws=4000):
-    fitted = fit_proposal(log_density, Proposal(np.zeros(2), np.eye(2)), rng)
-    return run_chains(log_density, fitted, rng, num_draws=num_draws, num_chains=4, thinning=2)
+def chains(weigh, rng, num_draws=4000):
+    fitted = fit_proposal(weigh, Proposal(np.zeros(2), np.eye(2)), rng)
+    return run_chains(weigh, fitted, rng, num_draws=num_draws, num_chains=4, thinning=2)
 
 
 def test_chains_have_the_targets_moments(rng):
     found = chains(correlated_target, rng)
-    draws = found.points[found.places]
+    draws = found.points
     digamma_3, trigamma_3 = 0.9227843350984671, 0.3949340668482264
     monte_carlo(np.exp(draws[..., 0]), 3.0, np.sqrt(3.0))
     monte_carlo(draws[..., 1], digamma_3, np.sqrt(trigamma_3 + 0.25))
     monte_carlo((draws[..., 1] - draws[..., 0]) ** 2, 0.25, np.sqrt(2) * 0.25)
+    close(found.beside["ratio"], np.exp(draws[..., 0] - draws[..., 1]), rtol=1e-12)
     assert found.acceptance > 0.6
     assert abs(found.log_normaliser) < 5 * found.log_normaliser_se < 0.05
 
@@ -235,7 +237,7 @@ def test_chains_that_forget_the_proposal_are_caught(rng, monkeypatch):
     fitted = fit_proposal(correlated_target, Proposal(np.zeros(2), np.eye(2)), rng)
     monkeypatch.setattr(Proposal, "log_prob", lambda self, points: np.zeros(len(points)))
     found = run_chains(correlated_target, fitted, rng, num_draws=4000, num_chains=4, thinning=2)
-    draws = found.points[found.places]
+    draws = found.points
     with pytest.raises(AssertionError):
         monte_carlo((draws[..., 1] - draws[..., 0]) ** 2, 0.25, np.sqrt(2) * 0.25)
 

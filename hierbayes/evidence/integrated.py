@@ -54,7 +54,8 @@ class NormalBelief(NamedTuple):
 class IntegratedProblem:
     """Statistics laid out for one evaluation after another, y as the residual at b_*.
 
-    ``x`` (d, d, J), ``fixed`` (d, P, J), ``y`` (d, J) are the rows that θ moves; of the rows below
+    ``x`` (d, d, J), ``fixed`` (d, P, J), ``y`` (d, J) are the rows that θ moves, or with a leading
+    axis over chunks of tasks, the last of them filled up with empty ones; of the rows below
     only FᵀF (P, P), Fᵀy (P,) and yᵀy are needed. ``num_rows`` and ``log_scale`` are totals,
     ``centre`` is b_* (P,).
     """
@@ -102,11 +103,15 @@ def least_squares(stats: Statistics, free_mean: tuple[bool, ...]) -> tuple[Any, 
     return b, jnp.sqrt((left**2).sum() / jnp.sum(stats.num_rows))
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=(1, 4))
 def integrated_problem(
-    stats: Statistics, free_mean: tuple[bool, ...], centre: Any, belief: NormalBelief
+    stats: Statistics,
+    free_mean: tuple[bool, ...],
+    centre: Any,
+    belief: NormalBelief,
+    chunk: int | None = None,
 ) -> IntegratedProblem:
-    """Lay out b = (μ_free, Γ row by row, β) around ``centre``."""
+    """Lay out b = (μ_free, Γ row by row, β) around ``centre``, in chunks of so many tasks."""
     d = stats.num_coef
     fixed = fixed_columns(
         jnp.asarray(stats.x), jnp.asarray(stats.z), jnp.asarray(stats.task_predictors), free_mean
@@ -114,29 +119,72 @@ def integrated_problem(
     y = jnp.asarray(stats.y) - (fixed * centre[:, None]).sum(1)
     below, left = fixed[d:], y[d:]
     return IntegratedProblem(
-        jnp.asarray(stats.x)[:d], fixed[:d], y[:d],
+        _chunked(jnp.asarray(stats.x)[:d], chunk), _chunked(fixed[:d], chunk),
+        _chunked(y[:d], chunk),
         jnp.einsum("ikj,imj->km", below, below), jnp.einsum("ikj,ij->k", below, left),
         (left**2).sum(), centre, belief, jnp.sum(stats.num_rows), jnp.sum(stats.log_scale),
     )  # fmt: skip
 
 
+def _chunked(array: jax.Array, chunk: int | None) -> jax.Array:
+    """Tasks from the last axis to (chunks, …, tasks of one)."""
+    size = array.shape[-1]
+    if chunk is None or size <= chunk:
+        return array
+    filled = jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, -size % chunk)])
+    return jnp.moveaxis(filled.reshape(*array.shape[:-1], -1, chunk), -2, 0)
+
+
+class Sums(NamedTuple):
+    """Over tasks: yᵀV⁻¹y, log |V|, FᵀV⁻¹F (P, P), FᵀV⁻¹y (P,), of the rows that θ moves."""
+
+    squares: Any
+    log_det: Any
+    gram: Any
+    slope: Any
+
+
+def _sums(x: jax.Array, fixed: jax.Array, y: jax.Array, root: jax.Array, noise: Any) -> Sums:
+    design = matmul(x, root[:, :, None])
+    variance = matmul(design, jnp.swapaxes(design, 0, 1)) + noise * jnp.eye(len(root))[:, :, None]
+    factor = cholesky(variance)
+    white_y, white_f = solve_lower(factor, y), fixed
+    if fixed.shape[1]:
+        white_f = solve_lower(factor, fixed)
+    log_det = 2 * log_diagonal_sum(factor).sum()
+    gram, slope = _products(white_f, white_y)
+    return Sums((white_y**2).sum(), log_det, gram, slope)
+
+
+def _all_sums(p: IntegratedProblem, root: jax.Array, noise: Any) -> Sums:
+    """Chunk after chunk where there are many tasks, so that what is in use stays in the cache."""
+    if p.y.ndim == 2:
+        return _sums(p.x, p.fixed, p.y, root, noise)
+
+    def add(total: Sums, part: Any) -> tuple[Sums, None]:
+        x, fixed, y = part
+        return jax.tree.map(jnp.add, total, _sums(x, fixed, y, root, noise)), None
+
+    num_fixed = p.fixed.shape[2]
+    zero = Sums(
+        jnp.zeros(()), jnp.zeros(()), jnp.zeros((num_fixed, num_fixed)), jnp.zeros(num_fixed)
+    )
+    return jax.lax.scan(add, zero, (p.x, p.fixed, p.y))[0]
+
+
 def integrate(problem: IntegratedProblem, root: jax.Array, sigma: Any) -> Integrated:
     """log p(D | ψ) at the root L of Σ (d, d) and σ, and what b concludes there."""
     p = problem
-    d, num_fixed, num_tasks = p.fixed.shape
+    d, num_fixed = len(root), p.fixed.shape[-2]
+    num_tasks = p.y.size // d  # the empty ones too, for each of which |V| = σ²ᵈ
     noise = sigma**2
-    design = matmul(p.x, root[:, :, None])
-    variance = matmul(design, jnp.swapaxes(design, 0, 1)) + noise * jnp.eye(d)[:, :, None]
-    factor = cholesky(variance)
-    white_y = solve_lower(factor, p.y)
-    squares = (white_y**2).sum() + p.square_below / noise
-    log_det = 2 * log_diagonal_sum(factor).sum() + (p.num_rows - d * num_tasks) * jnp.log(noise)
+    squares, log_det, gram, slope = _all_sums(p, root, noise)
+    squares = squares + p.square_below / noise
+    log_det = log_det + (p.num_rows - d * num_tasks) * jnp.log(noise)
     total = p.num_rows * jnp.log(2 * jnp.pi) + log_det + squares
     if not num_fixed:
         empty = jnp.zeros(0)
         return Integrated(-0.5 * total + p.log_scale, empty, jnp.zeros((0, 0)))
-    white_f = solve_lower(factor, p.fixed)
-    gram, slope = _products(white_f, white_y)
     location, precision = p.belief
     away = location - p.centre
     inverse = gram + p.gram_below / noise + jnp.diag(precision)

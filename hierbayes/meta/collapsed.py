@@ -43,6 +43,9 @@ from hierbayes.tasks import Tasks
 BATCH = 1024
 """Points of one compiled call: one shape, so one compilation."""
 
+CHUNK = 512
+"""Tasks that are summed over together."""
+
 NUMBERS_AT_ONCE = 100_000
 """Points × tasks that are worked on together: more than this leaves the processor's cache."""
 
@@ -156,16 +159,8 @@ def _point(made_for: Compiled, target: Target, x: Any, e: Any) -> Point:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _densities(made_for: Compiled, target: Target, xs: Any, es: Any, at_once: int) -> jax.Array:
-    def density(at: Any) -> Any:
-        return _point(made_for, target, *at).log_density
-
-    return jax.lax.map(density, (xs, es), batch_size=at_once)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _phis(made_for: Compiled, target: Target, xs: Any, es: Any, at_once: int) -> dict[str, Any]:
-    return jax.lax.map(lambda at: _point(made_for, target, *at).phi, (xs, es), batch_size=at_once)
+def _points(made_for: Compiled, target: Target, xs: Any, es: Any, at_once: int) -> Point:
+    return jax.lax.map(lambda at: _point(made_for, target, *at), (xs, es), batch_size=at_once)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -197,35 +192,27 @@ class Collapsed:
         centre, residual = least_squares(stats, shape.free_mean)
         self.units = Units(0.3 * model.scales(tasks).coef, float(residual) or 1.0)
         self.problem = integrated_problem(
-            stats, shape.free_mean, centre, NormalBelief(location, precision)
+            stats, shape.free_mean, centre, NormalBelief(location, precision), CHUNK
         )
 
     @property
     def at_once(self) -> int:
         """Points that are worked on together."""
-        return int(np.clip(NUMBERS_AT_ONCE // max(self.num_tasks, 1), 1, BATCH))
+        return int(np.clip(NUMBERS_AT_ONCE // max(min(self.num_tasks, CHUNK), 1), 1, BATCH))
 
     def _target(self, units: Units) -> Target:
         return Target(self.problem, self._leaves, units)
 
-    def densities(self, units: Units, xs: np.ndarray, es: np.ndarray) -> np.ndarray:
-        """Log densities (n,) at the points (xs, es)."""
-        return self._in_batches(_densities, units, xs, es)
-
-    def phis(self, units: Units, xs: np.ndarray, es: np.ndarray) -> dict[str, np.ndarray]:
-        """φ by name at the points, (n, …)."""
-        return self._in_batches(_phis, units, xs, es)
-
-    def _in_batches(self, compiled: Any, units: Units, xs: np.ndarray, es: np.ndarray) -> Any:
-        found = []
+    def points(self, units: Units, xs: np.ndarray, es: np.ndarray) -> Point:
+        """φ by name (n, …) and log densities (n,) at (xs, es), in batches of one shape."""
+        found, target = [], self._target(units)
         for start in range(0, len(xs), BATCH):
             x, e = xs[start : start + BATCH], es[start : start + BATCH]
-            filled = ((0, BATCH - len(x)), (0, 0))
+            size = len(x)
+            filled = ((0, BATCH - size), (0, 0))
             x, e = np.pad(x, filled, mode="edge"), np.pad(e, filled, mode="edge")
-            values = compiled(self._made_for, self._target(units), x, e, self.at_once)
-            found.append(
-                jax.tree.map(lambda v, size=BATCH - filled[0][1]: np.asarray(v)[:size], values)
-            )
+            values = _points(self._made_for, target, x, e, self.at_once)
+            found.append(jax.tree.map(lambda v, size=size: np.asarray(v)[:size], values))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
     def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:

@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize
 
 from hierbayes.meta.collapsed import BATCH, Collapsed, point
 from hierbayes.meta.independence import Chains, Proposal, fit_proposal, run_chains
 from hierbayes.meta.optimum import curvature
 from hierbayes.meta.sampling import run_potential
 from hierbayes.meta.scales_of_phi import Units
-from hierbayes.numerics import as_rng
+from hierbayes.numerics import as_key
 
 LEAST_ACCEPTANCE = 0.2
 """Share of accepted proposals below which NUTS takes over."""
@@ -47,7 +46,7 @@ class Located(NamedTuple):
 
 def sample_collapsed(
     target: Collapsed,
-    key: jax.Array,
+    rng: np.random.Generator,
     *,
     num_draws: int,
     num_chains: int,
@@ -56,38 +55,40 @@ def sample_collapsed(
     progress: bool | None,
 ) -> Sampled:
     """Sample φ from its exact posterior."""
-    rng = as_rng(key)
     located = locate(target)
     size, num_fixed = len(located.mode), target.structure.num_fixed
     thinning = THINNING if num_draws * num_chains * target.num_tasks <= CHEAP else 1
     with _bar(progress, "full Bayes") as bar:
 
-        def log_density(points: np.ndarray) -> np.ndarray:
-            values = [
-                target.densities(located.units, part[:, :size], part[:, size:])
+        def weigh(points: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+            found = [
+                target.points(located.units, part[:, :size], part[:, size:])
                 for part in _parts(points, bar)
             ]
-            return np.concatenate(values)
+            phi, log_density = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+            return log_density, phi
 
-        fitted = fit_proposal(log_density, Proposal(located.mode, located.root, num_fixed), rng)
+        fitted = fit_proposal(weigh, Proposal(located.mode, located.root, num_fixed), rng)
         chains = None
         if fitted.share > 0.01:
             bar.reset(-(-num_chains * num_draws * thinning // BATCH))
             chains = run_chains(
-                log_density, fitted, rng,
+                weigh, fitted, rng,
                 num_draws=num_draws, num_chains=num_chains, thinning=thinning,
             )  # fmt: skip
     if chains is not None and chains.acceptance >= LEAST_ACCEPTANCE:
-        return _from_chains(target, located.units, chains, size)
+        return _from_chains(target, chains)
     share = 0.0 if chains is None else chains.acceptance
     return _by_nuts(
-        target, located, key, share, num_draws=num_draws, num_chains=num_chains,
+        target, located, rng, share, num_draws=num_draws, num_chains=num_chains,
         num_warmup=num_warmup, target_accept=target_accept, progress=progress,
     )  # fmt: skip
 
 
 def locate(target: Collapsed) -> Located:
     """The mode, found in the target's rough units and stated in units of τ's own spread."""
+    from scipy import optimize  # heavy, so loaded when first used
+
     coordinates = target.structure.coordinates
     d = coordinates.num_coef
     units = target.units
@@ -114,11 +115,8 @@ def _inverse(hessian: np.ndarray) -> np.ndarray:
     return (vectors / safe) @ vectors.T
 
 
-def _from_chains(target: Collapsed, units: Units, chains: Chains, size: int) -> Sampled:
-    points = chains.points[chains.places.ravel()]
-    phis = target.phis(units, points[:, :size], points[:, size:])
-    lead = chains.places.shape
-    draws = {name: value.reshape(*lead, *value.shape[1:]) for name, value in phis.items()}
+def _from_chains(target: Collapsed, chains: Chains) -> Sampled:
+    draws = chains.beside
     stats = {"acceptance_rate": chains.accepted, "lp": chains.log_density}
     info: dict[str, Any] = {"sampler": "independence", "acceptance": chains.acceptance}
     if not target.proper:
@@ -128,7 +126,7 @@ def _from_chains(target: Collapsed, units: Units, chains: Chains, size: int) -> 
 
 
 def _by_nuts(
-    target: Collapsed, located: Located, key: jax.Array, share: float, *,
+    target: Collapsed, located: Located, rng: np.random.Generator, share: float, *,
     num_draws: int, num_chains: int, **settings: Any,
 ) -> Sampled:  # fmt: skip
     """NUTS in the coordinates that the Hessian makes round."""
@@ -144,17 +142,15 @@ def _by_nuts(
         density = point(structure, problem, beliefs, units, x, e).log_density
         return 0.5 * (z[size:] ** 2).sum() - density
 
-    key, key_start, key_white = jax.random.split(key, 3)
-    start = jax.random.uniform(key_start, (num_chains, size + num_white), minval=-1.0, maxval=1.0)
+    key = as_key(int(rng.integers(2**31)))
+    start = jnp.asarray(rng.uniform(-1.0, 1.0, (num_chains, size + num_white)))
     found, stats = run_potential(
         potential, key, start, dense=True, num_draws=num_draws, num_chains=num_chains, **settings
     )
     z = np.asarray(found).reshape(num_chains * num_draws, -1)
-    white = np.asarray(jax.random.normal(key_white, (len(z), structure.num_fixed)))
-    if num_white:
-        white = z[:, size:]
+    white = z[:, size:] if num_white else rng.standard_normal((len(z), structure.num_fixed))
     xs = located.mode + z[:, :size] @ located.root.T
-    phis = target.phis(units, xs, white)
+    phis = target.points(units, xs, white).phi
     draws = {n: v.reshape(num_chains, num_draws, *v.shape[1:]) for n, v in phis.items()}
     remark = (
         f"independence Metropolis accepted {share:.0%} of its proposals (at least "

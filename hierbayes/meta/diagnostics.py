@@ -32,7 +32,7 @@ def remarks(
             f"draws of {', '.join(broken) or 'theta'} are not finite: nothing can be said from "
             "them. Look for predictors of very different scales, or a prior far from the data"
         ]
-    diverging = int(sample_stats["diverging"].sum())
+    diverging = int(sample_stats.get("diverging", np.zeros(1)).sum())
     if diverging:
         share = diverging / sample_stats["diverging"].size
         found.append(
@@ -47,7 +47,7 @@ def remarks(
     if chains > 1 and (worst := max(rhat, key=lambda k: rhat[k])) and rhat[worst] > LARGEST_RHAT:
         found.append(
             f"R-hat is {rhat[worst]:.3f} for {worst} (at most {LARGEST_RHAT} wanted): the chains "
-            "have not mixed. Raise num_warmup and num_draws"
+            "have not mixed. Raise num_draws, and num_warmup where NUTS is the sampler"
         )
     wanted = SMALLEST_ESS_PER_CHAIN * chains
     for kind, sizes in (("bulk", ess), ("tail", tail)):

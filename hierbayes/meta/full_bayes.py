@@ -25,11 +25,16 @@ from hierbayes.meta.collapsed_sampling import sample_collapsed
 from hierbayes.meta.diagnostics import remarks as judged
 from hierbayes.meta.sampling import run_nuts
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import as_key, float64
+from hierbayes.numerics import as_key, as_rng, float64
 from hierbayes.tasks import Tasks
 
 LARGEST_THETA = 50_000_000
 """Draws × tasks × coefficients up to which draws of θ are stored (400 MB)."""
+
+FEWEST_FOR_MOMENTS, MOMENTS_OF = 200, 40_000_000
+"""Draws of φ, and draws × tasks, over which moments of θ are taken where θ is not stored.
+
+With so many tasks φ is known so well that its own spread hardly shows in θ's."""
 
 SURE = 0.5
 """Acceptance of independent proposals from which on R̂ and effective sizes are not asked for."""
@@ -112,20 +117,23 @@ def full_bayes(
         method = "collapsed" if exact else "nuts"
     if method == "collapsed" and not exact:
         raise InputError('method="collapsed" needs a Gaussian likelihood; use method="nuts"')
-    key, key_start, key_theta = jax.random.split(as_key(seed), 3)
     settings: dict[str, Any] = dict(
         num_draws=num_draws, num_chains=num_chains, num_warmup=num_warmup,
         target_accept=target_accept, progress=progress,
     )  # fmt: skip
     training, evidence, remarks = None, None, []
     info: dict[str, Any] = {"method": method, "sampler": "nuts", **settings}
+    key_theta: Any
     with float64():
         if method == "collapsed":
-            found = sample_collapsed(Collapsed(resolved, tasks), key, **settings)
+            rng = as_rng(seed)  # NumPy's: of JAX's own each kind of draw would be compiled first
+            key_theta = int(rng.integers(2**63))
+            found = sample_collapsed(Collapsed(resolved, tasks), rng, **settings)
             draws, sample_stats, remarks = found.draws, found.sample_stats, list(found.remarks)
             info |= found.info
             evidence = found.log_evidence
         else:
+            key, key_start, key_theta = jax.random.split(as_key(seed), 3)
             start = _start(resolved, tasks, key_start, num_chains)
             program = resolved.numpyro_program(tasks, centred=False)
             white = jax.random.normal(key_theta, (num_chains, tasks.num_tasks, len(tasks.coef)))
@@ -140,7 +148,8 @@ def full_bayes(
             flat = adaptation.draws(resolved, tasks, phis, key_theta)
             theta = flat.reshape(num_chains, num_draws, *flat.shape[1:])
         else:
-            training = Adapted(*adaptation.moments(resolved, tasks, phis))
+            some = _evenly(phis, max(FEWEST_FOR_MOMENTS, MOMENTS_OF // tasks.num_tasks))
+            training = Adapted(*adaptation.moments(resolved, tasks, some))
     if info["sampler"] != "independence" or info["acceptance"] < SURE:
         remarks += judged(draws, theta, sample_stats, tasks)
     phi = {name: value.mean(axis=(0, 1)) for name, value in draws.items()}
@@ -152,6 +161,13 @@ def full_bayes(
         evidence=evidence, no_evidence=NO_EVIDENCE, warnings=announce(remarks),
         info=info | {"seconds": time.perf_counter() - started},
     )  # fmt: skip
+
+
+def _evenly(phis: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """``count`` of the draws, evenly spread."""
+    size = len(next(iter(phis.values())))
+    kept = np.unique(np.linspace(0, size - 1, min(count, size)).astype(int))
+    return {name: value[kept] for name, value in phis.items()}
 
 
 def _start(

@@ -37,7 +37,8 @@ GOOD_SHARE = 0.5
 WARMUP = 64
 """First proposals of a chain that are dropped; it starts at a weighted draw."""
 
-LogDensity = Callable[[np.ndarray], np.ndarray]
+Weigh = Callable[[np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
+"""Log densities (n,) of n points, and whatever else is wanted of the points that are kept."""
 
 
 @dataclass(frozen=True)
@@ -75,19 +76,21 @@ class Fitted(NamedTuple):
     proposal: Proposal
     draws: np.ndarray
     log_density: np.ndarray
+    beside: dict[str, np.ndarray]
     log_weights: np.ndarray
     share: float
 
 
 @dataclass(frozen=True)
 class Chains:
-    """``places`` (chain, draw) in ``points``; ``accepted``: the share since the last draw.
+    """``points`` (chain, draw, …) and what is ``beside`` them.
 
-    ``log_normaliser`` of the target, with its standard error, from the same proposals.
+    ``accepted`` is the share of proposals since the last draw; ``log_normaliser`` is the target's,
+    with its standard error, from the same proposals.
     """
 
     points: np.ndarray
-    places: np.ndarray
+    beside: dict[str, np.ndarray]
     log_density: np.ndarray
     accepted: np.ndarray
     log_normaliser: float
@@ -99,17 +102,22 @@ class Chains:
         return float(self.accepted.mean())
 
 
-def fit_proposal(log_density: LogDensity, start: Proposal, rng: np.random.Generator) -> Fitted:
+def fit_proposal(weigh: Weigh, start: Proposal, rng: np.random.Generator) -> Fitted:
     """Rounds of weighted draws, until most of a round is effective or nothing is gained."""
     proposal, best = start, None
     for _ in range(MOST_ROUNDS):
         draws = proposal.sample(rng, PILOT)
-        values = log_density(draws)
+        values, beside = weigh(draws)
         log_weights = values - proposal.log_prob(draws)
         if not np.isfinite(log_weights).any():
             break
         fitted = Fitted(
-            _refitted(proposal, draws, log_weights), draws, values, log_weights, _share(log_weights)
+            _refitted(proposal, draws, log_weights),
+            draws,
+            values,
+            beside,
+            log_weights,
+            _share(log_weights),
         )
         if best is None or fitted.share > best.share:
             best = fitted
@@ -118,14 +126,15 @@ def fit_proposal(log_density: LogDensity, start: Proposal, rng: np.random.Genera
         proposal = fitted.proposal
     if best is None:
         nowhere = np.append(start.location, np.zeros(start.num_white))[None]
-        return Fitted(start, nowhere, np.zeros(1), np.zeros(1), 0.0)
+        return Fitted(start, nowhere, np.zeros(1), {}, np.zeros(1), 0.0)
     return best
 
 
 def _share(log_weights: np.ndarray) -> float:
     """(Σ w)² / (n Σ w²)."""
-    log_ess = 2 * logsumexp(log_weights) - logsumexp(2 * log_weights)
-    return float(np.exp(log_ess) / len(log_weights))
+    largest = log_weights.max()
+    weights = np.exp(log_weights - largest)
+    return float(weights.sum() ** 2 / ((weights**2).sum() * len(weights)))
 
 
 def _refitted(proposal: Proposal, draws: np.ndarray, log_weights: np.ndarray) -> Proposal:
@@ -146,7 +155,7 @@ def _refitted(proposal: Proposal, draws: np.ndarray, log_weights: np.ndarray) ->
 
 
 def run_chains(
-    log_density: LogDensity,
+    weigh: Weigh,
     fitted: Fitted,
     rng: np.random.Generator,
     *,
@@ -158,13 +167,9 @@ def run_chains(
     length = 1 + WARMUP + num_draws * thinning
     points = fitted.proposal.sample(rng, num_chains * length)
     weights = np.exp(fitted.log_weights - logsumexp(fitted.log_weights))
-    starts = rng.choice(len(weights), num_chains, p=weights)
-    points[::length] = fitted.draws[starts]
-    values = np.full(len(points), np.nan)
-    values[::length] = fitted.log_density[starts]
-    proposed = np.ones(len(points), bool)
-    proposed[::length] = False
-    values[proposed] = log_density(points[proposed])
+    first = rng.choice(len(weights), num_chains, p=weights)
+    points[::length] = fitted.draws[first]
+    values, beside = weigh(points)
     log_weights = values - fitted.proposal.log_prob(points)
     log_uniform = np.log(rng.random(len(points)))
     states = np.empty((num_chains, length), int)
@@ -176,11 +181,12 @@ def run_chains(
     moves = (np.diff(states, axis=1) != 0)[:, WARMUP:]
     accepted = moves.reshape(num_chains, num_draws, thinning).mean(-1)
     places = states[:, 1 + WARMUP :][:, thinning - 1 :: thinning]
-    fair = log_weights[proposed]
+    fair = np.delete(log_weights, np.arange(num_chains) * length)
     log_mean = float(logsumexp(fair) - np.log(len(fair)))
     relative = np.exp(fair - log_mean)
     return Chains(
-        points, places, values[places], accepted, log_mean,
+        points[places], {name: value[places] for name, value in beside.items()}, values[places],
+        accepted, log_mean,
         float(relative.std(ddof=1) / np.sqrt(len(fair))),
     )  # fmt: skip
 
