@@ -282,6 +282,7 @@ def test_an_improper_hyperprior_has_no_evidence():
         _ = fit.log_evidence
 
 
+@pytest.mark.slow
 def test_poor_acceptance_falls_back_to_nuts_and_says_so(schools, monkeypatch):
     before = quietly(hb.full_bayes, schools, num_draws=1000, seed=2)
     monkeypatch.setattr(collapsed_sampling, "LEAST_ACCEPTANCE", 1.1)
