@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 import hierbayes as hb
 from hierbayes.evidence import Exact, Predictive
 from hierbayes.evidence.exact import log_evidence
+from hierbayes.meta.collapsed import Collapsed
 from hierbayes.numerics import float64
 from hierbayes.statistics import placed_statistics, statistics
 from hierbayes.tasks.layout import dealt, on_devices
@@ -84,12 +85,15 @@ def placing(mesh: Mesh) -> dict[str, Any]:
         phi = {**fit.phi, "sigma_query": fit.phi["sigma"]}
         inner = jax.jit(lambda d: maml.of_rows(model.without_encoder(), phi, *d).sum())
         steps = inner.lower(data).compile().as_text() or ""
+        many = hb.Tasks.from_arrays([(np.ones((1, 1)), np.array([float(j)])) for j in range(1200)])
+        collapsed = Collapsed(model.resolve(many), many.shard(mesh)).problem
     skewed = tasks.take(np.argsort(-tasks.sizes)).shard(mesh)
     order = dealt(skewed, skewed.sizes)
     assert order is not None
     dealt_out = np.where(order >= 0, skewed.sizes[order], 0).reshape(mesh.size, -1).sum(1)
     return {
         "statistics": parts(stats.x), "rows": parts(rows.outcome), "task of row": parts(of_row),
+        "collapsed": parts(collapsed.y),
         "evidence all-reduces": program.count("all-reduce("),
         "evidence all-gathers": program.count("all-gather("),
         "maml all-reduces": steps.count("all-reduce("),

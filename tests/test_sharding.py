@@ -51,6 +51,7 @@ def test_every_method_gives_the_results_of_one_device(eight_devices):
 def test_arrays_are_cut_into_eight_parts(eight_devices):
     placing = eight_devices["placing"]
     assert placing["statistics"] == [8, 24, 3], "21 tasks and 3 empty ones, 3 on each device"
+    assert placing["collapsed"] == [8, 1200, 150]
     assert placing["rows"] == [8, 8, 1]
     assert placing["task of row"] == [8, 8, 1]
     assert placing["parts keep it"] == [True, True]
@@ -148,3 +149,12 @@ def test_what_is_no_mesh_or_no_axis_is_refused_in_words(small, mesh, axis, messa
 def test_episodes_of_spread_tasks_are_refused_in_words(small, mesh):
     with pytest.raises(hb.InputError, match=r"drawn on one device.*tasks\.shard\(None\)"):
         hb.Episodes.from_tasks(small.tasks.shard(mesh))
+
+
+def test_the_joint_sampler_says_that_it_makes_no_use_of_the_mesh(schools, mesh):
+    with pytest.warns(hb.FitWarning, match="one device of each process"):
+        fit = hb.full_bayes(
+            schools.model, schools.tasks.shard(mesh), method="nuts", num_draws=5, num_warmup=5,
+            num_chains=1,
+        )  # fmt: skip
+    assert any("makes no use" in remark for remark in fit.warnings)

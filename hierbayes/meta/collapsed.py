@@ -33,11 +33,12 @@ from hierbayes.evidence.integrated import (
 )
 from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import solve_upper
+from hierbayes.numerics import solve_upper, to_numpy
 from hierbayes.priors.assembled import Assembled
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.priors.normality import as_normal
-from hierbayes.statistics import statistics
+from hierbayes.sharding import num_shares
+from hierbayes.statistics import placed_statistics
 from hierbayes.tasks import Tasks
 
 BATCH = 1024
@@ -175,7 +176,7 @@ class Collapsed:
     """
 
     def __init__(self, model: HierarchicalModel, tasks: Tasks):
-        shape, stats = model.shape(tasks), statistics(tasks)
+        shape, stats = model.shape(tasks), placed_statistics(tasks)
         self.beliefs = model.phi_distributions(tasks)
         normals = {n: as_normal(self.beliefs[n]) for n in ("mu", "gamma", "beta")
                    if n in self.beliefs}  # fmt: skip
@@ -183,7 +184,12 @@ class Collapsed:
         self.structure = Structure(Coordinates.of(shape), shape, exact)
         self._leaves, how = jax.tree.flatten(self.beliefs)
         self._made_for = (self.structure, how)
-        self.num_tasks = tasks.num_tasks
+        self.num_tasks, self.spread = tasks.num_tasks, tasks.sharding is not None
+        # chunk after chunk would be device after device
+        chunk = None if self.spread else CHUNK
+        self.together = min(self.num_tasks, CHUNK)
+        if tasks.sharding is not None:
+            self.together = self.num_tasks // num_shares(tasks.sharding)
         self.proper = not any(map(_improper, self.beliefs.values()))
         location, precision = (
             self.structure.flat({n: getattr(a, part) for n, a in normals.items()})
@@ -192,13 +198,13 @@ class Collapsed:
         centre, residual = least_squares(stats, shape.free_mean)
         self.units = Units(0.3 * model.scales(tasks).coef, float(residual) or 1.0)
         self.problem = integrated_problem(
-            stats, shape.free_mean, centre, NormalBelief(location, precision), CHUNK
+            stats, shape.free_mean, centre, NormalBelief(location, precision), chunk
         )
 
     @property
     def at_once(self) -> int:
         """Points that are worked on together."""
-        return int(np.clip(NUMBERS_AT_ONCE // max(min(self.num_tasks, CHUNK), 1), 1, BATCH))
+        return int(np.clip(NUMBERS_AT_ONCE // max(self.together, 1), 1, BATCH))
 
     def _target(self, units: Units) -> Target:
         return Target(self.problem, self._leaves, units)
@@ -212,7 +218,7 @@ class Collapsed:
             filled = ((0, BATCH - size), (0, 0))
             x, e = np.pad(x, filled, mode="edge"), np.pad(e, filled, mode="edge")
             values = _points(self._made_for, target, x, e, self.at_once)
-            found.append(jax.tree.map(lambda v, size=size: np.asarray(v)[:size], values))
+            found.append(jax.tree.map(lambda v, size=size: to_numpy(v)[:size], values))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
     def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:

@@ -14,7 +14,7 @@ from hierbayes.meta.independence import Chains, Proposal, fit_proposal, run_chai
 from hierbayes.meta.optimum import curvature
 from hierbayes.meta.sampling import run_potential
 from hierbayes.meta.scales_of_phi import Units
-from hierbayes.numerics import as_key
+from hierbayes.numerics import as_key, to_numpy
 
 LEAST_ACCEPTANCE = 0.2
 """Share of accepted proposals below which NUTS takes over."""
@@ -131,7 +131,9 @@ def _by_nuts(
 ) -> Sampled:  # fmt: skip
     """NUTS in the coordinates that the Hessian makes round."""
     size, structure = len(located.mode), target.structure
-    problem, beliefs, units = target.problem, target.beliefs, located.units
+    # NumPyro holds what a potential is made of, in its own programs: on each device all of it
+    problem = to_numpy(target.problem)
+    beliefs, units = target.beliefs, located.units
     num_white = 0 if structure.exact else structure.num_fixed
     absent = jnp.zeros(structure.num_fixed - num_white)
 
@@ -157,6 +159,8 @@ def _by_nuts(
         f"{LEAST_ACCEPTANCE:.0%} wanted), so phi was sampled by NUTS on the same collapsed "
         "density; the result is as exact, only slower"
     )
+    if target.spread:
+        remark += ", and on one device of each process, not on those that the tasks are spread over"
     return Sampled(draws, stats, None, [remark], {"sampler": "nuts"})
 
 

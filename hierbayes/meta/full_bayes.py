@@ -142,6 +142,11 @@ def full_bayes(
             info |= found.info
             evidence = found.log_evidence
         else:
+            if tasks.sharding is not None:
+                remarks.append(
+                    'method="nuts" samples all theta together, on one device of each process: of '
+                    "the devices that the tasks are spread over it makes no use"
+                )
             key, key_start, key_theta = jax.random.split(as_key(seed), 3)
             start = _start(resolved, tasks, key_start, num_chains)
             program = resolved.numpyro_program(tasks, centred=False)
