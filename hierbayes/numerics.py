@@ -7,6 +7,9 @@ stand on the last axis, where XLA turns every line into one vectorised loop.
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -64,12 +67,21 @@ def as_rng(seed: int | jax.Array) -> np.random.Generator:
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Product over the two leading axes, (i, k, …) · (k, l, …) → (i, l, …)."""
-    return (a[:, :, None] * b[None, :, :]).sum(1)
+    if a.shape[1] > UNROLL_UP_TO:
+        return (a[:, :, None] * b[None, :, :]).sum(1)
+    return _total(a[:, k, None] * b[None, k] for k in range(a.shape[1]))
 
 
 def matvec(a: jax.Array, x: jax.Array) -> jax.Array:
     """Product over the leading axes, (i, k, …) · (k, …) → (i, …)."""
-    return (a * x[None]).sum(1)
+    if a.shape[1] > UNROLL_UP_TO:
+        return (a * x[None]).sum(1)
+    return _total(a[:, k] * x[None, k] for k in range(a.shape[1]))
+
+
+def _total(terms: Iterable[jax.Array]) -> jax.Array:
+    """The sum written out, which XLA fuses into one pass; a reduction it would loop over."""
+    return functools.reduce(operator.add, terms)
 
 
 def cholesky(a: jax.Array) -> jax.Array:

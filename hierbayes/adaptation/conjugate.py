@@ -37,7 +37,7 @@ from hierbayes.sharding import gathered, place
 from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
 
-NUMBERS_AT_ONCE = 100_000
+NUMBERS_AT_ONCE = 20_000
 """Draws × tasks that are worked on together: more than this leaves the processor's cache."""
 
 NUMBERS_KEPT = 4_000_000

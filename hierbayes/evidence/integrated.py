@@ -203,4 +203,6 @@ def _products(f: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """FᵀF (P, P) and Fᵀy (P,) over all rows and tasks; few columns in one pass over the tasks."""
     if f.shape[1] > UNROLL_UP_TO:
         return jnp.einsum("ikj,imj->km", f, f), jnp.einsum("ikj,ij->k", f, y)
-    return (f[:, :, None] * f[:, None]).sum((0, 3)), (f * y[:, None]).sum((0, 2))
+    # the squares of F are the matrix product of its transpose with itself, y one more column
+    transposed = jnp.swapaxes(f, 0, 1)
+    return matmul(transposed, f).sum(-1), matmul(transposed, y[:, None])[:, 0].sum(-1)

@@ -41,13 +41,13 @@ from hierbayes.sharding import num_shares
 from hierbayes.statistics import placed_statistics
 from hierbayes.tasks import Tasks
 
-BATCH = 1024
+BATCH = 2048
 """Points of one compiled call: one shape, so one compilation."""
 
 CHUNK = 512
 """Tasks that are summed over together."""
 
-NUMBERS_AT_ONCE = 100_000
+NUMBERS_AT_ONCE = 40_000
 """Points × tasks that are worked on together: more than this leaves the processor's cache."""
 
 
