@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -202,6 +203,9 @@ class Peers:
 
     def __init__(self) -> None:
         python = os.environ.get("HIERBAYES_TORCH_PYTHON", sys.executable)
+        if shutil.which(python) is None:
+            print(f"HIERBAYES_TORCH_PYTHON: no interpreter {python!r}; this one is asked for torch")
+            python = sys.executable
         script = Path(__file__).parent / "peers" / "torch_maml.py"
         self.process = subprocess.Popen(
             [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -319,3 +319,26 @@ def test_a_step_beyond_the_largest_curvature_is_said_to_overshoot(rng):
     # σ = 1 and four rows: λ = 4, so 0.3 lies between 1/λ = 0.25 and 2/λ = 0.5
     with pytest.warns(hb.FitWarning, match="longer than 1/λ_max"):
         hb.maml(model, tasks, num_steps=1, step_size=0.3, sigma=1.0)
+
+
+@pytest.mark.slow
+def test_adam_inside_leaves_tasks_without_support_rows_where_they_start():
+    """Adam has no derivative at a slope of zero, which is that of a task without rows.
+
+    A one-row task is query-only: φ is learned with it, and it does not turn φ to NaN.
+    """
+    model, tasks = hb.from_formula("y ~ 1 + x + (1 + x | g)", _with_a_lonely_row())
+    fit = hb.maml(
+        model, tasks, num_steps=2, inner_optimiser=optax.adam(0.1),
+        num_meta_steps=20, optimiser=optax.sgd(1e-3), progress=False,
+    )  # fmt: skip
+    assert all(np.isfinite(value).all() for value in fit.phi.values())
+    empty = hb.Tasks.from_arrays([(np.zeros((0, 2)), np.zeros(0))], coef=tasks.coef)
+    np.testing.assert_allclose(fit.adapt(empty).theta.values[0], fit.phi["mu"], rtol=1e-12)
+
+
+def _with_a_lonely_row():
+    rng = np.random.default_rng(8)
+    group = np.repeat(list("abcde"), [6, 5, 7, 6, 1])
+    x = rng.normal(size=len(group))
+    return pd.DataFrame({"g": group, "x": x, "y": 1.0 + x + rng.normal(size=len(group))})

@@ -115,10 +115,16 @@ class GradientSteps(PointAdaptation):
         for name in {"step_size", "tau"} & phi.keys():
             if jnp.ndim(phi[name]):
                 scaled[name] = likelihood.tree(phi[name])
-        found = self._climb(scaled, value, tree, count, path=path)
+        present = task.mask.any()
+        found = self._climb(scaled, value, tree, count, present=present, path=path)
+        if self.optimiser is not None:
+            found = jax.tree.map(lambda end, at: jnp.where(present, end, at), found, tree)
         return jax.vmap(likelihood.vector)(found) if path else likelihood.vector(found)
 
-    def _climb(self, phi: Any, value: Any, start: Any, count: Any, *, path: bool = False) -> Any:
+    def _climb(
+        self, phi: Any, value: Any, start: Any, count: Any, *, present: Any = True,
+        path: bool = False,
+    ) -> Any:  # fmt: skip
         eta = phi["step_size"] if self.step_size is None and self.optimiser is None else None
         per_weight = eta is not None and not _is_number(eta)
         share = count if self.loss == "mean" else 1.0
@@ -134,6 +140,10 @@ class GradientSteps(PointAdaptation):
             uphill = jax.tree.map(lambda g: g / share, rise(theta))
             if self.derivative == "first-order":
                 uphill = jax.lax.stop_gradient(uphill)
+            if self.optimiser is not None:
+                # Adam and its like have no derivative at a slope of zero, which is that of a task
+                # without rows: it climbs a slope of one, and its steps are not taken
+                uphill = jax.tree.map(lambda g: jnp.where(present, g, 1.0), uphill)
             return jax.tree.map(jnp.multiply, eta, uphill) if per_weight else uphill
 
         size = 1.0 if per_weight else (self.step_size if eta is None else eta)

@@ -98,7 +98,9 @@ def maml(
         How θ_K depends on φ: through all steps, which are kept; the same with √K of them kept and
         the others computed again; or as if slopes did not depend on φ (first-order MAML).
     inner_optimiser : optax.GradientTransformation, optional
-        In the place of plain gradient steps, run for each task by itself.
+        In the place of plain gradient steps, run for each task by itself. Adam and its like have
+        no derivative where a weight's slope is exactly zero, as under a ReLU that is off: give
+        them a positive ``eps_root``, as in ``optax.adam(0.01, eps_root=1e-8)``.
     query : float
         Share of each task's rows in the query part; a one-row task is query-only.
     num_splits : int
