@@ -138,6 +138,7 @@ def test_one_draw_of_phi_for_all_of_theta_is_caught():
     assert min(p_values(ranks(plug_in)).values()) < WRONG
 
 
+@pytest.mark.slow
 def test_the_prior_in_the_place_of_the_posterior_is_caught():
     """Parameters alone do not show it: their ranks are uniform. The data's likelihood does."""
 

@@ -119,6 +119,7 @@ def test_a_failure_half_way_leaves_nothing(houses, tmp_path, monkeypatch, capsys
     assert [p.name for p in tmp_path.iterdir()] == ["houses.csv"]
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_the_whole_folder(houses, tmp_path):
     out = tmp_path / "results"
     arguments = ["compare", str(houses), "--formula", CSV, "--methods", "complete_pooling"]
@@ -163,6 +164,7 @@ def test_a_category_of_one_row_stays_in_training(houses, capsys):
     assert "stay in training" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_serve_these_tasks_shows_a_dash(tmp_path, capsys):
     # two rows a task and two coefficients: nothing within tasks tells the noise
     df = hb.datasets.sleepstudy().rename(columns={"subject": "g", "days": "x", "reaction": "y"})

@@ -275,6 +275,7 @@ def test_the_evidence_of_eight_schools_is_its_integral(schools_full, schools):
     assert abs(schools_full.log_evidence - np.log(value)) < 5 * error
 
 
+@pytest.mark.slow
 def test_an_improper_hyperprior_has_no_evidence():
     model, tasks = believing(**BELIEFS["flat"])
     fit = hb.full_bayes(model, tasks, **QUICK)
@@ -341,6 +342,7 @@ def test_other_data_of_the_same_shape_compile_nothing(small):
         jax.monitoring.clear_event_listeners()
 
 
+@pytest.mark.slow
 def test_moments_take_the_place_of_draws_for_very_many_tasks(small, monkeypatch):
     kept = quietly(hb.full_bayes, small, num_draws=500, seed=5)
     monkeypatch.setattr(sys.modules["hierbayes.meta.full_bayes"], "LARGEST_THETA", 10)

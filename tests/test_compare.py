@@ -125,6 +125,7 @@ def test_differences_of_theta_by_hand(radon_ml, radon_full):
     close(values["theta_sd_ratio"], ratio, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_leave_one_task_out_is_refitting_by_hand(schools):
     model, tasks = schools.model, schools.tasks
     fit = hb.empirical_bayes(model, tasks, "map")

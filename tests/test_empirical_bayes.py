@@ -226,7 +226,7 @@ USER = hb.HyperPrior(
 )
 
 
-@pytest.mark.parametrize("which", ["default", "user"])
+@pytest.mark.parametrize("which", ["default", pytest.param("user", marks=pytest.mark.slow)])
 def test_map_is_scipys_mode_of_the_dense_posterior(which):
     """Maximised over (μ, τ, β, ρ, log σ): densities of τ and ρ, and that of log σ, which is σ p(σ).
 

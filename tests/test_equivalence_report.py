@@ -373,6 +373,7 @@ def test_steps_are_those_of_the_fit_unless_others_are_asked_for(study):
     assert auto == pytest.approx(1 / study.curvature.max(), rel=1e-10)
 
 
+@pytest.mark.slow
 def test_from_a_fit_with_a_prior_the_steps_are_those_that_match_it_best(study):
     table = hb.equivalent_steps(study.model, study.tasks, study.eb.phi).table
     best = table.drop(np.inf)["risk_ratio"].idxmin()

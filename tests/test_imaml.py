@@ -98,6 +98,7 @@ def test_gaussian_map_is_the_posterior_mean_and_reaches_both_limits(small):
     close(loose[full_rank], alone.mean[full_rank], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_logistic_map_and_its_slope():
     """Against modes and density written out, by differences; and against unrolled Newton steps.
 

@@ -251,6 +251,7 @@ def test_the_implicit_derivative_of_a_network_is_that_of_many_steps():
         close(implied[1][name], through[1][name], rtol=1e-3, atol=1e-3 * scale)
 
 
+@pytest.mark.slow
 def test_the_implicit_derivative_of_steps_cut_short_is_not_theirs():
     """The control: after three steps the maximum is far, and the two derivatives differ."""
     phi = phi_of(LINEAR, tau=np.asarray(0.7))
@@ -439,6 +440,7 @@ def test_memory_of_recomputed_steps_grows_with_the_root_of_their_number():
     assert scratch("rematerialised", 200) <= scratch("unrolled", 200) / 10
 
 
+@pytest.mark.slow
 def test_memory_of_kept_steps_grows_with_their_number():
     """The control: 20 times the steps need nearly 20 times the memory."""
     assert 15 <= scratch("unrolled", 200) / scratch("unrolled", 10) <= 25

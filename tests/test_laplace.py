@@ -89,6 +89,7 @@ def values_of_phi(size):
     }
 
 
+@pytest.mark.slow
 def test_moments_over_phi(small):
     phis = values_of_phi(50)
     mean, covariance = Laplace().moments(small.model, small.tasks, phis)

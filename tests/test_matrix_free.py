@@ -62,7 +62,7 @@ def assert_products(free, dense, vectors=VECTORS):
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("bernoulli", {}),
+        pytest.param("bernoulli", {}, marks=pytest.mark.slow),
         pytest.param(
             "bernoulli", dict(preconditioner=SCALES, curvature="hessian", rank=59),
             marks=pytest.mark.slow,

@@ -314,7 +314,7 @@ def test_assembled_distributions_sample_in_their_support(name):
     assert bool(whole.support(-9.0 + 0 * draws[0, 0])) != bounded
 
 
-@pytest.mark.parametrize("name", ["vector", "blocks", "rows"])
+@pytest.mark.parametrize("name", ["vector", pytest.param("blocks", marks=pytest.mark.slow), "rows"])
 def test_assembled_bijections_return_and_know_their_jacobian(name):
     """log |det| against autodiff, on the entries that are free; float64, 1e-10."""
     with float64():

@@ -128,6 +128,7 @@ def test_log_shrinkage_is_half_the_dense_log_determinant():
     close(found, 0.5 * dense, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_llamas_evidence_is_that_of_maml_less_the_weighted_determinant():
     model, tasks = line(), some_tasks()
     block = tasks.block(np.arange(3), 5)

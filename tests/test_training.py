@@ -246,6 +246,7 @@ def test_a_run_with_patience_that_was_cut_ends_bit_equal(monkeypatch, tmp_path):
     assert_equal_fits(straight, fitted(checkpoint=tmp_path / "run", **arguments))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_generator_that_was_cut_and_resumed_ends_bit_equal(tmp_path):
     interrupt = [False]
 
@@ -363,6 +364,7 @@ def test_a_checkpoint_is_written_along_the_way(tmp_path, monkeypatch):
 # ------------------------------------------------------------------- when it stops
 
 
+@pytest.mark.slow
 def test_patience_stops_and_takes_the_best():
     """A rate at which held-out scores soon stop to improve."""
     found = fitted(patience=2, num_meta_steps=5000, optimiser=optax.adam(0.3))
