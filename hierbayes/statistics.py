@@ -11,6 +11,7 @@ to cancellation, as it would be in XᵀX and Xᵀy.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,13 @@ class Statistics:
     def num_tasks(self) -> int:
         """Number of tasks J."""
         return self.x.shape[2]
+
+    def fixed_columns(self, free_mean: Sequence[bool], xp: Any = np) -> Any:
+        """The columns F (m, P, J) of the fixed effects b = (μ_free, Γ row by row, β)."""
+        x, w = xp.asarray(self.x), xp.asarray(self.task_predictors)
+        moved = (x[:, :, None] * w[None, None]).reshape(x.shape[0], -1, x.shape[2])
+        free = [i for i, is_free in enumerate(free_mean) if is_free]
+        return xp.concatenate([x[:, np.array(free, int)], moved, xp.asarray(self.z)], axis=1)
 
 
 def row_scale(tasks: Tasks) -> np.ndarray:

@@ -24,7 +24,6 @@ import hierbayes as hb
 from hierbayes.evidence import Exact
 from hierbayes.evidence.integrated import (
     NormalBelief,
-    fixed_columns,
     integrate,
     integrated_problem,
     least_squares,
@@ -360,9 +359,7 @@ def test_columns_are_those_of_the_rows():
     one = case(2, shared=1, level=1)
     with float64():
         stats_of = statistics(one.tasks)
-        columns = fixed_columns(
-            stats_of.x, stats_of.z, stats_of.task_predictors, one.model.shape(one.tasks).free_mean
-        )
+        columns = stats_of.fixed_columns(one.model.shape(one.tasks).free_mean)
         gram = np.einsum("ikj,imj->km", columns, columns)
     fixed = dense(one)[1] * row_scale(one.tasks)[:, None]
     close(gram, fixed.T @ fixed, rtol=1e-10, atol=1e-10)

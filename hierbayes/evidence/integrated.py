@@ -80,21 +80,13 @@ class Integrated(NamedTuple):
     factor: jax.Array
 
 
-def fixed_columns(x: Any, z: Any, w: Any, free_mean: tuple[bool, ...]) -> Any:
-    """The columns F (m, P, J) of b = (μ_free, Γ row by row, β)."""
-    moved = (x[:, :, None] * w[None, None]).reshape(x.shape[0], -1, x.shape[2])
-    free = [i for i, f in enumerate(free_mean) if f]
-    return jnp.concatenate([x[:, jnp.array(free, int)], moved, z], axis=1)
-
-
 @functools.partial(jax.jit, static_argnums=1)
 def least_squares(stats: Statistics, free_mean: tuple[bool, ...]) -> tuple[Any, Any]:
     """b (P,) without task effects, and the root mean square that it leaves; rough, to start from.
 
     From normal equations, whose loss of digits does not matter here.
     """
-    x, z, y = jnp.asarray(stats.x), jnp.asarray(stats.z), jnp.asarray(stats.y)
-    columns = fixed_columns(x, z, jnp.asarray(stats.task_predictors), free_mean)
+    columns, y = stats.fixed_columns(free_mean, jnp), jnp.asarray(stats.y)
     gram = jnp.einsum("ikj,imj->km", columns, columns)
     size = jnp.sqrt(jnp.diag(gram))
     scaled = gram / jnp.outer(size, size)
@@ -113,9 +105,7 @@ def integrated_problem(
 ) -> IntegratedProblem:
     """Lay out b = (μ_free, Γ row by row, β) around ``centre``, in chunks of so many tasks."""
     d = stats.num_coef
-    fixed = fixed_columns(
-        jnp.asarray(stats.x), jnp.asarray(stats.z), jnp.asarray(stats.task_predictors), free_mean
-    )
+    fixed = stats.fixed_columns(free_mean, jnp)
     y = jnp.asarray(stats.y) - (fixed * centre[:, None]).sum(1)
     below, left = fixed[d:], y[d:]
     return IntegratedProblem(

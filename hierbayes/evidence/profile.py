@@ -71,22 +71,17 @@ def profile_problem(
     """
     on_host = isinstance(stats.x, np.ndarray)
     whiten = _whiten_on_host if on_host else _whiten_on_device
-    fixed, whitener = whiten(stats, tuple(np.flatnonzero(shape.free_mean).tolist()))
+    fixed, whitener = whiten(stats, shape.free_mean)
     return ProfileProblem(
         stats.x[: stats.num_coef], fixed, stats.y, stats.num_rows, stats.log_scale, whitener,
         reml, known_noise,
     )  # fmt: skip
 
 
-def _columns(xp: Any, stats: Statistics, free: tuple[int, ...]) -> Any:
-    """The fixed effects' columns in the triangles, (m, P, J)."""
-    x, w = stats.x, stats.task_predictors
-    moved = (x[:, :, None] * w[None, None]).reshape(x.shape[0], -1, x.shape[2])
-    return xp.concatenate([x[:, list(free)], moved, stats.z], axis=1)
-
-
-def _whiten_on_host(stats: Statistics, free: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    columns = _columns(np, stats, free)
+def _whiten_on_host(
+    stats: Statistics, free_mean: tuple[bool, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    columns = stats.fixed_columns(free_mean)
     num_fixed = columns.shape[1]
     whitener = triangle(np.moveaxis(columns, 1, -1).reshape(-1, num_fixed))
     white = np.empty_like(columns)
@@ -97,13 +92,15 @@ def _whiten_on_host(stats: Statistics, free: tuple[int, ...]) -> tuple[np.ndarra
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _whiten_on_device(stats: Statistics, free: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def _whiten_on_device(
+    stats: Statistics, free_mean: tuple[bool, ...]
+) -> tuple[jax.Array, jax.Array]:
     """By sums over tasks only, which devices can share: Cholesky three times, the first shifted.
 
     Each round squares the condition of what it is given, but leaves what the next finds well
     conditioned. Reference: Fukaya et al. (2020), Shifted Cholesky QR, SIAM J. Sci. Comput. 42(1).
     """
-    columns = _columns(jnp, stats, free)
+    columns = stats.fixed_columns(free_mean, jnp)
     whitener = jnp.diag(jnp.sqrt((columns**2).sum((0, 2))))
     white = columns / jnp.diag(whitener)[:, None]
     for shift in (1e-14, 0.0, 0.0):

@@ -16,13 +16,13 @@ is normal, as it is by default.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 
 from hierbayes.evidence.integrated import (
     IntegratedProblem,
@@ -34,9 +34,8 @@ from hierbayes.evidence.integrated import (
 from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import solve_upper, to_numpy
-from hierbayes.priors.assembled import Assembled
 from hierbayes.priors.hyperprior import Shape
-from hierbayes.priors.normality import as_normal
+from hierbayes.priors.normality import as_normal, improper
 from hierbayes.sharding import num_shares
 from hierbayes.statistics import placed_statistics
 from hierbayes.tasks import Tasks
@@ -190,7 +189,7 @@ class Collapsed:
         self.together = min(self.num_tasks, CHUNK)
         if tasks.sharding is not None:
             self.together = self.num_tasks // num_shares(tasks.sharding)
-        self.proper = not any(map(_improper, self.beliefs.values()))
+        self.proper = not any(map(improper, self.beliefs.values()))
         location, precision = (
             self.structure.flat({n: getattr(a, part) for n, a in normals.items()})
             for part in ("location", "precision")
@@ -209,8 +208,14 @@ class Collapsed:
     def _target(self, units: Units) -> Target:
         return Target(self.problem, self._leaves, units)
 
-    def points(self, units: Units, xs: np.ndarray, es: np.ndarray) -> Point:
-        """φ by name (n, …) and log densities (n,) at (xs, es), in batches of one shape."""
+    def points(
+        self, units: Units, xs: np.ndarray, es: np.ndarray,
+        advance: Callable[[], Any] = lambda: None,
+    ) -> Point:  # fmt: skip
+        """φ by name (n, …) and log densities (n,) at (xs, es), in batches of one shape.
+
+        ``advance`` is called after each batch.
+        """
         found, target = [], self._target(units)
         for start in range(0, len(xs), BATCH):
             x, e = xs[start : start + BATCH], es[start : start + BATCH]
@@ -219,6 +224,7 @@ class Collapsed:
             x, e = np.pad(x, filled, mode="edge"), np.pad(e, filled, mode="edge")
             values = _points(self._made_for, target, x, e, self.at_once)
             found.append(jax.tree.map(lambda v, size=size: to_numpy(v)[:size], values))
+            advance()
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
     def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -227,13 +233,3 @@ class Collapsed:
         value, slope = _value_and_slope(self._made_for, self._target(units), x, e)
         value = -float(value)
         return (value if np.isfinite(value) else 1e300), -np.nan_to_num(np.asarray(slope))
-
-
-def _improper(belief: dist.Distribution) -> bool:
-    """True where a belief, or a part of it, has no normalising constant."""
-    if isinstance(belief, Assembled):
-        return any(_improper(part) for part, _ in belief.parts)
-    core: Any = belief
-    while isinstance(core, (dist.Independent, dist.ExpandedDistribution)):
-        core = core.base_dist
-    return isinstance(core, dist.ImproperUniform)

@@ -61,12 +61,9 @@ def sample_collapsed(
     with _bar(progress, "full Bayes") as bar:
 
         def weigh(points: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-            found = [
-                target.points(located.units, part[:, :size], part[:, size:])
-                for part in _parts(points, bar)
-            ]
-            phi, log_density = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
-            return log_density, phi
+            xs, es = points[:, :size], points[:, size:]
+            found = target.points(located.units, xs, es, bar.update)
+            return found.log_density, found.phi
 
         fitted = fit_proposal(weigh, Proposal(located.mode, located.root, num_fixed), rng)
         chains = None
@@ -162,12 +159,6 @@ def _by_nuts(
     if target.spread:
         remark += ", and on one device of each process, not on those that the tasks are spread over"
     return Sampled(draws, stats, None, [remark], {"sampler": "nuts"})
-
-
-def _parts(points: np.ndarray, bar: Any) -> Any:
-    for start in range(0, len(points), BATCH):
-        yield points[start : start + BATCH]
-        bar.update(1)
 
 
 def _bar(progress: bool | None, name: str) -> Any:

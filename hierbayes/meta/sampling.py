@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -21,17 +21,22 @@ SAMPLE_STATS = {
 """NumPyro's fields and their names in ArviZ's schema."""
 
 
+class Settings(TypedDict):
+    """How NUTS is run; ``dense``: with a full mass matrix."""
+
+    dense: bool
+    num_draws: int
+    num_chains: int
+    num_warmup: int
+    target_accept: float
+    progress: bool | None
+
+
 def run_nuts(
     program: Callable[[], None],
     key: jax.Array,
     start: dict[str, jax.Array],
-    *,
-    dense: bool,
-    num_draws: int,
-    num_chains: int,
-    num_warmup: int,
-    target_accept: float,
-    progress: bool | None,
+    **settings: Unpack[Settings],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Draws (chain, draw, …) and sample statistics; ``start`` is unconstrained, one a chain.
 
@@ -39,19 +44,17 @@ def run_nuts(
     a program operation by operation to set itself up, which takes longer than the sampling.
     """
     potential = jax.jit(lambda z: potential_energy(program, (), {}, z))
-    found, statistics = run_potential(
-        potential, key, start, dense=dense, num_draws=num_draws, num_chains=num_chains,
-        num_warmup=num_warmup, target_accept=target_accept, progress=progress,
-    )  # fmt: skip
+    found, statistics = run_potential(potential, key, start, **settings)
     constrain = jax.jit(
         lambda zs: jax.lax.map(
             lambda z: constrain_fn(program, (), {}, z, return_deterministic=True), zs,
             batch_size=256,
         )
     )  # fmt: skip
+    lead = (settings["num_chains"], settings["num_draws"])
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
     draws = {
-        name: np.asarray(value).reshape(num_chains, num_draws, *value.shape[1:])
+        name: np.asarray(value).reshape(*lead, *value.shape[1:])
         for name, value in constrain(flat).items()
     }
     return draws, statistics

@@ -32,9 +32,7 @@ def as_normal(belief: dist.Distribution) -> AsNormal:
             location[index], precision[index] = found.location, found.precision
             exact = exact and found.exact
         return AsNormal(location, precision, exact)
-    core: Any = belief
-    while isinstance(core, (dist.Independent, dist.ExpandedDistribution)):
-        core = core.base_dist
+    core = _core(belief)
     shape = belief.shape()
     if isinstance(core, dist.ImproperUniform) and core.support in (
         dist.constraints.real, dist.constraints.real_vector,
@@ -53,6 +51,21 @@ def as_normal(belief: dist.Distribution) -> AsNormal:
         np.where(known, location, 0.0), np.where(known, 1.0 / np.where(known, variance, 1.0), 0.0),
         False,
     )  # fmt: skip
+
+
+def improper(belief: dist.Distribution) -> bool:
+    """True where a belief, or a part of it, has no normalising constant."""
+    if isinstance(belief, Assembled):
+        return any(improper(part) for part, _ in belief.parts)
+    return isinstance(_core(belief), dist.ImproperUniform)
+
+
+def _core(belief: dist.Distribution) -> Any:
+    """What is repeated to make this belief."""
+    core: Any = belief
+    while isinstance(core, (dist.Independent, dist.ExpandedDistribution)):
+        core = core.base_dist
+    return core
 
 
 def _moments(belief: dist.Distribution) -> tuple[np.ndarray, np.ndarray]:
