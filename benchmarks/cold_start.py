@@ -8,7 +8,6 @@ means of the scripts are compared before any time is told.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -20,7 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.output import environment, folder, look, plain_numbers, save_figure, write_json
+from benchmarks.output import (
+    environment,
+    folder,
+    look,
+    options,
+    plain_numbers,
+    save_figure,
+    write_json,
+)
 from benchmarks.processes import CACHES, ROOT, say
 
 NAME = "cold-start"
@@ -112,13 +119,8 @@ def run(name: str, caches: Path, seed: int) -> tuple[float, list[float], str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print a table, write JSON and PNG."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks {NAME}", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = options(NAME, __doc__, "one round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one round: does it run at all")
-    parser.add_argument("--output", default=f"results/{NAME}")
     args = parser.parse_args(argv)
     where = folder(args.output)
     found: dict[str, Any] = {

@@ -6,13 +6,12 @@ not counted.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
 import time
 
-from benchmarks.output import environment, folder, look, save_figure, write_json
+from benchmarks.output import environment, folder, look, options, save_figure, write_json
 from benchmarks.processes import ROOT, say
 
 NAME = "import"
@@ -28,13 +27,8 @@ def seconds(code: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print a table, write JSON and PNG."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks {NAME}", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = options(NAME, __doc__, "two rounds")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="two rounds: does it run at all")
-    parser.add_argument("--output", default=f"results/{NAME}")
     args = parser.parse_args(argv)
     where = folder(args.output)
     taken: dict[str, list[float]] = {name: [] for name in CONTESTANTS}

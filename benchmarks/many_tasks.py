@@ -12,7 +12,6 @@ within one run on one machine.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks import agreement, problems
-from benchmarks.output import environment, folder, look, plain_numbers, save_figure, write_json
+from benchmarks.output import (
+    environment,
+    folder,
+    look,
+    options,
+    plain_numbers,
+    save_figure,
+    write_json,
+)
 from benchmarks.processes import Entry, Record, compete, say
 
 NAME = "many-tasks"
@@ -158,16 +165,11 @@ def draw(contests: list[dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print tables, write JSON and PNG."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks {NAME}", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = options(NAME, __doc__, "small sizes")
     parser.add_argument("--tasks", type=int, default=100_000)
     parser.add_argument("--small", type=int, default=2_000, help="tasks with statsmodels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--skip-full-bayes", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all")
-    parser.add_argument("--output", default=f"results/{NAME}")
     args = parser.parse_args(argv)
     large, small, rounds = (2_000, 300, 2) if args.quick else (args.tasks, args.small, args.rounds)
     at_least = 0.2 if args.quick else 1.0

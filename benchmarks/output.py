@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -76,3 +77,14 @@ def save_figure(figure: Any, path: Path) -> None:
 
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def options(name: str, about: str | None, quick: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has; ``quick`` says what a quick run does."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks {name}", description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help=f"{quick}: does it run at all")
+    parser.add_argument("--output", default=f"results/{name}")
+    return parser

@@ -10,7 +10,6 @@ between neighbours says more, and stands beside it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.output import environment, folder, look, save_figure, write_csv, write_json
+from benchmarks.output import environment, folder, look, options, save_figure, write_csv, write_json
 from benchmarks.processes import ROOT, say
 
 NAME = "scaling"
@@ -128,10 +127,7 @@ def draw(panels: list[tuple[str, str, list[dict[str, Any]]]], path: Path) -> Non
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print tables, write JSON, CSV and PNG."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks {NAME}", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = options(NAME, __doc__, "small sizes")
     parser.add_argument(
         "--tasks", type=int, nargs="+",
         default=[1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000],
@@ -141,8 +137,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=3, help="warm calls at least, of which median")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds a process may take")
     parser.add_argument("--what", nargs="+", choices=("ml", "full"), default=("ml", "full"))
-    parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all")
-    parser.add_argument("--output", default=f"results/{NAME}")
     args = parser.parse_args(argv)
     if args.quick:
         args.tasks, args.rows, args.fixed, args.calls = [100, 1_000], [10, 100], 100, 1
