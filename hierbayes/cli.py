@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hierbayes import meta
-from hierbayes.compare import Comparison, compare
+from hierbayes.comparison import Comparison, compare
 from hierbayes.datasets import CATALOGUE
 from hierbayes.errors import FitWarning, InputError, NotApplicable, suggestion
 from hierbayes.fit import Fit

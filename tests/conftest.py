@@ -37,7 +37,7 @@ settings.register_profile("hierbayes", deadline=None, derandomize=True, max_exam
 settings.load_profile("hierbayes")
 
 SLOW_EXAMPLES = {
-    "hierbayes.compare.equivalence.equivalence_report",
+    "hierbayes.comparison.equivalence.equivalence_report",
     "hierbayes.meta.abml.abml",
     "hierbayes.meta.implied.implied_posterior",
     "hierbayes.meta.llama.llama",

@@ -17,7 +17,7 @@ PACKAGE = Path(hierbayes.__file__).parent
 
 ROOMS = [
     "errors", "files", "numerics", "sharding", "tasks", "statistics", "likelihoods", "priors",
-    "model", "formula", "adaptation", "evidence", "fit", "meta", "checks", "plots", "compare",
+    "model", "formula", "adaptation", "evidence", "fit", "meta", "checks", "plots", "comparison",
     "datasets", "cli",
 ]  # fmt: skip
 """From the top of the house to the bottom; a room imports only rooms above it, or itself."""
@@ -109,6 +109,23 @@ def test_at_most_25_names_at_the_top_and_all_of_them_exist():
     assert fixed <= set(names), "design.md section 3 fixes these"
 
 
+def test_each_name_lives_where_the_door_says():
+    rooms = hierbayes._ROOM_OF
+    submodules = {n for n in hierbayes.__all__ if isinstance(getattr(hierbayes, n), ModuleType)}
+    assert set(rooms) | submodules == set(hierbayes.__all__)
+    for name, room in rooms.items():
+        assert getattr(hierbayes, name).__module__.startswith(f"hierbayes.{room}")
+    assert set(hierbayes.__all__) <= set(dir(hierbayes))
+    with pytest.raises(AttributeError, match="no attribute 'full_bays'"):
+        _ = hierbayes.full_bays
+
+
+def test_importing_opens_no_room():
+    code = "import sys, hierbayes; print([m for m in sys.modules if m.startswith('hierbayes.')])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
 LATE = ["matplotlib", "arviz_stats", "arviz_plots", "arviz_base", "pandas", "formulaic"]
 """What loads only when first used; design.md section 5."""
 
@@ -120,6 +137,7 @@ filters, flags = list(warnings.filters), (jax.config.jax_enable_x64, jax.config.
 import numpyro
 filters_of_numpyro = list(warnings.filters)
 import hierbayes
+everything = [getattr(hierbayes, name) for name in hierbayes.__all__]  # rooms open when entered
 print(json.dumps({{
     "loaded": [m for m in {late} if m in sys.modules],
     "flags": (jax.config.jax_enable_x64, jax.config.jax_platforms) == flags,

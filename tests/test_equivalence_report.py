@@ -22,9 +22,9 @@ from scipy import special, stats
 
 import hierbayes as hb
 from hierbayes.adaptation import Conjugate
-from hierbayes.compare.distances import density_error
-from hierbayes.compare.equivalence import FLOOR
-from hierbayes.compare.ladder import FULL, MODE, POINT, STEPS
+from hierbayes.comparison.distances import density_error
+from hierbayes.comparison.equivalence import FLOOR
+from hierbayes.comparison.ladder import FULL, MODE, POINT, STEPS
 from hierbayes.fit import Prediction
 
 matplotlib.use("Agg")

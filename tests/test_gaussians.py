@@ -25,7 +25,7 @@ from hierbayes.checks.gaussians import (
     wasserstein,
     wasserstein_floor,
 )
-from hierbayes.compare.distances import between
+from hierbayes.comparison.distances import between
 from hierbayes.numerics import float64
 
 

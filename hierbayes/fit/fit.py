@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,24 @@ from hierbayes.priors.singular import SingularNormal
 from hierbayes.tasks import Tasks
 
 TARGETS = ("known", "new", "population")
+
+
+class WhenRead:
+    """A field of an array, or of a function that makes it, which is called when first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.place = f"_{name}"
+
+    def __get__(self, fit: Any, owner: type | None = None) -> Any:
+        if fit is None:
+            return None  # the field's default
+        value = fit.__dict__.get(self.place)
+        if callable(value):
+            value = fit.__dict__[self.place] = value()
+        return value
+
+    def __set__(self, fit: Any, value: np.ndarray | Callable[[], np.ndarray] | None) -> None:
+        fit.__dict__[self.place] = value
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,7 @@ class Fit:
     adaptation: Adaptation
     training: Adapted | None = None
     phi_draws: dict[str, np.ndarray] | None = None
-    theta_draws: np.ndarray | None = None
+    theta_draws: WhenRead = WhenRead()
     sample_stats: dict[str, np.ndarray] = field(default_factory=dict)
     standard_errors: dict[str, np.ndarray] = field(default_factory=dict)
     evidence: float | None = None

@@ -7,13 +7,14 @@ r"""Empirical Bayes: φ̂ maximises the summed evidence, and each task gets its 
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
 import numpy as np
 
-from hierbayes.adaptation import Conjugate
+from hierbayes.adaptation import Adapted, Conjugate
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.fit import Fit
 from hierbayes.likelihoods import LastLayer
@@ -147,9 +148,7 @@ def empirical_bayes(
     training = adaptation(resolved, tasks, optimum.phi)
     draws = None
     if num_chains * num_draws * training.mean.size <= LARGEST_THETA:
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(as_key(seed))))
-        draws = training.draw(rng, num_chains * num_draws)
-        draws = draws.reshape(num_chains, num_draws, *training.mean.shape)
+        draws = functools.partial(_draws, training, seed, num_chains, num_draws)
     remarks = _remarks(tasks, optimum.phi, resolved.scales(tasks).spread)
     return Fit(
         "empirical Bayes", resolved, tasks, optimum.phi, adaptation, training,
@@ -159,6 +158,13 @@ def empirical_bayes(
         info={"criterion": criterion, "evidence": "exact", "num_draws": num_draws,
               "num_chains": num_chains, "seconds": time.perf_counter() - started},
     )  # fmt: skip
+
+
+def _draws(training: Adapted, seed: int | jax.Array, num_chains: int, num_draws: int) -> np.ndarray:
+    """θ given φ̂ (chain, draw, task, coef); made when read, since many never ask."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(as_key(seed))))
+    drawn = training.draw(rng, num_chains * num_draws)
+    return drawn.reshape(num_chains, num_draws, *training.mean.shape)
 
 
 def _remarks(tasks: Tasks, phi: dict[str, np.ndarray], spread: float) -> list[str]:

@@ -13,8 +13,8 @@ from hierbayes import plots
 from hierbayes.adaptation import EquivalentPrior, Status
 from hierbayes.checks.gaussians import LEVELS, coverage, kl_floor, wasserstein_floor
 from hierbayes.checks.scores import mean_over_tasks
-from hierbayes.compare.distances import Reference, between, density_error, distances, summarise
-from hierbayes.compare.ladder import CAUSES, FULL, STEPS, build_ladder
+from hierbayes.comparison.distances import Reference, between, density_error, distances, summarise
+from hierbayes.comparison.ladder import CAUSES, FULL, STEPS, build_ladder
 from hierbayes.errors import InputError
 from hierbayes.fit import Fit
 from hierbayes.tasks import Tasks

@@ -1,6 +1,6 @@
 """Several fits side by side: a table, pictures, a report; gradient steps against the posterior."""
 
-from hierbayes.compare.comparison import Comparison, compare
-from hierbayes.compare.equivalence import EquivalenceReport, equivalence_report
+from hierbayes.comparison.equivalence import EquivalenceReport, equivalence_report
+from hierbayes.comparison.side_by_side import Comparison, compare
 
 __all__ = ["Comparison", "EquivalenceReport", "compare", "equivalence_report"]

@@ -12,7 +12,7 @@ from hierbayes import plots
 from hierbayes.adaptation import GradientSteps
 from hierbayes.checks import held_out_scores, leave_one_task_out, theta_differences
 from hierbayes.checks.scores import mean_over_tasks
-from hierbayes.compare.report import write_report
+from hierbayes.comparison.report import write_report
 from hierbayes.errors import InputError
 from hierbayes.fit import Fit, Prediction
 from hierbayes.likelihoods.neural import Neural

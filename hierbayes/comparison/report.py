@@ -13,7 +13,7 @@ from hierbayes import plots
 from hierbayes.files import whole_file
 
 if TYPE_CHECKING:
-    from hierbayes.compare.comparison import Comparison
+    from hierbayes.comparison.side_by_side import Comparison
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 78rem; margin: 2rem auto;
@@ -53,7 +53,7 @@ def write_report(comparison: Comparison, path: Any) -> None:
 
 def render(comparison: Comparison) -> str:
     """The page as a string."""
-    from hierbayes.compare.comparison import formatted
+    from hierbayes.comparison.side_by_side import formatted
 
     first = next(iter(comparison.fits.values()))
     tasks = first.tasks
