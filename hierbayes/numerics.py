@@ -69,17 +69,17 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Product over the two leading axes, (i, k, …) · (k, l, …) → (i, l, …)."""
     if a.shape[1] > UNROLL_UP_TO:
         return (a[:, :, None] * b[None, :, :]).sum(1)
-    return _total(a[:, k, None] * b[None, k] for k in range(a.shape[1]))
+    return total(a[:, k, None] * b[None, k] for k in range(a.shape[1]))
 
 
 def matvec(a: jax.Array, x: jax.Array) -> jax.Array:
     """Product over the leading axes, (i, k, …) · (k, …) → (i, …)."""
     if a.shape[1] > UNROLL_UP_TO:
         return (a * x[None]).sum(1)
-    return _total(a[:, k] * x[None, k] for k in range(a.shape[1]))
+    return total(a[:, k] * x[None, k] for k in range(a.shape[1]))
 
 
-def _total(terms: Iterable[jax.Array]) -> jax.Array:
+def total(terms: Iterable[jax.Array]) -> jax.Array:
     """The sum written out, which XLA fuses into one pass; a reduction it would loop over."""
     return functools.reduce(operator.add, terms)
 
@@ -103,6 +103,53 @@ def cholesky(a: jax.Array) -> jax.Array:
                 value = value - rows[i][k] * rows[j][k]
             rows[i][j] = value / rows[j][j]
     return jnp.stack([jnp.stack(row) for row in rows])
+
+
+def eliminate(a: jax.Array, b: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+    """d rows C_i (P, …) and pivots p_i (…) with bᵀ a⁻¹ b = Σ_i C_i C_iᵀ / p_i and |a| = ∏ p_i.
+
+    Gauss's elimination of positive definite (d, d, …) matrices from (d, P, …) columns: what a
+    Cholesky factor gives, without its roots and with a division a pivot. Lists, because what is
+    stacked XLA writes to memory.
+    """
+    if a.shape[0] > UNROLL_UP_TO:
+        factor = cholesky(a)
+        diagonal = jnp.stack([factor[i, i] for i in range(len(factor))])
+        return list(solve_lower(factor, b) * diagonal[:, None]), list(diagonal**2)
+    columns, pivots, _ = _eliminated(a, list(b))
+    return columns, pivots
+
+
+def normal_draw(precision: jax.Array, pull: jax.Array, white: jax.Array) -> list[jax.Array]:
+    """x ~ N(P⁻¹ r, P⁻¹) for (d, d, …) precisions P, d rows, from (d, …) pulls r and white noise."""
+    d = precision.shape[0]
+    if d > UNROLL_UP_TO:
+        factor = cholesky_without_threads(precision)
+        return list(solve_upper(factor, solve_lower(factor, pull) + white))
+    columns, pivots, multiples = _eliminated(precision, list(pull))
+    x: list[Any] = [None] * d
+    for i in reversed(range(d)):
+        inverse = 1.0 / pivots[i]
+        x[i] = columns[i] * inverse + white[i] * jnp.sqrt(inverse)
+        for k in range(i + 1, d):
+            x[i] = x[i] - multiples[k, i] * x[k]
+    return x
+
+
+def _eliminated(
+    a: jax.Array, columns: list[jax.Array]
+) -> tuple[list[jax.Array], list[jax.Array], dict[tuple[int, int], jax.Array]]:
+    """Rows after elimination, pivots, and the multiple (i, k) of row k taken from row i."""
+    d, columns, multiples = len(a), list(columns), {}
+    rows = [[a[i, j] for j in range(i + 1)] for i in range(d)]
+    for k in range(d):
+        inverse = 1.0 / rows[k][k]
+        for i in range(k + 1, d):
+            multiples[i, k] = rows[i][k] * inverse
+            columns[i] = columns[i] - multiples[i, k] * columns[k]
+            for j in range(k + 1, i + 1):
+                rows[i][j] = rows[i][j] - multiples[i, k] * rows[j][k]
+    return columns, [rows[i][i] for i in range(d)], multiples
 
 
 def cholesky_without_threads(a: jax.Array) -> jax.Array:

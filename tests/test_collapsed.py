@@ -7,6 +7,7 @@ of known targets within Monte-Carlo error.
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import jax
@@ -24,6 +25,7 @@ import hierbayes as hb
 from hierbayes.evidence import Exact
 from hierbayes.evidence.integrated import (
     NormalBelief,
+    amplification,
     integrate,
     integrated_problem,
     least_squares,
@@ -56,7 +58,7 @@ def belief_of(num_fixed: int) -> NormalBelief:
     return NormalBelief(rng.normal(size=num_fixed), rng.uniform(0.1, 2.0, num_fixed))
 
 
-def integrated(one, belief, centre=None):
+def integrated(one, belief, centre=None, fast=False):
     """(evidence, mean, factor) of the package at the case's own τ, R, σ."""
     with float64():
         stats_of = statistics(one.tasks)
@@ -65,7 +67,9 @@ def integrated(one, belief, centre=None):
         problem = integrated_problem(stats_of, shape.free_mean, start, belief)
         corr = one.phi.get("corr", np.eye(len(one.phi["tau"])))
         root = one.phi["tau"][:, None] * np.linalg.cholesky(corr)
-        found = jax.jit(integrate)(problem, root, one.phi.get("sigma", 1.0))
+        found = jax.jit(functools.partial(integrate, fast=fast))(
+            problem, root, one.phi.get("sigma", 1.0)
+        )
         return tuple(np.asarray(part) for part in found)
 
 
@@ -86,12 +90,13 @@ def dense(one):
 
 
 # 1e-9: dense Cholesky of 32 rows with condition numbers up to 1e4
-def test_the_evidence_is_the_dense_normal_density(one):
+@pytest.mark.parametrize("fast", [False, True], ids=["by elimination", "by inverses"])
+def test_the_evidence_is_the_dense_normal_density(one, fast):
     y, fixed, covariance = dense(one)
     belief = belief_of(fixed.shape[1])
     whole = covariance + fixed @ np.diag(1 / belief.precision) @ fixed.T
     expected = stats.multivariate_normal(fixed @ belief.location, whole).logpdf(y)
-    found, mean, factor = integrated(one, belief)
+    found, mean, factor = integrated(one, belief, fast=fast)
     close(found, expected, rtol=1e-9)
     precision = fixed.T @ np.linalg.solve(covariance, fixed) + np.diag(belief.precision)
     slope = fixed.T @ np.linalg.solve(covariance, y) + belief.precision * belief.location
@@ -115,6 +120,40 @@ def test_a_flat_belief_is_the_limit_of_wide_ones(one):
     own = 0.5 * num_fixed * np.log(1e-9 / (2 * np.pi))
     close(flat[0], wide[0] - own, rtol=0, atol=1e-6)
     close(flat[1], wide[1], rtol=1e-6, atol=1e-6)
+
+
+def test_inverses_lose_what_amplification_says():
+    """Lines in one direction but for noise, down to 1e-7 of them; elimination is the measure.
+
+    With one direction alone V has eigenvalues σ² and τ², and inverses cancel.
+    """
+    lost = []
+    for sigma in (1.0, 1e-2, 1e-4, 1e-7):
+        rng = np.random.default_rng(0)
+        x = np.stack([np.ones((30, 6)), rng.normal(size=(30, 6))], -1)
+        lines = rng.normal(size=(30, 1)) * [1.0, -1.0]
+        y = (x * lines[:, None]).sum(-1) + sigma * rng.normal(size=(30, 6))
+        tasks = hb.Tasks.from_arrays(list(zip(x, y, strict=True)))
+        with float64():
+            belief = NormalBelief(np.zeros(2), np.ones(2))
+            problem = integrated_problem(statistics(tasks), (True, True), np.zeros(2), belief)
+            both = [jax.jit(functools.partial(integrate, fast=fast)) for fast in (False, True)]
+            root = np.array([[1.0, 0.0], [-1.0, 1e-9]])
+            stable, fast = (float(f(problem, root, sigma).log_evidence) for f in both)
+            lost.append(abs(fast - stable))
+            bound = 1e-16 * amplification(problem, root, sigma)
+        # 30: sums over tasks and entries; 1e-12: rounding of what does not cancel
+        assert lost[-1] < 30 * bound + 1e-12 * abs(stable)
+    assert lost[-1] > 1e-3  # else the bound bounds nothing
+
+
+def test_inverses_are_left_where_they_lose_much(radon):
+    with float64():
+        target = Collapsed(radon.model.resolve(radon.tasks), radon.tasks)
+        coordinates = target.structure.coordinates
+        at = {s: coordinates.vector(np.ones(2), s, target.units) for s in (0.5, 1e-5)}
+        assert target.well_conditioned(target.units, at[0.5])
+        assert not target.well_conditioned(target.units, at[1e-5])
 
 
 # --------------------------------------------------------------- the density of a point
@@ -216,7 +255,7 @@ def correlated_target(points):
 
 def chains(weigh, rng, num_draws=4000):
     fitted = fit_proposal(weigh, Proposal(np.zeros(2), np.eye(2)), rng)
-    return run_chains(weigh, fitted, rng, num_draws=num_draws, num_chains=4, thinning=2)
+    return run_chains(weigh, fitted, rng, num_draws=num_draws, num_chains=4, every=2)
 
 
 def test_chains_have_the_targets_moments(rng):
@@ -235,7 +274,7 @@ def test_chains_that_forget_the_proposal_are_caught(rng, monkeypatch):
     """Negative control: weights p(x) in the place of p(x) / q(x)."""
     fitted = fit_proposal(correlated_target, Proposal(np.zeros(2), np.eye(2)), rng)
     monkeypatch.setattr(Proposal, "log_prob", lambda self, points: np.zeros(len(points)))
-    found = run_chains(correlated_target, fitted, rng, num_draws=4000, num_chains=4, thinning=2)
+    found = run_chains(correlated_target, fitted, rng, num_draws=4000, num_chains=4, every=2)
     draws = found.points
     with pytest.raises(AssertionError):
         monte_carlo((draws[..., 1] - draws[..., 0]) ** 2, 0.25, np.sqrt(2) * 0.25)
@@ -247,6 +286,22 @@ def test_a_start_far_off_is_found_back_from(rng):
 
     fitted = fit_proposal(far, Proposal(np.zeros(2), np.eye(2)), rng)
     assert fitted.share > 0.3
+
+
+def test_a_chain_that_stays_is_noticed(rng):
+    """A point of weight 1e4 is left after about that many proposals."""
+    fitted = fit_proposal(correlated_target, Proposal(np.zeros(2), np.eye(2)), rng)
+
+    def with_an_island(points):
+        log_density, beside = correlated_target(points)
+        return np.where(np.arange(len(points)) % 1000 == 500, 9.0, 0.0) + log_density, beside
+
+    stuck = run_chains(with_an_island, fitted, rng, num_draws=1000, num_chains=2, every=1)
+    free = run_chains(correlated_target, fitted, rng, num_draws=1000, num_chains=2, every=1)
+    assert stuck.longest_stay > 50 > 25 > free.longest_stay
+    runs = [len(run) for row in np.diff(stuck.points[..., 0]) == 0
+            for run in "".join("s" if stays else " " for stays in row).split()]  # fmt: skip
+    assert max(runs) == stuck.longest_stay
 
 
 def test_one_chain_and_one_draw_are_served(schools):

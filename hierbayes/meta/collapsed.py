@@ -27,6 +27,7 @@ import numpy as np
 from hierbayes.evidence.integrated import (
     IntegratedProblem,
     NormalBelief,
+    amplification,
     integrate,
     integrated_problem,
     least_squares,
@@ -40,14 +41,18 @@ from hierbayes.sharding import num_shares
 from hierbayes.statistics import placed_statistics
 from hierbayes.tasks import Tasks
 
-BATCH = 2048
+MOST_AT_ONCE = 2048
 """Points of one compiled call: one shape, so one compilation."""
 
-CHUNK = 512
-"""Tasks that are summed over together."""
+CHUNK, WHOLE_UP_TO = 256, 1024
+"""Tasks that are summed over together, and the number up to which all of them are."""
 
-NUMBERS_AT_ONCE = 40_000
-"""Points × tasks that are worked on together: more than this leaves the processor's cache."""
+NUMBERS_AT_ONCE = 100_000
+"""Points × tasks of one compiled call: more than this leaves the processor's cache."""
+
+
+LARGEST_AMPLIFICATION = 1e9
+"""Of rounding errors, where inverses are quicker: log densities then err by 1e-7."""
 
 
 class Point(NamedTuple):
@@ -104,11 +109,12 @@ class Structure:
 
 
 def point(
-    structure: Structure, problem: IntegratedProblem, beliefs: Beliefs, units: Units, x: Any, e: Any
-) -> Point:
+    structure: Structure, problem: IntegratedProblem, beliefs: Beliefs, units: Units, x: Any,
+    e: Any, *, fast: bool = False,
+) -> Point:  # fmt: skip
     """φ and the log density at (x, e)."""
     scales = structure.coordinates.scales(x, units, beliefs)
-    found = integrate(problem, scales.root, scales.sigma)
+    found = integrate(problem, scales.root, scales.sigma, fast=fast)
     total = scales.log_density + found.log_evidence
     b = found.mean
     if structure.num_fixed:
@@ -152,15 +158,16 @@ Compiled = tuple[Structure, Any]
 """What a compiled program is made for: the structure, and how beliefs are put together."""
 
 
-def _point(made_for: Compiled, target: Target, x: Any, e: Any) -> Point:
+def _point(made_for: Compiled, target: Target, x: Any, e: Any, *, fast: bool = False) -> Point:
     structure, how = made_for
     beliefs = jax.tree.unflatten(how, target.beliefs)
-    return point(structure, target.problem, beliefs, target.units, x, e)
+    return point(structure, target.problem, beliefs, target.units, x, e, fast=fast)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _points(made_for: Compiled, target: Target, xs: Any, es: Any, at_once: int) -> Point:
-    return jax.lax.map(lambda at: _point(made_for, target, *at), (xs, es), batch_size=at_once)
+def _points(made_for: Compiled, target: Target, xs: Any, es: Any, fast: bool) -> Point:
+    # no loop over parts: inside one XLA works on one core alone
+    return jax.vmap(lambda x, e: _point(made_for, target, x, e, fast=fast))(xs, es)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -184,11 +191,11 @@ class Collapsed:
         self._leaves, how = jax.tree.flatten(self.beliefs)
         self._made_for = (self.structure, how)
         self.num_tasks, self.spread = tasks.num_tasks, tasks.sharding is not None
-        # chunk after chunk would be device after device
-        chunk = None if self.spread else CHUNK
-        self.together = min(self.num_tasks, CHUNK)
-        if tasks.sharding is not None:
+        chunk, self.together = None, self.num_tasks
+        if tasks.sharding is not None:  # chunk after chunk would be device after device
             self.together = self.num_tasks // num_shares(tasks.sharding)
+        elif self.num_tasks > WHOLE_UP_TO:
+            chunk = self.together = CHUNK
         self.proper = not any(map(improper, self.beliefs.values()))
         location, precision = (
             self.structure.flat({n: getattr(a, part) for n, a in normals.items()})
@@ -202,30 +209,42 @@ class Collapsed:
 
     @property
     def at_once(self) -> int:
-        """Points that are worked on together."""
-        return int(np.clip(NUMBERS_AT_ONCE // max(self.together, 1), 1, BATCH))
+        """Points of one compiled call, a power of two."""
+        most = np.clip(NUMBERS_AT_ONCE // max(self.together, 1), 1, MOST_AT_ONCE)
+        return 2 ** int(np.log2(most))
 
     def _target(self, units: Units) -> Target:
         return Target(self.problem, self._leaves, units)
 
     def points(
         self, units: Units, xs: np.ndarray, es: np.ndarray,
-        advance: Callable[[], Any] = lambda: None,
+        advance: Callable[[], Any] = lambda: None, *, fast: bool = False,
     ) -> Point:  # fmt: skip
         """φ by name (n, …) and log densities (n,) at (xs, es), in batches of one shape.
 
-        ``advance`` is called after each batch.
+        ``advance`` is called after each batch; ``fast`` is for where :meth:`well_conditioned`.
         """
-        found, target = [], self._target(units)
-        for start in range(0, len(xs), BATCH):
-            x, e = xs[start : start + BATCH], es[start : start + BATCH]
+        found, target, at_once = [], self._target(units), self.at_once
+        last: Any = None
+        for start in range(0, len(xs), at_once):
+            x, e = xs[start : start + at_once], es[start : start + at_once]
             size = len(x)
-            filled = ((0, BATCH - size), (0, 0))
-            x, e = np.pad(x, filled, mode="edge"), np.pad(e, filled, mode="edge")
-            values = _points(self._made_for, target, x, e, self.at_once)
-            found.append(jax.tree.map(lambda v, size=size: to_numpy(v)[:size], values))
-            advance()
+            if size < at_once:
+                filled = ((0, at_once - size), (0, 0))
+                x, e = np.pad(x, filled, mode="edge"), np.pad(e, filled, mode="edge")
+            values = _points(self._made_for, target, x, e, fast)
+            if last is not None:  # taken in while these are computed
+                found.append(to_numpy(last))
+                advance()
+            last = values
+        found.append(jax.tree.map(lambda v: v[:size], to_numpy(last)))
+        advance()
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+    def well_conditioned(self, units: Units, x: np.ndarray) -> bool:
+        """Whether explicit inverses lose next to nothing around x."""
+        scales = self.structure.coordinates.scales(jnp.asarray(x), units, self.beliefs)
+        return amplification(self.problem, scales.root, scales.sigma) < LARGEST_AMPLIFICATION
 
     def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the log density at (x, e = 0) and its slope, for a minimiser."""

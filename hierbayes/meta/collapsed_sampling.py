@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.meta.collapsed import BATCH, Collapsed, point
-from hierbayes.meta.independence import Chains, Proposal, fit_proposal, run_chains
+from hierbayes.meta.collapsed import Collapsed, point
+from hierbayes.meta.independence import Chains, Proposal, fit_proposal, run_chains, thinning
 from hierbayes.meta.optimum import curvature
 from hierbayes.meta.sampling import run_potential
 from hierbayes.meta.scales_of_phi import Units
@@ -19,11 +19,8 @@ from hierbayes.numerics import as_key, to_numpy
 LEAST_ACCEPTANCE = 0.2
 """Share of accepted proposals below which NUTS takes over."""
 
-THINNING = 3
-"""Proposals a draw, where densities are cheap: draws are then close to independent."""
-
 CHEAP = 20_000_000
-"""Draws × tasks up to which densities count as cheap."""
+"""Draws × tasks up to which densities are cheap enough to drop proposals between draws."""
 
 
 class Sampled(NamedTuple):
@@ -57,22 +54,23 @@ def sample_collapsed(
     """Sample φ from its exact posterior."""
     located = locate(target)
     size, num_fixed = len(located.mode), target.structure.num_fixed
-    thinning = THINNING if num_draws * num_chains * target.num_tasks <= CHEAP else 1
+    fast = target.well_conditioned(located.units, located.mode)
+    cheap = num_draws * num_chains * target.num_tasks <= CHEAP
     with _bar(progress, "full Bayes") as bar:
 
         def weigh(points: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
             xs, es = points[:, :size], points[:, size:]
-            found = target.points(located.units, xs, es, bar.update)
+            found = target.points(located.units, xs, es, bar.update, fast=fast)
             return found.log_density, found.phi
 
         fitted = fit_proposal(weigh, Proposal(located.mode, located.root, num_fixed), rng)
         chains = None
         if fitted.share > 0.01:
-            bar.reset(-(-num_chains * num_draws * thinning // BATCH))
+            every = thinning(fitted.proposal.share) if cheap else 1
+            bar.reset(-(-num_chains * num_draws * every // target.at_once))
             chains = run_chains(
-                weigh, fitted, rng,
-                num_draws=num_draws, num_chains=num_chains, thinning=thinning,
-            )  # fmt: skip
+                weigh, fitted, rng, num_draws=num_draws, num_chains=num_chains, every=every
+            )
     if chains is not None and chains.acceptance >= LEAST_ACCEPTANCE:
         return _from_chains(target, chains)
     share = 0.0 if chains is None else chains.acceptance
@@ -115,7 +113,11 @@ def _inverse(hessian: np.ndarray) -> np.ndarray:
 def _from_chains(target: Collapsed, chains: Chains) -> Sampled:
     draws = chains.beside
     stats = {"acceptance_rate": chains.accepted, "lp": chains.log_density}
-    info: dict[str, Any] = {"sampler": "independence", "acceptance": chains.acceptance}
+    info: dict[str, Any] = {
+        "sampler": "independence",
+        "acceptance": chains.acceptance,
+        "longest_stay": chains.longest_stay,
+    }
     if not target.proper:
         return Sampled(draws, stats, None, [], info)
     info["log_evidence_se"] = chains.log_normaliser_se

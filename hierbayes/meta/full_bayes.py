@@ -36,8 +36,9 @@ FEWEST_FOR_MOMENTS, MOMENTS_OF = 200, 20_000_000
 
 With so many tasks φ is known so well that its own spread hardly shows in θ's."""
 
-SURE = 0.5
-"""Acceptance of independent proposals from which on R̂ and effective sizes are not asked for."""
+SURE, LONG_STAY = 0.5, 50
+"""Acceptance of independent proposals from which on, and refusals in a row up to which, R̂ and
+effective sizes are not asked for."""
 
 NO_EVIDENCE = (
     "the sampler draws from the posterior without its normalising constant, or the hyperprior is "
@@ -91,7 +92,8 @@ def full_bayes(
         hyperprior ``log_evidence`` is log p(D), from the weights of all proposals, with its
         standard error in ``info["log_evidence_se"]``. R̂, effective sample sizes and divergences
         are judged in ``warnings``: always after NUTS, and where fewer than half of the independent
-        proposals in ``info["acceptance"]`` were accepted.
+        proposals were accepted (``info["acceptance"]``) or more than 50 in a row were not
+        (``info["longest_stay"]``).
 
     References
     ----------
@@ -164,7 +166,8 @@ def full_bayes(
         else:
             some = _evenly(phis, max(FEWEST_FOR_MOMENTS, MOMENTS_OF // tasks.num_tasks))
             training = Adapted(*adaptation.moments(resolved, tasks, some))
-    if info["sampler"] != "independence" or info["acceptance"] < SURE:
+    sure = info["sampler"] == "independence" and info["acceptance"] >= SURE
+    if not sure or info["longest_stay"] > LONG_STAY:
         remarks += judged(draws, theta, sample_stats, tasks)
     phi = {name: value.mean(axis=(0, 1)) for name, value in draws.items()}
     sites = resolved.phi_distributions(tasks)

@@ -18,21 +18,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import gammaln, logsumexp
 
-DEGREES_OF_FREEDOM = 5.0
-"""Of the proposal: tails heavier than the target's in coordinates where it is close to normal."""
+DEGREES_OF_FREEDOM = (5.0, 8.0)
+"""Of the proposal: tails heavier than the target's; the heaviest until its draws say otherwise."""
 
 PILOT = 1024
 """Draws of one round of fitting."""
 
 MOST_ROUNDS = 10
 
-GOOD_SHARE = 0.5
-"""Effective share of a round's draws from which on fitting further gains little."""
+GOOD_SHARE, ENOUGH_SHARE, LEAST_GAIN = 0.7, 0.4, 1.1
+"""Effective share of a round's draws from which on fitting further gains little, or little if
+the round was not better than the best before by this factor."""
+
+HEAVIEST = 2.0
+"""Log of the largest weight, beside their mean, that a proposal with lighter tails may show."""
+
+LEFT_BEHIND = 0.01
+"""Part of the draws that may be the draw before, roughly."""
+
+MOST_THINNING = 5
 
 WARMUP = 64
 """First proposals of a chain that are dropped; it starts at a weighted draw."""
@@ -46,32 +55,35 @@ class Proposal:
     """A multivariate t, ``location`` (k,) and ``root`` (k, k), beside ``num_white`` white entries.
 
     The white entries are standard normal under target and proposal alike, so that neither density
-    counts them.
+    counts them. ``share`` is what part of its draws is expected to be effective.
     """
 
     location: np.ndarray
     root: np.ndarray
     num_white: int = 0
+    df: float = DEGREES_OF_FREEDOM[0]
+    share: float = 0.0
 
     def sample(self, rng: np.random.Generator, size: int) -> np.ndarray:
         """Draws (size, k + num_white)."""
         normal = rng.standard_normal((size, len(self.location)))
-        stretch = np.sqrt(DEGREES_OF_FREEDOM / rng.chisquare(DEGREES_OF_FREEDOM, size))
+        stretch = np.sqrt(self.df / rng.chisquare(self.df, size))
         white = rng.standard_normal((size, self.num_white))
-        moved = self.location + (normal * stretch[:, None]) @ self.root.T
-        return np.column_stack([moved, white])
+        # einsum, not BLAS: OpenBLAS's threads spin on after a call and hold XLA's up
+        moved = np.einsum("nk,lk->nl", normal * stretch[:, None], self.root)
+        return np.column_stack([self.location + moved, white])
 
     def log_prob(self, points: np.ndarray) -> np.ndarray:
         """Log densities (n,) of the t at (n, k + num_white) points."""
-        k, df = len(self.location), DEGREES_OF_FREEDOM
-        white = np.linalg.solve(self.root, (points[:, :k] - self.location).T)
+        k, df = len(self.location), self.df
+        white = np.einsum("lk,nk->ln", np.linalg.inv(self.root), points[:, :k] - self.location)
         constant = gammaln((df + k) / 2) - gammaln(df / 2) - 0.5 * k * np.log(df * np.pi)
         log_det = np.log(np.diag(self.root)).sum()
         return constant - log_det - 0.5 * (df + k) * np.log1p((white**2).sum(0) / df)
 
 
 class Fitted(NamedTuple):
-    """A proposal, weighted draws to start chains from, and the share of them that is effective."""
+    """A proposal, weighted draws to start chains from, and the share of those that is effective."""
 
     proposal: Proposal
     draws: np.ndarray
@@ -85,14 +97,16 @@ class Fitted(NamedTuple):
 class Chains:
     """``points`` (chain, draw, …) and what is ``beside`` them.
 
-    ``accepted`` is the share of proposals since the last draw; ``log_normaliser`` is the target's,
-    with its standard error, from the same proposals.
+    ``accepted`` is the share of proposals since the last draw, ``longest_stay`` the most proposals
+    in a row that were not; ``log_normaliser`` is the target's, with its standard error, from the
+    same proposals.
     """
 
     points: np.ndarray
     beside: dict[str, np.ndarray]
     log_density: np.ndarray
     accepted: np.ndarray
+    longest_stay: int
     log_normaliser: float
     log_normaliser_se: float
 
@@ -119,9 +133,10 @@ def fit_proposal(weigh: Weigh, start: Proposal, rng: np.random.Generator) -> Fit
             log_weights,
             _share(log_weights),
         )
+        gained = best is None or fitted.share > LEAST_GAIN * best.share
         if best is None or fitted.share > best.share:
             best = fitted
-        if fitted.share > GOOD_SHARE:
+        if fitted.share > GOOD_SHARE or (not gained and fitted.share > ENOUGH_SHARE):
             break
         proposal = fitted.proposal
     if best is None:
@@ -130,11 +145,11 @@ def fit_proposal(weigh: Weigh, start: Proposal, rng: np.random.Generator) -> Fit
     return best
 
 
-def _share(log_weights: np.ndarray) -> float:
-    """(Σ w)² / (n Σ w²)."""
-    largest = log_weights.max()
-    weights = np.exp(log_weights - largest)
-    return float(weights.sum() ** 2 / ((weights**2).sum() * len(weights)))
+def _share(log_weights: np.ndarray, elsewhere: np.ndarray | None = None) -> float:
+    """(Σ w)² / (n Σ w²), or Σ w w' for Σ w²: of another proposal with weights w' at these draws."""
+    other = log_weights if elsewhere is None else elsewhere
+    sums: Any = logsumexp(np.stack([log_weights, log_weights + other]), axis=1)
+    return float(np.exp(2 * sums[0] - sums[1])) / len(log_weights)
 
 
 def _refitted(proposal: Proposal, draws: np.ndarray, log_weights: np.ndarray) -> Proposal:
@@ -147,11 +162,20 @@ def _refitted(proposal: Proposal, draws: np.ndarray, log_weights: np.ndarray) ->
         temper *= 0.8
     weights = np.exp(temper * (log_weights - log_weights.max()))
     weights /= weights.sum()
-    location = weights @ draws
+    location = np.einsum("n,nk->k", weights, draws)
     centred = draws - location
-    covariance = (weights[:, None] * centred).T @ centred
+    covariance = np.einsum("n,nk,nl->kl", weights, centred, centred)
     covariance += 1e-9 * np.diag(np.diag(covariance)) + 1e-300 * np.eye(size)
-    return replace(proposal, location=location, root=np.linalg.cholesky(covariance))
+    moved = replace(proposal, location=location, root=np.linalg.cholesky(covariance))
+    candidates = [replace(moved, df=df) for df in DEGREES_OF_FREEDOM]
+    before = proposal.log_prob(draws)
+    weights = [log_weights + before - c.log_prob(draws) for c in candidates]
+    shares = [_share(log_weights, w) for w in weights]
+    heaviest = [float(w.max() - logsumexp(log_weights) + np.log(len(w))) for w in weights]
+    # lighter tails only where no draw shows them to be too light: a chain would stay there for long
+    fit = [i for i in range(len(candidates)) if i == 0 or heaviest[i] < HEAVIEST]
+    best = max(fit, key=shares.__getitem__) if temper == 1.0 else 0
+    return replace(candidates[best], share=shares[best])
 
 
 def run_chains(
@@ -161,10 +185,10 @@ def run_chains(
     *,
     num_draws: int,
     num_chains: int,
-    thinning: int,
+    every: int,
 ) -> Chains:
-    """Independence Metropolis from the fitted proposal, every ``thinning``-th state kept."""
-    length = 1 + WARMUP + num_draws * thinning
+    """Independence Metropolis from the fitted proposal, each ``every``-th state kept."""
+    length = 1 + WARMUP + num_draws * every
     points = fitted.proposal.sample(rng, num_chains * length)
     weights = np.exp(fitted.log_weights - logsumexp(fitted.log_weights))
     first = rng.choice(len(weights), num_chains, p=weights)
@@ -179,16 +203,28 @@ def run_chains(
             log_uniform[chain * length : (chain + 1) * length],
         )
     moves = (np.diff(states, axis=1) != 0)[:, WARMUP:]
-    accepted = moves.reshape(num_chains, num_draws, thinning).mean(-1)
-    places = states[:, 1 + WARMUP :][:, thinning - 1 :: thinning]
+    accepted = moves.reshape(num_chains, num_draws, every).mean(-1)
+    places = states[:, 1 + WARMUP :][:, every - 1 :: every]
     fair = np.delete(log_weights, np.arange(num_chains) * length)
     log_mean = float(logsumexp(fair) - np.log(len(fair)))
     relative = np.exp(fair - log_mean)
     return Chains(
         points[places], {name: value[places] for name, value in beside.items()}, values[places],
-        accepted, log_mean,
+        accepted, _longest_stay(moves), log_mean,
         float(relative.std(ddof=1) / np.sqrt(len(fair))),
     )  # fmt: skip
+
+
+def _longest_stay(moves: np.ndarray) -> int:
+    """The longest run of False in any row."""
+    ends = np.pad(moves, ((0, 0), (1, 1)), constant_values=True)
+    return int(max(np.diff(np.flatnonzero(row)).max() for row in ends)) - 1
+
+
+def thinning(share: float) -> int:
+    """Proposals a draw, so that hardly a chain stays where it was between two draws."""
+    stays = 1.0 - min(share, 0.99)
+    return int(np.clip(np.ceil(np.log(LEFT_BEHIND) / np.log(stays)), 1, MOST_THINNING))
 
 
 def _metropolis(log_weights: np.ndarray, log_uniform: np.ndarray) -> np.ndarray:
