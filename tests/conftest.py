@@ -24,6 +24,11 @@ if not {"PYTEST_XDIST_WORKER", "JAX_COMPILATION_CACHE_DIR"} & set(os.environ):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
+if "slow" not in sys.argv:
+    # and the rest of it into making them fast, which tests of a few numbers do not need; the slow
+    # tests, the docs, the examples and one more run of .ci/run have programs as users get them
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import numpy as np
 import pytest
 from hypothesis import settings

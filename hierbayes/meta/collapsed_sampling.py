@@ -88,9 +88,12 @@ def locate(target: Collapsed) -> Located:
     d = coordinates.num_coef
     units = target.units
     x = coordinates.vector(units.tau, units.sigma, units)
+    # near is near enough, since the proposal is fitted; L-BFGS-B would leave BLAS threads spinning
+    # for fifty milliseconds, and XLA without a core
     run: Any = optimize.minimize(
-        lambda v: target.value_and_slope(units, v), x, jac=True, method="L-BFGS-B"
-    )
+        lambda v: target.value_and_slope(units, v), x, jac=True, method="BFGS",
+        options={"gtol": 0.1},
+    )  # fmt: skip
     found = np.asarray(run.x)
     hessian = curvature(lambda v: target.value_and_slope(units, v), found, np.ones(len(x), bool))
     covariance = _inverse(hessian)
