@@ -107,8 +107,9 @@ def draw(name: str, rows: list[dict[str, Any]], path: Path) -> None:
         rates = [e / s for e, s in zip(row["ess_rounds"], row["rounds_s"], strict=True)]
         axes.plot(rates, [place] * len(rates), style["marker"], color=style["color"], alpha=0.4)
         axes.plot(row["ess_per_s"], place, "|", color=style["color"], markersize=22, mew=2.5)
+        rounded = float(f"{row['ess_per_s']:.3g}")
         axes.annotate(
-            f"{row['ess_per_s']:,.3g}", (row["ess_per_s"], place), xytext=(0, 12),
+            f"{rounded:,.10g}", (row["ess_per_s"], place), xytext=(0, 12),
             textcoords="offset points", ha="center", fontsize=9,
         )  # fmt: skip
     axes.set_yticks(range(len(timed)), [row["name"] for row in reversed(timed)])
