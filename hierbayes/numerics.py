@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+T = TypeVar("T")
 
 UNROLL_UP_TO = 4
 
@@ -47,6 +49,16 @@ def _whole(x: jax.Array) -> np.ndarray:
     from jax.experimental.multihost_utils import process_allgather
 
     return np.asarray(process_allgather(x, tiled=True))
+
+
+def one_behind(values: Iterable[T]) -> Iterator[T]:
+    """The same values, each when the next is there: what JAX has begun is not waited for."""
+    held: list[T] = []
+    for value in values:
+        held.append(value)
+        if len(held) > 1:
+            yield held.pop(0)
+    yield from held
 
 
 def as_key(seed: int | jax.Array) -> jax.Array:

@@ -141,7 +141,7 @@ def test_inverses_lose_what_amplification_says():
             root = np.array([[1.0, 0.0], [-1.0, 1e-9]])
             stable, fast = (float(f(problem, root, sigma).log_evidence) for f in both)
             lost.append(abs(fast - stable))
-            bound = 1e-16 * amplification(problem, root, sigma)
+            bound = 1e-16 * float(amplification(problem, root, sigma))
         # 30: sums over tasks and entries; 1e-12: rounding of what does not cancel
         assert lost[-1] < 30 * bound + 1e-12 * abs(stable)
     assert lost[-1] > 1e-3  # else the bound bounds nothing

@@ -33,6 +33,7 @@ from hierbayes.numerics import (
     matmul,
     matvec,
     normal_draw,
+    one_behind,
     solve_lower,
     solve_upper,
     total,
@@ -224,23 +225,14 @@ class Conjugate(Adaptation):
         with float64():
             stats = placed_statistics(tasks)
 
-            def made(start: int, white: np.ndarray) -> Any:
+            def part(start: int, white: np.ndarray) -> tuple[int, Any]:
                 some = {name: value[start : start + most] for name, value in phis.items()}
                 # drawn for the tasks alone: the same key gives the same on any number of devices
-                return _draws(stats, model.prior, some, place(white, tasks.sharding))
+                return start, _draws(stats, model.prior, some, place(white, tasks.sharding))
 
-            def keep(start: int, found: Any) -> None:
+            normals = _normals(as_rng(key), (most, d, num_tasks), len(starts))
+            for start, found in one_behind(map(part, starts, normals)):
                 theta[start : start + most] = gathered(found, num_tasks, axis=2)
-
-            last: Any = None
-            for start, white in zip(
-                starts, _normals(as_rng(key), (most, d, num_tasks), len(starts)), strict=True
-            ):
-                found = made(start, white)  # computed while the part before is kept
-                if last is not None:
-                    keep(*last)
-                last = (start, found)
-            keep(*last)
         return np.swapaxes(theta, 1, 2)
 
     def moments(

@@ -79,13 +79,8 @@ class IntegratedProblem:
     log_scale: Any
 
 
-def amplification(problem: IntegratedProblem, root: Any, sigma: Any) -> float:
+def amplification(problem: IntegratedProblem, root: Any, sigma: Any) -> jax.Array:
     """N + Σ_j tr(R_j Σ R_jᵀ) / σ²: how much larger than one what cancels in inverses may be."""
-    return float(_amplification(problem, root, sigma))
-
-
-@jax.jit
-def _amplification(problem: IntegratedProblem, root: Any, sigma: Any) -> jax.Array:
     x = problem.x if problem.y.ndim == 3 else problem.x[None]
     gram = jnp.einsum("cikj,cimj->km", x, x)
     return problem.num_rows + jnp.einsum("km,kl,ml->", gram, root, root) / sigma**2

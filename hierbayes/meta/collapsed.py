@@ -34,7 +34,7 @@ from hierbayes.evidence.integrated import (
 )
 from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import solve_upper, to_numpy
+from hierbayes.numerics import one_behind, solve_upper, to_numpy
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.priors.normality import as_normal, improper
 from hierbayes.sharding import num_shares
@@ -49,7 +49,6 @@ CHUNK, WHOLE_UP_TO = 256, 1024
 
 NUMBERS_AT_ONCE = 100_000
 """Points × tasks of one compiled call: more than this leaves the processor's cache."""
-
 
 LARGEST_AMPLIFICATION = 1e9
 """Of rounding errors, where inverses are quicker: log densities then err by 1e-7."""
@@ -175,6 +174,14 @@ def _value_and_slope(made_for: Compiled, target: Target, x: Any, e: Any) -> Any:
     return jax.value_and_grad(lambda v: _point(made_for, target, v, e).log_density)(x)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _amplification(made_for: Compiled, target: Target, x: Any) -> jax.Array:
+    structure, how = made_for
+    beliefs = jax.tree.unflatten(how, target.beliefs)
+    scales = structure.coordinates.scales(x, target.units, beliefs)
+    return amplification(target.problem, scales.root, scales.sigma)
+
+
 class Collapsed:
     """The collapsed posterior of a model and its tasks; use it inside ``numerics.float64()``.
 
@@ -224,27 +231,22 @@ class Collapsed:
 
         ``advance`` is called after each batch; ``fast`` is for where :meth:`well_conditioned`.
         """
-        found, target, at_once = [], self._target(units), self.at_once
-        last: Any = None
-        for start in range(0, len(xs), at_once):
-            x, e = xs[start : start + at_once], es[start : start + at_once]
-            size = len(x)
-            if size < at_once:
-                filled = ((0, at_once - size), (0, 0))
-                x, e = np.pad(x, filled, mode="edge"), np.pad(e, filled, mode="edge")
-            values = _points(self._made_for, target, x, e, fast)
-            if last is not None:  # taken in while these are computed
-                found.append(to_numpy(last))
-                advance()
-            last = values
-        found.append(jax.tree.map(lambda v: v[:size], to_numpy(last)))
-        advance()
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+        target, at_once = self._target(units), self.at_once
+        lacking = -len(xs) % at_once
+        xs, es = (np.pad(a, ((0, lacking), (0, 0)), mode="edge") for a in (xs, es))
+        parts = [slice(start, start + at_once) for start in range(0, len(xs), at_once)]
+        found = []
+        for values in one_behind(
+            _points(self._made_for, target, xs[part], es[part], fast) for part in parts
+        ):
+            found.append(to_numpy(values))
+            advance()
+        return jax.tree.map(lambda *v: np.concatenate(v)[: len(xs) - lacking], *found)
 
     def well_conditioned(self, units: Units, x: np.ndarray) -> bool:
         """Whether explicit inverses lose next to nothing around x."""
-        scales = self.structure.coordinates.scales(jnp.asarray(x), units, self.beliefs)
-        return amplification(self.problem, scales.root, scales.sigma) < LARGEST_AMPLIFICATION
+        found = _amplification(self._made_for, self._target(units), x)
+        return float(found) < LARGEST_AMPLIFICATION
 
     def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the log density at (x, e = 0) and its slope, for a minimiser."""

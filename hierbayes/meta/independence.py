@@ -32,8 +32,8 @@ PILOT = 1024
 MOST_ROUNDS = 10
 
 GOOD_SHARE, ENOUGH_SHARE, LEAST_GAIN = 0.7, 0.4, 1.1
-"""Effective share of a round's draws from which on fitting further gains little, or little if
-the round was not better than the best before by this factor."""
+"""Effective share of a round's draws from which on fitting ends; the same for a round that was not
+better than the best before by the factor ``LEAST_GAIN``."""
 
 HEAVIEST = 2.0
 """Log of the largest weight, beside their mean, that a proposal with lighter tails may show."""
@@ -42,6 +42,7 @@ LEFT_BEHIND = 0.01
 """Part of the draws that may be the draw before, roughly."""
 
 MOST_THINNING = 5
+"""Proposals a draw at most: beyond, chains may hang together instead, and say so."""
 
 WARMUP = 64
 """First proposals of a chain that are dropped; it starts at a weighted draw."""
@@ -169,12 +170,13 @@ def _refitted(proposal: Proposal, draws: np.ndarray, log_weights: np.ndarray) ->
     moved = replace(proposal, location=location, root=np.linalg.cholesky(covariance))
     candidates = [replace(moved, df=df) for df in DEGREES_OF_FREEDOM]
     before = proposal.log_prob(draws)
-    weights = [log_weights + before - c.log_prob(draws) for c in candidates]
-    shares = [_share(log_weights, w) for w in weights]
-    heaviest = [float(w.max() - logsumexp(log_weights) + np.log(len(w))) for w in weights]
+    elsewhere = [log_weights + before - c.log_prob(draws) for c in candidates]
+    shares = [_share(log_weights, w) for w in elsewhere]
+    log_sum: Any = logsumexp(log_weights)
+    log_mean = log_sum - np.log(len(log_weights))
     # lighter tails only where no draw shows them to be too light: a chain would stay there for long
-    fit = [i for i in range(len(candidates)) if i == 0 or heaviest[i] < HEAVIEST]
-    best = max(fit, key=shares.__getitem__) if temper == 1.0 else 0
+    safe = [i for i, w in enumerate(elsewhere) if i == 0 or w.max() - log_mean < HEAVIEST]
+    best = max(safe, key=shares.__getitem__) if temper == 1.0 else 0
     return replace(candidates[best], share=shares[best])
 
 
@@ -223,7 +225,7 @@ def _longest_stay(moves: np.ndarray) -> int:
 
 def thinning(share: float) -> int:
     """Proposals a draw, so that hardly a chain stays where it was between two draws."""
-    stays = 1.0 - min(share, 0.99)
+    stays = 1.0 - np.clip(share, 0.01, 0.99)
     return int(np.clip(np.ceil(np.log(LEFT_BEHIND) / np.log(stays)), 1, MOST_THINNING))
 
 
