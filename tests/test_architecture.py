@@ -16,7 +16,8 @@ import hierbayes
 PACKAGE = Path(hierbayes.__file__).parent
 
 ROOMS = [
-    "errors", "files", "numerics", "sharding", "tasks", "statistics", "likelihoods", "priors",
+    "errors", "files", "numerics", "sharding", "tasks", "statistics", "likelihoods", "rows",
+    "priors",
     "model", "formula", "adaptation", "evidence", "fit", "meta", "checks", "plots", "comparison",
     "datasets", "cli",
 ]  # fmt: skip

@@ -114,7 +114,7 @@ FORMULAS: list[Case] = [
     ("no bar", lambda: formula("y ~ x"), ("grouping bar",)),
     ("no tilde", lambda: formula("y"), ("~",)),
     ("a family not known", lambda: formula("y ~ 1 + (1 | town)", family="binomal"),
-     ("'binomal'", "gaussian")),
+     ("'binomal'", "'binomial'")),
     ("unseen category", lambda: formula("y ~ town + (1 | size)")[1].encode(frame(town="z")),
      ("'z'",)),
 ]  # fmt: skip

@@ -23,6 +23,7 @@ from hierbayes.adaptation.least_squares import LeastSquares
 from hierbayes.adaptation.matching import EquivalentSteps, equivalent_steps
 from hierbayes.adaptation.matrix_free import MatrixFreePrior
 from hierbayes.adaptation.proximal import Proximal
+from hierbayes.adaptation.quadrature import Quadrature
 
 __all__ = [
     "Adaptation",
@@ -40,6 +41,7 @@ __all__ = [
     "MatrixFreePrior",
     "PointAdaptation",
     "Proximal",
+    "Quadrature",
     "Status",
     "equivalent_prior",
     "equivalent_steps",

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from hierbayes import likelihoods, priors
+from hierbayes import priors
 from hierbayes.errors import InputError, listing, suggestion
 from hierbayes.formula.bars import Bar, FormulaError, Parts, split
+from hierbayes.formula.families import likelihood_of, slot, successes_of_trials
 from hierbayes.formula.safety import refuse_code
+from hierbayes.likelihoods import Likelihood
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors import HyperPrior
 from hierbayes.tasks import Labels, Tasks
@@ -24,13 +26,14 @@ from hierbayes.tasks.reading import assemble
 def from_formula(
     formula: str,
     data: Any,
-    family: str = "gaussian",
+    family: str | Likelihood | None = None,
     hyperprior: HyperPrior | None = None,
     known_se: str | None = None,
     *,
     task_predictors: Sequence[str] = (),
     offset: str | None = None,
     weight: str | None = None,
+    exposure: str | None = None,
     missing: Missing = "raise",
 ) -> tuple[HierarchicalModel, Tasks]:
     r"""A model and its tasks from a formula in lme4's language.
@@ -38,7 +41,8 @@ def from_formula(
     ``y ~ 1 + x + z + (1 + x | g)`` reads: coefficients of the columns inside bars vary between
     the tasks g, :math:`\theta_j \sim N(\mu, \Sigma)`; those that also stand outside have a mean
     μ to be learned, the others have μ = 0; columns outside bars only are shared, β. Effects
-    inside one bar are correlated; ``||`` and separate bars make them independent.
+    inside one bar are correlated; ``||`` and separate bars make them independent. Successes of
+    trials are written ``p(successes, trials) ~ …``.
 
     Parameters
     ----------
@@ -48,8 +52,11 @@ def from_formula(
         columns and nothing else.
     data : DataFrame
         Pandas, polars or anything that narwhals reads.
-    family : "gaussian"
-        Distribution of the outcome.
+    family : str or Likelihood
+        Distribution of the outcome, with its usual link: "gaussian" (identity, the default),
+        "bernoulli" and "binomial" (logit; the default for ``p(successes, trials)``), "poisson",
+        "negative_binomial" and "gamma" (log), "student_t" (identity); or a likelihood of
+        :mod:`hierbayes.likelihoods`.
     hyperprior : HyperPrior, optional
         p(φ); defaults are weakly informative and scaled to the data.
     known_se : str, optional
@@ -57,7 +64,10 @@ def from_formula(
     task_predictors : sequence of str
         Columns constant within tasks that move the mean of θ_j: μ + Γ w_j.
     offset, weight : str, optional
-        Columns of offsets and precision weights.
+        Columns of offsets (on the scale of the linear predictor), and of weights: of precisions
+        under a Gaussian likelihood, else of each row's log likelihood.
+    exposure : str, optional
+        Column of exposures of counts (time, area, population), whose logarithm is an offset.
     missing : "raise" or "drop"
         What to do with rows that have missing values.
 
@@ -80,17 +90,19 @@ def from_formula(
     >>> tasks.coef, tasks.labels.shared
     (('Intercept', 'floor'), ('log_uranium',))
     """
-    if family != "gaussian":
-        raise InputError(f"family {family!r} is not known; known: 'gaussian'")
+    formula, trials = successes_of_trials(formula)
+    likelihood = likelihood_of(family, known_se is not None, trials)
     parts = split(formula)
     frame = Frame(data)
-    named = dict(known_se=known_se, offset=offset, weight=weight)
+    if exposure is not None and offset is not None:
+        raise InputError("give an exposure or an offset, not both: an exposure's log is an offset")
+    named = dict(known_se=known_se, offset=offset, weight=weight, trials=trials, exposure=exposure)
     slots = tuple((name, column) for name, column in named.items() if column is not None)
     encoder = FormulaEncoder(parts, slots, tuple(task_predictors))
     tasks = encoder.fit(frame, missing)
     correlated, zero_mean = encoder.structure()
     model = HierarchicalModel(
-        likelihoods.Gaussian(known_se=known_se is not None),
+        likelihood,
         priors.Gaussian(correlated, zero_mean),
         hyperprior or HyperPrior(),
         encoder,
@@ -170,7 +182,7 @@ class FormulaEncoder:
             shared=fixed[:, shared],
             task_level=_columns(level, self.task_predictors, len(frame)),
             outcome=outcome,
-            slots={name: level[column] for name, column in self.slots},
+            slots=dict(slot(name, column, level[column]) for name, column in self.slots),
             labels=Labels(
                 np.zeros(0), tuple(coef), tuple(self._names(1)[i] for i in shared),
                 self.task_predictors, parts.group, parts.outcome, self,

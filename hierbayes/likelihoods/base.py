@@ -11,6 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 from hierbayes.errors import InputError
+from hierbayes.likelihoods.alike import Alike, copies_as_weights
 from hierbayes.tasks import Task, Tasks
 
 
@@ -29,6 +30,9 @@ class Likelihood(abc.ABC):
 
     linear: bool = True
     """True where f is linear in θ with the tasks' own columns as coefficients."""
+
+    log_concave: bool = True
+    """True where log p(y | f) is concave in f: every task then has one mode."""
 
     precision: str = "float64"
     """What the training of φ computes in."""
@@ -67,6 +71,30 @@ class Likelihood(abc.ABC):
     def parameters(self) -> tuple[str, ...]:
         """Names of the likelihood's own parameters in φ."""
         return ()
+
+    def to_second_order(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
+    ) -> tuple[Any, Any, Any]:
+        """log p(y | f), its slope and its curvature in f, row by row; f may have any shape."""
+        ones = jnp.ones_like(location)
+
+        def value(f: jax.Array) -> jax.Array:
+            return jnp.asarray(self.family(f, phi, slots).log_prob(outcome))
+
+        def slope(f: jax.Array) -> tuple[jax.Array, jax.Array]:
+            found, moved = jax.jvp(value, (f,), (ones,))
+            return moved, found
+
+        first, second, found = jax.jvp(slope, (location,), (ones,), has_aux=True)
+        return found, first, second
+
+    def default_priors(self, spread: float) -> dict[str, dist.Distribution]:
+        """Beliefs on :meth:`parameters` where the user states none; ``spread`` is f's unit."""
+        return {"sigma": dist.HalfNormal(spread)}
+
+    def add_up(self, tasks: Tasks) -> Alike:
+        """The tasks with alike rows as one, for f that is linear in θ."""
+        return copies_as_weights(tasks)
 
     def shared_weights(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the arrays in φ that f depends on beside θ and β, by name."""

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from scipy import special
 
-from hierbayes.errors import InputError, listing
-from hierbayes.likelihoods.base import Likelihood
+from hierbayes.likelihoods.alike import Alike, columns_of, groups, merged
+from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.tasks import Tasks
 
 NODES = np.arange(-8.5, 8.5 + 1 / 16, 1 / 8)
@@ -19,6 +20,21 @@ NODES = np.arange(-8.5, 8.5 + 1 / 16, 1 / 8)
 
 POSSIBLE = (np.finfo(float).tiny, 1.0 - np.finfo(float).epsneg)
 """A chance that rounds to 0 or 1 would score a single contradicting row as −∞."""
+
+
+@jax.custom_jvp
+def logistic(f: Any) -> tuple[Any, Any]:
+    """log(1 + e^f) and 1 / (1 + e^−f), from one exponential that never overflows."""
+    small = jnp.exp(-jnp.abs(f))
+    rest = 1.0 / (1.0 + small)
+    return jnp.maximum(f, 0.0) + jnp.log1p(small), jnp.where(f >= 0, rest, small * rest)
+
+
+@logistic.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    value, chance = logistic(*primals)
+    (moved,) = tangents
+    return (value, chance), (chance * moved, chance * (1.0 - chance) * moved)
 
 
 class Logistic(dist.BernoulliLogits):
@@ -30,11 +46,11 @@ class Logistic(dist.BernoulliLogits):
 
     def log_prob(self, value: Any) -> jax.Array:
         """``y f`` − log(1 + e^f)."""
-        return value * self.logits - jax.nn.softplus(self.logits)
+        return value * self.logits - logistic(self.logits)[0]
 
 
 @dataclass(frozen=True)
-class Bernoulli(Likelihood):
+class Bernoulli(GeneralisedLinear):
     r"""Outcomes of 0 and 1 with a linear predictor on the logit scale.
 
     .. math:: y_{ij} \sim \text{Bernoulli}\!\left(\frac{1}{1 + e^{-f_{ij}}}\right), \qquad
@@ -51,17 +67,8 @@ class Bernoulli(Likelihood):
 
     discrete = True
 
-    def check(self, tasks: Tasks) -> None:
-        """Refuse outcomes other than 0 and 1, and columns that would be ignored."""
-        self._refuse_slots(tasks, ("known_se", "trials", "weight"))
-        if tasks.outcome is not None:
-            odd = np.flatnonzero(~np.isin(tasks.outcome, (0.0, 1.0)))
-            if odd.size:
-                task = tasks.names[tasks.task_of_row[odd[0]]]
-                raise InputError(
-                    f"the Bernoulli likelihood takes outcomes of 0 and 1; {odd.size} row(s) hold "
-                    f"others, the first {tasks.outcome[odd[0]]:g} in task {listing([task])}"
-                )
+    def _check_outcome(self, tasks: Tasks) -> None:
+        self._refuse_rows(tasks, ~np.isin(tasks.outcome, (0.0, 1.0)), "outcomes of 0 and 1")
 
     def family(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any]
@@ -69,6 +76,14 @@ class Bernoulli(Likelihood):
         """Bernoulli with logit f."""
         del phi, slots
         return Logistic(logits=location)
+
+    def to_second_order(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
+    ) -> tuple[Any, Any, Any]:
+        """With one exponential a row."""
+        del phi, slots
+        value, chance = logistic(location)
+        return outcome * location - value, outcome - chance, -chance * (1.0 - chance)
 
     def predictive(
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
@@ -96,11 +111,19 @@ class Bernoulli(Likelihood):
 
     def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
         """p (1 − p) is at most ¼."""
-        del phi, slots
-        return 0.25
+        del phi
+        return 0.25 * slots.get("weight", 1.0)
 
     def units(self, tasks: Tasks) -> tuple[float, float]:
         """The logit of the overall share of ones, and one logit."""
         ones = float(np.sum(tasks.outcome))
         offset = float(np.mean(tasks.slots.get("offset", 0.0)))
         return float(np.log((ones + 0.5) / (tasks.num_rows - ones + 0.5))) - offset, 1.0
+
+    def add_up(self, tasks: Tasks) -> Alike:
+        """The share of ones in alike rows, weighted by their number."""
+        weight = tasks.slots.get("weight", np.ones(tasks.num_rows))
+        found = groups(tasks, columns_of(tasks, "offset"))
+        total = found.sum(weight)
+        together = merged(tasks, found, found.sum(weight * tasks.outcome) / total)
+        return Alike(together, total, np.zeros(tasks.num_tasks))

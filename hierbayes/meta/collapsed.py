@@ -182,11 +182,28 @@ def _amplification(made_for: Compiled, target: Target, x: Any) -> jax.Array:
     return amplification(target.problem, scales.root, scales.sigma)
 
 
+def in_batches(
+    call: Callable[..., Any], arrays: tuple[np.ndarray, ...], at_once: int,
+    advance: Callable[[], Any] = lambda: None,
+) -> Any:  # fmt: skip
+    """``call`` on so many rows of the arrays at once, all of one shape; results in NumPy, whole."""
+    size = len(arrays[0])
+    arrays = tuple(np.pad(a, ((0, -size % at_once), (0, 0)), mode="edge") for a in arrays)
+    parts = [slice(start, start + at_once) for start in range(0, size, at_once)]
+    found = []
+    for values in one_behind(call(*(a[part] for a in arrays)) for part in parts):
+        found.append(to_numpy(values))
+        advance()
+    return jax.tree.map(lambda *v: np.concatenate(v)[:size], *found)
+
+
 class Collapsed:
     """The collapsed posterior of a model and its tasks; use it inside ``numerics.float64()``.
 
     ``units`` are rough sizes of τ and σ, to start from.
     """
+
+    has_rough = False
 
     def __init__(self, model: HierarchicalModel, tasks: Tasks):
         shape, stats = model.shape(tasks), placed_statistics(tasks)
@@ -197,6 +214,7 @@ class Collapsed:
         self.structure = Structure(Coordinates.of(shape), shape, exact)
         self._leaves, how = jax.tree.flatten(self.beliefs)
         self._made_for = (self.structure, how)
+        self.fast = False
         self.num_tasks, self.spread = tasks.num_tasks, tasks.sharding is not None
         chunk, self.together = None, self.num_tasks
         if tasks.sharding is not None:  # chunk after chunk would be device after device
@@ -215,6 +233,40 @@ class Collapsed:
         )
 
     @property
+    def num_coef(self) -> int:
+        """Entries of x that are τ's."""
+        return self.structure.coordinates.num_coef
+
+    @property
+    def num_white(self) -> int:
+        """Entries of e."""
+        return self.structure.num_fixed
+
+    @property
+    def exact(self) -> bool:
+        """Whether the density does not depend on e."""
+        return self.structure.exact
+
+    @property
+    def start(self) -> np.ndarray:
+        """A first guess of x, in ``units``."""
+        return self.structure.coordinates.vector(self.units.tau, self.units.sigma, self.units)
+
+    def rescaled(self, x: np.ndarray, units: Units, new: Units) -> np.ndarray:
+        """The same point in other units."""
+        return self.structure.coordinates.rescaled(x, units, new)
+
+    def prepare(self, units: Units, x: np.ndarray) -> None:
+        """Compute with explicit inverses where they lose next to nothing around x."""
+        self.fast = self.well_conditioned(units, x)
+
+    def log_density(self, units: Units) -> Callable[[Any, Any], Any]:
+        """The density of one point (x, e)."""
+        # NumPyro holds what a potential is made of, in its own programs: on each device all of it
+        problem = to_numpy(self.problem)
+        return lambda x, e: point(self.structure, problem, self.beliefs, units, x, e).log_density
+
+    @property
     def at_once(self) -> int:
         """Points of one compiled call, a power of two."""
         most = np.clip(NUMBERS_AT_ONCE // max(self.together, 1), 1, MOST_AT_ONCE)
@@ -225,23 +277,18 @@ class Collapsed:
 
     def points(
         self, units: Units, xs: np.ndarray, es: np.ndarray,
-        advance: Callable[[], Any] = lambda: None, *, fast: bool = False,
+        advance: Callable[[], Any] = lambda: None, *, rough: bool = False,
     ) -> Point:  # fmt: skip
         """φ by name (n, …) and log densities (n,) at (xs, es), in batches of one shape.
 
-        ``advance`` is called after each batch; ``fast`` is for where :meth:`well_conditioned`.
+        ``advance`` is called after each batch. There is nothing rougher than the density itself.
         """
-        target, at_once = self._target(units), self.at_once
-        lacking = -len(xs) % at_once
-        xs, es = (np.pad(a, ((0, lacking), (0, 0)), mode="edge") for a in (xs, es))
-        parts = [slice(start, start + at_once) for start in range(0, len(xs), at_once)]
-        found = []
-        for values in one_behind(
-            _points(self._made_for, target, xs[part], es[part], fast) for part in parts
-        ):
-            found.append(to_numpy(values))
-            advance()
-        return jax.tree.map(lambda *v: np.concatenate(v)[: len(xs) - lacking], *found)
+        del rough
+        target = self._target(units)
+        return in_batches(
+            lambda x, e: _points(self._made_for, target, x, e, self.fast),
+            (xs, es), self.at_once, advance,
+        )  # fmt: skip
 
     def well_conditioned(self, units: Units, x: np.ndarray) -> bool:
         """Whether explicit inverses lose next to nothing around x."""

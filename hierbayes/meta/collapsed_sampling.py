@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.meta.collapsed import Collapsed, point
-from hierbayes.meta.independence import Chains, Proposal, fit_proposal, run_chains, thinning
+from hierbayes.meta.collapsed import Point
+from hierbayes.meta.independence import (
+    Chains,
+    Proposal,
+    Weigh,
+    fit_proposal,
+    run_chains,
+    thinning,
+)
 from hierbayes.meta.optimum import curvature
 from hierbayes.meta.sampling import run_potential
 from hierbayes.meta.scales_of_phi import Units
-from hierbayes.numerics import as_key, to_numpy
+from hierbayes.meta.surrogate import run_two_stages
+from hierbayes.numerics import as_key
 
 LEAST_ACCEPTANCE = 0.2
 """Share of accepted proposals below which NUTS takes over."""
@@ -41,8 +50,58 @@ class Located(NamedTuple):
     root: np.ndarray
 
 
+class Density(Protocol):
+    """A posterior of φ as a density of points (x, e), e standard normal, as the sampler sees it.
+
+    ``units`` are rough ones, ``start`` (k,) a first guess of x; the first ``num_coef`` entries of x
+    are those of τ. ``e`` has ``num_white`` entries, on which the density does not depend where
+    ``exact`` is True. ``has_rough`` says whether ``points(rough=True)`` is a cheaper density.
+    """
+
+    num_tasks: int
+    num_coef: int
+    num_white: int
+    exact: bool
+    has_rough: bool
+    proper: bool
+    spread: bool
+    units: Units
+
+    @property
+    def start(self) -> np.ndarray:
+        """A first guess of x, in ``units``."""
+        ...
+
+    @property
+    def at_once(self) -> int:
+        """Points of one compiled call."""
+        ...
+
+    def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
+        """Minus the density at (x, 0) and its slope; the rough one where there is one."""
+        ...
+
+    def prepare(self, units: Units, x: np.ndarray) -> None:
+        """Take note of where points will lie."""
+
+    def points(
+        self, units: Units, xs: np.ndarray, es: np.ndarray, advance: Callable[[], Any] = ...,
+        *, rough: bool = False,
+    ) -> Point:  # fmt: skip
+        """φ by name and log densities of many points."""
+        ...
+
+    def rescaled(self, x: np.ndarray, units: Units, new: Units) -> np.ndarray:
+        """The same point in other units."""
+        ...
+
+    def log_density(self, units: Units) -> Callable[[Any, Any], Any]:
+        """The density of one point (x, e), for JAX."""
+        ...
+
+
 def sample_collapsed(
-    target: Collapsed,
+    target: Density,
     rng: np.random.Generator,
     *,
     num_draws: int,
@@ -53,24 +112,31 @@ def sample_collapsed(
 ) -> Sampled:
     """Sample φ from its exact posterior."""
     located = locate(target)
-    size, num_fixed = len(located.mode), target.structure.num_fixed
-    fast = target.well_conditioned(located.units, located.mode)
+    size = len(located.mode)
     cheap = num_draws * num_chains * target.num_tasks <= CHEAP
+    target.prepare(located.units, located.mode)
     with _bar(progress, "full Bayes") as bar:
 
-        def weigh(points: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-            xs, es = points[:, :size], points[:, size:]
-            found = target.points(located.units, xs, es, bar.update, fast=fast)
-            return found.log_density, found.phi
+        def weighing(*, rough: bool) -> Weigh:
+            def weigh(points: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+                xs, es = points[:, :size], points[:, size:]
+                found = target.points(located.units, xs, es, bar.update, rough=rough)
+                return found.log_density, found.phi
 
-        fitted = fit_proposal(weigh, Proposal(located.mode, located.root, num_fixed), rng)
+            return weigh
+
+        start = Proposal(located.mode, located.root, target.num_white)
+        fitted = fit_proposal(weighing(rough=True), start, rng)
         chains = None
         if fitted.share > 0.01:
             every = thinning(fitted.proposal.share) if cheap else 1
             bar.reset(-(-num_chains * num_draws * every // target.at_once))
-            chains = run_chains(
-                weigh, fitted, rng, num_draws=num_draws, num_chains=num_chains, every=every
-            )
+            counts = dict(num_draws=num_draws, num_chains=num_chains, every=every)
+            dear = weighing(rough=False)
+            if target.has_rough:
+                chains = run_two_stages(weighing(rough=True), dear, fitted, rng, **counts)
+            else:
+                chains = run_chains(dear, fitted, rng, **counts)
     if chains is not None and chains.acceptance >= LEAST_ACCEPTANCE:
         return _from_chains(target, chains)
     share = 0.0 if chains is None else chains.acceptance
@@ -80,14 +146,11 @@ def sample_collapsed(
     )  # fmt: skip
 
 
-def locate(target: Collapsed) -> Located:
+def locate(target: Density) -> Located:
     """The mode, found in the target's rough units and stated in units of τ's own spread."""
     from scipy import optimize  # heavy, so loaded when first used
 
-    coordinates = target.structure.coordinates
-    d = coordinates.num_coef
-    units = target.units
-    x = coordinates.vector(units.tau, units.sigma, units)
+    d, units, x = target.num_coef, target.units, target.start
     # near is near enough, since the proposal is fitted; L-BFGS-B would leave BLAS threads spinning
     # for fifty milliseconds, and XLA without a core
     run: Any = optimize.minimize(
@@ -100,7 +163,7 @@ def locate(target: Collapsed) -> Located:
     slope = 1.0 / (1.0 + np.exp(-found[:d]))  # of softplus: dτ/dx in units
     spread = units.tau * slope * np.sqrt(np.diag(covariance)[:d])
     own = Units(np.clip(spread, 1e-3 * units.tau, 1e3 * units.tau), units.sigma)
-    mode = coordinates.rescaled(found, units, own)
+    mode = target.rescaled(found, units, own)
     stretch = np.ones(len(x))
     stretch[:d] = units.tau * slope * (1.0 + np.exp(-mode[:d])) / own.tau
     return Located(own, mode, np.linalg.cholesky(covariance * np.outer(stretch, stretch)))
@@ -113,7 +176,7 @@ def _inverse(hessian: np.ndarray) -> np.ndarray:
     return (vectors / safe) @ vectors.T
 
 
-def _from_chains(target: Collapsed, chains: Chains) -> Sampled:
+def _from_chains(target: Density, chains: Chains) -> Sampled:
     draws = chains.beside
     stats = {"acceptance_rate": chains.accepted, "lp": chains.log_density}
     info: dict[str, Any] = {
@@ -128,23 +191,19 @@ def _from_chains(target: Collapsed, chains: Chains) -> Sampled:
 
 
 def _by_nuts(
-    target: Collapsed, located: Located, rng: np.random.Generator, share: float, *,
+    target: Density, located: Located, rng: np.random.Generator, share: float, *,
     num_draws: int, num_chains: int, **settings: Any,
 ) -> Sampled:  # fmt: skip
     """NUTS in the coordinates that the Hessian makes round."""
-    size, structure = len(located.mode), target.structure
-    # NumPyro holds what a potential is made of, in its own programs: on each device all of it
-    problem = to_numpy(target.problem)
-    beliefs, units = target.beliefs, located.units
-    num_white = 0 if structure.exact else structure.num_fixed
-    absent = jnp.zeros(structure.num_fixed - num_white)
+    size, units = len(located.mode), located.units
+    num_white = 0 if target.exact else target.num_white
+    absent = jnp.zeros(target.num_white - num_white)
+    log_density = target.log_density(units)
 
     @jax.jit
     def potential(z: jax.Array) -> jax.Array:
         x = located.mode + jnp.asarray(located.root) @ z[:size]
-        e = jnp.concatenate([z[size:], absent])
-        density = point(structure, problem, beliefs, units, x, e).log_density
-        return 0.5 * (z[size:] ** 2).sum() - density
+        return 0.5 * (z[size:] ** 2).sum() - log_density(x, jnp.concatenate([z[size:], absent]))
 
     key = as_key(int(rng.integers(2**31)))
     start = jnp.asarray(rng.uniform(-1.0, 1.0, (num_chains, size + num_white)))
@@ -152,7 +211,7 @@ def _by_nuts(
         potential, key, start, dense=True, num_draws=num_draws, num_chains=num_chains, **settings
     )
     z = np.asarray(found).reshape(num_chains * num_draws, -1)
-    white = z[:, size:] if num_white else rng.standard_normal((len(z), structure.num_fixed))
+    white = z[:, size:] if num_white else rng.standard_normal((len(z), target.num_white))
     xs = located.mode + z[:, :size] @ located.root.T
     phis = target.points(units, xs, white).phi
     draws = {n: v.reshape(num_chains, num_draws, *v.shape[1:]) for n, v in phis.items()}

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import jax
 import numpy as np
 
-from hierbayes.adaptation import Adapted, Conjugate
+from hierbayes.adaptation import Adaptation, Adapted, Conjugate, Laplace, Quadrature
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.fit import Fit
 from hierbayes.likelihoods import LastLayer
+from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS, maximise_approximate
 from hierbayes.meta.episodic import on_episodes
 from hierbayes.meta.inner_loop import refuse_idle
 from hierbayes.meta.last_layer import maximise_evidence_of_features
@@ -41,7 +42,7 @@ def empirical_bayes(
     model: HierarchicalModel,
     tasks: Any,
     criterion: Literal["ml", "reml", "map"] = "ml",
-    evidence: Literal["auto", "exact"] = "auto",
+    evidence: Literal["auto", "exact", "laplace", "quadrature"] = "auto",
     *,
     num_draws: int = 1000,
     num_chains: int = 4,
@@ -71,8 +72,12 @@ def empirical_bayes(
         corr and no Jacobian. Its default prior on τ is Gamma(2, rate → 0), density proportional
         to τ, which keeps τ̂ off zero (Chung et al. 2013); a prior on τ given by the user is used
         as it is.
-    evidence : "auto" or "exact"
-        How θ_j is integrated out; Gaussian tasks are exact.
+    evidence : "auto", "exact", "laplace" or "quadrature"
+        How θ_j is integrated out. Gaussian tasks are exact. Others take adaptive Gauss–Hermite
+        quadrature, for up to three coefficients, with as many nodes as the evidence needs
+        (``info["num_nodes"]`` a dimension, estimated error ``info["evidence_error"]``), or
+        Laplace's approximation, which is biased for small tasks: a warning says by how much.
+        "auto" is exact where that can be, quadrature up to two coefficients, Laplace beyond.
     num_draws, num_chains : int
         Draws of θ given φ̂ in the DataTree.
     seed : int or JAX key
@@ -131,20 +136,26 @@ def empirical_bayes(
     tasks = model.tasks(tasks)
     if criterion not in ("ml", "reml", "map"):
         raise InputError(f'criterion must be "ml", "reml" or "map", found {criterion!r}')
-    if evidence not in ("auto", "exact"):
-        raise InputError(f'evidence must be "auto" or "exact", found {evidence!r}')
     for name, value in {"num_draws": num_draws, "num_chains": num_chains}.items():
         if not (isinstance(value, (int, np.integer)) and value >= 1):
             raise InputError(f"{name} must be a positive integer, found {value!r}")
-    model.require_gaussian("empirical_bayes", "the exact evidence log p(D_j | φ)")
     model.check(tasks, learns_prior=True)
-    if criterion == "map":
-        resolved = resolve_for_mode(model, tasks)
+    integral = chosen_evidence(model, tasks, evidence, criterion)
+    resolved = resolve_for_mode(model, tasks) if criterion == "map" else model.resolve(tasks)
+    info: dict[str, Any] = {"criterion": criterion, "evidence": integral}
+    adaptation: Adaptation = Conjugate()
+    more: list[str] = []
+    if integral != "exact":
+        found = maximise_approximate(
+            resolved, tasks, quadrature=integral == "quadrature", with_belief=criterion == "map"
+        )
+        optimum, more = found.optimum, found.remarks
+        adaptation = Quadrature(found.num_nodes) if integral == "quadrature" else Laplace()
+        info |= {"num_nodes": found.num_nodes, "evidence_error": found.error}
+    elif criterion == "map":
         optimum = maximise_posterior(resolved, tasks)
     else:
-        resolved = model.resolve(tasks)
         optimum = maximise_likelihood(resolved, tasks, reml=criterion == "reml")
-    adaptation = Conjugate()
     training = adaptation(resolved, tasks, optimum.phi)
     draws = None
     if num_chains * num_draws * training.mean.size <= LARGEST_THETA:
@@ -154,10 +165,40 @@ def empirical_bayes(
         "empirical Bayes", resolved, tasks, optimum.phi, adaptation, training,
         theta_draws=draws, standard_errors=optimum.standard_errors,
         evidence=optimum.log_evidence, log_posterior=optimum.log_posterior,
-        warnings=announce([*optimum.warnings, *remarks]),
-        info={"criterion": criterion, "evidence": "exact", "num_draws": num_draws,
-              "num_chains": num_chains, "seconds": time.perf_counter() - started},
+        warnings=announce([*optimum.warnings, *more, *remarks]),
+        info=info | {"num_draws": num_draws, "num_chains": num_chains,
+                     "seconds": time.perf_counter() - started},
     )  # fmt: skip
+
+
+def chosen_evidence(
+    model: HierarchicalModel, tasks: Tasks, asked: str, criterion: str = "ml"
+) -> str:
+    """How θ_j is integrated out: "exact", "quadrature" or "laplace"."""
+    kinds = ("auto", "exact", "laplace", "quadrature")
+    if asked not in kinds:
+        raise InputError(f"evidence must be one of {listing(list(kinds))}, found {asked!r}")
+    gaussian, d = model.likelihood.gaussian_in_theta, len(tasks.coef)
+    if gaussian:
+        if asked not in ("auto", "exact"):
+            raise InputError(f'evidence={asked!r}: of Gaussian tasks it is exact; leave it "auto"')
+        return "exact"
+    if asked == "exact":
+        model.require_gaussian("evidence=\"exact\"", "a closed form of log p(D_j | φ)",
+                               'leave it "auto"')  # fmt: skip
+    if criterion == "reml":
+        raise NotApplicable(
+            'criterion="reml" integrates μ and β out of a Gaussian evidence; use "ml" or "map", or '
+            "full_bayes"
+        )
+    if asked == "quadrature" and d > MOST_DIMENSIONS:
+        raise InputError(
+            f'evidence="quadrature" takes up to {MOST_DIMENSIONS} coefficients a task, found {d}; '
+            'use "laplace", or full_bayes'
+        )
+    if asked != "auto":
+        return asked
+    return "quadrature" if d <= 2 else "laplace"
 
 
 def _draws(training: Adapted, seed: int | jax.Array, num_chains: int, num_draws: int) -> np.ndarray:

@@ -17,9 +17,11 @@ import numpy as np
 import numpyro
 from numpyro.distributions import biject_to
 
-from hierbayes.adaptation import Adapted, Conjugate, Laplace
+from hierbayes.adaptation import Adaptation, Adapted, Conjugate, Laplace
 from hierbayes.errors import InputError, announce
 from hierbayes.fit import Fit
+from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS
+from hierbayes.meta.by_quadrature import by_quadrature
 from hierbayes.meta.collapsed import Collapsed
 from hierbayes.meta.collapsed_sampling import sample_collapsed
 from hierbayes.meta.diagnostics import remarks as judged
@@ -124,10 +126,16 @@ def full_bayes(
     model.check(tasks, learns_prior=True)
     resolved = model.resolve(tasks)
     exact = resolved.likelihood.gaussian_in_theta
+    integrable = exact or (resolved.likelihood.linear and len(tasks.coef) <= MOST_DIMENSIONS)
     if method == "auto":
-        method = "collapsed" if exact else "nuts"
-    if method == "collapsed" and not exact:
-        raise InputError('method="collapsed" needs a Gaussian likelihood; use method="nuts"')
+        method = "collapsed" if integrable else "nuts"
+    if method == "collapsed" and not integrable:
+        raise InputError(
+            'method="collapsed" integrates theta out, by quadrature for up to '
+            f"{MOST_DIMENSIONS} coefficients where tasks are not Gaussian; found "
+            f'{len(tasks.coef)}: use method="nuts"'
+        )
+    adaptation: Adaptation = Conjugate() if exact else Laplace()
     settings: dict[str, Any] = dict(
         num_draws=num_draws, num_chains=num_chains, num_warmup=num_warmup,
         target_accept=target_accept, progress=progress,
@@ -139,7 +147,13 @@ def full_bayes(
         if method == "collapsed":
             rng = as_rng(seed)  # NumPy's: of JAX's own each kind of draw would be compiled first
             key_theta = int(rng.integers(2**63))
-            found = sample_collapsed(Collapsed(resolved, tasks), rng, **settings)
+            target: Any = None
+            if exact:
+                target = Collapsed(resolved, tasks)
+            else:
+                target, adaptation, more = by_quadrature(resolved, tasks)
+                info |= more
+            found = sample_collapsed(target, rng, **settings)
             draws, sample_stats, remarks = found.draws, found.sample_stats, list(found.remarks)
             info |= found.info
             evidence = found.log_evidence
@@ -157,7 +171,6 @@ def full_bayes(
             draws, sample_stats = run_nuts(program, key, start, dense=False, **settings)
     theta = draws.pop("theta", None)
     draws.pop("z", None)
-    adaptation = Conjugate() if exact else Laplace()
     if theta is None:
         phis = {name: value.reshape(-1, *value.shape[2:]) for name, value in draws.items()}
         if num_chains * num_draws * tasks.num_tasks * len(tasks.coef) <= LARGEST_THETA:

@@ -212,12 +212,12 @@ def run_chains(
     relative = np.exp(fair - log_mean)
     return Chains(
         points[places], {name: value[places] for name, value in beside.items()}, values[places],
-        accepted, _longest_stay(moves), log_mean,
+        accepted, longest_stay(moves), log_mean,
         float(relative.std(ddof=1) / np.sqrt(len(fair))),
     )  # fmt: skip
 
 
-def _longest_stay(moves: np.ndarray) -> int:
+def longest_stay(moves: np.ndarray) -> int:
     """The longest run of False in any row."""
     ends = np.pad(moves, ((0, 0), (1, 1)), constant_values=True)
     return int(max(np.diff(np.flatnonzero(row)).max() for row in ends)) - 1

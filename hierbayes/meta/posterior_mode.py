@@ -14,15 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from numpyro.distributions.transforms import CorrCholeskyTransform
 
 from hierbayes.evidence.exact import log_evidence
+from hierbayes.meta.layout_of_phi import Layout
 from hierbayes.meta.marginal import SINGULAR, maximise_likelihood
-from hierbayes.meta.optimum import Optimum, curvature, minimise
+from hierbayes.meta.optimum import Minimum, Optimum, ValueAndSlope, curvature, minimise
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.priors.hyperprior import Shape
-from hierbayes.priors.scales import Scales
 from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
 
@@ -52,7 +51,7 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
     with float64():
         stats = jax.tree.map(jnp.asarray, placed_statistics(tasks))
         beliefs = resolved.phi_distributions(tasks)
-        layout = _Layout(shape, scales)
+        layout = Layout.of(shape, scales)
 
         def log_density(phi: dict[str, Any], stats: Statistics) -> tuple[Any, Any]:
             evidence = log_evidence(stats, resolved.prior, phi).sum()
@@ -69,20 +68,16 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
 
         def value_and_slope(v: np.ndarray) -> tuple[float, np.ndarray]:
             value, gradient = slope(v, stats)
-            value = float(value)
-            return (value if np.isfinite(value) else 1e300), np.nan_to_num(np.asarray(gradient))
+            return finite(float(value), np.asarray(gradient))
 
         starts = [layout.vector(start.phi, floor) for floor in (0.5, 0.1)]
-        best = minimise(value_and_slope, starts, layout.lower)
-        snapped = np.where((layout.lower == 0) & (best.x < SINGULAR), 0.0, best.x)
-        if value_and_slope(snapped)[0] <= best.value + 1e-12 * abs(best.value):
-            best = replace(best, x=snapped)
+        best = off_the_boundary(value_and_slope, starts, layout)
         inside = best.x > layout.lower
         hessian = curvature(value_and_slope, best.x, inside)
         phi = to_numpy(jax.jit(layout.phi)(jnp.asarray(best.x)))
         evidence, belief = jax.jit(log_density)(phi, stats)
         errors = layout.errors(inside, hessian, phi)
-    phi = _pinned(phi, shape)
+    phi = pinned(phi, shape)
     warnings = [best.problem] if best.problem else []
     if np.isnan(errors["tau"]).any():
         warnings.append(
@@ -92,82 +87,22 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
     return Optimum(phi, float(evidence), errors, warnings, float(evidence + belief))
 
 
-class _Layout:
-    """Between φ and a vector with entries of order one."""
-
-    def __init__(self, shape: Shape, scales: Scales):
-        self.shape, self.scales = shape, scales
-        d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
-        self.free = np.flatnonzero(shape.free_mean)
-        blocks = [b for b in shape.blocks if len(b) > 1]
-        sizes = {
-            "mu": len(self.free), "gamma": d * q, "beta": p, "tau": d,
-            "corr": sum(len(b) * (len(b) - 1) // 2 for b in blocks),
-            "sigma": int("sigma" in shape.parameters),
-        }  # fmt: skip
-        ends = np.cumsum(list(sizes.values()))
-        self.at = {n: slice(e - s, e) for (n, s), e in zip(sizes.items(), ends, strict=True)}
-        self.size, self.blocks = int(ends[-1]), blocks
-        units = np.ones(self.size)
-        units[self.at["mu"]] = scales.mu[self.free]
-        units[self.at["gamma"]] = (scales.coef[:, None] / scales.task_predictors).ravel()
-        units[self.at["beta"]] = scales.shared
-        units[self.at["tau"]] = scales.coef
-        self.units = units
-        self.lower = np.full(self.size, -np.inf)
-        self.lower[self.at["tau"]] = 0.0
-
-    def phi(self, vector: jax.Array) -> dict[str, jax.Array]:
-        v, d = vector * self.units, len(self.shape.coef)
-        phi = {"mu": jnp.zeros(d).at[self.free].set(v[self.at["mu"]]), "tau": v[self.at["tau"]]}
-        if self.shape.task_predictors:
-            phi["gamma"] = v[self.at["gamma"]].reshape(d, -1)
-        if self.shape.shared:
-            phi["beta"] = v[self.at["beta"]]
-        if "sigma" in self.shape.parameters:
-            phi["sigma"] = self.scales.spread * jnp.exp(v[self.at["sigma"]][0])
-        if self.blocks:
-            corr, start = jnp.eye(d), 0
-            for b in self.blocks:
-                size = len(b) * (len(b) - 1) // 2
-                factor = CorrCholeskyTransform()(v[self.at["corr"]][start : start + size])
-                corr = corr.at[np.ix_(b, b)].set(factor @ factor.T)
-                start += size
-            phi["corr"] = corr
-        return phi
-
-    def vector(self, phi: dict[str, np.ndarray], floor: float) -> np.ndarray:
-        """Start from φ, with no τ below ``floor`` times its unit and moderate correlations."""
-        v = np.zeros(self.size)
-        v[self.at["mu"]] = phi["mu"][self.free]
-        for name in ("gamma", "beta"):
-            if name in phi:
-                v[self.at[name]] = np.ravel(phi[name])
-        v[self.at["tau"]] = np.maximum(phi["tau"], 0.1 * floor * self.scales.coef)
-        v = v / self.units
-        if "sigma" in phi:
-            v[self.at["sigma"]] = np.log(phi["sigma"] / self.scales.spread)
-        return v
-
-    def errors(
-        self, inside: np.ndarray, hessian: np.ndarray, phi: dict[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """Standard errors from the inverse Hessian, NaN at the boundary or off a maximum."""
-        se = np.full(self.size, np.nan)
-        if np.linalg.eigvalsh(hessian)[0] > 0:
-            se[inside] = np.sqrt(np.diag(np.linalg.inv(hessian)))
-        se = se * self.units
-        mu = np.zeros(len(self.shape.coef))
-        mu[self.free] = se[self.at["mu"]]
-        errors = {"mu": mu, "tau": se[self.at["tau"]]}
-        if self.shape.task_predictors:
-            errors["gamma"] = se[self.at["gamma"]].reshape(len(mu), -1)
-        if self.shape.shared:
-            errors["beta"] = se[self.at["beta"]]
-        if "sigma" in phi:
-            errors["sigma"] = se[self.at["sigma"]][0] * phi["sigma"]
-        return errors
+def finite(value: float, slope: np.ndarray) -> tuple[float, np.ndarray]:
+    """A criterion and its slope as a minimiser can use them."""
+    return (value if np.isfinite(value) else 1e300), np.nan_to_num(slope)
 
 
-def _pinned(phi: dict[str, np.ndarray], shape: Shape) -> dict[str, np.ndarray]:
+def off_the_boundary(
+    value_and_slope: ValueAndSlope, starts: list[np.ndarray], layout: Layout
+) -> Minimum:
+    """The minimum, with a τ that is zero but for rounding exactly zero where that costs nothing."""
+    best = minimise(value_and_slope, starts, layout.lower)
+    snapped = np.where((layout.lower == 0) & (best.x < SINGULAR), 0.0, best.x)
+    if value_and_slope(snapped)[0] <= best.value + 1e-12 * abs(best.value):
+        return replace(best, x=snapped)
+    return best
+
+
+def pinned(phi: dict[str, np.ndarray], shape: Shape) -> dict[str, np.ndarray]:
+    """φ with means that the model holds at zero exactly there."""
     return phi | {"mu": np.where(shape.free_mean, phi["mu"], 0.0)}

@@ -132,8 +132,13 @@ class HyperPrior:
         }
         if shape.correlated and self.corr is None:
             resolved["corr"] = 2.0
+        open_ = likelihood.default_priors(scales.spread)
         if "sigma" in shape.parameters and self.sigma is None:
-            resolved["sigma"] = dist.HalfNormal(scales.spread)
+            resolved["sigma"] = open_["sigma"]
+        resolved["extra"] = {
+            **{n: open_[n] for n in shape.parameters if n != "sigma" and n in open_},
+            **self.extra,
+        }
         return replace(self, **resolved)
 
     def _is_resolved(self, shape: Shape) -> bool:
@@ -150,7 +155,12 @@ class HyperPrior:
             ):
                 return False
         corr_open = shape.correlated and self.corr is None
-        return not (corr_open or ("sigma" in shape.parameters and self.sigma is None))
+        own = {n for n in shape.parameters if n != "sigma"}
+        return not (
+            corr_open
+            or ("sigma" in shape.parameters and self.sigma is None)
+            or own - set(self.extra)
+        )
 
     def distributions(self, shape: Shape) -> dict[str, dist.Distribution]:
         """One NumPyro distribution a name of φ, over its whole array; beliefs must be resolved."""

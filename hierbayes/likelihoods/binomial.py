@@ -1,0 +1,123 @@
+"""The binomial likelihood: successes of trials, by a logistic predictor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpyro.distributions as dist
+from jax.scipy.special import gammaln as jax_gammaln
+from scipy import special
+
+from hierbayes.errors import InputError, listing
+from hierbayes.likelihoods.alike import Alike, columns_of, groups, merged
+from hierbayes.likelihoods.bernoulli import POSSIBLE, logistic
+from hierbayes.likelihoods.generalised import GeneralisedLinear, mean_offset
+from hierbayes.likelihoods.over_normal import averaged
+from hierbayes.tasks import Tasks
+
+
+@dataclass(frozen=True)
+class Binomial(GeneralisedLinear):
+    r"""Successes of a known number of trials, with a linear predictor on the logit scale.
+
+    .. math:: y_{ij} \sim \text{Binomial}\!\left(n_{ij}, \frac{1}{1 + e^{-f_{ij}}}\right)
+
+    The trials of each row are the slot ``trials`` of the tasks.
+
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd, hierbayes as hb
+    >>> wards = pd.DataFrame({"ward": list("abc"), "deaths": [0, 2, 1], "cases": [47, 148, 90]})
+    >>> model, tasks = hb.from_formula("p(deaths, cases) ~ 1 + (1 | ward)", wards)
+    >>> model.likelihood
+    Binomial()
+    """
+
+    discrete = True
+    refused = ("known_se",)
+
+    def _check_outcome(self, tasks: Tasks) -> None:
+        if "trials" not in tasks.slots:
+            raise InputError(
+                "the Binomial likelihood needs the number of trials of every row: pass `trials` "
+                "when making the tasks, or write p(successes, trials) ~ … in a formula"
+            )
+        self._refuse_non_counts(tasks)
+        trials = tasks.slots["trials"]
+        odd = np.flatnonzero((trials != np.floor(trials)) | (tasks.outcome > trials))
+        if odd.size:
+            i = odd[0]
+            raise InputError(
+                f"successes cannot exceed trials, and trials are whole: {odd.size} row(s) do not "
+                f"fit, the first {tasks.outcome[i]:g} of {trials[i]:g} in task "
+                f"{listing([tasks.names[tasks.task_of_row[i]]])}"
+            )
+
+    def family(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> dist.Distribution:
+        """Binomial with logit f."""
+        del phi
+        return LogitBinomial(location, slots["trials"], validate_args=False)
+
+    def to_second_order(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
+    ) -> tuple[Any, Any, Any]:
+        """With one exponential a row."""
+        del phi
+        n = slots["trials"]
+        value, chance = logistic(location)
+        ways = _log_ways(n, outcome, jax_gammaln)
+        return (
+            outcome * location - n * value + ways, outcome - n * chance,
+            -n * chance * (1.0 - chance),
+        )  # fmt: skip
+
+    def predictive(
+        self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> Any:
+        """Binomial averaged over a normal logit."""
+        from scipy import stats
+
+        del phi
+        return averaged(
+            lambda f: stats.binom(slots["trials"], np.clip(special.expit(f), *POSSIBLE)),
+            location, variance,
+        )  # fmt: skip
+
+    def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
+        """n p (1 − p) is at most n / 4."""
+        del phi
+        return 0.25 * slots["trials"] * slots.get("weight", 1.0)
+
+    def units(self, tasks: Tasks) -> tuple[float, float]:
+        """The logit of the overall share of successes, and one logit."""
+        ones, trials = float(np.sum(tasks.outcome)), float(np.sum(tasks.slots["trials"]))
+        return float(np.log((ones + 0.5) / (trials - ones + 0.5))) - mean_offset(tasks), 1.0
+
+    def add_up(self, tasks: Tasks) -> Alike:
+        """Successes and trials of alike rows are added up."""
+        weight = tasks.slots.get("weight", np.ones(tasks.num_rows))
+        found = groups(tasks, columns_of(tasks, "offset"))
+        y, n = tasks.outcome, tasks.slots["trials"]
+        successes, trials = found.sum(weight * y), found.sum(weight * n)
+        ways = np.bincount(tasks.task_of_row, weight * _log_ways(n, y), tasks.num_tasks)
+        together = merged(tasks, found, successes, trials=trials)
+        counted = np.bincount(together.task_of_row, _log_ways(trials, successes), tasks.num_tasks)
+        return Alike(together, np.ones(together.num_rows), ways - counted)
+
+
+class LogitBinomial(dist.BinomialLogits):
+    """Binomial by its logit, with a slope that is right at a logit of zero, as for Bernoulli."""
+
+    def log_prob(self, value: Any) -> Any:
+        """``y f − n log(1 + e^f)`` and the log of the number of ways."""
+        n, f = self.total_count, self.logits
+        return value * f - n * logistic(f)[0] + _log_ways(n, value, jax_gammaln)
+
+
+def _log_ways(n: Any, y: Any, gammaln: Any = special.gammaln) -> Any:
+    """log (n choose y)."""
+    return gammaln(n + 1.0) - gammaln(y + 1.0) - gammaln(n - y + 1.0)

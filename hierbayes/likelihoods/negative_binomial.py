@@ -1,0 +1,95 @@
+"""The negative binomial likelihood: counts that vary more than Poisson's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax.scipy.special import gammaln
+
+from hierbayes.likelihoods.generalised import GeneralisedLinear
+from hierbayes.likelihoods.over_normal import averaged
+from hierbayes.likelihoods.poisson import LARGEST, exponential, log_rate
+from hierbayes.tasks import Tasks
+
+
+@dataclass(frozen=True)
+class NegativeBinomial(GeneralisedLinear):
+    r"""Counts with mean e^f and variance e^f + e^{2f} / concentration.
+
+    .. math:: p(y \mid f) = \frac{\Gamma(y + \kappa)}{y!\, \Gamma(\kappa)}
+              \left(\frac{\kappa}{\kappa + e^f}\right)^{\kappa}
+              \left(\frac{e^f}{\kappa + e^f}\right)^{y}
+
+    κ is ``concentration`` in φ, by default InverseGamma(0.4, 0.3) a priori; as κ → ∞ the family
+    is Poisson's.
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> hb.likelihoods.NegativeBinomial().parameters()
+    ('concentration',)
+    """
+
+    discrete = True
+
+    def parameters(self) -> tuple[str, ...]:
+        """``concentration``."""
+        return ("concentration",)
+
+    def default_priors(self, spread: float) -> dict[str, dist.Distribution]:
+        """InverseGamma(0.4, 0.3): next to flat in log κ, off zero."""
+        del spread
+        return {"concentration": dist.InverseGamma(0.4, 0.3)}
+
+    def _check_outcome(self, tasks: Tasks) -> None:
+        self._refuse_non_counts(tasks)
+
+    def family(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> dist.Distribution:
+        """Negative binomial with log mean f."""
+        del slots
+        return LogNegativeBinomial(location, phi["concentration"])
+
+    def predictive(
+        self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> Any:
+        """Negative binomial averaged over a normal log mean."""
+        from scipy import stats
+
+        del slots
+        size = np.asarray(phi["concentration"])
+
+        def at(f: Any) -> Any:
+            return stats.nbinom(size, size / (size + np.exp(np.minimum(f, LARGEST))))
+
+        return averaged(at, location, variance)
+
+    def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
+        """None over all counts: (y + κ) / 4 in a row that counts y."""
+        del phi, slots
+        return np.inf
+
+    def units(self, tasks: Tasks) -> tuple[float, float]:
+        """The log of the overall rate, and one on the log scale."""
+        return log_rate(tasks), 1.0
+
+
+class LogNegativeBinomial(dist.NegativeBinomial2):
+    """Negative binomial by the log of its mean."""
+
+    def __init__(self, log_mean: Any, concentration: Any):
+        self.log_mean, self.size = log_mean, concentration
+        super().__init__(exponential(log_mean), concentration)
+
+    def log_prob(self, value: Any) -> jax.Array:
+        """By softplus of the log odds f − log κ, which overflows nowhere."""
+        size = self.size
+        odds = self.log_mean - jnp.log(size)
+        ways = gammaln(value + size) - gammaln(size) - gammaln(value + 1.0)
+        return ways + value * odds - (value + size) * jnp.logaddexp(odds, 0.0)

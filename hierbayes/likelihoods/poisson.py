@@ -1,0 +1,121 @@
+"""The Poisson likelihood: counts by a predictor of their logarithm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax.scipy.special import gammaln as jax_gammaln
+from scipy.special import gammaln
+
+from hierbayes.likelihoods.alike import Alike, columns_of, groups, merged
+from hierbayes.likelihoods.generalised import GeneralisedLinear
+from hierbayes.likelihoods.over_normal import averaged
+from hierbayes.tasks import Tasks
+
+LARGEST = 700.0
+"""Of f: beyond, its exponential is no number any more."""
+
+
+@dataclass(frozen=True)
+class Poisson(GeneralisedLinear):
+    r"""Counts with a linear predictor on the log scale.
+
+    .. math:: y_{ij} \sim \text{Poisson}\!\left(e_{ij} \, e^{f_{ij}}\right)
+
+    An exposure e (time at risk, population, area) is an offset log e; :func:`from_formula` takes
+    it as ``exposure=``.
+
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd, hierbayes as hb
+    >>> sites = pd.DataFrame({"site": list("abc"), "count": [3, 0, 7], "days": [10.0, 4.0, 12.0]})
+    >>> model, tasks = hb.from_formula(
+    ...     "count ~ 1 + (1 | site)", sites, family="poisson", exposure="days"
+    ... )
+    >>> model.likelihood
+    Poisson()
+    """
+
+    discrete = True
+
+    def _check_outcome(self, tasks: Tasks) -> None:
+        self._refuse_non_counts(tasks)
+
+    def family(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> dist.Distribution:
+        """Poisson with log rate f."""
+        del phi, slots
+        return LogPoisson(location)
+
+    def to_second_order(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
+    ) -> tuple[Any, Any, Any]:
+        """With one exponential a row."""
+        del phi, slots
+        rate = jnp.exp(location)
+        value = outcome * location - rate - jax_gammaln(outcome + 1.0)
+        return value, outcome - rate, -rate
+
+    def predictive(
+        self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> Any:
+        """Poisson averaged over a normal log rate."""
+        from scipy import stats
+
+        del phi, slots
+        return averaged(lambda f: stats.poisson(np.exp(np.minimum(f, LARGEST))), location, variance)
+
+    def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
+        """None: a rate grows without bound."""
+        del phi, slots
+        return np.inf
+
+    def units(self, tasks: Tasks) -> tuple[float, float]:
+        """The log of the overall rate, and one on the log scale."""
+        return log_rate(tasks), 1.0
+
+    def add_up(self, tasks: Tasks) -> Alike:
+        """Counts and exposures of alike rows are added up."""
+        weight = tasks.slots.get("weight", np.ones(tasks.num_rows))
+        offset = tasks.slots.get("offset", np.zeros(tasks.num_rows))
+        found = groups(tasks, columns_of(tasks))
+        largest = offset.max(initial=-np.inf) if offset.size else 0.0
+        y = tasks.outcome
+        counts = found.sum(weight * y)
+        exposure = largest + np.log(found.sum(weight * np.exp(offset - largest)))
+        together = merged(tasks, found, counts, offset=exposure)
+        left = np.bincount(
+            tasks.task_of_row, weight * (y * offset - gammaln(y + 1.0)), tasks.num_tasks
+        )
+        counted = np.bincount(
+            together.task_of_row, counts * exposure - gammaln(counts + 1.0), tasks.num_tasks
+        )
+        return Alike(together, np.ones(together.num_rows), left - counted)
+
+
+def exponential(f: Any) -> Any:
+    """e^f, kept away from zero and infinity, which distributions refuse as parameters."""
+    return jnp.exp(jnp.clip(f, -LARGEST, LARGEST))
+
+
+class LogPoisson(dist.Poisson):
+    """Poisson by the log of its rate, so that no logarithm is taken of an exponential."""
+
+    def __init__(self, log_rate: Any):
+        self.log_rate = log_rate
+        super().__init__(exponential(log_rate))
+
+    def log_prob(self, value: Any) -> Any:
+        """``y f`` − e^f − log y!."""
+        return value * self.log_rate - jnp.exp(self.log_rate) - jax_gammaln(value + 1.0)
+
+
+def log_rate(tasks: Tasks) -> float:
+    """The log of all counts over all exposures, half a count added."""
+    exposure = np.exp(tasks.slots.get("offset", np.zeros(tasks.num_rows))).sum()
+    return float(np.log((np.sum(tasks.outcome) + 0.5) / exposure))

@@ -1,0 +1,203 @@
+r"""p(φ | D) where the evidence is an integral without a closed form, as a density without bounds.
+
+.. math:: \log p(x \mid D) = \log p(\varphi(x)) + \log\left|\tfrac{d\varphi}{dx}\right|
+          + \sum_j \log \hat p(D_j \mid \varphi(x))
+
+x holds ψ = (τ, R, σ) as in :mod:`hierbayes.meta.scales_of_phi`, the logarithms of the family's
+other parameters, and b = (μ, Γ, β) in units of its own. A rough density has Laplace's p̂, the
+density itself quadrature's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.adaptation import Quadrature
+from hierbayes.evidence.quadrature import log_evidence
+from hierbayes.likelihoods import Likelihood
+from hierbayes.meta.approximate_evidence import Integrated, maximise_approximate
+from hierbayes.meta.collapsed import Point, in_batches
+from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units
+from hierbayes.model import HierarchicalModel
+from hierbayes.priors import Prior
+from hierbayes.priors.hyperprior import Shape
+from hierbayes.priors.normality import improper
+from hierbayes.rows import Rows, rows_of
+from hierbayes.tasks import Tasks
+
+ROWS_AT_ONCE = 200_000
+"""Points × rows of one compiled call: more than this leaves the processor's cache."""
+
+MOST_AT_ONCE = 1024
+
+
+class Made(NamedTuple):
+    """All that decides a compiled program, and nothing that does not."""
+
+    likelihood: Likelihood
+    prior: Prior
+    shape: Shape
+    beliefs: Any
+
+
+class Given(NamedTuple):
+    """What a compiled program is given: numbers only; ``centre`` and ``unit`` (P,) are b's."""
+
+    rows: Rows
+    beliefs: list[Any]
+    units: Units
+    centre: Any
+    unit: Any
+    modes: Any
+
+
+def _named(shape: Shape, b: Any) -> dict[str, Any]:
+    """b by name; pinned means are zero."""
+    d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
+    places = np.flatnonzero(shape.free_mean)
+    count = len(places)
+    named = {"mu": jnp.zeros(d).at[places].set(b[:count])}
+    if q:
+        named["gamma"] = b[count : count + d * q].reshape(d, q)
+    if p:
+        named["beta"] = b[len(b) - p :]
+    return named
+
+
+def _point(made: Made, given: Given, x: Any, num_nodes: int) -> Point:
+    likelihood, prior, shape, how = made
+    beliefs: Beliefs = jax.tree.unflatten(how, given.beliefs)
+    coordinates = Coordinates.of(shape)
+    scales = coordinates.scales(x, given.units, beliefs)
+    phi, total, at = dict(scales.phi), scales.log_density, coordinates.size
+    for name in _others(shape):
+        phi[name] = jnp.exp(x[at])
+        total = total + x[at] + jnp.sum(beliefs[name].log_prob(phi[name]))
+        at += 1
+    phi |= _named(shape, given.centre + given.unit * x[at:])
+    for name in ("mu", "gamma", "beta"):
+        if name in phi and name in beliefs:
+            support: Any = beliefs[name].support
+            inside = jnp.all(support(phi[name]))
+            total = total + jnp.where(
+                inside, jnp.sum(jnp.asarray(beliefs[name].log_prob(phi[name]))), -jnp.inf
+            )
+    total = total + jnp.log(given.unit).sum()
+    found = log_evidence(likelihood, prior, given.rows, phi, given.modes, num_nodes)
+    total = total + found.log_evidence.sum()
+    return Point(phi, jnp.where(jnp.isnan(total), -jnp.inf, total))
+
+
+def _others(shape: Shape) -> list[str]:
+    return [name for name in shape.parameters if name != "sigma"]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _points(made: Made, given: Given, xs: Any, num_nodes: int) -> Point:
+    return jax.vmap(lambda x: _point(made, given, x, num_nodes))(xs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _value_and_slope(made: Made, given: Given, x: Any, num_nodes: int) -> Any:
+    return jax.value_and_grad(lambda v: _point(made, given, v, num_nodes).log_density)(x)
+
+
+class ByQuadrature:
+    """The posterior of φ with every θ_j integrated out by ``found``'s nodes; use it in float64.
+
+    ``found`` is the optimum of empirical Bayes, where the sampler starts.
+    """
+
+    num_white, exact, spread, has_rough = 0, True, False, True
+
+    def __init__(self, model: HierarchicalModel, tasks: Tasks, found: Integrated, modes: Any):
+        shape = model.shape(tasks)
+        self.beliefs = model.phi_distributions(tasks)
+        leaves, how = jax.tree.flatten(self.beliefs)
+        self.made = Made(model.likelihood, model.prior, shape, how)
+        self.coordinates, self.shape = Coordinates.of(shape), shape
+        self.num_coef, self.num_tasks = len(shape.coef), tasks.num_tasks
+        self.num_nodes = found.num_nodes
+        self.proper = not any(map(improper, self.beliefs.values()))
+        scales, phi = model.scales(tasks), found.optimum.phi
+        self.units = Units(0.3 * scales.coef, float(phi.get("sigma", 1.0)))
+        errors = found.optimum.standard_errors
+        parts, spread = (
+            [phi["mu"][np.array(shape.free_mean)]],
+            [errors["mu"][np.array(shape.free_mean)]],
+        )
+        for name in ("gamma", "beta"):
+            if name in phi:
+                parts.append(np.ravel(phi[name]))
+                spread.append(np.ravel(errors[name]))
+        unit = np.concatenate(spread)
+        rough = np.concatenate(
+            [scales.mu[np.array(shape.free_mean)]]
+            + ([np.ravel(scales.coef[:, None] / scales.task_predictors)] if "gamma" in phi else [])
+            + ([scales.shared] if "beta" in phi else [])
+        )
+        unit = np.where(np.isfinite(unit) & (unit > 0), unit, 0.1 * rough)
+        self.rows = jax.tree.map(jnp.asarray, rows_of(tasks, model.likelihood))
+        self.given = Given(self.rows, leaves, self.units, np.concatenate(parts), unit, modes)
+        self._own = [float(np.log(phi[name])) for name in _others(shape)]
+        self._tau = np.maximum(phi["tau"], 0.05 * scales.coef)
+
+    @property
+    def start(self) -> np.ndarray:
+        """A first guess of x, in ``units``: empirical Bayes."""
+        scales = self.coordinates.vector(self._tau, self.units.sigma, self.units)
+        return np.concatenate([scales, self._own, np.zeros(len(self.given.unit))])
+
+    @property
+    def at_once(self) -> int:
+        """Points of one compiled call, a power of two."""
+        cells = int(np.size(self.rows.outcome)) or 1
+        return 2 ** int(np.log2(np.clip(ROWS_AT_ONCE // cells, 1, MOST_AT_ONCE)))
+
+    def prepare(self, units: Units, x: np.ndarray) -> None:
+        """Nothing to prepare."""
+
+    def rescaled(self, x: np.ndarray, units: Units, new: Units) -> np.ndarray:
+        """The same point in other units."""
+        k = self.coordinates.size
+        return np.concatenate(
+            [self.coordinates.rescaled(x[..., :k], units, new), x[..., k:]], axis=-1
+        )
+
+    def log_density(self, units: Units) -> Callable[[Any, Any], Any]:
+        """The density of one point; without e."""
+        given = self.given._replace(units=units)
+        return lambda x, e: _point(self.made, given, x, self.num_nodes).log_density
+
+    def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
+        """Minus the rough log density at x and its slope, for a minimiser."""
+        value, slope = _value_and_slope(self.made, self.given._replace(units=units), x, 1)
+        value = -float(value)
+        return (value if np.isfinite(value) else 1e300), -np.nan_to_num(np.asarray(slope))
+
+    def points(
+        self, units: Units, xs: np.ndarray, es: np.ndarray,
+        advance: Callable[[], Any] = lambda: None, *, rough: bool = False,
+    ) -> Point:  # fmt: skip
+        """φ by name (n, …) and log densities (n,) at xs, in batches of one shape."""
+        del es
+        given, nodes = self.given._replace(units=units), 1 if rough else self.num_nodes
+        return in_batches(
+            lambda x: _points(self.made, given, x, nodes), (xs,), self.at_once, advance
+        )
+
+
+def by_quadrature(
+    model: HierarchicalModel, tasks: Tasks
+) -> tuple[ByQuadrature, Quadrature, dict[str, Any]]:
+    """The density, how θ is drawn beside it, and what is worth knowing of both."""
+    found = maximise_approximate(model, tasks, quadrature=True, with_belief=True)
+    target = ByQuadrature(model, tasks, found, found.modes)
+    info = {"num_nodes": found.num_nodes, "evidence_error": found.error}
+    return target, Quadrature(found.num_nodes), info

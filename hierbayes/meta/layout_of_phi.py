@@ -1,0 +1,128 @@
+"""φ as a vector: (μ, Γ, β, τ, unconstrained correlations, logarithms of the family's own)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.distributions.transforms import CorrCholeskyTransform
+
+from hierbayes.priors.hyperprior import Shape
+from hierbayes.priors.scales import Scales
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["units", "own"], meta_fields=["shape"]
+)
+@dataclass(frozen=True)
+class Layout:
+    """Between φ and a vector with entries of order one: logarithms of the family's parameters.
+
+    ``units`` of the other entries, ``own`` of the family's parameters by name.
+    """
+
+    shape: Shape
+    units: Any
+    own: dict[str, Any]
+
+    @classmethod
+    def of(cls, shape: Shape, scales: Scales) -> Layout:
+        """The layout of a prior's shape, in the data's units."""
+        own = {n: float(scales.spread) if n == "sigma" else 1.0 for n in shape.parameters}
+        bare = cls(shape, None, own)
+        units = np.ones(bare.size)
+        units[bare.at["mu"]] = scales.mu[bare.free]
+        units[bare.at["gamma"]] = (scales.coef[:, None] / scales.task_predictors).ravel()
+        units[bare.at["beta"]] = scales.shared
+        units[bare.at["tau"]] = scales.coef
+        return cls(shape, units, own)
+
+    @property
+    def free(self) -> np.ndarray:
+        """Positions of the means that are learned."""
+        return np.flatnonzero(self.shape.free_mean)
+
+    @property
+    def blocks(self) -> list[tuple[int, ...]]:
+        """Groups of correlated coefficients."""
+        return [b for b in self.shape.blocks if len(b) > 1]
+
+    @property
+    def at(self) -> dict[str, slice]:
+        """Where each part of φ stands in the vector."""
+        shape = self.shape
+        d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
+        sizes = {
+            "mu": len(self.free), "gamma": d * q, "beta": p, "tau": d,
+            "corr": sum(len(b) * (len(b) - 1) // 2 for b in self.blocks),
+        } | dict.fromkeys(shape.parameters, 1)  # fmt: skip
+        ends = np.cumsum(list(sizes.values()))
+        return {n: slice(e - s, e) for (n, s), e in zip(sizes.items(), ends, strict=True)}
+
+    @property
+    def size(self) -> int:
+        """Length of the vector."""
+        return max(place.stop for place in self.at.values())
+
+    @property
+    def lower(self) -> np.ndarray:
+        """Bounds: τ may be zero, nothing else has one."""
+        lower = np.full(self.size, -np.inf)
+        lower[self.at["tau"]] = 0.0
+        return lower
+
+    def phi(self, vector: jax.Array) -> dict[str, jax.Array]:
+        """φ by name."""
+        v, d = vector * self.units, len(self.shape.coef)
+        phi = {"mu": jnp.zeros(d).at[self.free].set(v[self.at["mu"]]), "tau": v[self.at["tau"]]}
+        if self.shape.task_predictors:
+            phi["gamma"] = v[self.at["gamma"]].reshape(d, -1)
+        if self.shape.shared:
+            phi["beta"] = v[self.at["beta"]]
+        for name in self.shape.parameters:
+            phi[name] = self.own[name] * jnp.exp(v[self.at[name]][0])
+        if self.blocks:
+            corr, start = jnp.eye(d), 0
+            for b in self.blocks:
+                size = len(b) * (len(b) - 1) // 2
+                factor = CorrCholeskyTransform()(v[self.at["corr"]][start : start + size])
+                corr = corr.at[np.ix_(b, b)].set(factor @ factor.T)
+                start += size
+            phi["corr"] = corr
+        return phi
+
+    def vector(self, phi: dict[str, np.ndarray], floor: float) -> np.ndarray:
+        """Start from φ, with no τ below ``floor`` times its unit and moderate correlations."""
+        v = np.zeros(self.size)
+        v[self.at["mu"]] = phi["mu"][self.free]
+        for name in ("gamma", "beta"):
+            if name in phi:
+                v[self.at[name]] = np.ravel(phi[name])
+        v[self.at["tau"]] = np.maximum(phi["tau"], 0.1 * floor * self.units[self.at["tau"]])
+        v = v / self.units
+        for name in self.shape.parameters:
+            v[self.at[name]] = np.log(phi[name] / self.own[name])
+        return v
+
+    def errors(
+        self, inside: np.ndarray, hessian: np.ndarray, phi: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Standard errors from the inverse Hessian, NaN at the boundary or off a maximum."""
+        se = np.full(self.size, np.nan)
+        if np.linalg.eigvalsh(hessian)[0] > 0:
+            se[inside] = np.sqrt(np.diag(np.linalg.inv(hessian)))
+        se = se * self.units
+        mu = np.zeros(len(self.shape.coef))
+        mu[self.free] = se[self.at["mu"]]
+        errors = {"mu": mu, "tau": se[self.at["tau"]]}
+        if self.shape.task_predictors:
+            errors["gamma"] = se[self.at["gamma"]].reshape(len(mu), -1)
+        if self.shape.shared:
+            errors["beta"] = se[self.at["beta"]]
+        for name in self.shape.parameters:
+            errors[name] = se[self.at[name]][0] * phi[name]
+        return errors

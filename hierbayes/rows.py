@@ -1,0 +1,130 @@
+r"""Rows of many tasks, alike ones added up, laid out so that work is in step with the data.
+
+.. math::
+
+    \log p(D_j \mid \theta, \varphi) = c_j + \sum_i w_{ij} \log p(y_{ij} \mid f_{ij}, \varphi),
+    \qquad f_{ij} = o_{ij} + x_{ij}^\top \theta + z_{ij}^\top \beta
+
+Rows of one task with the same columns are one row: sums of counts are sufficient where the
+likelihood says so, copies are weights elsewhere. What is left stands in blocks of so many rows,
+each of one task, so that no task is filled up to the size of another.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.likelihoods import Likelihood
+from hierbayes.tasks import Tasks
+from hierbayes.tasks.kept import kept
+
+SCATTER = 6.0
+"""Cost of adding a block to its task, in rows."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["x", "z", "outcome", "slots", "weight", "block_of", "task_predictors", "constant"],
+    meta_fields=["num_tasks"],
+)
+@dataclass(frozen=True)
+class Rows:
+    """``x`` (d, B, C), ``z`` (p, B, C), the rest (B, C): C blocks of B rows, the last axis longest.
+
+    ``weight`` is zero in rows that fill up a block; ``block_of`` (C,) is the task of each block, or
+    None where task j's only block is the j-th. ``constant`` (J,) is what adding up left out.
+    """
+
+    x: Any
+    z: Any
+    outcome: Any
+    slots: dict[str, Any]
+    weight: Any
+    block_of: Any
+    task_predictors: Any
+    constant: Any
+    num_tasks: int
+
+    def own(self, values: jax.Array) -> jax.Array:
+        """Of (…, J) values a task, each block's (…, C)."""
+        return values if self.block_of is None else values[..., self.block_of]
+
+    def by_task(self, values: jax.Array) -> jax.Array:
+        """Sums (…, J) over each task's rows, of (…, B, C)."""
+        blocks = values.sum(-2)
+        if self.block_of is None:
+            return blocks
+        summed = jax.ops.segment_sum(
+            jnp.moveaxis(blocks, -1, 0), self.block_of, self.num_tasks, indices_are_sorted=True
+        )
+        return jnp.moveaxis(summed, 0, -1)
+
+    def location(self, theta: jax.Array, phi: dict[str, Any]) -> jax.Array:
+        """f (B, C) of each row under its own task's θ (d, J)."""
+        own = self.own(theta)
+        f = self.slots.get("offset", 0.0)
+        for x, t in zip(self.x, own, strict=True):
+            f = f + x * t
+        if "beta" in phi:
+            for i in range(len(self.z)):
+                f = f + self.z[i] * phi["beta"][i]
+        return f
+
+    def log_prob(self, likelihood: Likelihood, f: jax.Array, phi: dict[str, Any]) -> jax.Array:
+        """w log p(y | f, φ) of each row (B, C)."""
+        found = likelihood.family(f, phi, self.slots).log_prob(self.outcome)
+        return jnp.where(self.weight > 0, self.weight * found, 0.0)
+
+
+@kept
+def rows_of(tasks: Tasks, likelihood: Likelihood) -> Rows:
+    """The tasks' rows, alike ones added up."""
+    added = likelihood.add_up(tasks)
+    merged, weight, constant = added.tasks, added.weight, added.constant
+    sizes, num_tasks = merged.sizes, merged.num_tasks
+    height = _height(sizes)
+    blocks_of_task = np.maximum(1, -(-sizes // height))
+    first_block = np.concatenate([[0], np.cumsum(blocks_of_task)])
+    task_of_row = merged.task_of_row
+    within = np.arange(merged.num_rows) - merged.starts[task_of_row]
+    block = first_block[task_of_row] + within // height
+    count = int(first_block[-1])
+
+    def laid_out(values: Any, fill: float) -> np.ndarray:
+        values = np.asarray(values, float)
+        out = np.full((*values.shape[1:], height, count), fill)
+        out[..., within % height, block] = np.moveaxis(values, 0, -1)
+        return out
+
+    one_each = count == num_tasks
+
+    # what fills a block up is a row that exists, with weight zero: any likelihood can score it
+    def first(values: np.ndarray) -> float:
+        return float(values[0]) if len(values) else 1.0
+
+    return Rows(
+        laid_out(merged.predictors, 0.0), laid_out(merged.shared, 0.0),
+        laid_out(merged.outcome, first(merged.outcome)),
+        {name: laid_out(v, first(v)) for name, v in merged.slots.items()},
+        laid_out(weight, 0.0),
+        None if one_each else np.repeat(np.arange(num_tasks), blocks_of_task),
+        merged.task_predictors, constant, num_tasks,
+    )  # fmt: skip
+
+
+def _height(sizes: np.ndarray) -> int:
+    """Rows of a block, for the least work."""
+    largest = int(sizes.max(initial=1))
+    best, least = largest, np.inf
+    for height in sorted({2**k for k in range(12) if 2**k < largest} | {max(largest, 1)}):
+        count = int(np.maximum(1, -(-sizes // height)).sum())
+        work = height * count + SCATTER * count * (count > len(sizes))
+        if work < least:
+            best, least = height, work
+    return best
