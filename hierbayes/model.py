@@ -57,6 +57,10 @@ class HierarchicalModel:
     hyperprior: HyperPrior = field(default_factory=HyperPrior, hash=False)
     encoder: Encoder | None = field(default=None, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        stated = [*self.hyperprior.extra, *(["sigma"] if self.hyperprior.sigma else [])]
+        object.__setattr__(self, "likelihood", self.likelihood.bound(stated))
+
     def tasks(self, data: Any) -> Tasks:
         """``data`` as Tasks: as it is, or a DataFrame through the model's formula."""
         if isinstance(data, Tasks):
@@ -132,7 +136,7 @@ class HierarchicalModel:
                 f"a prior cannot be learned from one task: found {tasks.num_tasks} task(s), "
                 f"{int((tasks.sizes > 0).sum())} with rows; give more tasks, or use no_pooling"
             )
-        if tasks.predictors.ndim == 2:
+        if self.likelihood.linear:
             _check_independent(tasks, self.shape(tasks).free_mean)
 
     # ----------------------------------------------------------------- density
@@ -208,9 +212,14 @@ class HierarchicalModel:
                     theta = self.prior.location(phi, w) + z @ self.prior.scale_tril(phi).T
             if not centred:
                 numpyro.deterministic("theta", theta)
-            outcome = self.likelihood.distribution(theta[tasks.task_of_row], phi, rows)
-            with numpyro.plate("row", tasks.num_rows, dim=-1):
-                numpyro.sample("y", outcome, obs=tasks.outcome)
+            if self.likelihood.has_location:
+                outcome = self.likelihood.distribution(theta[tasks.task_of_row], phi, rows)
+                with numpyro.plate("row", tasks.num_rows, dim=-1):
+                    numpyro.sample("y", outcome, obs=tasks.outcome)
+            else:
+                arranged = jax.tree.map(jnp.asarray, self.likelihood.arrange(tasks))
+                each = self.likelihood.log_likelihood_of_rows(theta, phi, *arranged)
+                numpyro.factor("y", each.sum())
 
         return program
 

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.likelihoods import Likelihood
-from hierbayes.tasks import Tasks
+from hierbayes.likelihoods.base import sum_by_task
+from hierbayes.tasks import Task, Tasks
 from hierbayes.tasks.kept import kept
 
 SCATTER = 6.0
@@ -65,6 +66,11 @@ class Rows:
         )
         return jnp.moveaxis(summed, 0, -1)
 
+    @property
+    def num_cells(self) -> int:
+        """Rows that a density works on, those that fill up included."""
+        return int(np.size(self.outcome))
+
     def location(self, theta: jax.Array, phi: dict[str, Any]) -> jax.Array:
         """f (B, C) of each row under its own task's θ (d, J)."""
         own = self.own(theta)
@@ -76,14 +82,112 @@ class Rows:
                 f = f + self.z[i] * phi["beta"][i]
         return f
 
-    def log_prob(self, likelihood: Likelihood, f: jax.Array, phi: dict[str, Any]) -> jax.Array:
-        """w log p(y | f, φ) of each row (B, C)."""
-        found = likelihood.family(f, phi, self.slots).log_prob(self.outcome)
-        return jnp.where(self.weight > 0, self.weight * found, 0.0)
+    def log_likelihood(
+        self, likelihood: Likelihood, theta: jax.Array, phi: dict[str, Any]
+    ) -> jax.Array:
+        """log p(D_j | θ_j, φ) − c_j of every task (J,), under θ (d, J)."""
+        family = likelihood.family(self.location(theta, phi), phi, self.slots)
+        return self.by_task(self._weighed(family.log_prob(self.outcome)))
+
+    def to_second_order(
+        self, likelihood: Likelihood, theta: jax.Array, phi: dict[str, Any], *, damped: bool
+    ) -> Curved:
+        """The same with slope and curvature in θ; ``damped`` leaves out what bends upwards."""
+        f = self.location(theta, phi)
+        value, first, second = map(
+            self._weighed, likelihood.to_second_order(f, phi, self.slots, self.outcome)
+        )
+        if damped:
+            second = jnp.minimum(second, 0.0)
+        d = len(theta)
+        slope = jnp.stack([self.by_task(first * self.x[k]) for k in range(d)])
+        entry = {}
+        for k in range(d):
+            for m in range(k + 1):
+                entry[k, m] = entry[m, k] = self.by_task(-second * self.x[k] * self.x[m])
+        bent = jnp.stack([jnp.stack([entry[k, m] for m in range(d)]) for k in range(d)])
+        return Curved(self.by_task(value), slope, bent)
+
+    def _weighed(self, values: Any) -> jax.Array:
+        # where nothing is weighed, not even what is no number counts
+        return jnp.where(self.weight > 0, self.weight * values, 0.0)
+
+
+class Curved(NamedTuple):
+    """log p(D_j | θ_j, φ) (J,), its slope (d, J) and minus its curvature (d, d, J)."""
+
+    value: jax.Array
+    slope: jax.Array
+    curvature: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rows", "task_of_row", "task_predictors"],
+    meta_fields=["num_tasks"],
+)
+@dataclass(frozen=True)
+class Whole:
+    """Tasks as a likelihood arranges them itself; see :meth:`Likelihood.arrange`."""
+
+    rows: Task
+    task_of_row: Any
+    task_predictors: Any
+    num_tasks: int
+    constant = 0.0
+
+    @property
+    def num_cells(self) -> int:
+        """Rows that a density works on, those that fill up included."""
+        return int(np.size(self.rows.outcome))
+
+    def log_likelihood(
+        self, likelihood: Likelihood, theta: jax.Array, phi: dict[str, Any]
+    ) -> jax.Array:
+        """log p(D_j | θ_j, φ) of every task (J,), under θ (d, J)."""
+        each = likelihood.log_likelihood_of_rows(theta.T, phi, self.rows, self.task_of_row)
+        return sum_by_task(each, self.task_of_row, self.num_tasks)
+
+    def to_second_order(
+        self, likelihood: Likelihood, theta: jax.Array, phi: dict[str, Any], *, damped: bool
+    ) -> Curved:
+        """The same with slope and curvature in θ; ``damped`` turns what bends upwards over.
+
+        A row moves its own task's θ only, so d products with all tasks at once give every matrix.
+        """
+
+        def total(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+            each = self.log_likelihood(likelihood, t, phi)
+            return each.sum(), each
+
+        def slopes(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jax.grad(total, has_aux=True)(t)
+
+        d = len(theta)
+        columns = []
+        slope, value = slopes(theta)
+        for k in range(d):
+            unit = jnp.zeros_like(theta).at[k].set(1.0)
+            columns.append(-jax.jvp(slopes, (theta,), (unit,), has_aux=True)[1])
+        bent = jnp.stack(columns, axis=1)
+        bent = 0.5 * (bent + jnp.swapaxes(bent, 0, 1))
+        if damped:
+            values, vectors = jnp.linalg.eigh(jnp.moveaxis(bent, -1, 0))
+            turned = (vectors * jnp.abs(values)[:, None]) @ jnp.swapaxes(vectors, 1, 2)
+            bent = jnp.moveaxis(turned, 0, -1)
+        return Curved(value, slope, bent)
+
+
+def rows_of(tasks: Tasks, likelihood: Likelihood) -> Rows | Whole:
+    """The tasks' rows: alike ones added up where f is linear in θ, as arranged elsewhere."""
+    if likelihood.linear:
+        return added_up(tasks, likelihood)
+    rows, task_of_row = likelihood.arrange(tasks)
+    return Whole(rows, task_of_row, tasks.task_predictors, tasks.num_tasks)
 
 
 @kept
-def rows_of(tasks: Tasks, likelihood: Likelihood) -> Rows:
+def added_up(tasks: Tasks, likelihood: Likelihood) -> Rows:
     """The tasks' rows, alike ones added up."""
     added = likelihood.add_up(tasks)
     merged, weight, constant = added.tasks, added.weight, added.constant

@@ -53,11 +53,7 @@ def measure(
     mode = climb(
         model, phi, rows, task_of_row, location, jnp.eye(d), precision, theta - location, kind
     )
-    at_mode, at_theta = (
-        model.likelihood.locations(t, phi, rows, task_of_row) for t in (mode.theta, theta)
-    )
-    by_row = model.likelihood.divergence(at_mode, at_theta, phi, rows.slots)
-    by_row = jnp.where(rows.mask, by_row, 0.0)
+    by_row = model.likelihood.divergence_of_rows(mode.theta, theta, phi, rows, task_of_row)
     counts = sum_by_task(jnp.asarray(rows.mask, float), task_of_row, num_tasks)
     kl = sum_by_task(by_row, task_of_row, num_tasks) / jnp.maximum(counts, 1)
     return missed, linearisation, drift, jnp.where(mode.converged, kl, jnp.nan)

@@ -36,7 +36,7 @@ from hierbayes.numerics import (
     solve_upper,
 )
 from hierbayes.priors import Prior
-from hierbayes.rows import Rows, rows_of
+from hierbayes.rows import Curved, Rows, Whole, rows_of
 from hierbayes.tasks import Tasks
 
 MAX_STEPS = 60
@@ -53,14 +53,6 @@ class Climbed(NamedTuple):
     converged: jax.Array
 
 
-class Bend(NamedTuple):
-    """Ψ_j (J,), its slope (d, J) and minus its curvature (d, d, J)."""
-
-    value: jax.Array
-    slope: jax.Array
-    curvature: jax.Array
-
-
 DEGREES_OF_FREEDOM, STEPS = 8.0, 12
 """Of the proposals of θ, and how many a draw."""
 
@@ -75,13 +67,15 @@ class Whitened(NamedTuple):
     """Every Ψ_j at one φ: m_j (d, J), L (d, d)."""
 
     likelihood: Likelihood
-    rows: Rows
+    rows: Rows | Whole
     phi: dict[str, Any]
     location: jax.Array
     root: jax.Array
 
     @classmethod
-    def at(cls, likelihood: Likelihood, prior: Prior, rows: Rows, phi: dict[str, Any]) -> Whitened:
+    def at(
+        cls, likelihood: Likelihood, prior: Prior, rows: Rows | Whole, phi: dict[str, Any]
+    ) -> Whitened:
         """The tasks at φ."""
         location = prior.location(phi, rows.task_predictors).T
         return cls(likelihood, rows, phi, location, prior.scale_tril(phi))
@@ -92,35 +86,18 @@ class Whitened(NamedTuple):
 
     def value(self, z: jax.Array) -> jax.Array:
         """Ψ_j (J,)."""
-        f = self.rows.location(self.theta(z), self.phi)
-        fit = self.rows.by_task(self.rows.log_prob(self.likelihood, f, self.phi))
+        fit = self.rows.log_likelihood(self.likelihood, self.theta(z), self.phi)
         return fit - 0.5 * (z**2).sum(0)
 
-    def bend(self, z: jax.Array, *, damped: bool = False) -> Bend:
-        """Ψ_j to second order at z; ``damped`` leaves rows out that bend the wrong way."""
-        rows = self.rows
-        f = rows.location(self.theta(z), self.phi)
-        each, first, second = self.likelihood.to_second_order(f, self.phi, rows.slots, rows.outcome)
-        # where nothing is weighed, not even what is no number counts
-        each, first, second = (
-            jnp.where(rows.weight > 0, rows.weight * part, 0.0) for part in (each, first, second)
-        )
-        value = rows.by_task(each)
-        if damped:
-            second = jnp.minimum(second, 0.0)
-        d = len(z)
-        pull = jnp.stack([rows.by_task(first * rows.x[k]) for k in range(d)])
-        entry = {}
-        for k in range(d):
-            for m in range(k + 1):
-                entry[k, m] = entry[m, k] = rows.by_task(-second * rows.x[k] * rows.x[m])
-        bent = jnp.stack([jnp.stack([entry[k, m] for m in range(d)]) for k in range(d)])
-        wide = self.root[:, :, None]
-        up = jnp.swapaxes(wide, 0, 1)
-        return Bend(
-            value - 0.5 * (z**2).sum(0),
-            matvec(up, pull) - z,
-            matmul(matmul(up, bent), wide) + jnp.eye(d)[:, :, None],
+    def bend(self, z: jax.Array, *, damped: bool = False) -> Curved:
+        """Ψ_j to second order at z; ``damped`` where a step has to climb from afar."""
+        at = self.rows.to_second_order(self.likelihood, self.theta(z), self.phi, damped=damped)
+        root = self.root[:, :, None]
+        up = jnp.swapaxes(root, 0, 1)
+        return Curved(
+            at.value - 0.5 * (z**2).sum(0),
+            matvec(up, at.slope) - z,
+            matmul(matmul(up, at.curvature), root) + jnp.eye(len(z))[:, :, None],
         )
 
 
@@ -194,7 +171,7 @@ def around(tasks: Whitened, start: jax.Array, num_nodes: int) -> Nodes:
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _moments(
-    model: HierarchicalModel, rows: Rows, phi: dict[str, Any], num_nodes: int
+    model: HierarchicalModel, rows: Rows | Whole, phi: dict[str, Any], num_nodes: int
 ) -> tuple[jax.Array, jax.Array]:
     tasks = Whitened.at(model.likelihood, model.prior, rows, phi)
     nodes = around(tasks, jnp.zeros_like(tasks.location), num_nodes)
@@ -208,7 +185,7 @@ def _moments(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _draws(
-    model: HierarchicalModel, rows: Rows, phis: dict[str, Any], starts: Any, white: Any,
+    model: HierarchicalModel, rows: Rows | Whole, phis: dict[str, Any], starts: Any, white: Any,
     stretch: Any, log_uniform: Any,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The last state (S, d, J) of a chain for each φ and task, and the share of moves (S, J).
@@ -283,7 +260,7 @@ class Quadrature(Adaptation):
         rng, plain = as_rng(key), model.without_encoder()
         rows = rows_of(tasks, plain.likelihood)
         size, d, num_tasks = len(next(iter(phis.values()))), len(tasks.coef), tasks.num_tasks
-        cells = max(int(np.size(rows.outcome)), num_tasks)
+        cells = max(rows.num_cells, num_tasks)
         most = int(np.clip(ROWS_AT_ONCE // cells, 1, size))
         theta, moved = np.empty((size, d, num_tasks)), np.zeros(num_tasks)
         starts = [min(start, size - most) for start in range(0, size, most)]

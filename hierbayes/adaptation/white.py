@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation.curvature import Kind, products
@@ -76,10 +75,9 @@ def _height(model: HierarchicalModel, phi: Any, rows: Task, theta: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _divergence(model: HierarchicalModel, phi: Any, rows: Task, theta: Any, other: Any) -> Any:
-    likelihood = model.likelihood
-    here, there = (likelihood.location(t, phi, rows) for t in (theta, other))
-    by_row = likelihood.divergence(here, there, phi, rows.slots)
-    return jnp.where(rows.mask, by_row, 0.0).sum() / rows.mask.sum()
+    alone = jax.tree.map(lambda values: values[None], rows)
+    by_row = model.likelihood.divergence_of_rows(theta[None], other[None], phi, alone, None)
+    return by_row.sum() / rows.mask.sum()
 
 
 @dataclass(frozen=True)

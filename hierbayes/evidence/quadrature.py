@@ -23,7 +23,7 @@ from hierbayes.adaptation.quadrature import Whitened, climb, grid, newton_step
 from hierbayes.likelihoods import Likelihood
 from hierbayes.numerics import cholesky, log_diagonal_sum, solve_upper
 from hierbayes.priors import Prior
-from hierbayes.rows import Rows
+from hierbayes.rows import Rows, Whole
 
 
 class Evidence(NamedTuple):
@@ -37,7 +37,7 @@ class Evidence(NamedTuple):
 def log_evidence(
     likelihood: Likelihood,
     prior: Prior,
-    rows: Rows,
+    rows: Rows | Whole,
     phi: dict[str, Any],
     start: jax.Array,
     num_nodes: int,

@@ -81,6 +81,11 @@ class AdaptedTasks:
         if not self.model.likelihood.linear:
             draws = self.adapted.sample if self.draws is None else self.draws
             thetas = (self.adapted.mean[None] if draws is None else draws)[:, found]
+            if not self.model.likelihood.has_location:
+                if draws is None and self.adapted.covariance is not None:
+                    drawn = self.adapted.draw(np.random.default_rng(0), POINT_DRAWS)
+                    thetas = drawn[:, found]
+                return outcomes("known task", self.model, rows, thetas, self.phis)
             means = locations(self.model, thetas, point, rows)
             variance = 0.0 if draws is not None else None
             if self.adapted.spread is not None:
@@ -102,6 +107,10 @@ class AdaptedTasks:
             needed = quadratic(rows.predictors, self.adapted.unidentified[of_row])
             blind = needed > 1e-8 * (rows.predictors**2).sum(1)
         return finish("known task", self.model, rows, self.phis, means, variance, blind)
+
+
+POINT_DRAWS = 200
+"""Draws of θ at a point φ, where outcomes cannot be averaged over it in closed form."""
 
 
 def locations(
@@ -168,6 +177,19 @@ def finish(
         components = model.likelihood.predictive(means, variance, phi, rows.slots)
     blind = np.zeros(rows.num_rows, bool) if unidentified is None else unidentified
     return Prediction(target, rows, components, blind)
+
+
+def outcomes(
+    target: str,
+    model: HierarchicalModel,
+    rows: Tasks,
+    thetas: np.ndarray,
+    phis: dict[str, np.ndarray],
+) -> Prediction:
+    """Predictions under S values of θ (S, J, d) where the likelihood knows no f."""
+    likelihood: Any = model.likelihood
+    components = likelihood.outcomes(thetas, likelihood.plug_in(dict(phis)), rows)
+    return Prediction(target, rows, components, np.zeros(rows.num_rows, bool))
 
 
 def quadratic(x: np.ndarray, matrices: np.ndarray) -> np.ndarray:

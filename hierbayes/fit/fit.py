@@ -14,7 +14,15 @@ import numpyro.distributions as dist
 from hierbayes.adaptation import Adaptation, Adapted, GradientSteps, LeastSquares
 from hierbayes.errors import InputError, announce
 from hierbayes.fit import datatree as trees
-from hierbayes.fit.adapted import AdaptedTasks, check_columns, finish, locations, quadratic
+from hierbayes.fit.adapted import (
+    POINT_DRAWS,
+    AdaptedTasks,
+    check_columns,
+    finish,
+    locations,
+    outcomes,
+    quadratic,
+)
 from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, float64, to_numpy
@@ -196,7 +204,7 @@ class Fit:
                 if isinstance(self.adaptation, GradientSteps)
                 else f"{self.method} learns no prior"
             )
-        if not self.model.likelihood.linear:
+        if not self.model.likelihood.linear and self.model.likelihood.has_location:
             tau = np.broadcast_to(self.phi["tau"], np.shape(self.phi["mu"]))
             each = dist.Normal(np.asarray(self.phi["mu"]), tau).to_event(1)
             return [each] * len(w)
@@ -279,6 +287,8 @@ class Fit:
             return self.adapted.predict(rows)
         if isinstance(self.adaptation, LeastSquares):
             raise InputError("no pooling learns nothing about tasks that it has not seen")
+        if not self.model.likelihood.has_location:
+            return self._predict_by_draws(rows, "new" if target == "new" else "population")
         if not self.model.likelihood.linear:
             return self._predict_unseen(rows, "new" if target == "new" else "population")
         point = {k: np.asarray(v) for k, v in self.phi.items()}
@@ -300,7 +310,7 @@ class Fit:
         thetas = np.broadcast_to(mu, (1, rows.num_tasks, len(mu)))
         drawn = target == "new" and "tau" in self.phi
         if drawn:
-            white = np.random.default_rng(0).standard_normal((200, *thetas.shape[1:]))
+            white = np.random.default_rng(0).standard_normal((POINT_DRAWS, *thetas.shape[1:]))
             # where sigma only sets the units of steps, sigma_query scales the prior with the noise
             scaled = "sigma_query" in self.phi
             unit = float(self.phi["sigma_query"] / self.phi["sigma"]) if scaled else 1.0
@@ -308,6 +318,21 @@ class Fit:
         means = locations(self.model, thetas, dict(self.phi), rows)
         what = "new task" if target == "new" else target
         return finish(what, self.model, rows, self._phis(), means, 0.0 if drawn else None)
+
+    def _predict_by_draws(self, rows: Tasks, target: str) -> Prediction:
+        """The same where the likelihood knows no f: from draws of θ, or at the prior's centre."""
+        phis = {name: np.asarray(value) for name, value in self._phis().items()}
+        drawn = target == "new" and "tau" in phis
+        if drawn and self.phi_draws is None:
+            phis = {name: np.repeat(value, POINT_DRAWS, axis=0) for name, value in phis.items()}
+        with float64():
+            thetas = self._location(phis, rows.task_predictors)
+            if drawn:
+                white = np.random.default_rng(0).standard_normal(thetas.shape)
+                root = np.asarray(self.model.prior.scale_tril(phis))
+                thetas = thetas + np.einsum("skl,sjl->sjk", root, white)
+        what = "new task" if drawn else target
+        return outcomes(what, self.model, rows, thetas, phis)
 
     # ------------------------------------------------------------------ storage
 

@@ -15,6 +15,7 @@ from scipy import special
 
 from hierbayes.errors import InputError
 from hierbayes.likelihoods.categorical import ClassProbabilities
+from hierbayes.likelihoods.outcomes_of_programs import ProgramOutcomes
 from hierbayes.tasks import Tasks
 
 
@@ -46,6 +47,8 @@ class Prediction:
     @property
     def discrete(self) -> bool:
         """True where outcomes are counts or categories."""
+        if isinstance(self.components, ProgramOutcomes):
+            return self.components.discrete
         return self.of_classes or hasattr(self.components.dist, "pmf")
 
     @property
@@ -153,9 +156,12 @@ class Prediction:
             below = self.probabilities.cumsum(1)[None, :, :-1]
             drawn = (rng.random((num_draws, len(self.unidentified), 1)) > below).sum(2)
             return self._known(drawn)
-        frozen = self.components
+        frozen = self._numbers("draws")
         shape = self.means.shape
         component = rng.integers(shape[0], size=num_draws)
+
+        if hasattr(frozen, "drawn"):
+            return self._known(frozen.drawn(component, rng))
 
         def chosen(parameter: Any) -> np.ndarray:
             return np.broadcast_to(parameter, shape)[component]

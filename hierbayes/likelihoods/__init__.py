@@ -16,9 +16,10 @@ from hierbayes.likelihoods.last_layer import LastLayer
 from hierbayes.likelihoods.negative_binomial import NegativeBinomial
 from hierbayes.likelihoods.network import Network
 from hierbayes.likelihoods.poisson import Poisson
+from hierbayes.likelihoods.program import Program, from_numpyro
 from hierbayes.likelihoods.student_t import StudentT
 
 __all__ = [
     "Bernoulli", "Binomial", "Categorical", "Gamma", "Gaussian", "LastLayer", "Likelihood",
-    "NegativeBinomial", "Network", "Poisson", "StudentT",
+    "NegativeBinomial", "Network", "Poisson", "Program", "StudentT", "from_numpyro",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,9 @@ class Likelihood(abc.ABC):
 
     linear: bool = True
     """True where f is linear in θ with the tasks' own columns as coefficients."""
+
+    has_location: bool = True
+    """True where outcomes depend on θ through f alone; else there is a density and no f."""
 
     log_concave: bool = True
     """True where log p(y | f) is concave in f: every task then has one mode."""
@@ -67,6 +71,18 @@ class Likelihood(abc.ABC):
         """KL(p(y | f) ‖ p(y | f′)) of each row (n,), for f = ``location`` and f′ = ``other``."""
         here, there = self.family(location, phi, slots), self.family(other, phi, slots)
         return jnp.asarray(dist.kl_divergence(here, there))
+
+    def divergence_of_rows(
+        self, thetas: Any, others: Any, phi: dict[str, Any], rows: Task, task_of_row: Any
+    ) -> jax.Array:
+        """KL(p(y | θ_j) ‖ p(y | θ′_j)) of each row under its own task's θ, as :meth:`locations`."""
+        here, there = (self.locations(t, phi, rows, task_of_row) for t in (thetas, others))
+        return jnp.where(rows.mask, self.divergence(here, there, phi, rows.slots), 0.0)
+
+    def bound(self, stated: Sequence[str]) -> Likelihood:
+        """The likelihood once the hyperprior has ``stated`` priors of these own parameters."""
+        del stated
+        return self
 
     def parameters(self) -> tuple[str, ...]:
         """Names of the likelihood's own parameters in φ."""

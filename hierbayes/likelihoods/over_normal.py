@@ -83,7 +83,7 @@ class OverNormal:
             high = np.where(below, high, middle)
         return high
 
-    def rvs(self, component: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def drawn(self, component: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draws (n, N): row by row from the components (n,) of a first axis of ``location``."""
         location, sd = self.location[component], self.sd[component]
         return np.asarray(

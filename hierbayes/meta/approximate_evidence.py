@@ -21,9 +21,10 @@ from hierbayes.evidence.quadrature import log_evidence
 from hierbayes.meta.layout_of_phi import Layout
 from hierbayes.meta.optimum import Optimum, curvature
 from hierbayes.meta.posterior_mode import TINY, finite, off_the_boundary, pinned
+from hierbayes.meta.supports import LINES
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
-from hierbayes.rows import Rows, rows_of
+from hierbayes.rows import Rows, Whole, rows_of
 from hierbayes.tasks import Tasks
 
 NODES = {1: (5, 7, 11, 15, 21, 31, 41, 61), 2: (5, 7, 11, 15, 21, 31), 3: (3, 5, 7, 9, 13)}
@@ -41,14 +42,19 @@ LARGE_SHIFT = 0.25
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _evidence(
-    model: HierarchicalModel, rows: Rows, phi: dict[str, Any], start: Any, num_nodes: int
+    model: HierarchicalModel, rows: Rows | Whole, phi: dict[str, Any], start: Any, num_nodes: int
 ) -> Any:
     return log_evidence(model.likelihood, model.prior, rows, phi, start, num_nodes)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _value_and_slope(
-    model: HierarchicalModel, layout: Layout, vector: Any, rows: Rows, start: Any, num_nodes: int
+    model: HierarchicalModel,
+    layout: Layout,
+    vector: Any,
+    rows: Rows | Whole,
+    start: Any,
+    num_nodes: int,
 ) -> Any:
     def minus(v: jax.Array) -> Any:
         found = log_evidence(model.likelihood, model.prior, rows, layout.phi(v), start, num_nodes)
@@ -64,7 +70,9 @@ class ApproximateEvidence:
     def __init__(self, model: HierarchicalModel, tasks: Tasks, num_nodes: int):
         self.model, self.num_nodes = model.without_encoder(), num_nodes
         self.rows = jax.tree.map(jnp.asarray, rows_of(tasks, model.likelihood))
-        self.layout = Layout.of(model.shape(tasks), model.scales(tasks))
+        self.layout = Layout.of(
+            model.shape(tasks), model.scales(tasks), model.phi_distributions(tasks)
+        )
         self.start = jnp.zeros((len(tasks.coef), tasks.num_tasks))
         self.unfinished = np.zeros(tasks.num_tasks, bool)
 
@@ -164,7 +172,7 @@ class _Search:
             phi = self.layout.phi(vector)
             beside = phi | {"tau": jnp.where(phi["tau"] > 0, phi["tau"], TINY)}
             total = sum(jnp.sum(b.log_prob(beside[name])) for name, b in beliefs.items())
-            logs = [jnp.log(phi[name]) for name in self.layout.own]
+            logs = [jnp.log(LINES[kind].slope(phi[name])) for name, kind in self.layout.lines]
             return jnp.asarray(total + sum(logs))
 
         return jax.jit(jax.value_and_grad(log_density))

@@ -24,11 +24,12 @@ from hierbayes.likelihoods import Likelihood
 from hierbayes.meta.approximate_evidence import Integrated, maximise_approximate
 from hierbayes.meta.collapsed import Point, in_batches
 from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units
+from hierbayes.meta.supports import LINES, lines_of
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors import Prior
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.priors.normality import improper
-from hierbayes.rows import Rows, rows_of
+from hierbayes.rows import Rows, Whole, rows_of
 from hierbayes.tasks import Tasks
 
 ROWS_AT_ONCE = 200_000
@@ -43,13 +44,14 @@ class Made(NamedTuple):
     likelihood: Likelihood
     prior: Prior
     shape: Shape
+    lines: tuple[tuple[str, str], ...]
     beliefs: Any
 
 
 class Given(NamedTuple):
     """What a compiled program is given: numbers only; ``centre`` and ``unit`` (P,) are b's."""
 
-    rows: Rows
+    rows: Rows | Whole
     beliefs: list[Any]
     units: Units
     centre: Any
@@ -71,14 +73,15 @@ def _named(shape: Shape, b: Any) -> dict[str, Any]:
 
 
 def _point(made: Made, given: Given, x: Any, num_nodes: int) -> Point:
-    likelihood, prior, shape, how = made
+    likelihood, prior, shape, how = made.likelihood, made.prior, made.shape, made.beliefs
     beliefs: Beliefs = jax.tree.unflatten(how, given.beliefs)
     coordinates = Coordinates.of(shape)
     scales = coordinates.scales(x, given.units, beliefs)
     phi, total, at = dict(scales.phi), scales.log_density, coordinates.size
-    for name in _others(shape):
-        phi[name] = jnp.exp(x[at])
-        total = total + x[at] + jnp.sum(beliefs[name].log_prob(phi[name]))
+    for name, kind in made.lines:
+        phi[name] = LINES[kind].at(x[at])
+        total = total + jnp.log(LINES[kind].slope(phi[name]))
+        total = total + jnp.sum(beliefs[name].log_prob(phi[name]))
         at += 1
     phi |= _named(shape, given.centre + given.unit * x[at:])
     for name in ("mu", "gamma", "beta"):
@@ -92,10 +95,6 @@ def _point(made: Made, given: Given, x: Any, num_nodes: int) -> Point:
     found = log_evidence(likelihood, prior, given.rows, phi, given.modes, num_nodes)
     total = total + found.log_evidence.sum()
     return Point(phi, jnp.where(jnp.isnan(total), -jnp.inf, total))
-
-
-def _others(shape: Shape) -> list[str]:
-    return [name for name in shape.parameters if name != "sigma"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -120,7 +119,9 @@ class ByQuadrature:
         shape = model.shape(tasks)
         self.beliefs = model.phi_distributions(tasks)
         leaves, how = jax.tree.flatten(self.beliefs)
-        self.made = Made(model.likelihood, model.prior, shape, how)
+        others = tuple(name for name in shape.parameters if name != "sigma")
+        lines = lines_of(others, self.beliefs)
+        self.made = Made(model.likelihood, model.prior, shape, lines, how)
         self.coordinates, self.shape = Coordinates.of(shape), shape
         self.num_coef, self.num_tasks = len(shape.coef), tasks.num_tasks
         self.num_nodes = found.num_nodes
@@ -145,7 +146,7 @@ class ByQuadrature:
         unit = np.where(np.isfinite(unit) & (unit > 0), unit, 0.1 * rough)
         self.rows = jax.tree.map(jnp.asarray, rows_of(tasks, model.likelihood))
         self.given = Given(self.rows, leaves, self.units, np.concatenate(parts), unit, modes)
-        self._own = [float(np.log(phi[name])) for name in _others(shape)]
+        self._own = [float(LINES[kind].inverse(phi[name])) for name, kind in lines]
         self._tau = np.maximum(phi["tau"], 0.05 * scales.coef)
 
     @property
@@ -157,7 +158,7 @@ class ByQuadrature:
     @property
     def at_once(self) -> int:
         """Points of one compiled call, a power of two."""
-        cells = int(np.size(self.rows.outcome)) or 1
+        cells = self.rows.num_cells or 1
         return 2 ** int(np.log2(np.clip(ROWS_AT_ONCE // cells, 1, MOST_AT_ONCE)))
 
     def prepare(self, units: Units, x: np.ndarray) -> None:

@@ -126,9 +126,9 @@ def full_bayes(
     model.check(tasks, learns_prior=True)
     resolved = model.resolve(tasks)
     exact = resolved.likelihood.gaussian_in_theta
-    integrable = exact or (resolved.likelihood.linear and len(tasks.coef) <= MOST_DIMENSIONS)
+    integrable = exact or len(tasks.coef) <= MOST_DIMENSIONS
     if method == "auto":
-        method = "collapsed" if integrable else "nuts"
+        method = "collapsed" if integrable and resolved.likelihood.linear else "nuts"
     if method == "collapsed" and not integrable:
         raise InputError(
             'method="collapsed" integrates theta out, by quadrature for up to '

@@ -1,45 +1,53 @@
-"""φ as a vector: (μ, Γ, β, τ, unconstrained correlations, logarithms of the family's own)."""
+"""φ as a vector: (μ, Γ, β, τ, unconstrained correlations, the family's own without bounds)."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from numpyro.distributions.transforms import CorrCholeskyTransform
 
+from hierbayes.meta.supports import LINES, lines_of
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.priors.scales import Scales
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["units", "own"], meta_fields=["shape"]
+    jax.tree_util.register_dataclass, data_fields=["units", "own"], meta_fields=["shape", "lines"]
 )
 @dataclass(frozen=True)
 class Layout:
-    """Between φ and a vector with entries of order one: logarithms of the family's parameters.
+    """Between φ and a vector with entries of order one, the family's parameters without bounds.
 
-    ``units`` of the other entries, ``own`` of the family's parameters by name.
+    ``units`` of the other entries; ``own``: where the family's parameters start; ``lines``:
+    how each of them becomes an entry without bounds, by name.
     """
 
     shape: Shape
     units: Any
     own: dict[str, Any]
+    lines: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, shape: Shape, scales: Scales) -> Layout:
+    def of(cls, shape: Shape, scales: Scales, beliefs: Mapping[str, dist.Distribution]) -> Layout:
         """The layout of a prior's shape, in the data's units."""
-        own = {n: float(scales.spread) if n == "sigma" else 1.0 for n in shape.parameters}
-        bare = cls(shape, None, own)
+        lines = lines_of(shape.parameters, beliefs)
+        own = {name: LINES[kind].start for name, kind in lines}
+        if "sigma" in own:
+            own["sigma"] = float(scales.spread)
+        bare = cls(shape, None, own, lines)
         units = np.ones(bare.size)
         units[bare.at["mu"]] = scales.mu[bare.free]
         units[bare.at["gamma"]] = (scales.coef[:, None] / scales.task_predictors).ravel()
         units[bare.at["beta"]] = scales.shared
         units[bare.at["tau"]] = scales.coef
-        return cls(shape, units, own)
+        return cls(shape, units, own, lines)
 
     @property
     def free(self) -> np.ndarray:
@@ -83,8 +91,9 @@ class Layout:
             phi["gamma"] = v[self.at["gamma"]].reshape(d, -1)
         if self.shape.shared:
             phi["beta"] = v[self.at["beta"]]
-        for name in self.shape.parameters:
-            phi[name] = self.own[name] * jnp.exp(v[self.at[name]][0])
+        for name, kind in self.lines:
+            line = LINES[kind]
+            phi[name] = line.at(line.inverse(self.own[name]) + v[self.at[name]][0])
         if self.blocks:
             corr, start = jnp.eye(d), 0
             for b in self.blocks:
@@ -104,8 +113,9 @@ class Layout:
                 v[self.at[name]] = np.ravel(phi[name])
         v[self.at["tau"]] = np.maximum(phi["tau"], 0.1 * floor * self.units[self.at["tau"]])
         v = v / self.units
-        for name in self.shape.parameters:
-            v[self.at[name]] = np.log(phi[name] / self.own[name])
+        for name, kind in self.lines:
+            line = LINES[kind]
+            v[self.at[name]] = line.inverse(phi[name]) - line.inverse(self.own[name])
         return v
 
     def errors(
@@ -123,6 +133,6 @@ class Layout:
             errors["gamma"] = se[self.at["gamma"]].reshape(len(mu), -1)
         if self.shape.shared:
             errors["beta"] = se[self.at["beta"]]
-        for name in self.shape.parameters:
-            errors[name] = se[self.at[name]][0] * phi[name]
+        for name, kind in self.lines:
+            errors[name] = se[self.at[name]][0] * LINES[kind].slope(phi[name])
         return errors

@@ -51,7 +51,7 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
     with float64():
         stats = jax.tree.map(jnp.asarray, placed_statistics(tasks))
         beliefs = resolved.phi_distributions(tasks)
-        layout = Layout.of(shape, scales)
+        layout = Layout.of(shape, scales, beliefs)
 
         def log_density(phi: dict[str, Any], stats: Statistics) -> tuple[Any, Any]:
             evidence = log_evidence(stats, resolved.prior, phi).sum()

@@ -30,6 +30,12 @@ class Scales:
     def of(cls, tasks: Tasks, likelihood: Likelihood) -> Scales:
         """The spread of f by the likelihood's units, divided by each predictor's."""
         level, spread = likelihood.units(tasks)
+        if not likelihood.linear:  # what θ's entries multiply, if anything, is not known
+            ones = np.full(len(tasks.coef), spread)
+            shared, w = (
+                np.ones(np.shape(part)[1]) for part in (tasks.shared, tasks.task_predictors)
+            )
+            return cls(spread, np.zeros(len(ones)), ones, ones, shared, w)
         sd, mean = _spread_and_mean(tasks)
         constant = sd <= 1e-12 * np.maximum(np.abs(mean), 1e-300)
         scale = spread / np.where(constant, 1.0, sd)
