@@ -17,6 +17,7 @@ from hierbayes.adaptation import (
     Laplace,
     LeastSquares,
     Proximal,
+    Quadrature,
 )
 from hierbayes.adaptation.implied_posterior import ImpliedPosterior
 from hierbayes.adaptation.linearised import LinearisedSteps
@@ -39,9 +40,12 @@ if TYPE_CHECKING:
 GROUP = "hierbayes"
 KINDS = (
     Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, LinearisedSteps, Proximal,
-    Variational,
+    Quadrature, Variational,
 )  # fmt: skip
-LIKELIHOODS = (likelihoods.Bernoulli, likelihoods.Gaussian)
+LIKELIHOODS = (
+    likelihoods.Bernoulli, likelihoods.Binomial, likelihoods.Gamma, likelihoods.Gaussian,
+    likelihoods.NegativeBinomial, likelihoods.Poisson, likelihoods.StudentT,
+)  # fmt: skip
 FORMAT = 2
 """2 names the likelihood; 1 knew the Gaussian one alone, by its ``known_se``."""
 

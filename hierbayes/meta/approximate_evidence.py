@@ -188,11 +188,16 @@ class _Search:
         value, _ = self.value_and_slope(vector)
         log_density = -evidence.value_and_slope(vector)[0]
         warnings = []
-        if np.isnan(errors["tau"]).any():
+        if np.isnan(errors["mu"][layout.free]).any():
+            flattest = np.linalg.eigh(hessian)[1][:, 0]
+            entry = np.flatnonzero(inside)[np.abs(flattest).argmax()]
+            name = next(n for n, at in layout.at.items() if at.start <= entry < at.stop)
             warnings.append(
-                "standard errors of tau are NaN where the estimate lies at tau = 0 or the evidence "
-                "is not concave there"
+                "standard errors are NaN: the evidence is flat, or not concave, at the estimate, "
+                f"most of all along {name}, which these data hardly determine"
             )
+        elif np.isnan(errors["tau"]).any():
+            warnings.append("standard errors of tau are NaN where the estimate lies at tau = 0")
         if evidence.unfinished.any():
             names = self.tasks.names[evidence.unfinished]
             warnings.append(

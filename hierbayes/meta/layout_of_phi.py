@@ -17,6 +17,9 @@ from hierbayes.meta.supports import LINES, lines_of
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.priors.scales import Scales
 
+FLAT = 1e-12
+"""Curvature, beside the largest, below which a direction is taken as not curved at all."""
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["units", "own"], meta_fields=["shape", "lines"]
@@ -123,7 +126,8 @@ class Layout:
     ) -> dict[str, np.ndarray]:
         """Standard errors from the inverse Hessian, NaN at the boundary or off a maximum."""
         se = np.full(self.size, np.nan)
-        if np.linalg.eigvalsh(hessian)[0] > 0:
+        values = np.linalg.eigvalsh(hessian)
+        if values[0] > FLAT * values[-1]:
             se[inside] = np.sqrt(np.diag(np.linalg.inv(hessian)))
         se = se * self.units
         mu = np.zeros(len(self.shape.coef))
