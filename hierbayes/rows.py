@@ -13,7 +13,7 @@ each of one task, so that no task is filled up to the size of another.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.likelihoods import Likelihood
+from hierbayes.likelihoods.alike import groups, merged
 from hierbayes.likelihoods.base import sum_by_task
 from hierbayes.tasks import Task, Tasks
 from hierbayes.tasks.kept import kept
+
+WORTH_WHILE = 0.7
+"""Share of the rows that patterns may be, for condensing to pay."""
+
+TINY = np.finfo(float).tiny
 
 SCATTER = 6.0
 """Cost of adding a block to its task, in rows."""
@@ -31,7 +37,18 @@ SCATTER = 6.0
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["x", "z", "outcome", "slots", "weight", "block_of", "task_predictors", "constant"],
+    data_fields=[
+        "x",
+        "z",
+        "outcome",
+        "slots",
+        "weight",
+        "block_of",
+        "task_predictors",
+        "constant",
+        "patterns",
+        "pattern_of",
+    ],
     meta_fields=["num_tasks"],
 )
 @dataclass(frozen=True)
@@ -40,6 +57,8 @@ class Rows:
 
     ``weight`` is zero in rows that fill up a block; ``block_of`` (C,) is the task of each block, or
     None where task j's only block is the j-th. ``constant`` (J,) is what adding up left out.
+    ``patterns`` holds one row for every x of a task, where the likelihood needs no more once β is
+    known, and ``pattern_of`` (B, C) the place of each row's own; None where that saves little.
     """
 
     x: Any
@@ -51,6 +70,38 @@ class Rows:
     task_predictors: Any
     constant: Any
     num_tasks: int
+    patterns: Rows | None = None
+    pattern_of: Any = None
+
+    def under(self, likelihood: Likelihood, phi: dict[str, Any]) -> Rows:
+        """The rows once φ is known: z β stands in the offset, what knows no θ in the constant."""
+        offset = self.slots.get("offset", 0.0)
+        if "beta" in phi:
+            for i in range(len(self.z)):
+                offset = offset + self.z[i] * phi["beta"][i]
+        base = likelihood.base(phi, self.slots, self.outcome)
+        constant = self.constant
+        if base is not None:
+            constant = constant + self.by_task(self._weighed(base))
+        if self.patterns is None:
+            slots = self.slots | {"offset": offset}
+            return replace(self, z=self.z[:0], slots=slots, constant=constant)
+        patterns = self.patterns
+        constant = constant + self.by_task(self._weighed(self.outcome * offset))
+        offset = jnp.where(self.weight > 0, offset + jnp.log(self.weight), -jnp.inf)
+        largest = jax.lax.stop_gradient(offset.max())
+        rates = jnp.exp(offset - largest)
+        if self.pattern_of is None:  # all rows of a block have one x, and a task has one block
+            sums = rates.sum(-2, keepdims=True)
+        else:
+            flat = jax.ops.segment_sum(
+                rates.ravel(), self.pattern_of.ravel(), patterns.outcome.size
+            )
+            sums = flat.reshape(patterns.outcome.shape)
+        exposure = largest + jnp.log(jnp.maximum(sums, TINY))
+        # a pattern's kernel takes its counts at its own offset, which is not its rows'
+        constant = constant - patterns.by_task(patterns._weighed(patterns.outcome * exposure))
+        return replace(patterns, slots={"offset": exposure}, constant=constant)
 
     def own(self, values: jax.Array) -> jax.Array:
         """Of (…, J) values a task, each block's (…, C)."""
@@ -71,29 +122,26 @@ class Rows:
         """Rows that a density works on, those that fill up included."""
         return int(np.size(self.outcome))
 
-    def location(self, theta: jax.Array, phi: dict[str, Any]) -> jax.Array:
-        """f (B, C) of each row under its own task's θ (d, J)."""
+    def location(self, theta: jax.Array) -> jax.Array:
+        """f (B, C) of each row under its own task's θ (d, J), φ being known."""
         own = self.own(theta)
-        f = self.slots.get("offset", 0.0)
+        f = self.slots["offset"]
         for x, t in zip(self.x, own, strict=True):
             f = f + x * t
-        if "beta" in phi:
-            for i in range(len(self.z)):
-                f = f + self.z[i] * phi["beta"][i]
         return f
 
     def log_likelihood(
         self, likelihood: Likelihood, theta: jax.Array, phi: dict[str, Any]
     ) -> jax.Array:
-        """log p(D_j | θ_j, φ) − c_j of every task (J,), under θ (d, J)."""
-        family = likelihood.family(self.location(theta, phi), phi, self.slots)
-        return self.by_task(self._weighed(family.log_prob(self.outcome)))
+        """log p(D_j | θ_j, φ) − c_j of every task (J,), under θ (d, J), φ being known."""
+        each = likelihood.kernel(self.location(theta), phi, self.slots, self.outcome)
+        return self.by_task(self._weighed(each))
 
     def to_second_order(
         self, likelihood: Likelihood, theta: jax.Array, phi: dict[str, Any], *, damped: bool
     ) -> Curved:
         """The same with slope and curvature in θ; ``damped`` leaves out what bends upwards."""
-        f = self.location(theta, phi)
+        f = self.location(theta)
         value, first, second = map(
             self._weighed, likelihood.to_second_order(f, phi, self.slots, self.outcome)
         )
@@ -135,6 +183,11 @@ class Whole:
     task_predictors: Any
     num_tasks: int
     constant = 0.0
+
+    def under(self, likelihood: Likelihood, phi: dict[str, Any]) -> Whole:
+        """The same."""
+        del likelihood, phi
+        return self
 
     @property
     def num_cells(self) -> int:
@@ -190,35 +243,68 @@ def rows_of(tasks: Tasks, likelihood: Likelihood) -> Rows | Whole:
 def added_up(tasks: Tasks, likelihood: Likelihood) -> Rows:
     """The tasks' rows, alike ones added up."""
     added = likelihood.add_up(tasks)
-    merged, weight, constant = added.tasks, added.weight, added.constant
-    sizes, num_tasks = merged.sizes, merged.num_tasks
+    laid = _laid_out(added.tasks, added.weight, added.constant)
+    if not likelihood.condenses:
+        return laid
+    found = groups(added.tasks, [*added.tasks.predictors.T])
+    if len(found.first) > WORTH_WHILE * added.tasks.num_rows:
+        return laid
+    counts = found.sum(added.weight * added.tasks.outcome)
+    together = merged(added.tasks, found, counts)
+    patterns = _laid_out(together, np.ones(together.num_rows), added.constant)
+    one_each = laid.block_of is None and len(found.first) == tasks.num_tasks
+    where = None
+    if not one_each:
+        place = np.zeros(laid.outcome.shape, int)
+        own = np.ravel_multi_index(_places(together)[:2], patterns.outcome.shape)
+        rows = _places(added.tasks)
+        place[rows[0], rows[1]] = own[found.of_row]
+        where = place
+    return replace(laid, patterns=patterns, pattern_of=where)
+
+
+class Places(NamedTuple):
+    """Where each row stands: ``within`` its ``block``; ``shape`` of all blocks; task of a block."""
+
+    within: np.ndarray
+    block: np.ndarray
+    shape: tuple[int, int]
+    block_of: np.ndarray
+
+
+def _places(tasks: Tasks) -> Places:
+    sizes, task_of_row = tasks.sizes, tasks.task_of_row
     height = _height(sizes)
     blocks_of_task = np.maximum(1, -(-sizes // height))
     first_block = np.concatenate([[0], np.cumsum(blocks_of_task)])
-    task_of_row = merged.task_of_row
-    within = np.arange(merged.num_rows) - merged.starts[task_of_row]
-    block = first_block[task_of_row] + within // height
-    count = int(first_block[-1])
+    within = np.arange(tasks.num_rows) - tasks.starts[task_of_row]
+    return Places(
+        within % height, first_block[task_of_row] + within // height,
+        (height, int(first_block[-1])), np.repeat(np.arange(tasks.num_tasks), blocks_of_task),
+    )  # fmt: skip
+
+
+def _laid_out(tasks: Tasks, weight: np.ndarray, constant: np.ndarray) -> Rows:
+    """Rows in blocks."""
+    within, block, shape, block_of = _places(tasks)
 
     def laid_out(values: Any, fill: float) -> np.ndarray:
         values = np.asarray(values, float)
-        out = np.full((*values.shape[1:], height, count), fill)
-        out[..., within % height, block] = np.moveaxis(values, 0, -1)
+        out = np.full((*values.shape[1:], *shape), fill)
+        out[..., within, block] = np.moveaxis(values, 0, -1)
         return out
-
-    one_each = count == num_tasks
 
     # what fills a block up is a row that exists, with weight zero: any likelihood can score it
     def first(values: np.ndarray) -> float:
         return float(values[0]) if len(values) else 1.0
 
     return Rows(
-        laid_out(merged.predictors, 0.0), laid_out(merged.shared, 0.0),
-        laid_out(merged.outcome, first(merged.outcome)),
-        {name: laid_out(v, first(v)) for name, v in merged.slots.items()},
+        laid_out(tasks.predictors, 0.0), laid_out(tasks.shared, 0.0),
+        laid_out(tasks.outcome, first(tasks.outcome)),
+        {name: laid_out(v, first(v)) for name, v in tasks.slots.items()},
         laid_out(weight, 0.0),
-        None if one_each else np.repeat(np.arange(num_tasks), blocks_of_task),
-        merged.task_predictors, constant, num_tasks,
+        None if shape[1] == tasks.num_tasks else block_of,
+        tasks.task_predictors, constant, tasks.num_tasks,
     )  # fmt: skip
 
 

@@ -127,9 +127,8 @@ def test_added_up_rows_say_what_all_rows_say(likelihood, seed, weighted):
         flat, of_row = likelihood.arrange(tasks)
         each = np.asarray(likelihood.log_likelihood_of_rows(theta, phi, flat, of_row))
         whole = np.bincount(of_row, each, tasks.num_tasks)
-        rows = rows_of(tasks, likelihood)
-        f = rows.location(theta.T, phi)
-        found = np.asarray(rows.by_task(rows.log_prob(likelihood, f, phi))) + rows.constant
+        rows = rows_of(tasks, likelihood).under(likelihood, phi)
+        found = np.asarray(rows.log_likelihood(likelihood, theta.T, phi)) + rows.constant
     close(found, whole, rtol=1e-10, atol=1e-10)
 
 

@@ -89,7 +89,7 @@ def test_values_and_curvature_are_the_familys(pair):
     with float64():
         found = []
         for model in pair:
-            rows = rows_of(tasks, model.likelihood)
+            rows = rows_of(tasks, model.likelihood).under(model.likelihood, phi)
             at = rows.to_second_order(model.likelihood, jnp.asarray(theta), phi, damped=False)
             found.append([np.asarray(at.value + rows.constant), at.slope, at.curvature])
     for ours, theirs in zip(*found, strict=True):

@@ -78,7 +78,7 @@ class Whitened(NamedTuple):
     ) -> Whitened:
         """The tasks at φ."""
         location = prior.location(phi, rows.task_predictors).T
-        return cls(likelihood, rows, phi, location, prior.scale_tril(phi))
+        return cls(likelihood, rows.under(likelihood, phi), phi, location, prior.scale_tril(phi))
 
     def theta(self, z: jax.Array) -> jax.Array:
         """θ_j = m_j + L z_j, (d, J)."""

@@ -58,7 +58,7 @@ def log_evidence(
             z = z + newton_step(at.curvature, at.slope)[0]
         at = tasks.bend(z)
         value = at.value - log_diagonal_sum(cholesky(at.curvature))
-        return Evidence(value + rows.constant, jax.lax.stop_gradient(z), found.converged)
+        return Evidence(value + tasks.rows.constant, jax.lax.stop_gradient(z), found.converged)
     z = found.z
     for _ in range(2):
         at = held.bend(z)
@@ -77,4 +77,4 @@ def log_evidence(
         step = jax.checkpoint(lambda t, at: (t + term(*at), None))
         total, _ = jax.lax.scan(step, jnp.zeros(z.shape[1]), (nodes, log_weights))
     value = base + jnp.log(total) - log_diagonal_sum(factor)
-    return Evidence(value + rows.constant, z, found.converged)
+    return Evidence(value + tasks.rows.constant, z, found.converged)

@@ -35,6 +35,9 @@ class Likelihood(abc.ABC):
     has_location: bool = True
     """True where outcomes depend on θ through f alone; else there is a density and no f."""
 
+    condenses: bool = False
+    """True where :meth:`kernel` is y f − e^f: rows with the same x are one row once β is known."""
+
     log_concave: bool = True
     """True where log p(y | f) is concave in f: every task then has one mode."""
 
@@ -88,14 +91,27 @@ class Likelihood(abc.ABC):
         """Names of the likelihood's own parameters in φ."""
         return ()
 
+    def kernel(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
+    ) -> Any:
+        """What of log p(y | f, φ) depends on f, row by row; f may have any shape.
+
+        The rest is :meth:`base`, but for constants that :meth:`add_up` has counted already.
+        """
+        return self.family(location, phi, slots).log_prob(outcome)
+
+    def base(self, phi: dict[str, Any], slots: dict[str, Any], outcome: Any) -> Any:
+        """log p(y | f, φ) less :meth:`kernel` and constants, row by row; None where nothing is."""
+        del phi, slots, outcome
+
     def to_second_order(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
     ) -> tuple[Any, Any, Any]:
-        """log p(y | f), its slope and its curvature in f, row by row; f may have any shape."""
+        """:meth:`kernel`, its slope and its curvature in f."""
         ones = jnp.ones_like(location)
 
         def value(f: jax.Array) -> jax.Array:
-            return jnp.asarray(self.family(f, phi, slots).log_prob(outcome))
+            return jnp.asarray(self.kernel(f, phi, slots, outcome))
 
         def slope(f: jax.Array) -> tuple[jax.Array, jax.Array]:
             found, moved = jax.jvp(value, (f,), (ones,))

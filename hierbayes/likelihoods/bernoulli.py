@@ -37,6 +37,11 @@ def _(primals: Any, tangents: Any) -> Any:
     return (value, chance), (chance * moved, chance * (1.0 - chance) * moved)
 
 
+def softplus(f: Any) -> Any:
+    """log(1 + e^f), with a slope that is right at f = 0."""
+    return logistic(f)[0]
+
+
 class Logistic(dist.BernoulliLogits):
     """Bernoulli by its logit, with a slope that is right at a logit of zero.
 
@@ -76,6 +81,13 @@ class Bernoulli(GeneralisedLinear):
         """Bernoulli with logit f."""
         del phi, slots
         return Logistic(logits=location)
+
+    def kernel(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
+    ) -> Any:
+        """``y f`` − log(1 + e^f)."""
+        del phi, slots
+        return outcome * location - softplus(location)
 
     def to_second_order(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any

@@ -12,7 +12,7 @@ from scipy import special
 
 from hierbayes.errors import InputError, listing
 from hierbayes.likelihoods.alike import Alike, columns_of, groups, merged
-from hierbayes.likelihoods.bernoulli import POSSIBLE, logistic
+from hierbayes.likelihoods.bernoulli import POSSIBLE, logistic, softplus
 from hierbayes.likelihoods.generalised import GeneralisedLinear, mean_offset
 from hierbayes.likelihoods.over_normal import averaged
 from hierbayes.tasks import Tasks
@@ -62,6 +62,13 @@ class Binomial(GeneralisedLinear):
         del phi
         return LogitBinomial(location, slots["trials"], validate_args=False)
 
+    def kernel(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
+    ) -> Any:
+        """``y f − n log(1 + e^f)``."""
+        del phi
+        return outcome * location - slots["trials"] * softplus(location)
+
     def to_second_order(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
     ) -> tuple[Any, Any, Any]:
@@ -69,10 +76,8 @@ class Binomial(GeneralisedLinear):
         del phi
         n = slots["trials"]
         value, chance = logistic(location)
-        ways = _log_ways(n, outcome, jax_gammaln)
         return (
-            outcome * location - n * value + ways, outcome - n * chance,
-            -n * chance * (1.0 - chance),
+            outcome * location - n * value, outcome - n * chance, -n * chance * (1.0 - chance)
         )  # fmt: skip
 
     def predictive(
@@ -105,8 +110,7 @@ class Binomial(GeneralisedLinear):
         successes, trials = found.sum(weight * y), found.sum(weight * n)
         ways = np.bincount(tasks.task_of_row, weight * _log_ways(n, y), tasks.num_tasks)
         together = merged(tasks, found, successes, trials=trials)
-        counted = np.bincount(together.task_of_row, _log_ways(trials, successes), tasks.num_tasks)
-        return Alike(together, np.ones(together.num_rows), ways - counted)
+        return Alike(together, np.ones(together.num_rows), ways)
 
 
 class LogitBinomial(dist.BinomialLogits):

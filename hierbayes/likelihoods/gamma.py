@@ -53,6 +53,19 @@ class Gamma(GeneralisedLinear):
         del slots
         return LogGamma(location, phi["shape"])
 
+    def kernel(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
+    ) -> Any:
+        """−α (f + y e^−f)."""
+        del slots
+        return -phi["shape"] * (location + outcome * jnp.exp(-location))
+
+    def base(self, phi: dict[str, Any], slots: dict[str, Any], outcome: Any) -> Any:
+        """α log α + (α − 1) log y − log Γ(α)."""
+        del slots
+        a = phi["shape"]
+        return a * jnp.log(a) + (a - 1) * jnp.log(outcome) - gammaln(a)
+
     def predictive(
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
     ) -> Any:
@@ -85,6 +98,6 @@ class LogGamma(dist.Gamma):
         super().__init__(shape, shape * exponential(-log_mean))
 
     def log_prob(self, value: Any) -> jax.Array:
-        """α (log α − f − y e^−f) + (α − 1) log y − log Γ(α)."""
-        a, f = self.alpha, self.log_mean
-        return a * (jnp.log(a) - f - value * jnp.exp(-f)) + (a - 1) * jnp.log(value) - gammaln(a)
+        """The likelihood's kernel and base."""
+        family, phi = Gamma(), {"shape": self.alpha}
+        return family.base(phi, {}, value) + family.kernel(self.log_mean, phi, {}, value)

@@ -11,6 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jax.scipy.special import gammaln
 
+from hierbayes.likelihoods.bernoulli import softplus
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.over_normal import averaged
 from hierbayes.likelihoods.poisson import LARGEST, exponential, log_rate
@@ -56,6 +57,21 @@ class NegativeBinomial(GeneralisedLinear):
         del slots
         return LogNegativeBinomial(location, phi["concentration"])
 
+    def kernel(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
+    ) -> Any:
+        """By softplus of the log odds f − log κ, which overflows nowhere."""
+        del slots
+        size = phi["concentration"]
+        odds = location - jnp.log(size)
+        return outcome * odds - (outcome + size) * softplus(odds)
+
+    def base(self, phi: dict[str, Any], slots: dict[str, Any], outcome: Any) -> Any:
+        """log Γ(y + κ) − log Γ(κ) − log y!."""
+        del slots
+        size = phi["concentration"]
+        return gammaln(outcome + size) - gammaln(size) - gammaln(outcome + 1.0)
+
     def predictive(
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
     ) -> Any:
@@ -88,8 +104,6 @@ class LogNegativeBinomial(dist.NegativeBinomial2):
         super().__init__(exponential(log_mean), concentration)
 
     def log_prob(self, value: Any) -> jax.Array:
-        """By softplus of the log odds f − log κ, which overflows nowhere."""
-        size = self.size
-        odds = self.log_mean - jnp.log(size)
-        ways = gammaln(value + size) - gammaln(size) - gammaln(value + 1.0)
-        return ways + value * odds - (value + size) * jnp.logaddexp(odds, 0.0)
+        """The likelihood's kernel and base."""
+        family, phi = NegativeBinomial(), {"concentration": self.size}
+        return family.base(phi, {}, value) + family.kernel(self.log_mean, phi, {}, value)

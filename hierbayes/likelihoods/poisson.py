@@ -41,6 +41,7 @@ class Poisson(GeneralisedLinear):
     """
 
     discrete = True
+    condenses = True
 
     def _check_outcome(self, tasks: Tasks) -> None:
         self._refuse_non_counts(tasks)
@@ -52,14 +53,20 @@ class Poisson(GeneralisedLinear):
         del phi, slots
         return LogPoisson(location)
 
+    def kernel(
+        self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
+    ) -> Any:
+        """``y f − e^f``."""
+        del phi, slots
+        return outcome * location - jnp.exp(location)
+
     def to_second_order(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
     ) -> tuple[Any, Any, Any]:
         """With one exponential a row."""
         del phi, slots
         rate = jnp.exp(location)
-        value = outcome * location - rate - jax_gammaln(outcome + 1.0)
-        return value, outcome - rate, -rate
+        return outcome * location - rate, outcome - rate, -rate
 
     def predictive(
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
@@ -92,9 +99,7 @@ class Poisson(GeneralisedLinear):
         left = np.bincount(
             tasks.task_of_row, weight * (y * offset - gammaln(y + 1.0)), tasks.num_tasks
         )
-        counted = np.bincount(
-            together.task_of_row, counts * exposure - gammaln(counts + 1.0), tasks.num_tasks
-        )
+        counted = np.bincount(together.task_of_row, counts * exposure, tasks.num_tasks)
         return Alike(together, np.ones(together.num_rows), left - counted)
 
 
