@@ -24,7 +24,7 @@ from scipy.special import expit, logit
 
 import hierbayes as hb
 from hierbayes.adaptation import Laplace
-from hierbayes.adaptation.gradient import curvatures
+from hierbayes.adaptation.step_length import curvatures
 from hierbayes.checks import held_out_scores, leave_one_task_out
 from hierbayes.numerics import float64
 

@@ -45,7 +45,7 @@ def products(
     kind: Kind,
 ) -> Any:
     """H_j v_j of every task, (J, …), without forming H."""
-    if kind == "hessian":
+    if kind == "hessian" or model.likelihood.linear:  # where f is linear both are the same
         return -jax.jvp(lambda t: slopes(model, phi, rows, task_of_row, t), (thetas,), (vectors,))[
             1
         ]

@@ -41,7 +41,7 @@ def leave_one_task_out(fit: Fit) -> dict[str, Any]:
     dict
         ``log_density`` (J,), one a task; ``pareto_k`` (J,) under full Bayes.
     """
-    if isinstance(fit.adaptation, LeastSquares):
+    if isinstance(fit.adaptation, LeastSquares | MaximumLikelihood):
         raise InputError("no pooling learns nothing about tasks that it has not seen")
     if "tau" in fit.phi:
         fit.model.require_gaussian(

@@ -29,7 +29,7 @@ from hierbayes.adaptation import (
     Laplace,
     equivalent_steps,
 )
-from hierbayes.adaptation.gradient import largest_curvature
+from hierbayes.adaptation.step_length import largest_curvature
 from hierbayes.adaptation.implied_posterior import ImpliedPosterior
 from hierbayes.errors import FitWarning, InputError
 from hierbayes.fit import Fit

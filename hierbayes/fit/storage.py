@@ -16,6 +16,7 @@ from hierbayes.adaptation import (
     GradientSteps,
     Laplace,
     LeastSquares,
+    MaximumLikelihood,
     Proximal,
 )
 from hierbayes.adaptation.implied_posterior import ImpliedPosterior
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 
 GROUP = "hierbayes"
 KINDS = (
-    Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, LinearisedSteps, Proximal,
-    Variational,
+    Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, LinearisedSteps,
+    MaximumLikelihood, Proximal, Variational,
 )  # fmt: skip
 LIKELIHOODS = (likelihoods.Bernoulli, likelihoods.Gaussian)
 FORMAT = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax.scipy.special import gammaln as jax_gammaln
@@ -50,10 +51,19 @@ class Binomial(GeneralisedLinear):
         if odd.size:
             i = odd[0]
             raise InputError(
-                f"successes cannot exceed trials, and trials are whole: {odd.size} row(s) do not "
-                f"fit, the first {tasks.outcome[i]:g} of {trials[i]:g} in task "
-                f"{listing([tasks.names[tasks.task_of_row[i]]])}"
+                f"successes cannot exceed trials, and trials are whole: {odd.size} row(s) of "
+                f"{tasks.labels.outcome!r} do not fit, the first {tasks.outcome[i]:g} of "
+                f"{trials[i]:g} in task {listing([tasks.names[tasks.task_of_row[i]]])}; correct "
+                "these rows, or leave them out"
             )
+
+    def best_location(self, outcome: Any, slots: dict[str, Any]) -> Any:
+        """The logit, half a success and half a failure added."""
+        return jnp.log(outcome + 0.5) - jnp.log(slots["trials"] - outcome + 0.5)
+
+    def endless(self, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
+        """Upwards where every trial succeeds, downwards where none does."""
+        return tasks.outcome == tasks.slots["trials"], tasks.outcome == 0
 
     def family(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any]

@@ -36,6 +36,7 @@ class NegativeBinomial(GeneralisedLinear):
     """
 
     discrete = True
+    log_link = True
 
     def parameters(self) -> tuple[str, ...]:
         """``concentration``."""
@@ -48,6 +49,15 @@ class NegativeBinomial(GeneralisedLinear):
 
     def _check_outcome(self, tasks: Tasks) -> None:
         self._refuse_non_counts(tasks)
+
+    def best_location(self, outcome: Any, slots: dict[str, Any]) -> Any:
+        """The log, half a count standing for none."""
+        del slots
+        return jnp.log(jnp.maximum(outcome, 0.5))
+
+    def endless(self, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
+        """Downwards where nothing was counted."""
+        return np.zeros(tasks.num_rows, bool), tasks.outcome == 0
 
     def family(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any]
