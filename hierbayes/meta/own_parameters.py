@@ -104,9 +104,9 @@ def _minimise(
     from scipy import optimize
 
     def finite(x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, slope = function(x)
-        value = float(value)
-        return (value if np.isfinite(value) else 1e300), np.nan_to_num(np.asarray(slope))
+        value, slope = (np.asarray(part) for part in function(x))
+        fine = np.isfinite(value) and np.isfinite(slope).all()
+        return (float(value), slope) if fine else (1e300, np.zeros(len(x)))
 
     run: Any = optimize.minimize(
         finite, start, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)),
