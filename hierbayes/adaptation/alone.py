@@ -13,6 +13,7 @@ that are left, and the directions that these do not determine are marked as unid
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ def perfectly_explained(
             perfect |= fine[task_of_row] & (moved != 0)
         return perfect
     starts = np.searchsorted(task_of_row, np.arange(num_tasks + 1))
-    for low, high in zip(starts[:-1], starts[1:], strict=True):
+    for low, high in itertools.pairwise(starts):
         some = slice(low, high)
         if (up[some] | down[some]).any():
             perfect[some] = _of_one(x[some], up[some], down[some])

@@ -64,8 +64,8 @@ def judge(
 
     ``curvature`` (J, d) may be that of the preconditioned problem; ``composed`` says that it is
     that of all steps together, which no single step size can be held against. Without ``refuse``
-    steps that diverge on the linearised task are judged as having no prior: f is not linear, and
-    the steps themselves need not diverge.
+    steps that diverge on the linearised task are judged as having no prior: the log likelihood is
+    not quadratic, and the steps themselves need not diverge.
     """
     equal = None if composed or isinstance(method, Flow) or not method.plain else method.step_size
     names = np.asarray(tasks.names)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hierbayes.adaptation import Laplace, LeastSquares, MaximumLikelihood, Quadrature
+from hierbayes.adaptation import LeastSquares, MaximumLikelihood, Quadrature
 from hierbayes.errors import FitWarning, InputError
 from hierbayes.evidence.exact import log_evidence
 from hierbayes.fit import Fit
@@ -113,10 +113,10 @@ def _joint_log_density(fit: Fit, task: Any) -> float:
 
 def _evidence(fit: Fit) -> WithoutOne:
     """The evidence of tasks that are not Gaussian, as the fit has it."""
-    nodes = {Quadrature: getattr(fit.adaptation, "num_nodes", None)}
-    if fit.info.get("evidence") == "laplace":
-        nodes[Laplace] = 1
-    return WithoutOne(fit.model, fit.tasks, nodes.get(type(fit.adaptation)))
+    nodes = 1 if fit.info.get("evidence") == "laplace" else None
+    if isinstance(fit.adaptation, Quadrature):
+        nodes = fit.adaptation.num_nodes
+    return WithoutOne(fit.model, fit.tasks, nodes)
 
 
 def _pooled_scores(fit: Fit) -> np.ndarray:
@@ -145,9 +145,7 @@ def _over_draws(fit: Fit, phis: dict[str, np.ndarray]) -> np.ndarray:
                 lambda phi: log_evidence(numbers, fit.model.prior, phi), phis, batch_size=64
             )
         )
-        return gathered(
-            over_draws(placed_statistics(fit.tasks), phis), fit.tasks.num_tasks, axis=1
-        )
+        return gathered(over_draws(placed_statistics(fit.tasks), phis), fit.tasks.num_tasks, axis=1)
 
 
 def _importance(fit: Fit) -> dict[str, Any]:

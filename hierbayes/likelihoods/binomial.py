@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -96,6 +97,14 @@ class Binomial(GeneralisedLinear):
             lambda f: stats.binom(slots["trials"], np.clip(special.expit(f), *POSSIBLE)),
             location, variance,
         )  # fmt: skip
+
+    def divergence(
+        self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> jax.Array:
+        """The trials times that of two Bernoulli distributions."""
+        del phi
+        softplus, chance = logistic(location)
+        return slots["trials"] * (chance * (location - other) - softplus + logistic(other)[0])
 
     def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
         """n p (1 − p) is at most n / 4."""

@@ -77,6 +77,14 @@ class Gamma(GeneralisedLinear):
 
         return averaged(at, location, variance)
 
+    def divergence(
+        self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> jax.Array:
+        """With one shape α: α (e^(f − f′) − 1 − (f − f′))."""
+        del slots
+        apart = location - other
+        return jnp.asarray(phi["shape"] * (jnp.expm1(apart) - apart))
+
     def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
         """None: α y e^−f grows without bound."""
         del phi, slots

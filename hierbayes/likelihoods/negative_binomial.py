@@ -80,6 +80,17 @@ class NegativeBinomial(GeneralisedLinear):
 
         return averaged(at, location, variance)
 
+    def divergence(
+        self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> jax.Array:
+        """With one concentration κ: m (f − f′) − (m + κ) log((m + κ) / (m′ + κ)), m = e^f."""
+        del slots
+        size, odds = phi["concentration"], location - jnp.log(phi["concentration"])
+        moved = other - location
+        softer = jnp.logaddexp(odds + moved, 0.0) - jnp.logaddexp(odds, 0.0)
+        mean = exponential(location)
+        return jnp.asarray(-mean * moved + (mean + size) * softer)
+
     def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
         """None over all counts: (y + κ) / 4 in a row that counts y."""
         del phi, slots

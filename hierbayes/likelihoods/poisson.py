@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -79,6 +80,14 @@ class Poisson(GeneralisedLinear):
 
         del phi, slots
         return averaged(lambda f: stats.poisson(np.exp(np.minimum(f, LARGEST))), location, variance)
+
+    def divergence(
+        self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> jax.Array:
+        """e^f (f − f′ − 1) + e^f′."""
+        del phi, slots
+        here, there = exponential(location), exponential(other)
+        return jnp.asarray(here * (location - other - 1.0) + there)
 
     def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
         """None: a rate grows without bound."""

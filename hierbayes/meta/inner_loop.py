@@ -205,7 +205,7 @@ def outer_parameters(
         phi["mu"] = jnp.where(free, parameters["mu"] * scales.coef, 0.0)
         for name in asked:
             if f"log_{name}_query" in parameters:
-                scale = unit.get(name, fixed.get(name))
+                scale = unit[name] if name in unit else fixed[name]
                 phi[f"{name}_query"] = scale * jnp.exp(parameters[f"log_{name}_query"])
         if p:
             phi["beta"] = parameters["beta"] * scales.shared

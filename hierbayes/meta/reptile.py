@@ -79,8 +79,8 @@ def reptile(
     θ_j^K − θ_j^0 on (1, w_j), over the tasks with rows. The shared effects β stay as they are in
     the inner loop; their direction is the gradient of Σ_j log p(D_j | θ_j^K, β), multiplied by
     (Zᵀ C Z)⁻¹ with C the largest curvature that a row can have (1/σ² for Gaussian rows; on a log
-    scale as for ``step_size``), so that a step of length one is as long as it may be. Where gradient steps are linear in φ the fixed
-    point solves
+    scale as for ``step_size``), so that a step of length one is as long as it may be. Where
+    gradient steps are linear in φ the fixed point solves
 
     .. math:: \sum_j W_j (\hat\theta_j - \varphi) = 0, \qquad W_j = I - (I - \eta H_j)^K,
 
@@ -286,9 +286,7 @@ def _query(
     with float64():
 
         def at(logs: Any) -> dict[str, Any]:
-            found = {
-                f"{n}_query": unit.get(n, fixed.get(n)) * jnp.exp(value) for n, value in logs.items()
-            }
+            found = {f"{n}_query": (fixed | unit)[n] * jnp.exp(value) for n, value in logs.items()}
             return phi | found
 
         def objective(logs: Any, *parts: Any) -> jax.Array:
