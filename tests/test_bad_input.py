@@ -237,14 +237,16 @@ NINES, TWOS = [9.0] * 12, [2.0] * 12
 OF_TRIALS: dict[str, Any] = dict(family="binomial", outcome="p(y, n)")
 ZERO_ONE = [0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0]
 FAMILIES: list[Case] = [
-    ("a count below zero", lambda: counted(at(4, -2)), ("'y'", "counts", "1 row", "-2", "'b'", "leave")),
+    ("a count below zero", lambda: counted(at(4, -2)),
+     ("'y'", "counts", "1 row", "-2", "'b'", "leave")),
     ("half a count", lambda: counted(at(4, 0.5)), ("'y'", "counts", "0.5", "'b'")),
     ("half a count, negative binomial", lambda: counted(at(4, 0.5), "negative_binomial"),
      ("'y'", "counts", "0.5", "'b'")),
     ("successes above trials", lambda: counted(at(4, 12), **OF_TRIALS),
      ("'y'", "exceed trials", "12 of 9", "'b'", "correct")),
     ("successes below zero", lambda: counted(at(4, -1), **OF_TRIALS), ("'y'", "-1", "'b'")),
-    ("trials of zero", lambda: counted(n=at(4, 0, NINES), **OF_TRIALS), ("trials", "positive", "'b'")),
+    ("trials of zero", lambda: counted(n=at(4, 0, NINES), **OF_TRIALS),
+     ("trials", "positive", "'b'")),
     ("trials below zero", lambda: counted(n=at(4, -3, NINES), **OF_TRIALS),
      ("trials", "positive", "-3", "'b'")),
     ("trials not whole", lambda: counted(n=at(4, 8.5, NINES), **OF_TRIALS),
@@ -260,7 +262,8 @@ FAMILIES: list[Case] = [
      ("'time'", "NaN")),
     ("an amount of zero", lambda: counted(at(4, 0, TWOS), "gamma"),
      ("'y'", "above zero", "'b'", "Bernoulli")),
-    ("an amount below zero", lambda: counted(at(4, -1, TWOS), "gamma"), ("'y'", "above zero", "-1")),
+    ("an amount below zero", lambda: counted(at(4, -1, TWOS), "gamma"),
+     ("'y'", "above zero", "-1")),
     ("an offset of NaN", lambda: counted(time=at(4, np.nan, TWOS), offset="time"),
      ("'time'", "NaN")),
     ("an infinite offset", lambda: counted(time=at(4, np.inf, TWOS), offset="time"),

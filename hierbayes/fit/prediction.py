@@ -15,6 +15,7 @@ from scipy import special
 
 from hierbayes.errors import InputError
 from hierbayes.likelihoods.categorical import ClassProbabilities
+from hierbayes.likelihoods.over_normal import OverNormal
 from hierbayes.tasks import Tasks
 
 
@@ -156,6 +157,8 @@ class Prediction:
         frozen = self.components
         shape = self.means.shape
         component = rng.integers(shape[0], size=num_draws)
+        if isinstance(frozen, OverNormal):
+            return self._known(frozen.rvs(component, rng))
 
         def chosen(parameter: Any) -> np.ndarray:
             return np.broadcast_to(parameter, shape)[component]

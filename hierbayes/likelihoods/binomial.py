@@ -93,8 +93,9 @@ class Binomial(GeneralisedLinear):
         from scipy import stats
 
         del phi
+        trials = np.asarray(slots["trials"]).astype(int)  # SciPy draws from whole trials only
         return averaged(
-            lambda f: stats.binom(slots["trials"], np.clip(special.expit(f), *POSSIBLE)),
+            lambda f: stats.binom(trials, np.clip(special.expit(f), *POSSIBLE)),
             location, variance,
         )  # fmt: skip
 

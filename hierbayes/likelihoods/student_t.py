@@ -106,5 +106,6 @@ class HeavyTailed(dist.StudentT):
         """−½ (ν + 1) log(1 + r² / ν) and the log of the constant, r = (y − f) / σ."""
         df: Any = self.df
         r = (value - self.loc) / self.scale
+        scale: Any = self.scale
         constant = gammaln(0.5 * (df + 1)) - gammaln(0.5 * df) - 0.5 * jnp.log(jnp.pi * df)
-        return constant - jnp.log(self.scale) - 0.5 * (df + 1) * jnp.log1p(r * r / df)
+        return constant - jnp.log(scale) - 0.5 * (df + 1) * jnp.log1p(r * r / df)
