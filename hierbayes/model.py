@@ -19,7 +19,8 @@ import numpyro
 import numpyro.distributions as dist
 
 from hierbayes.errors import InputError, NotApplicable, listing
-from hierbayes.likelihoods import GeneralisedLinear, Likelihood
+from hierbayes.likelihoods import Likelihood
+from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.numerics import float64, triangle
 from hierbayes.priors import HyperPrior, Prior

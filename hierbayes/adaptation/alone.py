@@ -25,8 +25,8 @@ from hierbayes.adaptation.base import Adaptation, Adapted
 from hierbayes.adaptation.curvature import curvatures_at, slopes
 from hierbayes.adaptation.least_squares import RANK_TOLERANCE
 from hierbayes.adaptation.newton import Mode, climb, trouble
-from hierbayes.likelihoods import GeneralisedLinear
 from hierbayes.likelihoods.base import sum_by_task
+from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.tasks import Task, Tasks

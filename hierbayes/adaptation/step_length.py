@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.errors import InputError, listing
-from hierbayes.likelihoods import GeneralisedLinear, Likelihood
+from hierbayes.likelihoods import Likelihood
 from hierbayes.likelihoods.base import sum_by_task
+from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.sharding import gathered

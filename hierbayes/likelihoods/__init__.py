@@ -12,7 +12,6 @@ from hierbayes.likelihoods.binomial import Binomial
 from hierbayes.likelihoods.categorical import Categorical
 from hierbayes.likelihoods.gamma import Gamma
 from hierbayes.likelihoods.gaussian import Gaussian
-from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.last_layer import LastLayer
 from hierbayes.likelihoods.negative_binomial import NegativeBinomial
 from hierbayes.likelihoods.network import Network
@@ -20,6 +19,6 @@ from hierbayes.likelihoods.poisson import Poisson
 from hierbayes.likelihoods.student_t import StudentT
 
 __all__ = [
-    "Bernoulli", "Binomial", "Categorical", "Gamma", "Gaussian", "GeneralisedLinear", "LastLayer",
-    "Likelihood", "NegativeBinomial", "Network", "Poisson", "StudentT",
+    "Bernoulli", "Binomial", "Categorical", "Gamma", "Gaussian", "LastLayer", "Likelihood",
+    "NegativeBinomial", "Network", "Poisson", "StudentT",
 ]  # fmt: skip

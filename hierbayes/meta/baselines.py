@@ -18,7 +18,7 @@ from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.evidence.profile import profile, profile_problem
 from hierbayes.fit import Fit
-from hierbayes.likelihoods import GeneralisedLinear
+from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.marginal import named_fixed
 from hierbayes.meta.own_parameters import over_all
 from hierbayes.meta.own_parameters import within as within_likelihood

@@ -31,7 +31,7 @@ from hierbayes.adaptation.alone import (
 )
 from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable, listing
-from hierbayes.likelihoods import GeneralisedLinear
+from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.optimum import curvature, newton
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
