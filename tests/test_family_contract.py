@@ -326,6 +326,34 @@ def test_many_steps_reach_the_tasks_own_maximum(family):
         close(alone.mean[j], best.x, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", SOME)
+def test_an_equivalent_prior_is_judged_and_never_nan(family):
+    """Short steps, longer ones, and such that leave the finite numbers: judged, or refused."""
+    tasks = simulated(family, num_tasks=3)
+    phi = own(family) | {"mu": np.array([0.3, -0.2])}
+    top = float(largest_curvature(model(family), tasks, phi).max())
+    for num_steps, share in ((1, 0.5), (5, 1.0), (4, 2.5), (3, 1e3), (4000, 1e3)):
+        said = ""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", hb.errors.FitWarning)
+            try:
+                found = hb.equivalent_prior(
+                    model(family), tasks, phi, num_steps=num_steps, step_size=share / top
+                )
+            except hb.InputError as error:
+                found, said = None, str(error)
+        if found is None:
+            assert "diverge" in said
+            assert share > 2
+            continue
+        for values in (found.precision, found.posterior_mean, found.posterior_covariance):
+            assert np.isfinite(values).all()
+        proper = found.status != "no prior"
+        assert not np.isnan(found.validity.missed[proper]).any()
+        if share < 1:
+            assert proper.all()
+
+
 @every_family
 def test_kl_between_two_predictors_is_the_sum_over_outcomes(family):
     """Sums over counts, and integrals by SciPy's densities on 200,001 points."""

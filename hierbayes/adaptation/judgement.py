@@ -76,8 +76,9 @@ def judge(
             away |= left <= -1
         elif isinstance(method, Descent):  # a ball may swing far past the optimum and yet settle
             away |= float(method.step_size) * curvature >= longest * (1 - 1e-12)
-    if away.any() and refuse:
-        _refuse_divergence(tasks, method, curvature, away, composed=composed)
+    lost = away if refuse else ~np.isfinite(left)  # what overflows has no number to be judged by
+    if lost.any():
+        _refuse_divergence(tasks, method, curvature, lost, composed=composed)
     far = away.any(1)
     none = (left < -FLAT).any(1) | far
     flat = (np.abs(left) <= FLAT).any(1)
