@@ -20,6 +20,7 @@ import numpyro.distributions as dist
 
 from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.likelihoods import Likelihood
+from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.numerics import float64, triangle
 from hierbayes.priors import HyperPrior, Prior
@@ -125,11 +126,10 @@ class HierarchicalModel:
             raise InputError(f"the data hold no outcome {tasks.labels.outcome!r} to fit")
         if tasks.num_rows == 0:
             raise InputError("the tasks hold no rows")
-        informed = "sigma" in self.likelihood.parameters() or self.likelihood.discrete
-        if informed and np.ptp(tasks.outcome) == 0:
+        if (what := _constant(tasks, self.likelihood)) is not None:
             raise InputError(
-                f"the outcome {tasks.labels.outcome!r} is {tasks.outcome[0]:g} in every row: there "
-                "is nothing to learn from a constant"
+                f"the outcome {tasks.labels.outcome!r} is {what} in every row: there is nothing to "
+                "learn from a constant"
             )
         if learns_prior and int((tasks.sizes > 0).sum()) < 2:
             raise InputError(
@@ -239,6 +239,20 @@ def sample_phi(sites: dict[str, dist.Distribution]) -> dict[str, Any]:
                 f"proper one, HyperPrior({name}=…), to draw from the prior"
             ) from error
     return phi
+
+
+def _constant(tasks: Tasks, likelihood: Likelihood) -> str | None:
+    """What every outcome is, where all are so alike that nothing can be learned from them.
+
+    The same count in every row is not: it says how large the rate is, none at all does not.
+    """
+    y, same = tasks.outcome, f"{tasks.outcome[0]:g}"
+    if isinstance(likelihood, GeneralisedLinear) and likelihood.discrete:
+        up, down = likelihood.endless(tasks)
+        if down.all():
+            return same
+        return (same if np.ptp(y) == 0 else "all of its trials") if up.all() else None
+    return same if likelihood.parameters() and np.ptp(y) == 0 else None
 
 
 @kept

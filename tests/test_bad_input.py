@@ -214,11 +214,90 @@ PRIORS: list[Case] = [
 ]  # fmt: skip
 
 
+def counted(y: Any = None, family: str = "poisson", outcome: str = "y", **arguments: Any) -> Any:
+    """A sound count of twelve rows, some columns replaced, fitted by complete pooling."""
+    sound = [3, 0, 1, 5, 2, 2, 0, 1, 4, 2, 6, 1] if y is None else y
+    columns = {k: v for k, v in arguments.items() if not isinstance(v, str)}
+    named = {k: v for k, v in arguments.items() if isinstance(v, str)}
+    data = frame(y=sound, n=[9.0] * 12, time=[2.0] * 12).assign(**columns)
+    m, t = formula(f"{outcome} ~ x + (1 | town)", data, family=family, **named)
+    return hb.complete_pooling(m, t)
+
+
+def at(
+    row: int, value: float, otherwise: Any = (3, 0, 1, 5, 2, 2, 0, 1, 4, 2, 6, 1)
+) -> list[float]:
+    """Sound values with one replaced."""
+    values = [float(v) for v in otherwise]
+    values[row] = value
+    return values
+
+
+NINES, TWOS = [9.0] * 12, [2.0] * 12
+OF_TRIALS: dict[str, Any] = dict(family="binomial", outcome="p(y, n)")
+ZERO_ONE = [0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0]
+FAMILIES: list[Case] = [
+    ("a count below zero", lambda: counted(at(4, -2)),
+     ("'y'", "counts", "1 row", "-2", "'b'", "leave")),
+    ("half a count", lambda: counted(at(4, 0.5)), ("'y'", "counts", "0.5", "'b'")),
+    ("half a count, negative binomial", lambda: counted(at(4, 0.5), "negative_binomial"),
+     ("'y'", "counts", "0.5", "'b'")),
+    ("successes above trials", lambda: counted(at(4, 12), **OF_TRIALS),
+     ("'y'", "exceed trials", "12 of 9", "'b'", "correct")),
+    ("successes below zero", lambda: counted(at(4, -1), **OF_TRIALS), ("'y'", "-1", "'b'")),
+    ("trials of zero", lambda: counted(n=at(4, 0, NINES), **OF_TRIALS),
+     ("trials", "positive", "'b'")),
+    ("trials below zero", lambda: counted(n=at(4, -3, NINES), **OF_TRIALS),
+     ("trials", "positive", "-3", "'b'")),
+    ("trials not whole", lambda: counted(n=at(4, 8.5, NINES), **OF_TRIALS),
+     ("trials are whole", "2 of 8.5", "'b'")),
+    ("trials of NaN", lambda: counted(n=at(4, np.nan, NINES), **OF_TRIALS), ("'n'", "NaN")),
+    ("a third value", lambda: counted(at(4, 2, ZERO_ONE), "bernoulli"),
+     ("'y'", "0 and 1", "2 in task 'b'", "binomial")),
+    ("an exposure of zero", lambda: counted(time=at(4, 0, TWOS), exposure="time"),
+     ("'time'", "above zero", "1 row", "row 4", "leave")),
+    ("an exposure below zero", lambda: counted(time=at(4, -5, TWOS), exposure="time"),
+     ("'time'", "above zero", "-5")),
+    ("an exposure of NaN", lambda: counted(time=at(4, np.nan, TWOS), exposure="time"),
+     ("'time'", "NaN")),
+    ("an amount of zero", lambda: counted(at(4, 0, TWOS), "gamma"),
+     ("'y'", "above zero", "'b'", "Bernoulli")),
+    ("an amount below zero", lambda: counted(at(4, -1, TWOS), "gamma"),
+     ("'y'", "above zero", "-1")),
+    ("an offset of NaN", lambda: counted(time=at(4, np.nan, TWOS), offset="time"),
+     ("'time'", "NaN")),
+    ("an infinite offset", lambda: counted(time=at(4, np.inf, TWOS), offset="time"),
+     ("'time'", "infinite")),
+    *[(f"an offset whose exponential overflows, {family}",
+       lambda family=family: counted(at(4, 1.0), family, time=at(4, 800, TWOS), offset="time"),
+       ("offset", "800", "'b'", "log(exposure)"))
+      for family in ("poisson", "negative_binomial")],
+    ("nothing counted", lambda: counted(np.zeros(12)), ("'y'", "0 in every row")),
+    ("every trial succeeds", lambda: counted(NINES, **OF_TRIALS), ("'y'", "9 in every row")),
+    ("a sigma for counts", lambda: hb.maml(
+        hb.HierarchicalModel(hb.likelihoods.Poisson(), hb.priors.Gaussian()),
+        read(frame(y=at(0, 3))), sigma=1.0), ("Poisson", "no sigma")),
+    ("a column that separates zeros and ones",
+     lambda: counted((frame().x > 0.5).astype(float), "bernoulli"),
+     ("complete_pooling", "separates", "full_bayes")),
+]  # fmt: skip
+
+
+def test_sound_counts_are_accepted():
+    """The control: what every case of families spoils is fitted without complaint."""
+    for found in (
+        counted(), counted(**OF_TRIALS), counted(ZERO_ONE, "bernoulli"),
+        counted(at(1, 2.5, TWOS), "gamma"), counted(exposure="time"), counted(offset="time"),
+        counted([3.0] * 12, "poisson", time=np.arange(1.0, 13.0), exposure="time"),
+    ):  # fmt: skip
+        assert np.isfinite(found.log_evidence)
+
+
 @pytest.mark.parametrize(
     ("action", "words"),
     [
         pytest.param(action, words, id=name)
-        for name, action, words in [*DATA, *FORMULAS, *DESIGN, *SETTINGS, *PRIORS]
+        for name, action, words in [*DATA, *FORMULAS, *DESIGN, *SETTINGS, *PRIORS, *FAMILIES]
     ],
 )
 def test_bad_input_is_refused_by_name(action, words):

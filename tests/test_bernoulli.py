@@ -24,8 +24,8 @@ from scipy.special import expit, logit
 
 import hierbayes as hb
 from hierbayes.adaptation import Laplace
-from hierbayes.adaptation.gradient import curvatures
-from hierbayes.checks import held_out_scores, leave_one_task_out
+from hierbayes.adaptation.step_length import curvatures
+from hierbayes.checks import held_out_scores
 from hierbayes.numerics import float64
 
 matplotlib.use("Agg")
@@ -327,11 +327,6 @@ def test_new_tasks_get_laplace_draws(sampled, train_and_test):
     close(ones.theta.values[~held], zeros.theta.values[~held], rtol=1e-9)
 
 
-def test_leave_one_task_out_says_what_it_lacks(sampled):
-    with refuses("leave_one_task_out", "exact evidence", "Bernoulli", "held-out rows"):
-        leave_one_task_out(sampled)
-
-
 def grid_posterior(successes: list[int], sizes: list[int]) -> dict[str, tuple[float, float]]:
     """Mean and sd of μ, τ and θ_1 by sums over a grid: μ ~ N(0, 1.5), τ ~ HalfNormal(1).
 
@@ -410,11 +405,9 @@ def test_comparison_shows_dashes(sampled, learned, train_and_test):
 
 
 @pytest.mark.slow
-def test_comparison_by_task_scores_maml_alone(sampled, learned):
+def test_comparison_by_task_scores_every_method(sampled, learned):
     by_task = hb.compare({"full Bayes": sampled, "MAML": learned})
-    assert np.isnan(by_task.table.loc["full Bayes", "log_density"])
-    assert np.isfinite(by_task.table.loc["MAML", "log_density"])
-    assert any("exact evidence" in note for note in by_task.notes)
+    assert np.isfinite(by_task.table["log_density"]).all()
 
 
 # -------------------------------------------------------------------------------- storage
@@ -504,14 +497,3 @@ def test_bad_input_is_refused(name):
     action, words = REFUSED[name]
     with refuses(*words):
         action()
-
-
-@pytest.mark.parametrize(
-    ("method", "lacks"),
-    [(hb.no_pooling, "least squares"), (hb.complete_pooling, "least squares")],
-)
-def test_methods_that_need_gaussian_tasks_say_so(method, lacks):
-    with pytest.raises(hb.errors.NotApplicable, match=lacks) as caught:
-        method(MODEL, pairs(SOUND))
-    assert method.__name__ in str(caught.value)
-    assert "full_bayes or maml" in str(caught.value)

@@ -13,7 +13,7 @@ from scipy import stats
 
 import hierbayes as hb
 from hierbayes.adaptation import Adapted, Conjugate, GradientSteps
-from hierbayes.adaptation.gradient import curvatures
+from hierbayes.adaptation.step_length import curvatures
 from hierbayes.fit import Prediction
 
 GAUSSIAN = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())

@@ -4,12 +4,14 @@ r"""A: what one task concludes, given the prior.
 
 Its exact posterior (:mod:`~hierbayes.adaptation.conjugate`), the normal at its mode
 (:mod:`~hierbayes.adaptation.laplace`), the mode alone (:mod:`~hierbayes.adaptation.proximal`),
-K gradient steps from φ (:mod:`~hierbayes.adaptation.gradient`), or least squares, where the prior
-says nothing (:mod:`~hierbayes.adaptation.least_squares`).
+K gradient steps from φ (:mod:`~hierbayes.adaptation.gradient`), or least squares and maximum
+likelihood, where the prior says nothing (:mod:`~hierbayes.adaptation.least_squares`,
+:mod:`~hierbayes.adaptation.alone`).
 :mod:`~hierbayes.adaptation.equivalence` says under which Gaussian prior the K steps are a MAP
 estimate.
 """
 
+from hierbayes.adaptation.alone import MaximumLikelihood
 from hierbayes.adaptation.base import Adaptation, Adapted, PointAdaptation
 from hierbayes.adaptation.conjugate import Conjugate
 from hierbayes.adaptation.descent import Descent, Flow, implied_precision
@@ -39,6 +41,7 @@ __all__ = [
     "Laplace",
     "LeastSquares",
     "MatrixFreePrior",
+    "MaximumLikelihood",
     "PointAdaptation",
     "Proximal",
     "Quadrature",

@@ -45,7 +45,8 @@ def products(
     kind: Kind,
 ) -> Any:
     """H_j v_j of every task, (J, …), without forming H."""
-    if kind == "hessian" or not model.likelihood.has_location:
+    linear = model.likelihood.linear  # then both are the same
+    if kind == "hessian" or linear or not model.likelihood.has_location:
         return -jax.jvp(lambda t: slopes(model, phi, rows, task_of_row, t), (thetas,), (vectors,))[
             1
         ]

@@ -128,9 +128,10 @@ def equivalent_prior(
     Raises
     ------
     InputError
-        Steps that diverge in a task (step_size beyond 2/λ_max), naming it; φ that is not finite or
-        of the wrong dimension; a preconditioner that is not positive definite; an optimiser whose
-        steps depend on the data; preconditioners that vary so that Σ_K is not symmetric.
+        Steps that diverge in a task (of Gaussian tasks a step_size beyond 2/λ_max), naming it; φ
+        that is not finite or of the wrong dimension; a preconditioner that is not positive
+        definite; an optimiser whose steps depend on the data; preconditioners that vary so that Σ_K
+        is not symmetric.
 
     References
     ----------
@@ -187,7 +188,7 @@ def equivalent_prior(
         parts.left,
         parts.moved,
         composed=composed,
-        refuse=model.likelihood.linear,
+        refuse=model.likelihood.gaussian_in_theta,
     )
     pinned = np.zeros(parts.left.shape, dtype=bool)
     if null == "pinned":

@@ -4,9 +4,8 @@ r"""K gradient steps from φ.
           \theta^{k+1} = \theta^k + \eta\, \nabla_\theta \log p(D_j \mid \theta^k, \varphi)
 
 Step sizes are in units of the **sum** of the log likelihood over a task's rows, so that more rows
-mean longer steps, or of its mean. Beyond η = 2/λ_max, with λ_max the largest curvature of a task's
-log likelihood, the steps diverge; where the curvature depends on θ, λ_max is a bound and they can
-diverge. A network's curvature in its weights has no bound.
+mean longer steps, or of its mean. How long they may be says
+:mod:`~hierbayes.adaptation.step_length`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ import numpy as np
 from hierbayes.adaptation.base import Adapted, PointAdaptation
 from hierbayes.adaptation.descent import Descent
 from hierbayes.adaptation.implicit import with_implicit_slope
-from hierbayes.errors import InputError, listing
+from hierbayes.adaptation.step_length import bounded, check_step_size, overshooting
+from hierbayes.errors import listing
 from hierbayes.likelihoods.base import sum_by_task
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.model import HierarchicalModel
@@ -161,12 +161,17 @@ class GradientSteps(PointAdaptation):
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
         """θ_K of every task, a point; a step size too long for a task is refused, naming it.
 
-        Not on learned features: φ and its features were learned through these very steps.
+        Where the curvature has no bound, ``remarks`` name the tasks whose log likelihood has fallen
+        along the steps. Nothing is judged on learned features: φ and its features were learned
+        through these very steps.
         """
         fixed = model.likelihood.linear and not isinstance(model.likelihood, Neural)
+        said: tuple[str, ...] = ()
         if fixed and self.optimiser is None and not self.proximal:
             eta = phi["step_size"] if self.step_size is None else self.step_size
             check_step_size(eta, model, tasks, phi, self.loss)
+            if not bounded(model, tasks, phi):
+                said = overshooting(model, tasks, phi, self.num_steps, eta, self.loss)
         if self.optimiser is None:
             groups = model.likelihood.arrange_alike(tasks)
         else:
@@ -182,7 +187,7 @@ class GradientSteps(PointAdaptation):
         theta = np.array(start, dtype=np.float64)
         for positions, found in parts:
             theta[positions] = found
-        return Adapted(theta, remarks=_lost(theta, tasks))
+        return Adapted(theta, remarks=_lost(theta, tasks) or said)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -217,58 +222,3 @@ def _lost(theta: np.ndarray, tasks: Tasks) -> tuple[str, ...]:
         f"({listing(tasks.names[lost].tolist(), 3)}): their theta is not finite; take shorter "
         "steps",
     )
-
-
-def curvatures(
-    model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any], loss: str = "sum"
-) -> np.ndarray:
-    """Eigenvalues of each task's −∇² log p(D_j | θ), ascending, (J, d); zero without rows.
-
-    Exact for Gaussian tasks; elsewhere of XᵀCX with the bounds C on each row's curvature, which no
-    θ exceeds. ``loss="mean"``: of the mean over a task's rows.
-    """
-    tasks = model.likelihood.design(tasks, phi)
-    with jax.enable_x64(True):
-        bound = np.asarray(model.likelihood.curvature_bound(phi, tasks.slots))
-    scaled = tasks.predictors * np.sqrt(np.broadcast_to(bound, tasks.num_rows))[:, None]
-    grams = np.zeros((tasks.num_tasks, scaled.shape[1], scaled.shape[1]))
-    np.add.at(grams, tasks.task_of_row, scaled[:, :, None] * scaled[:, None, :])
-    if loss == "mean":
-        grams /= np.maximum(tasks.sizes, 1)[:, None, None]
-    return np.linalg.eigvalsh(grams)
-
-
-def largest_curvature(
-    model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any], loss: str = "sum"
-) -> np.ndarray:
-    """λ_max of each task, (J,); a bound where the curvature depends on θ."""
-    return curvatures(model, tasks, phi, loss)[:, -1]
-
-
-def check_step_size(
-    step_size: Any,
-    model: HierarchicalModel,
-    tasks: Tasks,
-    phi: dict[str, Any],
-    loss: str = "sum",
-) -> None:
-    """Refuse a step size at which some task's gradient steps diverge, or can diverge.
-
-    Of step sizes by coefficient the longest is judged; shorter ones beside it can only help.
-    """
-    step_size = float(np.max(step_size))
-    if not (np.isfinite(step_size) and step_size > 0):
-        raise InputError(f"step_size must be positive, found {step_size}")
-    curvature = largest_curvature(model, tasks, phi, loss)
-    product = step_size * curvature
-    if (bad := product > 2).any():
-        worst = int(np.argmax(product))
-        certain = "makes" if model.likelihood.gaussian_in_theta else "can make"
-        units = f"{loss}-of-log-likelihood units"
-        raise InputError(
-            f"step_size={step_size:.3g} {certain} gradient steps diverge in {bad.sum()} of "
-            f"{tasks.num_tasks} tasks, most in {tasks.names.tolist()[worst]!r} "
-            f"({tasks.sizes[worst]} rows), where it must stay below 2/λ_max = "
-            f"{2 / curvature[worst]:.3g}; step sizes are in {units}, "
-            'and "auto" takes 1/λ_max over all tasks'
-        )

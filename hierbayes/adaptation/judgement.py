@@ -64,8 +64,8 @@ def judge(
 
     ``curvature`` (J, d) may be that of the preconditioned problem; ``composed`` says that it is
     that of all steps together, which no single step size can be held against. Without ``refuse``
-    steps that diverge on the linearised task are judged as having no prior: f is not linear, and
-    the steps themselves need not diverge.
+    steps that diverge on the linearised task are judged as having no prior: the log likelihood is
+    not quadratic, and the steps themselves need not diverge.
     """
     equal = None if composed or isinstance(method, Flow) or not method.plain else method.step_size
     names = np.asarray(tasks.names)
@@ -76,8 +76,9 @@ def judge(
             away |= left <= -1
         elif isinstance(method, Descent):  # a ball may swing far past the optimum and yet settle
             away |= float(method.step_size) * curvature >= longest * (1 - 1e-12)
-    if away.any() and refuse:
-        _refuse_divergence(tasks, method, curvature, away, composed=composed)
+    lost = away if refuse else ~np.isfinite(left)  # what overflows has no number to be judged by
+    if lost.any():
+        _refuse_divergence(tasks, method, curvature, lost, composed=composed)
     far = away.any(1)
     none = (left < -FLAT).any(1) | far
     flat = (np.abs(left) <= FLAT).any(1)

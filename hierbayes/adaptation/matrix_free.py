@@ -143,7 +143,9 @@ def matrix_free_prior(
         values, basis = _side_by_side(pairs)
         left, moved = to_numpy(method.responses(values))
         rest = float(method.responses(np.zeros(1))[1][0])
-    status, messages = judge(tasks, method, values, left, moved, refuse=model.likelihood.linear)
+    status, messages = judge(
+        tasks, method, values, left, moved, refuse=model.likelihood.gaussian_in_theta
+    )
     cut = _cut(tasks, pairs, kind, rest, messages)
     with float64():
         theta = np.asarray(run(bare, phi, *rows, location, method, scaling))

@@ -3,7 +3,9 @@ r"""How well a learned prior predicts a task that it has not seen.
 .. math:: \text{elpd}_{\text{task}} = \sum_j \log p(D_j \mid D_{-j})
 
 Under full Bayes by Pareto-smoothed importance sampling on the marginal evidence log p(D_j | φ);
-elsewhere by refitting without the task.
+elsewhere by refitting without the task. The evidence is exact of Gaussian tasks; of others it is
+that of the fit: quadrature with its nodes, else with nodes enough for up to three coefficients, and
+Laplace's approximation beyond.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from hierbayes.adaptation import LeastSquares
+from hierbayes.adaptation import LeastSquares, MaximumLikelihood, Quadrature
 from hierbayes.errors import FitWarning, InputError
 from hierbayes.evidence.exact import log_evidence
 from hierbayes.fit import Fit
 from hierbayes.fit.datatree import dataset
 from hierbayes.meta import complete_pooling, empirical_bayes, imaml, maml, reptile
+from hierbayes.meta.own_parameters import over_all
+from hierbayes.meta.without_one import WithoutOne
 from hierbayes.numerics import float64
 from hierbayes.sharding import gathered
 from hierbayes.statistics import placed_statistics, statistics
@@ -32,24 +36,23 @@ def leave_one_task_out(fit: Fit) -> dict[str, Any]:
     Parameters
     ----------
     fit : Fit
-        Of any method but no pooling, which learns nothing about tasks that it has not seen. Of
-        fits with a non-Gaussian likelihood only MAML's and Reptile's are scored, since the
-        evidence of the others is not exact.
+        Of any method but no pooling, which learns nothing about tasks that it has not seen.
 
     Returns
     -------
     dict
         ``log_density`` (J,), one a task; ``pareto_k`` (J,) under full Bayes.
     """
-    if isinstance(fit.adaptation, LeastSquares):
+    if isinstance(fit.adaptation, LeastSquares | MaximumLikelihood):
         raise InputError("no pooling learns nothing about tasks that it has not seen")
-    if "tau" in fit.phi:
-        fit.model.require_gaussian(
-            "leave_one_task_out", "the exact evidence log p(D_j | φ)",
-            instead="score held-out rows of known tasks",
-        )  # fmt: skip
     if fit.phi_draws is not None:
         return _importance(fit)
+    gaussian = fit.model.likelihood.gaussian_in_theta
+    if fit.method == "empirical Bayes" and not gaussian:
+        with_belief = fit.info["criterion"] == "map"
+        return {"log_density": _evidence(fit).scores(dict(fit.phi), with_belief=with_belief)}
+    if fit.method == "complete pooling" and not gaussian:
+        return {"log_density": _pooled_scores(fit)}
     from tqdm.auto import tqdm
 
     with_rows = np.flatnonzero(fit.tasks.sizes > 0)
@@ -98,27 +101,60 @@ def _kept(fit: Fit, *names: str) -> dict[str, Any]:
 
 def _joint_log_density(fit: Fit, task: Any) -> float:
     """log p(D_j | φ̂): the joint density of all rows of a new task."""
-    if "tau" in fit.phi:
+    if "tau" in fit.phi and fit.model.likelihood.gaussian_in_theta:
         with float64():
             return float(log_evidence(statistics(task), fit.model.prior, dict(fit.phi))[0])
+    if "tau" in fit.phi:
+        with float64():
+            return float(WithoutOne(fit.model, task, None).of_tasks(dict(fit.phi))[0])
     prediction = fit.predict(task, target="new")
     return float(prediction.log_density().sum())
 
 
-def _importance(fit: Fit) -> dict[str, Any]:
-    import arviz_stats
+def _evidence(fit: Fit) -> WithoutOne:
+    """The evidence of tasks that are not Gaussian, as the fit has it."""
+    nodes = 1 if fit.info.get("evidence") == "laplace" else None
+    if isinstance(fit.adaptation, Quadrature):
+        nodes = fit.adaptation.num_nodes
+    return WithoutOne(fit.model, fit.tasks, nodes)
 
-    assert fit.phi_draws is not None
+
+def _pooled_scores(fit: Fit) -> np.ndarray:
+    """log p(D_j | φ̂) of every task, φ̂ from all rows of the others."""
+    scores = np.full(fit.tasks.num_tasks, np.nan)
+    evidence = WithoutOne(fit.model, fit.tasks, 1)
+    for j in np.flatnonzero(fit.tasks.sizes > 0):
+        try:
+            phi = over_all(fit.model, fit.tasks, without=int(j)).phi
+        except InputError:
+            continue
+        with float64():
+            scores[j] = evidence.of_tasks(phi | {"tau": np.zeros(len(fit.tasks.coef))})[j]
+    return scores
+
+
+def _over_draws(fit: Fit, phis: dict[str, np.ndarray]) -> np.ndarray:
+    """log p(D_j | φ_s) of every draw and task, (S, J)."""
+    if not fit.model.likelihood.gaussian_in_theta:
+        evidence = _evidence(fit)
+        with float64():
+            return evidence.over_draws(phis)
     with float64():
         over_draws = jax.jit(
             lambda numbers, phis: jax.lax.map(
                 lambda phi: log_evidence(numbers, fit.model.prior, phi), phis, batch_size=64
             )
         )
-        chains, draws = next(iter(fit.phi_draws.values())).shape[:2]
-        flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in fit.phi_draws.items()}
-        found = over_draws(placed_statistics(fit.tasks), flat)
-        values = gathered(found, fit.tasks.num_tasks, axis=1).reshape(chains, draws, -1)
+        return gathered(over_draws(placed_statistics(fit.tasks), phis), fit.tasks.num_tasks, axis=1)
+
+
+def _importance(fit: Fit) -> dict[str, Any]:
+    import arviz_stats
+
+    assert fit.phi_draws is not None
+    chains, draws = next(iter(fit.phi_draws.values())).shape[:2]
+    flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in fit.phi_draws.items()}
+    values = _over_draws(fit, flat).reshape(chains, draws, -1)
     tree = _tree_by_task(values, fit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # k̂ is returned and judged by the caller

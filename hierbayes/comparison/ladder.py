@@ -29,8 +29,8 @@ from hierbayes.adaptation import (
     Laplace,
     equivalent_steps,
 )
-from hierbayes.adaptation.gradient import largest_curvature
 from hierbayes.adaptation.implied_posterior import ImpliedPosterior
+from hierbayes.adaptation.step_length import largest_curvature
 from hierbayes.errors import FitWarning, InputError
 from hierbayes.fit import Fit
 from hierbayes.meta import empirical_bayes

@@ -11,7 +11,13 @@ import jax
 import numpy as np
 import numpyro.distributions as dist
 
-from hierbayes.adaptation import Adaptation, Adapted, GradientSteps, LeastSquares
+from hierbayes.adaptation import (
+    Adaptation,
+    Adapted,
+    GradientSteps,
+    LeastSquares,
+    MaximumLikelihood,
+)
 from hierbayes.errors import InputError, announce
 from hierbayes.fit import datatree as trees
 from hierbayes.fit.adapted import (
@@ -285,7 +291,7 @@ class Fit:
             raise InputError(f"target must be one of {TARGETS}, found {target!r}")
         if target in (None, "known"):
             return self.adapted.predict(rows)
-        if isinstance(self.adaptation, LeastSquares):
+        if isinstance(self.adaptation, LeastSquares | MaximumLikelihood):
             raise InputError("no pooling learns nothing about tasks that it has not seen")
         if not self.model.likelihood.has_location:
             return self._predict_by_draws(rows, "new" if target == "new" else "population")

@@ -132,7 +132,9 @@ class Prediction:
         parts = self._numbers("quantiles").ppf(probability)
         low, high = parts.min(0), parts.max(0)
         step = 1.0 if self.discrete else 0.0
-        tightest = 0.0 if self.discrete else 1e-6 * self.sds.min(initial=np.inf)
+        sds = self.sds[np.isfinite(self.sds)]  # those of heavy tails are infinite
+        spread = sds.min() if sds.size else 1e-3 * (high - low).min(initial=1.0) + 1e-6
+        tightest = 0.0 if self.discrete else 1e-6 * spread
         while (high - low).max(initial=0.0) > tightest:
             middle = 0.5 * (low + high)
             middle = np.floor(middle) if self.discrete else middle
@@ -159,7 +161,6 @@ class Prediction:
         frozen = self._numbers("draws")
         shape = self.means.shape
         component = rng.integers(shape[0], size=num_draws)
-
         if hasattr(frozen, "drawn"):
             return self._known(frozen.drawn(component, rng))
 

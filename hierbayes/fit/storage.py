@@ -16,6 +16,7 @@ from hierbayes.adaptation import (
     GradientSteps,
     Laplace,
     LeastSquares,
+    MaximumLikelihood,
     Proximal,
     Quadrature,
 )
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 GROUP = "hierbayes"
 KINDS = (
-    Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, LinearisedSteps, Proximal,
-    Quadrature, Variational,
+    Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, LinearisedSteps,
+    MaximumLikelihood, Proximal, Quadrature, Variational,
 )  # fmt: skip
 LIKELIHOODS = (
     likelihoods.Bernoulli, likelihoods.Binomial, likelihoods.Gamma, likelihoods.Gaussian,

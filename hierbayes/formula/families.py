@@ -57,8 +57,9 @@ def slot(name: str, column: str, values: np.ndarray) -> tuple[str, np.ndarray]:
     if name != "exposure":
         return name, values
     if not (values > 0).all():
+        odd = np.flatnonzero(~(values > 0))
         raise InputError(
-            f"exposure {column!r} must be above zero in every row, found {values.min():g}; leave "
-            "rows without exposure out"
+            f"exposure {column!r} must be above zero in every row: {odd.size} row(s) hold none, "
+            f"the first {values[odd[0]]:g} in row {odd[0]}; leave rows without exposure out"
         )
     return "offset", np.log(values)

@@ -133,8 +133,8 @@ class Likelihood(abc.ABC):
         return {}
 
     def plug_in(self, phi: dict[str, Any]) -> dict[str, Any]:
-        """φ for scoring rows at a point θ: with ``sigma_query`` in the place of ``sigma``."""
-        return phi | {"sigma": phi["sigma_query"]} if "sigma_query" in phi else phi
+        """φ for scoring rows at a point θ: with ``sigma_query`` and the like in their places."""
+        return phi | {n.removesuffix("_query"): phi[n] for n in phi if n.endswith("_query")}
 
     def location(self, theta: Any, phi: dict[str, Any], task: Task) -> Any:
         """What θ says of each row: f (n,) for one θ (d,), or for each row's own θ (n, d)."""

@@ -73,7 +73,20 @@ class Bernoulli(GeneralisedLinear):
     discrete = True
 
     def _check_outcome(self, tasks: Tasks) -> None:
-        self._refuse_rows(tasks, ~np.isin(tasks.outcome, (0.0, 1.0)), "outcomes of 0 and 1")
+        self._refuse_rows(
+            tasks, ~np.isin(tasks.outcome, (0.0, 1.0)), "outcomes of 0 and 1",
+            "code them so, or use a binomial family for successes of trials and Categorical for "
+            "classes",
+        )  # fmt: skip
+
+    def best_location(self, outcome: Any, slots: dict[str, Any]) -> Any:
+        """The logit, of a share kept away from 0 and 1."""
+        del slots
+        return 2.0 * outcome - 1.0
+
+    def endless(self, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
+        """Ones upwards, zeros downwards."""
+        return tasks.outcome == 1, tasks.outcome == 0
 
     def family(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax.scipy.special import gammaln as jax_gammaln
@@ -50,10 +52,19 @@ class Binomial(GeneralisedLinear):
         if odd.size:
             i = odd[0]
             raise InputError(
-                f"successes cannot exceed trials, and trials are whole: {odd.size} row(s) do not "
-                f"fit, the first {tasks.outcome[i]:g} of {trials[i]:g} in task "
-                f"{listing([tasks.names[tasks.task_of_row[i]]])}"
+                f"successes cannot exceed trials, and trials are whole: {odd.size} row(s) of "
+                f"{tasks.labels.outcome!r} do not fit, the first {tasks.outcome[i]:g} of "
+                f"{trials[i]:g} in task {listing([tasks.names[tasks.task_of_row[i]]])}; correct "
+                "these rows, or leave them out"
             )
+
+    def best_location(self, outcome: Any, slots: dict[str, Any]) -> Any:
+        """The logit, half a success and half a failure added."""
+        return jnp.log(outcome + 0.5) - jnp.log(slots["trials"] - outcome + 0.5)
+
+    def endless(self, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
+        """Upwards where every trial succeeds, downwards where none does."""
+        return tasks.outcome == tasks.slots["trials"], tasks.outcome == 0
 
     def family(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any]
@@ -87,10 +98,19 @@ class Binomial(GeneralisedLinear):
         from scipy import stats
 
         del phi
+        trials = np.asarray(slots["trials"]).astype(int)  # SciPy draws from whole trials only
         return averaged(
-            lambda f: stats.binom(slots["trials"], np.clip(special.expit(f), *POSSIBLE)),
+            lambda f: stats.binom(trials, np.clip(special.expit(f), *POSSIBLE)),
             location, variance,
         )  # fmt: skip
+
+    def divergence(
+        self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> jax.Array:
+        """The trials times that of two Bernoulli distributions."""
+        del phi
+        softplus, chance = logistic(location)
+        return slots["trials"] * (chance * (location - other) - softplus + logistic(other)[0])
 
     def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
         """n p (1 − p) is at most n / 4."""

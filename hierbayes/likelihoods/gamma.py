@@ -34,6 +34,8 @@ class Gamma(GeneralisedLinear):
     ('shape',)
     """
 
+    log_link = True
+
     def parameters(self) -> tuple[str, ...]:
         """``shape``."""
         return ("shape",)
@@ -44,7 +46,15 @@ class Gamma(GeneralisedLinear):
         return {"shape": dist.InverseGamma(0.4, 0.3)}
 
     def _check_outcome(self, tasks: Tasks) -> None:
-        self._refuse_rows(tasks, ~(tasks.outcome > 0), "numbers above zero")
+        self._refuse_rows(
+            tasks, ~(tasks.outcome > 0), "numbers above zero",
+            "leave such rows out, or model whether there is an amount by a Bernoulli family",
+        )  # fmt: skip
+
+    def best_location(self, outcome: Any, slots: dict[str, Any]) -> Any:
+        """The log."""
+        del slots
+        return jnp.log(outcome)
 
     def family(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any]
@@ -79,6 +89,14 @@ class Gamma(GeneralisedLinear):
             return stats.gamma(shape, scale=np.exp(np.minimum(f, LARGEST)) / shape)
 
         return averaged(at, location, variance)
+
+    def divergence(
+        self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> jax.Array:
+        """With one shape α: α (e^(f − f′) − 1 − (f − f′))."""
+        del slots
+        apart = location - other
+        return jnp.asarray(phi["shape"] * (jnp.expm1(apart) - apart))
 
     def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
         """None: α y e^−f grows without bound."""

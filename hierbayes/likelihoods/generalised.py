@@ -23,33 +23,73 @@ class GeneralisedLinear(Likelihood):
     refused: tuple[str, ...] = ("known_se", "trials")
     """Slots that the family would ignore."""
 
+    log_link: bool = False
+    """True where f is the log of a mean, and an offset the log of an exposure."""
+
     def log_likelihood(self, theta: Any, phi: dict[str, Any], task: Task) -> jax.Array:
         """log p(y_i | x_i, θ, φ) of each row (n,), times the row's weight."""
-        rows = self.distribution(theta, phi, task).log_prob(task.outcome)
+        # a row that only fills up holds an outcome of 0, whose logarithm has no slope to multiply
+        outcome = jnp.where(task.mask, task.outcome, 1.0)
+        rows = self.distribution(theta, phi, task).log_prob(outcome)
         return jnp.where(task.mask, rows * task.slots.get("weight", 1.0), 0.0)
+
+    def best_location(self, outcome: Any, slots: dict[str, Any]) -> Any:
+        """The f under which a row's outcome is most likely; a finite one in any case."""
+        del slots
+        return outcome
+
+    def endless(self, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that become ever more likely as f goes up, and as it goes down, (N,) of bool.
+
+        A task all of whose rows are such along some direction of θ has no maximum of its
+        likelihood: none of one, or a column that separates zeros from ones.
+        """
+        none = np.zeros(tasks.num_rows, bool)
+        return none, none
 
     def check(self, tasks: Tasks) -> None:
         """Refuse outcomes outside the family's support, and columns that would be ignored."""
         self._refuse_slots(tasks, self.refused)
+        if self.log_link:
+            _refuse_offsets(tasks, type(self).__name__)
         if tasks.outcome is not None:
             self._check_outcome(tasks)
 
     def _check_outcome(self, tasks: Tasks) -> None:
         """Refuse outcomes outside the family's support."""
 
-    def _refuse_rows(self, tasks: Tasks, bad: np.ndarray, takes: str) -> None:
-        """Say of rows where ``bad`` (N,) what the family takes in their place."""
+    def _refuse_rows(self, tasks: Tasks, bad: np.ndarray, takes: str, advice: str) -> None:
+        """Say of rows where ``bad`` (N,) what the family takes in their place, and what to do."""
         odd = np.flatnonzero(bad)
         if odd.size:
             task = tasks.names[tasks.task_of_row[odd[0]]]
             raise InputError(
-                f"the {type(self).__name__} likelihood takes {takes}; {odd.size} row(s) hold "
-                f"others, the first {tasks.outcome[odd[0]]:g} in task {listing([task])}"
+                f"the {type(self).__name__} likelihood takes {takes}; {odd.size} row(s) of "
+                f"{tasks.labels.outcome!r} hold others, the first {tasks.outcome[odd[0]]:g} in "
+                f"task {listing([task])}; {advice}"
             )
 
     def _refuse_non_counts(self, tasks: Tasks) -> None:
         y = tasks.outcome
-        self._refuse_rows(tasks, (y < 0) | (y != np.floor(y)), "counts 0, 1, 2, …")
+        advice = "leave such rows out, or use a gamma or Gaussian family for amounts"
+        self._refuse_rows(tasks, (y < 0) | (y != np.floor(y)), "counts 0, 1, 2, …", advice)
+
+
+LARGEST_OFFSET = 100.0
+"""On a log scale: no exposure is e^100, and a few hundreds more overflow."""
+
+
+def _refuse_offsets(tasks: Tasks, family: str) -> None:
+    """Refuse offsets whose exponential is no exposure: they are exposures, and not their logs."""
+    offset = tasks.slots.get("offset")
+    if offset is None or not (odd := np.flatnonzero(np.abs(offset) > LARGEST_OFFSET)).size:
+        return
+    raise InputError(
+        f"an offset of the {family} likelihood is the log of an exposure; {odd.size} row(s) hold "
+        f"one beyond ±{LARGEST_OFFSET:g}, the first {offset[odd[0]]:g} in task "
+        f"{listing([tasks.names[tasks.task_of_row[odd[0]]]])}: pass log(exposure), or the "
+        "exposure itself as exposure= of from_formula"
+    )
 
 
 def mean_offset(tasks: Tasks) -> float:

@@ -37,6 +37,7 @@ class NegativeBinomial(GeneralisedLinear):
     """
 
     discrete = True
+    log_link = True
 
     def parameters(self) -> tuple[str, ...]:
         """``concentration``."""
@@ -49,6 +50,15 @@ class NegativeBinomial(GeneralisedLinear):
 
     def _check_outcome(self, tasks: Tasks) -> None:
         self._refuse_non_counts(tasks)
+
+    def best_location(self, outcome: Any, slots: dict[str, Any]) -> Any:
+        """The log, half a count standing for none."""
+        del slots
+        return jnp.log(jnp.maximum(outcome, 0.5))
+
+    def endless(self, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
+        """Downwards where nothing was counted."""
+        return np.zeros(tasks.num_rows, bool), tasks.outcome == 0
 
     def family(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any]
@@ -85,6 +95,17 @@ class NegativeBinomial(GeneralisedLinear):
             return stats.nbinom(size, size / (size + np.exp(np.minimum(f, LARGEST))))
 
         return averaged(at, location, variance)
+
+    def divergence(
+        self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> jax.Array:
+        """With one concentration κ: m (f − f′) − (m + κ) log((m + κ) / (m′ + κ)), m = e^f."""
+        del slots
+        size, odds = phi["concentration"], location - jnp.log(phi["concentration"])
+        moved = other - location
+        softer = jnp.logaddexp(odds + moved, 0.0) - jnp.logaddexp(odds, 0.0)
+        mean = exponential(location)
+        return jnp.asarray(-mean * moved + (mean + size) * softer)
 
     def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
         """None over all counts: (y + κ) / 4 in a row that counts y."""

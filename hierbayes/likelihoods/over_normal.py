@@ -84,10 +84,19 @@ class OverNormal:
         return high
 
     def drawn(self, component: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Draws (n, N): row by row from the components (n,) of a first axis of ``location``."""
-        location, sd = self.location[component], self.sd[component]
-        return np.asarray(
-            self.at(location + sd * rng.standard_normal(location.shape)).rvs(
-                size=location.shape, random_state=rng
-            )
-        )
+        """Draws (n, N), each from one of the components (n,) on the first axis of ``location``."""
+        shape, count = self.location.shape, len(component)
+        if shape[0] == 1:
+            f = self.location + self.sd * rng.standard_normal((count, *shape[1:]))
+            return np.asarray(self.at(f).rvs(size=f.shape, random_state=rng))
+        # all components are drawn from at once: as often as one of them is wanted
+        order = np.argsort(component, kind="stable")
+        turn = np.empty(count, int)
+        first = np.searchsorted(component[order], component[order])
+        turn[order] = np.arange(count) - first
+        drawn = np.empty((count, *shape[1:]))
+        for k in range(int(turn.max(initial=-1)) + 1):
+            f = self.location + self.sd * rng.standard_normal(shape)
+            values = np.asarray(self.at(f).rvs(size=shape, random_state=rng))
+            drawn[turn == k] = values[component[turn == k]]
+        return drawn

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -42,9 +43,19 @@ class Poisson(GeneralisedLinear):
 
     discrete = True
     condenses = True
+    log_link = True
 
     def _check_outcome(self, tasks: Tasks) -> None:
         self._refuse_non_counts(tasks)
+
+    def best_location(self, outcome: Any, slots: dict[str, Any]) -> Any:
+        """The log, half a count standing for none."""
+        del slots
+        return jnp.log(jnp.maximum(outcome, 0.5))
+
+    def endless(self, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
+        """Downwards where nothing was counted."""
+        return np.zeros(tasks.num_rows, bool), tasks.outcome == 0
 
     def family(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any]
@@ -76,6 +87,14 @@ class Poisson(GeneralisedLinear):
 
         del phi, slots
         return averaged(lambda f: stats.poisson(np.exp(np.minimum(f, LARGEST))), location, variance)
+
+    def divergence(
+        self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
+    ) -> jax.Array:
+        """e^f (f − f′ − 1) + e^f′."""
+        del phi, slots
+        here, there = exponential(location), exponential(other)
+        return jnp.asarray(here * (location - other - 1.0) + there)
 
     def curvature_bound(self, phi: dict[str, Any], slots: dict[str, Any]) -> Any:
         """None: a rate grows without bound."""

@@ -30,6 +30,10 @@ CONVERGED = 1e-4
 """Largest gradient norm, in parameters of order one, that counts as a maximum."""
 
 
+TOO_FAR = 1e300
+"""Stands for an objective that is not finite."""
+
+
 @dataclass(frozen=True)
 class Ascent:
     """Where the ascent ended."""
@@ -87,7 +91,9 @@ def _lbfgs(
 
     def loss(vector: np.ndarray) -> tuple[float, np.ndarray]:
         value, grad = value_and_grad(vector, *data)
-        return float(value), np.asarray(grad)
+        if np.isfinite(float(value)):
+            return float(value), np.asarray(grad)
+        return TOO_FAR, np.zeros(len(vector))  # a line search that went too far comes back
 
     def report(intermediate_result: Any) -> None:
         bar.update(1)
@@ -100,7 +106,8 @@ def _lbfgs(
     x, value, slope = np.asarray(run.x), float(run.fun), np.asarray(run.jac)
     if len(x) <= POLISHED and np.linalg.norm(slope) <= CONVERGED:
         x, value, slope = newton(loss, x, np.full(len(x), -np.inf), flat=1e-8)
-    return unravel(jnp.asarray(x)), -value, float(np.linalg.norm(slope)), int(run.nit)
+    value = np.nan if value >= TOO_FAR else -value
+    return unravel(jnp.asarray(x)), value, float(np.linalg.norm(slope)), int(run.nit)
 
 
 def _optax(

@@ -12,25 +12,34 @@ from typing import Any
 
 import numpy as np
 
-from hierbayes.adaptation import Conjugate, LeastSquares
+from hierbayes.adaptation import Adapted, Conjugate, Laplace, LeastSquares, MaximumLikelihood
+from hierbayes.adaptation.alone import determined
 from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.evidence.profile import profile, profile_problem
 from hierbayes.fit import Fit
+from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.marginal import named_fixed
+from hierbayes.meta.own_parameters import over_all
+from hierbayes.meta.own_parameters import within as within_likelihood
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.statistics import placed_statistics, statistics
+from hierbayes.tasks import Tasks
 
 
 def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = None) -> Fit:
-    r"""Each task alone, by least squares: the limit τ → ∞.
+    r"""Each task alone, by least squares or maximum likelihood: the limit τ → ∞.
 
-    .. math:: \hat\theta_j = X_j^+ (y_j - Z_j\hat\beta)
+    .. math:: \hat\theta_j = X_j^+ (y_j - Z_j\hat\beta) \quad\text{or}\quad
+              \hat\theta_j = \arg\max_\theta \log p(D_j \mid \theta, \hat\beta)
 
-    Shared effects β and the noise σ are estimated within tasks. Where a task's rows do not
-    determine a coefficient the estimate is the one of minimum norm, marked in
-    ``theta_identified`` of the DataTree; rows that need it are left out of scores.
+    Shared effects β, the noise σ and the family's other parameters are estimated within tasks: at
+    the maximum of the evidence under a flat prior on θ_j. Where a task's rows do not determine a
+    coefficient the estimate is the one of minimum norm, marked in ``theta_identified`` of the
+    DataTree; rows that need it are left out of scores. So are the directions along which a task has
+    no maximum of its likelihood, with nothing but zeros or zeros and ones apart: the estimate is
+    that of the rows which such a direction leaves unexplained.
 
     Parameters
     ----------
@@ -53,25 +62,33 @@ def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = No
     """
     started = time.perf_counter()
     tasks = model.tasks(tasks)
-    model.require_gaussian("no_pooling", "least squares within tasks")
     model.check(tasks, learns_prior=False)
     resolved = model.resolve(tasks)
-    within = within_tasks(statistics(tasks))
-    phi: dict[str, np.ndarray] = {"beta": within.beta} if tasks.labels.shared else {}
     refuse_idle_sigma(model, sigma)
-    if "sigma" in model.likelihood.parameters():
-        phi["sigma"] = np.asarray(noise(within.sigma, sigma))
-    remarks = []
+    phi, within, remarks = _within(resolved, tasks, sigma)
     if not within.identified.all():
         blind = [c for c, ok in zip(tasks.labels.shared, within.identified, strict=True) if not ok]
         remarks.append(
             f"without pooling the shared effect of {listing(blind)} is not identified: each task's "
             "own coefficients absorb it, and are marked as unidentified where they do"
         )
-    adaptation = LeastSquares()
+    gaussian = model.likelihood.gaussian_in_theta
+    adaptation = LeastSquares() if gaussian else MaximumLikelihood()
     training = replace(adaptation(resolved, tasks, phi), absorbed=within.absorbed)
     assert training.unidentified is not None
     lacking = np.abs(training.unidentified).max(axis=(1, 2)) > 1e-8
+    remarks += training.remarks
+    if isinstance(model.likelihood, GeneralisedLinear):
+        endless = determined(tasks, model.likelihood).endless
+        lacking &= ~endless
+        if endless.any():
+            remarks.append(
+                f"the likelihood of {endless.sum()} of {len(endless)} tasks has no maximum "
+                f"({listing(tasks.names[endless].tolist(), 3)}): the outcomes are all zero, or "
+                "some combination of columns separates them, and the estimate would be infinite. "
+                "It is that of the rows which this leaves unexplained, of minimum norm, and marked "
+                "as unidentified"
+            )
     if lacking.any():
         remarks.append(
             f"{lacking.sum()} of {len(lacking)} tasks do not determine all their coefficients "
@@ -83,6 +100,22 @@ def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = No
         no_evidence="the prior is flat", warnings=announce(remarks),
         info={"seconds": time.perf_counter() - started},
     )  # fmt: skip
+
+
+def _within(
+    model: HierarchicalModel, tasks: Tasks, sigma: float | None
+) -> tuple[dict[str, np.ndarray], Any, list[str]]:
+    """β and the family's own parameters within tasks, by name; how they were found; remarks."""
+    if model.likelihood.gaussian_in_theta:
+        within = within_tasks(statistics(tasks))
+        phi: dict[str, np.ndarray] = {"beta": within.beta} if tasks.labels.shared else {}
+        if "sigma" in model.likelihood.parameters():
+            phi["sigma"] = np.asarray(noise(within.sigma, sigma))
+        return phi, within, []
+    if sigma is not None:
+        noise(sigma, sigma)
+    found = within_likelihood(model, tasks, sigma)
+    return found.phi, found, list(found.remarks)
 
 
 def refuse_idle_sigma(model: HierarchicalModel, sigma: float | None) -> None:
@@ -110,7 +143,7 @@ def noise(estimate: float, given: float | None) -> float:
 
 
 def complete_pooling(model: HierarchicalModel, tasks: Any) -> Fit:
-    r"""One θ for all tasks, by least squares: the limit τ → 0.
+    r"""One θ for all tasks, by least squares or maximum likelihood: the limit τ → 0.
 
     .. math:: \theta_j = \hat\mu + \hat\Gamma w_j
 
@@ -134,9 +167,10 @@ def complete_pooling(model: HierarchicalModel, tasks: Any) -> Fit:
     """
     started = time.perf_counter()
     tasks = model.tasks(tasks)
-    model.require_gaussian("complete_pooling", "least squares over all tasks")
     model.check(tasks, learns_prior=False)
     resolved = model.resolve(tasks)
+    if not model.likelihood.gaussian_in_theta:
+        return _pooled(resolved, tasks, started)
     shape = resolved.shape(tasks)
     known_noise = "sigma" not in shape.parameters
     d = len(shape.coef)
@@ -153,5 +187,20 @@ def complete_pooling(model: HierarchicalModel, tasks: Any) -> Fit:
     return Fit(
         "complete pooling", resolved, tasks, phi, adaptation, adaptation(resolved, tasks, phi),
         standard_errors=errors, evidence=float(best.log_evidence),
+        info={"seconds": time.perf_counter() - started},
+    )  # fmt: skip
+
+
+def _pooled(model: HierarchicalModel, tasks: Tasks, started: float) -> Fit:
+    """Maximum likelihood over all tasks; standard errors from its curvature."""
+    found = over_all(model, tasks)
+    phi = found.phi | {"tau": np.zeros(len(tasks.coef))}
+    with float64():
+        location = np.asarray(model.prior.location(phi, tasks.task_predictors))
+    return Fit(
+        "complete pooling", model, tasks, phi, Laplace(),
+        Adapted(location, np.zeros((*location.shape, location.shape[1]))),
+        standard_errors=found.errors, evidence=found.log_likelihood,
+        warnings=announce(found.remarks),
         info={"seconds": time.perf_counter() - started},
     )  # fmt: skip

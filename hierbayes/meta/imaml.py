@@ -95,7 +95,7 @@ def imaml(
     sigma : float, optional
         Within-task noise σ; by default the pooled within-task estimate. It is not learned:
         ``sigma_query``, the plug-in predictive deviation of the query rows, is, and absorbs the
-        posterior variance of θ_j. A Bernoulli likelihood has neither.
+        posterior variance of θ_j; so are the parameters of other families, see :func:`maml`.
     optimiser : optax.GradientTransformation, optional
         Of the outer loop; L-BFGS by default, which converges on these smooth problems, and Adam of
         rate 0.001 on episodes.

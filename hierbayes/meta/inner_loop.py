@@ -21,6 +21,7 @@ from hierbayes.adaptation.gradient import DERIVATIVES
 from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.meta.baselines import noise, refuse_idle_sigma
+from hierbayes.meta.own_parameters import own_parameters
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key
 from hierbayes.statistics import statistics
@@ -112,14 +113,31 @@ def refuse_idle(training: Mapping[str, Any], method: str) -> None:
 def inner_noise(
     model: HierarchicalModel, tasks: Tasks, sigma: float | None
 ) -> dict[str, np.ndarray]:
-    """φ's part that is not learned: ``sigma`` as given or pooled within tasks, where it has one.
+    """φ's part that is not learned: the family's own parameters, as given or pooled within tasks.
 
-    σ sets the units of the inner loop; likelihoods without a σ of their own get an empty part.
+    They set the units of the inner loop (σ), or how much an outcome far from its mean pulls
+    (``concentration``, ``shape``, ``df``). Families without parameters get an empty part.
     """
     refuse_idle_sigma(model, sigma)
-    if "sigma" not in model.likelihood.parameters():
+    if not model.likelihood.parameters():
         return {}
+    if not model.likelihood.gaussian_in_theta:
+        if sigma is not None:
+            noise(sigma, sigma)
+        return own_parameters(model, tasks, sigma)
     return {"sigma": np.asarray(noise(within_tasks(statistics(tasks)).sigma, sigma))}
+
+
+def query_parameters(model: HierarchicalModel, fixed: Mapping[str, Any]) -> tuple[str, ...]:
+    """The family's parameters that query rows are scored with by values of their own.
+
+    All that say how far rows lie from what θ says, which absorb the posterior variance of θ_j: σ,
+    ``concentration``, ``shape``; tails (``df``) are those of the inner loop. Known standard errors
+    get a ``sigma_query`` beside them.
+    """
+    if model.likelihood.gaussian_in_theta:
+        return ("sigma",)
+    return tuple(name for name in fixed if name != "df")
 
 
 def nth_seed(seed: int | jax.Array, i: int) -> int | jax.Array:
@@ -165,16 +183,18 @@ def outer_parameters(
 ) -> tuple[Parameters, Callable[[Parameters], dict[str, Any]]]:
     """Starting values of order one for μ, β, Γ and σ_query, and the way from them to φ.
 
-    ``sigma_query`` is the plug-in predictive deviation of the query rows; a discrete outcome has
-    none. ``fixed`` is the part of φ that is not learned. The way to φ passes over parameters that
-    it does not know, so that a method can add its own to both.
+    ``sigma_query`` is the plug-in predictive deviation of the query rows; ``concentration_query``
+    and ``shape_query`` stand for it in other families, and families without parameters have none.
+    ``fixed`` is the part of φ that is not learned. The way to φ passes over parameters that it does
+    not know, so that a method can add its own to both.
     """
     scales, shape = model.scales(tasks), model.shape(tasks)
     free = jnp.asarray(shape.free_mean)
     d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
     start = {"mu": jnp.asarray(scales.mu_location / scales.coef)}
-    if not model.likelihood.discrete:
-        start["log_sigma_query"] = jnp.zeros(())
+    asked = query_parameters(model, fixed)
+    unit = {"sigma": scales.spread}
+    start |= {f"log_{name}_query": jnp.zeros(()) for name in asked}
     if p:
         start["beta"] = jnp.zeros(p)
     if q:
@@ -183,8 +203,10 @@ def outer_parameters(
     def unpack(parameters: Parameters) -> dict[str, Any]:
         phi: dict[str, Any] = {name: jnp.asarray(value) for name, value in fixed.items()}
         phi["mu"] = jnp.where(free, parameters["mu"] * scales.coef, 0.0)
-        if "log_sigma_query" in parameters:
-            phi["sigma_query"] = scales.spread * jnp.exp(parameters["log_sigma_query"])
+        for name in asked:
+            if f"log_{name}_query" in parameters:
+                scale = unit[name] if name in unit else fixed[name]
+                phi[f"{name}_query"] = scale * jnp.exp(parameters[f"log_{name}_query"])
         if p:
             phi["beta"] = parameters["beta"] * scales.shared
         if q:

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation import GradientSteps
-from hierbayes.adaptation.gradient import (
-    Derivative,
+from hierbayes.adaptation.gradient import Derivative
+from hierbayes.adaptation.step_length import (
+    bounded,
     check_step_size,
     curvatures,
     largest_curvature,
@@ -85,9 +86,13 @@ def maml(
         K, inner gradient steps.
     step_size : float or "auto"
         η in units of the **sum** of the log likelihood over a task's rows; "auto" is 1/λ_max over
-        all tasks, with λ_max the largest curvature from all of a task's rows (Bernoulli: the
-        largest that any θ can give). Beyond 2/λ_max the steps can diverge, which is refused. On
-        episodes in units of ``loss``; "auto" is 0.01 there, and no bound is known.
+        all tasks, with λ_max the largest curvature from all of a task's rows (Bernoulli, binomial
+        and Student-t: the largest that any θ can give). Beyond 2/λ_max the steps can diverge, which
+        is refused. On a log scale (Poisson, negative binomial, gamma) curvature has no bound: there
+        λ_max takes of each row the largest between the overall level, where φ starts, and the row's
+        own outcome; it stays that number throughout training, nothing is refused by it, and tasks
+        whose log likelihood falls along the steps from φ are named in ``warnings``, here and in
+        ``adapt``. On episodes in units of ``loss``; "auto" is 0.01 there, and no bound is known.
     learn_step_size : bool or "coef"
         Learn η too, within (0, 1/λ_max), where the steps are a MAP estimate for every K; "coef":
         one for each coefficient, which is Meta-SGD. On episodes log η is learned, without bounds.
@@ -108,9 +113,11 @@ def maml(
     sigma : float, optional
         Within-task noise σ, which sets the units of the inner loop; by default the pooled
         within-task estimate. It is not learned: ``sigma_query``, the plug-in predictive
-        deviation of the query rows, is, and absorbs the posterior variance of θ_j. A likelihood
-        without a noise of its own (Bernoulli) has neither. On episodes √½ by default, at which
-        the mean negative log likelihood is the mean squared error.
+        deviation of the query rows, is, and absorbs the posterior variance of θ_j. So are
+        ``concentration`` and ``shape`` of other families, beside ``concentration_query`` and
+        ``shape_query``; ``df`` serves both. A likelihood without parameters of its own (Bernoulli,
+        binomial, Poisson) has neither. On episodes √½ by default, at which the mean negative log
+        likelihood is the mean squared error.
     optimiser : optax.GradientTransformation, optional
         Of the outer loop; L-BFGS by default, which converges on these smooth problems, and Adam of
         rate 0.001 on episodes.
@@ -181,6 +188,7 @@ def maml(
     longest = 1.0 / float(largest_curvature(resolved, tasks, phi, loss).max())
     eta = longest if step_size == "auto" else float(step_size)
     check_step_size(eta, resolved, tasks, phi, loss)
+    free = not bounded(resolved, tasks, phi)
     splits = support_query_splits(tasks, query, num_splits, seed, "MAML")
     fixed = None if learn_step_size or inner_optimiser is not None else eta
     adaptation = GradientSteps(num_steps, fixed, loss, inner_optimiser, derivative)
@@ -211,13 +219,17 @@ def maml(
     if chosen is not None and np.ndim(chosen) == 0:
         chosen = float(chosen)
     remarks = best.warnings
+    training = None
+    if free and inner_optimiser is None:
+        training = adaptation(resolved, tasks, phi)
+        remarks = [*remarks, *training.remarks]
     if chosen is not None and np.ndim(chosen) == 0:
         supports = [support for support, _ in splits]
         remarks = remarks + _remarks(
             resolved, float(chosen), longest, num_steps, supports, phi, loss
         )
     return Fit(
-        "MAML", resolved, tasks, phi, adaptation,
+        "MAML", resolved, tasks, phi, adaptation, training,
         no_evidence="MAML maximises the predictive evidence of the query rows, in "
         'info["query_log_density"], not log p(D | φ)',
         warnings=announce(remarks),

@@ -15,7 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation import GradientSteps
-from hierbayes.adaptation.gradient import check_step_size, largest_curvature
+from hierbayes.adaptation.step_length import (
+    bounded,
+    check_step_size,
+    largest_curvature,
+    row_curvature,
+)
 from hierbayes.errors import InputError, announce
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
@@ -29,6 +34,7 @@ from hierbayes.meta.inner_loop import (
     check_steps,
     inner_noise,
     outer_parameters,
+    query_parameters,
     refuse_idle,
 )
 from hierbayes.meta.reptile_on_episodes import follow_moves
@@ -72,9 +78,9 @@ def reptile(
     loop. With task predictors (Δ_μ, Δ_Γ) is the least-squares regression of the moves
     θ_j^K − θ_j^0 on (1, w_j), over the tasks with rows. The shared effects β stay as they are in
     the inner loop; their direction is the gradient of Σ_j log p(D_j | θ_j^K, β), multiplied by
-    (Zᵀ C Z)⁻¹ with C the largest curvature that a row can have (1/σ² for Gaussian rows), so that a
-    step of length one is as long as it may be. Where gradient steps are linear in φ the fixed
-    point solves
+    (Zᵀ C Z)⁻¹ with C the largest curvature that a row can have (1/σ² for Gaussian rows; on a log
+    scale as for ``step_size``), so that a step of length one is as long as it may be. Where
+    gradient steps are linear in φ the fixed point solves
 
     .. math:: \sum_j W_j (\hat\theta_j - \varphi) = 0, \qquad W_j = I - (I - \eta H_j)^K,
 
@@ -88,12 +94,13 @@ def reptile(
         K, inner gradient steps.
     step_size : float or "auto"
         η in units of the **sum** of the log likelihood over a task's rows; "auto" is 1/λ_max over
-        all tasks. Beyond 2/λ_max the steps diverge, which is refused.
+        all tasks. Beyond 2/λ_max the steps diverge, which is refused; for families on a log scale
+        see :func:`maml`.
     loss, inner_optimiser
         On episodes only; see :func:`maml`.
     sigma : float, optional
         Within-task noise σ, which sets the units of the inner loop; by default the pooled
-        within-task estimate. A Bernoulli likelihood has none.
+        within-task estimate; so are the parameters of other families, see :func:`maml`.
     optimiser : optax.GradientTransformation, optional
         Given minus the direction, in scaled parameters, in the place of a gradient:
         ``optax.sgd(1.0)`` is Reptile with ε = 1. By default these steps of length one with
@@ -167,7 +174,7 @@ def reptile(
     adaptation = GradientSteps(num_steps, eta)
     with float64():
         start, to_phi = outer_parameters(resolved, tasks, fixed)
-        start.pop("log_sigma_query", None)
+        start = {n: v for n, v in start.items() if not n.endswith("_query")}
         found = follow(
             _direction(resolved, tasks, adaptation, to_phi), start, optimiser, num_meta_steps,
             tolerance, progress, "Reptile", _data(resolved, tasks),
@@ -179,12 +186,15 @@ def reptile(
             f"step_size={eta:.3g} is longer than 1/λ_max = {longest:.3g}: gradient steps overshoot "
             "in some tasks, and for odd num_steps no Gaussian prior makes them a MAP estimate"
         )
-    density = None
-    if not resolved.likelihood.discrete:
-        more, density, said = _sigma_query(resolved, tasks, adaptation, phi, query, seed)
+    density, training = None, None
+    if query_parameters(resolved, fixed):
+        more, density, said = _query(resolved, tasks, adaptation, phi, fixed, query, seed)
         phi, remarks = phi | more, [*remarks, *said]
+    if not bounded(resolved, tasks, fixed):
+        training = adaptation(resolved, tasks, phi)
+        remarks += training.remarks
     return Fit(
-        "Reptile", resolved, tasks, phi, adaptation,
+        "Reptile", resolved, tasks, phi, adaptation, training,
         no_evidence="Reptile follows a direction and maximises nothing",
         warnings=announce(remarks),
         info={
@@ -204,6 +214,7 @@ def _direction(
 ) -> Callable[..., Parameters]:
     """Where the tasks pull μ, Γ and β, in scaled parameters; a function of these and _data."""
     plain, scales = model.without_encoder(), model.scales(tasks)
+    level = model.likelihood.units(tasks)[0]
 
     def direction(parameters: Parameters, regression: Any, rows: Any, of_row: Any) -> Parameters:
         phi = to_phi(parameters)
@@ -221,7 +232,7 @@ def _direction(
                 )
                 return each.sum()
 
-            bound = plain.likelihood.curvature_bound(phi, rows.slots)
+            bound = row_curvature(plain.likelihood, level, phi, rows)
             bound = jnp.where(rows.mask, bound, 0.0)[..., None]
             curvature = jnp.einsum("...p,...q->pq", rows.shared, bound * rows.shared)
             slope = jax.grad(log_likelihood)(phi["beta"])
@@ -248,33 +259,42 @@ def _regression(tasks: Tasks, free: np.ndarray) -> np.ndarray:
     return np.stack([np.linalg.pinv(columns if f else pinned) for f in free])
 
 
-def _sigma_query(
+def _query(
     model: HierarchicalModel,
     tasks: Tasks,
     adaptation: GradientSteps,
     phi: dict[str, Any],
+    fixed: dict[str, Any],
     query: float,
     seed: int | jax.Array,
 ) -> tuple[dict[str, Any], float | None, list[str]]:
-    """``sigma_query`` at its maximum given the rest of φ, that log density, and what to say."""
+    """``sigma_query`` and the like at their maximum given the rest of φ, that log density, remarks.
+
+    See :func:`~hierbayes.meta.inner_loop.query_parameters`.
+    """
+    names = query_parameters(model, fixed)
     support, asked = tasks.split(query, seed=seed)
     if not ((support.sizes > 0) & (asked.sizes > 0)).any():
+        learned = ", ".join(f"{name}_query" for name in names)
         return {}, None, [
-            "no task has two rows, so that sigma_query, the deviation of rows from what the others "
+            f"no task has two rows, so that {learned}, the deviation of rows from what the others "
             "of their task predict, cannot be learned: predictions hold the noise alone and are "
             "too narrow"
         ]  # fmt: skip
     evidence, plain = Predictive(adaptation), model.without_encoder()
-    unit = model.scales(tasks).spread
+    unit = {"sigma": model.scales(tasks).spread}
     with float64():
 
-        def at(log_sigma: Any) -> dict[str, Any]:
-            return phi | {"sigma_query": unit * jnp.exp(log_sigma)}
+        def at(logs: Any) -> dict[str, Any]:
+            found = {f"{n}_query": (fixed | unit)[n] * jnp.exp(value) for n, value in logs.items()}
+            return phi | found
 
-        def objective(log_sigma: Any, *parts: Any) -> jax.Array:
-            return evidence.of_rows(plain, at(log_sigma), *parts).sum() / asked.num_rows
+        def objective(logs: Any, *parts: Any) -> jax.Array:
+            return evidence.of_rows(plain, at(logs), *parts).sum() / asked.num_rows
 
         data = evidence.arrange(plain, support, asked)
-        best = maximise(objective, jnp.zeros(()), None, 100, False, "Reptile's sigma_query", data)
-        learned = to_numpy(at(best.parameters))["sigma_query"]
-    return {"sigma_query": learned}, best.value * asked.num_rows, best.warnings
+        start = {name: jnp.zeros(()) for name in names}
+        best = maximise(objective, start, None, 100, False, "Reptile's sigma_query", data)
+        learned = to_numpy(at(best.parameters))
+    found = {f"{name}_query": learned[f"{name}_query"] for name in names}
+    return found, best.value * asked.num_rows, best.warnings

@@ -1,0 +1,302 @@
+r"""A family's own parameters and shared effects without a prior on θ: within tasks, and over all.
+
+.. math::
+
+    \text{within:}\quad \max_{\beta, \varphi} \sum_j \left[\log p(D_j \mid \hat\theta_j, \beta,
+        \varphi) - \tfrac12 \log |H_j|\right], \qquad
+    \text{over all:}\quad \max_{\mu, \Gamma, \beta, \varphi} \sum_j
+        \log p(D_j \mid \mu + \Gamma w_j, \beta, \varphi)
+
+The first integrates every θ_j under a flat prior, by Laplace: the limit τ → ∞ of the evidence. Of
+Gaussian rows it is the pooled within-task σ on its degrees of freedom. The second is the limit
+τ → 0.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.adaptation.alone import (
+    arranged,
+    determined,
+    integrated,
+    perfectly_explained,
+)
+from hierbayes.adaptation.least_squares import within_tasks
+from hierbayes.errors import InputError, NotApplicable, listing
+from hierbayes.likelihoods.generalised import GeneralisedLinear
+from hierbayes.meta.optimum import curvature, newton
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import float64, to_numpy
+from hierbayes.statistics import statistics
+from hierbayes.tasks import Tasks
+from hierbayes.tasks.kept import kept
+
+STARTS = {"df": 8.0}
+"""Of a family's parameters, 1 where nothing stands here; σ in units of f."""
+
+RANGES = {"sigma": (1e-6, 1e3), "df": (1.0, 1e3)}
+"""Where they are looked for, (1e-3, 1e6) where nothing stands here; σ in units of f."""
+
+ENDS = {
+    "concentration": ("the counts vary no more than Poisson counts do", "next to all counts are 0"),
+    "df": ("the tails are no heavier than a normal's", "the tails are as heavy as Cauchy's"),
+    "shape": ("the outcomes hardly vary around their means", "the outcomes vary without end"),
+    "sigma": ("the spread has no end", "the rows are explained without an error"),
+}
+"""What an estimate at the upper, and at the lower end of its range says."""
+
+FAR = 40.0
+"""Units of f beyond which a shared effect is said to have no estimate."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """φ without ``tau``, the log likelihood there, standard errors, and what to say of it."""
+
+    phi: dict[str, np.ndarray]
+    log_likelihood: float
+    errors: dict[str, np.ndarray]
+    remarks: list[str]
+
+
+@dataclass(frozen=True)
+class Within:
+    """β and the family's own parameters, and which tasks could hold an unidentified β instead."""
+
+    phi: dict[str, np.ndarray]
+    identified: np.ndarray
+    absorbed: np.ndarray
+    remarks: list[str]
+
+
+def _ranges(names: tuple[str, ...], spread: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(start, lower, upper) of the logarithms."""
+    unit = {"sigma": spread}
+    start = [unit.get(n, 1.0) * STARTS.get(n, 1.0) for n in names]
+    ends = [np.asarray(RANGES.get(n, (1e-3, 1e6))) * unit.get(n, 1.0) for n in names]
+    low, high = np.array(ends).reshape(-1, 2).T
+    return np.log(start), np.log(low), np.log(high)
+
+
+def _said(names: tuple[str, ...], at: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[str]:
+    """What to say of estimates at an end of their range."""
+    remarks = []
+    for name, value, bottom, top in zip(names, at, low, high, strict=True):
+        if min(value - bottom, top - value) < 1e-6:
+            why = ENDS[name][0 if top - value < 1e-6 else 1]
+            remarks.append(
+                f"{name} is estimated as {np.exp(value):.3g}, the end of its range: {why}"
+            )
+    return remarks
+
+
+def _minimise(
+    function: Callable[[np.ndarray], Any], start: Any, low: Any, high: Any
+) -> tuple[np.ndarray, float]:
+    from scipy import optimize
+
+    def finite(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = (np.asarray(part) for part in function(x))
+        fine = np.isfinite(value) and np.isfinite(slope).all()
+        return (float(value), slope) if fine else (1e300, np.zeros(len(x)))
+
+    run: Any = optimize.minimize(
+        finite, start, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)),
+        options={"maxiter": 1000, "ftol": 1e-15, "gtol": 1e-9},
+    )  # fmt: skip
+    if not run.fun < 1e299:
+        raise InputError(
+            "the likelihood is not finite where its parameters are looked for: rescale predictors "
+            "or offsets so that the linear predictor is of order one"
+        )
+    return np.asarray(run.x), float(run.fun)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _within(
+    model: HierarchicalModel, names: tuple[str, ...], vector: Any, units: Any, fixed: Any,
+    given: Any,
+) -> Any:  # fmt: skip
+    def minus(v: Any) -> Any:
+        p = len(units)
+        phi = dict(fixed) | {n: jnp.exp(v[p + i]) for i, n in enumerate(names)}
+        if p:
+            phi["beta"] = v[:p] * units
+        return -integrated(model, phi, given) / given.rows.mask.shape[0]
+
+    return jax.value_and_grad(minus)(vector)
+
+
+def within(model: HierarchicalModel, tasks: Tasks, sigma: float | None = None) -> Within:
+    """β and the family's own parameters from what rows say within their tasks; ``sigma`` if given.
+
+    Rows that a task alone explains perfectly say nothing.
+    """
+    likelihood = model.likelihood
+    assert isinstance(likelihood, GeneralisedLinear)
+    fixed = {} if sigma is None else {"sigma": np.asarray(float(sigma))}
+    names = tuple(n for n in likelihood.parameters() if n not in fixed)
+    shared, d = tasks.labels.shared, len(tasks.coef)
+    known = determined(tasks, likelihood)
+    rest = within_tasks(statistics(tasks.keep_rows(known.rows)))
+    fine = np.ones((tasks.num_tasks, d), bool)
+    if not (names or shared):
+        return Within({}, np.ones(0, bool), ~fine, [])
+    free = int(known.rows.sum() - known.rank.sum() - rest.identified.sum())
+    if free <= 0 and names:
+        raise NotApplicable(
+            f"{listing(names)} cannot be estimated within tasks: the tasks' own coefficients "
+            "explain every row (they may have no more rows than coefficients); use empirical_bayes "
+            "or full_bayes"
+        )
+    units = model.scales(tasks).shared
+    start, low, high = _ranges(names, model.scales(tasks).spread)
+    far = np.full(len(shared), FAR)
+    low, high = np.concatenate([-far, low]), np.concatenate([far, high])
+    with float64():
+        given = arranged(tasks, likelihood)
+        x, _ = _minimise(
+            lambda v: _within(model.without_encoder(), names, v, units, fixed, given),
+            np.concatenate([0 * far, start]), low, high,
+        )  # fmt: skip
+    p = len(shared)
+    _refuse_endless(shared, x[:p], "within tasks")
+    phi = {"beta": x[:p] * units} if p else {}
+    phi |= fixed | {n: np.exp(v) for n, v in zip(names, x[p:], strict=True)}
+    absorbed = rest.absorbed if p else ~fine
+    return Within(phi, rest.identified, absorbed, _said(names, x[p:], low[p:], high[p:]))
+
+
+@kept
+def _own(tasks: Tasks, model: HierarchicalModel, sigma: float | None) -> Within:
+    return within(model, tasks, sigma)
+
+
+def own_parameters(
+    model: HierarchicalModel, tasks: Tasks, sigma: float | None = None
+) -> dict[str, np.ndarray]:
+    """The family's own parameters by name, estimated within tasks."""
+    if not model.likelihood.parameters():
+        return {}
+    found = _own(tasks, model.without_encoder(), sigma).phi
+    return {name: found[name] for name in model.likelihood.parameters()}
+
+
+def _refuse_endless(names: tuple[str, ...], values: np.ndarray, where: str) -> None:
+    lost = [n for n, v in zip(names, values, strict=True) if abs(v) > 0.99 * FAR]
+    if lost:
+        raise NotApplicable(
+            f"the maximum likelihood estimate of {listing(lost)} {where} is infinite: the column "
+            'separates the outcomes; use empirical_bayes(criterion="map") or full_bayes, whose '
+            "hyperprior holds it"
+        )
+
+
+# ------------------------------------------------------------------------ over all tasks
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pooled(model: HierarchicalModel, shape: Any, vector: Any, units: Any, data: Any) -> Any:
+    def minus(v: Any) -> Any:
+        phi = _phi(shape, v, units)
+        thetas = model.prior.location(phi, data[0].task_predictors)
+        return -model.likelihood.log_likelihood_of_rows(thetas, phi, *data).sum()
+
+    return jax.value_and_grad(minus)(vector)
+
+
+def _phi(shape: Any, vector: Any, units: Any) -> dict[str, Any]:
+    d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
+    places = np.flatnonzero(shape.free_mean)
+    count = len(places)
+    v = vector[: len(units)] * units
+    phi = {"mu": jnp.zeros(d).at[places].set(v[:count])}
+    if q:
+        phi["gamma"] = v[count : count + d * q].reshape(d, q)
+    if p:
+        phi["beta"] = v[count + d * q :]
+    return phi | {n: jnp.exp(vector[len(units) + i]) for i, n in enumerate(shape.parameters)}
+
+
+def over_all(model: HierarchicalModel, tasks: Tasks, without: int | None = None) -> Found:
+    """μ, Γ, β and the family's own parameters with one θ for all tasks; ``without`` one task."""
+    shape, scales = model.shape(tasks), model.scales(tasks)
+    places = np.flatnonzero(shape.free_mean)
+    q = len(shape.task_predictors)
+    units = np.concatenate([
+        scales.coef[places],
+        np.ravel(scales.coef[:, None] / scales.task_predictors) if q else [],
+        scales.shared,
+    ])  # fmt: skip
+    start, low, high = _ranges(shape.parameters, scales.spread)
+    begin = np.zeros(len(units))
+    begin[: len(places)] = scales.mu_location[places] / units[: len(places)]
+    mask = np.ones(tasks.num_rows, bool) if without is None else tasks.task_of_row != without
+    data = replace(tasks.flat(), mask=mask), tasks.task_of_row
+    plain, count = model.without_encoder(), len(units)
+    low, high = np.append(np.full(count, -np.inf), low), np.append(np.full(count, np.inf), high)
+    with float64():
+
+        def minus(v: np.ndarray) -> tuple[float, np.ndarray]:
+            value, slope = _pooled(plain, shape, v, units, data)
+            return float(value), np.asarray(slope)
+
+        x, value = _minimise(minus, np.append(begin, start), low, high)
+        inside = (x > low + 1e-6) & (x < high - 1e-6)
+
+        def of_inside(v: np.ndarray) -> tuple[float, np.ndarray]:
+            full = x.copy()
+            full[inside] = v
+            after, slope = minus(full)
+            return after, slope[inside]
+
+        none = np.full(int(inside.sum()), -np.inf)
+        better, value, _ = newton(of_inside, x[inside], none, flat=1e-10)
+        x[inside] = better
+        hessian = curvature(of_inside, better, np.ones(len(better), bool))
+        phi = to_numpy(_phi(shape, x, units))
+    least = np.linalg.eigvalsh(hessian)[0] if np.isfinite(hessian).all() else -np.inf
+    if not (least > 1e-6 and np.abs(x[:count] - begin).max(initial=0.0) < FAR):
+        _refuse_separation(model, tasks, mask)
+    spread = np.full(len(x), np.nan)
+    if least > 0:
+        spread[inside] = np.sqrt(np.diag(np.linalg.inv(hessian)))
+    errors = to_numpy(_errors(shape, spread, units, phi))
+    said = _said(shape.parameters, x[count:], low[count:], high[count:])
+    return Found(phi, -value, errors, said)
+
+
+def _errors(shape: Any, spread: np.ndarray, units: np.ndarray, phi: Any) -> dict[str, Any]:
+    count = len(units)
+    with float64():
+        named = _phi(shape, np.append(spread[:count], np.zeros(len(spread) - count)), units)
+    own = {n: phi[n] * spread[count + i] for i, n in enumerate(shape.parameters)}
+    return named | own
+
+
+def _refuse_separation(model: HierarchicalModel, tasks: Tasks, mask: np.ndarray) -> None:
+    """Say which columns separate the outcomes, if any do."""
+    likelihood = model.likelihood
+    assert isinstance(likelihood, GeneralisedLinear)
+    level = tasks.task_predictors[tasks.task_of_row]
+    moved = [tasks.predictors * level[:, [k]] for k in range(level.shape[1])]
+    free = np.array(model.shape(tasks).free_mean)
+    columns = np.column_stack([tasks.predictors[:, free], tasks.shared, *moved])[mask]
+    up, down = (ends[mask] for ends in likelihood.endless(tasks))
+    one = np.zeros(len(columns), int)
+    if not perfectly_explained(columns, one, 1, up, down).any():
+        return
+    names = [c for c, f in zip(tasks.coef, free, strict=True) if f] + list(tasks.labels.shared)
+    raise NotApplicable(
+        f"complete_pooling has no finite estimate: some combination of {listing(names)} separates "
+        'the outcomes over all tasks; use empirical_bayes(criterion="map") or full_bayes, whose '
+        "hyperprior holds it"
+    )

@@ -1,0 +1,135 @@
+r"""φ̂ without one task, where the evidence is an integral without a closed form.
+
+.. math:: \hat\varphi_{-j} = \arg\max_\varphi \sum_{i \ne j} \log \hat p(D_i \mid \varphi)
+          \left[+ \log p(\varphi)\right]
+
+One program serves all tasks: the sum leaves one of them out, and starts from the fit to all.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.evidence.quadrature import log_evidence
+from hierbayes.meta.layout_of_phi import Layout
+from hierbayes.meta.posterior_mode import TINY, finite, off_the_boundary
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import float64
+from hierbayes.rows import Rows, rows_of
+from hierbayes.tasks import Tasks
+
+NODES = {1: 15, 2: 9, 3: 5}
+"""Nodes a dimension where a fit has none of its own; Laplace's approximation beyond."""
+
+
+ROWS_AT_ONCE = 200_000
+"""Draws × rows that are worked on together."""
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _of_tasks(
+    model: HierarchicalModel, phi: dict[str, Any], rows: Rows, start: Any, counted: Any,
+    num_nodes: int,
+) -> Any:  # fmt: skip
+    found = log_evidence(model.likelihood, model.prior, rows, phi, start, num_nodes)
+    return jnp.where(counted, found.log_evidence, 0.0), found.mode
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def _of_draws(
+    model: HierarchicalModel, phis: dict[str, Any], rows: Rows, start: Any, counted: Any,
+    num_nodes: int, batch: int,
+) -> Any:  # fmt: skip
+    def one(phi: dict[str, Any]) -> Any:
+        return _of_tasks(model, phi, rows, start, counted, num_nodes)[0]
+
+    return jax.lax.map(one, phis, batch_size=batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _sum(
+    model: HierarchicalModel, layout: Layout, vector: Any, rows: Rows, start: Any, counted: Any,
+    num_nodes: int,
+) -> Any:  # fmt: skip
+    def minus(v: Any) -> Any:
+        values, _ = _of_tasks(model, layout.phi(v), rows, start, counted, num_nodes)
+        return -values.sum()
+
+    return jax.value_and_grad(minus)(vector)
+
+
+class WithoutOne:
+    """The summed evidence of all tasks but some, from what a fit to all of them has found."""
+
+    def __init__(self, model: HierarchicalModel, tasks: Tasks, num_nodes: int | None):
+        self.model, self.plain, self.tasks = model, model.without_encoder(), tasks
+        self.num_nodes = NODES.get(len(tasks.coef), 1) if num_nodes is None else num_nodes
+        self.rows = rows_of(tasks, model.likelihood)
+        self.layout = Layout.of(model.shape(tasks), model.scales(tasks))
+        self.every = np.ones(tasks.num_tasks, bool)
+        self.start = np.zeros((len(tasks.coef), tasks.num_tasks))
+
+    def of_tasks(self, phi: dict[str, Any]) -> np.ndarray:
+        """log p̂(D_j | φ) of each task (J,); use it in float64."""
+        found = _of_tasks(self.plain, phi, self.rows, self.start, self.every, self.num_nodes)
+        return np.asarray(found[0])
+
+    def over_draws(self, phis: dict[str, np.ndarray]) -> np.ndarray:
+        """log p̂(D_j | φ_s) of every draw and task (S, J); use it in float64."""
+        cells = max(int(np.size(self.rows.outcome)), 1)
+        batch = int(np.clip(ROWS_AT_ONCE // cells, 1, 256))
+        given = (self.rows, self.start, self.every)
+        return np.asarray(_of_draws(self.plain, phis, *given, self.num_nodes, batch))
+
+    def scores(self, phi: dict[str, np.ndarray], *, with_belief: bool) -> np.ndarray:
+        """log p̂(D_j | φ̂_{−j}) of each task with rows (J,), NaN of the others."""
+        scores = np.full(self.tasks.num_tasks, np.nan)
+        known = {name: np.asarray(value) for name, value in phi.items()}
+        with float64():
+            begin = self.layout.vector(known, 0.0) + self._correlations(known)
+            belief = self._belief() if with_belief else None
+            for j in np.flatnonzero(self.tasks.sizes > 0):
+                counted = self.every.copy()
+                counted[j] = False
+                given = (self.rows, self.start, counted, self.num_nodes)
+
+                def value_and_slope(v: np.ndarray, given: Any = given) -> Any:
+                    value, slope = _sum(self.plain, self.layout, v, *given)
+                    if belief is not None:
+                        more, tilt = belief(v)
+                        value, slope = value - more, slope - tilt
+                    return finite(float(value), np.asarray(slope))
+
+                x = off_the_boundary(value_and_slope, [begin], self.layout).x
+                scores[j] = self.of_tasks(self.layout.phi(jnp.asarray(x)))[j]
+        return scores
+
+    def _correlations(self, phi: dict[str, np.ndarray]) -> np.ndarray:
+        """The vector's part that :meth:`Layout.vector` leaves at zero: correlations as they are."""
+        v, layout = np.zeros(self.layout.size), self.layout
+        if not layout.blocks or "corr" not in phi:
+            return v
+        from numpyro.distributions.transforms import CorrCholeskyTransform
+
+        parts = []
+        for b in layout.blocks:
+            corr = 0.999 * phi["corr"][np.ix_(b, b)] + 0.001 * np.eye(len(b))
+            parts.append(np.asarray(CorrCholeskyTransform()._inverse(np.linalg.cholesky(corr))))
+        v[layout.at["corr"]] = np.concatenate(parts)
+        return v
+
+    def _belief(self) -> Any:
+        beliefs = self.model.phi_distributions(self.tasks)
+
+        def log_density(vector: Any) -> Any:
+            phi = self.layout.phi(vector)
+            beside = phi | {"tau": jnp.where(phi["tau"] > 0, phi["tau"], TINY)}
+            total = sum(jnp.sum(b.log_prob(beside[name])) for name, b in beliefs.items())
+            return jnp.asarray(total + sum(jnp.log(phi[name]) for name in self.layout.own))
+
+        return jax.jit(jax.value_and_grad(log_density))
