@@ -11,7 +11,8 @@ On a log scale (counts, positive amounts) no such bound exists: a rate grows wit
 a row's **largest curvature between where the steps start and its own outcome**, the f that explains
 the row best: steps that do not overshoot stay between. Where φ is still to be learned they are
 taken to start at the overall level, where the outer loop starts too, so that "auto" is one number
-throughout training. It is no bound, and nothing is refused by it: the steps themselves are watched,
+throughout training. Of a NumPyro program, which has no f, λ_max is that of −∇² log p(D_j | θ) where
+the steps start. Neither is a bound, and nothing is refused by it: the steps themselves are watched,
 and tasks whose log likelihood falls along the way are named.
 """
 
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes.adaptation.curvature import curvatures_at
 from hierbayes.errors import InputError, listing
 from hierbayes.likelihoods import Likelihood
 from hierbayes.likelihoods.base import sum_by_task
@@ -94,6 +96,8 @@ def curvatures(
     Of −∇² log p(D_j | θ) exactly for Gaussian tasks; elsewhere with C as above. ``loss="mean"``: of
     the mean over a task's rows.
     """
+    if not model.likelihood.has_location:
+        return _of_programs(model, tasks, phi, loss)
     tasks = model.likelihood.design(tasks, phi)
     bound = _bounds(model, tasks, phi)
     scaled = tasks.predictors * np.sqrt(np.broadcast_to(bound, tasks.num_rows))[:, None]
@@ -102,6 +106,20 @@ def curvatures(
     if loss == "mean":
         grams /= np.maximum(tasks.sizes, 1)[:, None, None]
     return np.linalg.eigvalsh(grams)
+
+
+def _of_programs(
+    model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any], loss: str
+) -> np.ndarray:
+    """Sizes of the eigenvalues of −∇² log p(D_j | θ) at φ's location, or at 0, ascending."""
+    with float64():
+        thetas = jnp.zeros((tasks.num_tasks, len(tasks.coef)))
+        if "mu" in phi:
+            thetas = jnp.asarray(model.prior.location(phi, tasks.task_predictors))
+        arranged = model.likelihood.arrange(tasks)
+        found = curvatures_at(model.without_encoder(), phi, *arranged, thetas, "hessian")
+    sizes = np.sort(np.abs(np.linalg.eigvalsh(np.asarray(found))), axis=1)
+    return sizes / np.maximum(tasks.sizes, 1)[:, None] if loss == "mean" else sizes
 
 
 def largest_curvature(

@@ -18,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.evidence.quadrature import log_evidence
-from hierbayes.meta.layout_of_phi import Layout
+from hierbayes.meta.layout_of_phi import Layout, belief_in
 from hierbayes.meta.optimum import Optimum, curvature
-from hierbayes.meta.posterior_mode import TINY, finite, off_the_boundary, pinned
-from hierbayes.meta.supports import LINES
+from hierbayes.meta.posterior_mode import finite, off_the_boundary, pinned
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.rows import Rows, Whole, rows_of
@@ -166,16 +165,7 @@ class _Search:
 
     @functools.cached_property
     def _belief(self) -> Any:
-        beliefs = self.model.phi_distributions(self.tasks)
-
-        def log_density(vector: jax.Array) -> jax.Array:
-            phi = self.layout.phi(vector)
-            beside = phi | {"tau": jnp.where(phi["tau"] > 0, phi["tau"], TINY)}
-            total = sum(jnp.sum(b.log_prob(beside[name])) for name, b in beliefs.items())
-            logs = [jnp.log(LINES[kind].slope(phi[name])) for name, kind in self.layout.lines]
-            return jnp.asarray(total + sum(logs))
-
-        return jax.jit(jax.value_and_grad(log_density))
+        return belief_in(self.layout, self.model.phi_distributions(self.tasks))
 
     def finish(
         self, vector: np.ndarray, used: int, error: float, counts: tuple[int, ...]

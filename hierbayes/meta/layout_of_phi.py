@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from hierbayes.priors.scales import Scales
 
 FLAT = 1e-12
 """Curvature, beside the largest, below which a direction is taken as not curved at all."""
+
+TINY = 1e-300
+"""Stands for τ = 0 in densities: NumPyro's half-normal gives 0 none, though it may be the mode."""
 
 
 @functools.partial(
@@ -121,6 +124,16 @@ class Layout:
             v[self.at[name]] = line.inverse(phi[name]) - line.inverse(self.own[name])
         return v
 
+    def log_belief(
+        self, phi: dict[str, Any], beliefs: Mapping[str, dist.Distribution]
+    ) -> jax.Array:
+        """log p(φ), of the family's own parameters on their lines without bounds."""
+        beside = phi | {"tau": jnp.where(phi["tau"] > 0, phi["tau"], TINY)}
+        total = sum(jnp.sum(b.log_prob(beside[name])) for name, b in beliefs.items())
+        return jnp.asarray(
+            total + sum(jnp.log(LINES[kind].slope(phi[name])) for name, kind in self.lines)
+        )
+
     def errors(
         self, inside: np.ndarray, hessian: np.ndarray, phi: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
@@ -140,3 +153,10 @@ class Layout:
         for name, kind in self.lines:
             errors[name] = se[self.at[name]][0] * LINES[kind].slope(phi[name])
         return errors
+
+
+def belief_in(
+    layout: Layout, beliefs: Mapping[str, dist.Distribution]
+) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
+    """log p(φ) and its slope as functions of φ's vector."""
+    return jax.jit(jax.value_and_grad(lambda v: layout.log_belief(layout.phi(v), beliefs)))

@@ -32,6 +32,7 @@ from hierbayes.adaptation.alone import (
 from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.likelihoods.generalised import GeneralisedLinear
+from hierbayes.meta.approximate_evidence import maximise_approximate
 from hierbayes.meta.optimum import curvature, newton
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
@@ -183,10 +184,17 @@ def _own(tasks: Tasks, model: HierarchicalModel, sigma: float | None) -> Within:
 def own_parameters(
     model: HierarchicalModel, tasks: Tasks, sigma: float | None = None
 ) -> dict[str, np.ndarray]:
-    """The family's own parameters by name, estimated within tasks."""
+    """The family's own parameters by name, estimated within tasks.
+
+    Those of a NumPyro program are empirical Bayes' by Laplace: without a prior, its tasks may have
+    no estimate of θ.
+    """
     if not model.likelihood.parameters():
         return {}
-    found = _own(tasks, model.without_encoder(), sigma).phi
+    if model.likelihood.has_location:
+        found = _own(tasks, model.without_encoder(), sigma).phi
+    else:
+        found = maximise_approximate(model, tasks, quadrature=False, with_belief=False).optimum.phi
     return {name: found[name] for name in model.likelihood.parameters()}
 
 

@@ -25,9 +25,6 @@ from hierbayes.priors.hyperprior import Shape
 from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
 
-TINY = 1e-300
-"""Stands for τ = 0 in densities: NumPyro's half-normal gives 0 none, though it may be the mode."""
-
 TINY_RATE = 1e-8
 """Rate of the default Gamma(2, rate → 0) prior on τ, in units of the data's own scale."""
 
@@ -55,10 +52,7 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
 
         def log_density(phi: dict[str, Any], stats: Statistics) -> tuple[Any, Any]:
             evidence = log_evidence(stats, resolved.prior, phi).sum()
-            beside = phi | {"tau": jnp.where(phi["tau"] > 0, phi["tau"], TINY)}
-            belief = sum(jnp.sum(b.log_prob(beside[name])) for name, b in beliefs.items())
-            jacobian = jnp.log(phi["sigma"]) if "sigma" in phi else 0.0
-            return evidence, belief + jacobian
+            return evidence, layout.log_belief(phi, beliefs)
 
         def objective(v: jax.Array, stats: Statistics) -> Any:
             return -sum(log_density(layout.phi(v), stats))

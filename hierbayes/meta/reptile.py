@@ -232,9 +232,12 @@ def _direction(
                 )
                 return each.sum()
 
-            bound = row_curvature(plain.likelihood, level, phi, rows)
-            bound = jnp.where(rows.mask, bound, 0.0)[..., None]
-            curvature = jnp.einsum("...p,...q->pq", rows.shared, bound * rows.shared)
+            if plain.likelihood.has_location:
+                bound = row_curvature(plain.likelihood, level, phi, rows)
+                bound = jnp.where(rows.mask, bound, 0.0)[..., None]
+                curvature = jnp.einsum("...p,...q->pq", rows.shared, bound * rows.shared)
+            else:
+                curvature = -jax.hessian(log_likelihood)(phi["beta"])
             slope = jax.grad(log_likelihood)(phi["beta"])
             pull["beta"] = jnp.linalg.solve(curvature, slope) / scales.shared
         return pull

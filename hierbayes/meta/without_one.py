@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.evidence.quadrature import log_evidence
-from hierbayes.meta.layout_of_phi import Layout
-from hierbayes.meta.posterior_mode import TINY, finite, off_the_boundary
+from hierbayes.meta.layout_of_phi import Layout, belief_in
+from hierbayes.meta.posterior_mode import finite, off_the_boundary
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
-from hierbayes.rows import Rows, rows_of
+from hierbayes.rows import Rows, Whole, rows_of
 from hierbayes.tasks import Tasks
 
 NODES = {1: 15, 2: 9, 3: 5}
@@ -33,7 +33,7 @@ ROWS_AT_ONCE = 200_000
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _of_tasks(
-    model: HierarchicalModel, phi: dict[str, Any], rows: Rows, start: Any, counted: Any,
+    model: HierarchicalModel, phi: dict[str, Any], rows: Rows | Whole, start: Any, counted: Any,
     num_nodes: int,
 ) -> Any:  # fmt: skip
     found = log_evidence(model.likelihood, model.prior, rows, phi, start, num_nodes)
@@ -42,7 +42,7 @@ def _of_tasks(
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _of_draws(
-    model: HierarchicalModel, phis: dict[str, Any], rows: Rows, start: Any, counted: Any,
+    model: HierarchicalModel, phis: dict[str, Any], rows: Rows | Whole, start: Any, counted: Any,
     num_nodes: int, batch: int,
 ) -> Any:  # fmt: skip
     def one(phi: dict[str, Any]) -> Any:
@@ -53,8 +53,8 @@ def _of_draws(
 
 @functools.partial(jax.jit, static_argnums=(0, 6))
 def _sum(
-    model: HierarchicalModel, layout: Layout, vector: Any, rows: Rows, start: Any, counted: Any,
-    num_nodes: int,
+    model: HierarchicalModel, layout: Layout, vector: Any, rows: Rows | Whole, start: Any,
+    counted: Any, num_nodes: int,
 ) -> Any:  # fmt: skip
     def minus(v: Any) -> Any:
         values, _ = _of_tasks(model, layout.phi(v), rows, start, counted, num_nodes)
@@ -70,7 +70,9 @@ class WithoutOne:
         self.model, self.plain, self.tasks = model, model.without_encoder(), tasks
         self.num_nodes = NODES.get(len(tasks.coef), 1) if num_nodes is None else num_nodes
         self.rows = rows_of(tasks, model.likelihood)
-        self.layout = Layout.of(model.shape(tasks), model.scales(tasks))
+        self.layout = Layout.of(
+            model.shape(tasks), model.scales(tasks), model.phi_distributions(tasks)
+        )
         self.every = np.ones(tasks.num_tasks, bool)
         self.start = np.zeros((len(tasks.coef), tasks.num_tasks))
 
@@ -81,8 +83,7 @@ class WithoutOne:
 
     def over_draws(self, phis: dict[str, np.ndarray]) -> np.ndarray:
         """log p̂(D_j | φ_s) of every draw and task (S, J); use it in float64."""
-        cells = max(int(np.size(self.rows.outcome)), 1)
-        batch = int(np.clip(ROWS_AT_ONCE // cells, 1, 256))
+        batch = int(np.clip(ROWS_AT_ONCE // max(self.rows.num_cells, 1), 1, 256))
         given = (self.rows, self.start, self.every)
         return np.asarray(_of_draws(self.plain, phis, *given, self.num_nodes, batch))
 
@@ -92,7 +93,8 @@ class WithoutOne:
         known = {name: np.asarray(value) for name, value in phi.items()}
         with float64():
             begin = self.layout.vector(known, 0.0) + self._correlations(known)
-            belief = self._belief() if with_belief else None
+            beliefs = self.model.phi_distributions(self.tasks)
+            belief = belief_in(self.layout, beliefs) if with_belief else None
             for j in np.flatnonzero(self.tasks.sizes > 0):
                 counted = self.every.copy()
                 counted[j] = False
@@ -122,14 +124,3 @@ class WithoutOne:
             parts.append(np.asarray(CorrCholeskyTransform()._inverse(np.linalg.cholesky(corr))))
         v[layout.at["corr"]] = np.concatenate(parts)
         return v
-
-    def _belief(self) -> Any:
-        beliefs = self.model.phi_distributions(self.tasks)
-
-        def log_density(vector: Any) -> Any:
-            phi = self.layout.phi(vector)
-            beside = phi | {"tau": jnp.where(phi["tau"] > 0, phi["tau"], TINY)}
-            total = sum(jnp.sum(b.log_prob(beside[name])) for name, b in beliefs.items())
-            return jnp.asarray(total + sum(jnp.log(phi[name]) for name in self.layout.own))
-
-        return jax.jit(jax.value_and_grad(log_density))
