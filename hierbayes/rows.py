@@ -31,6 +31,9 @@ WORTH_WHILE = 0.7
 
 TINY = np.finfo(float).tiny
 
+SMALL = 40_000
+"""Blocks × tasks up to which a product with ones and zeros is quicker than a scattered sum."""
+
 SCATTER = 6.0
 """Cost of adding a block to its task, in rows."""
 
@@ -44,6 +47,7 @@ SCATTER = 6.0
         "slots",
         "weight",
         "block_of",
+        "member",
         "task_predictors",
         "constant",
         "patterns",
@@ -56,7 +60,8 @@ class Rows:
     """``x`` (d, B, C), ``z`` (p, B, C), the rest (B, C): C blocks of B rows, the last axis longest.
 
     ``weight`` is zero in rows that fill up a block; ``block_of`` (C,) is the task of each block, or
-    None where task j's only block is the j-th. ``constant`` (J,) is what adding up left out.
+    None where task j's only block is the j-th; ``member`` (J, C) says the same in ones and zeros,
+    where that is small. ``constant`` (J,) is what adding up left out.
     ``patterns`` holds one row for every x of a task, where the likelihood needs no more once β is
     known, and ``pattern_of`` (B, C) the place of each row's own; None where that saves little.
     """
@@ -67,6 +72,7 @@ class Rows:
     slots: dict[str, Any]
     weight: Any
     block_of: Any
+    member: Any
     task_predictors: Any
     constant: Any
     num_tasks: int
@@ -103,15 +109,28 @@ class Rows:
         constant = constant - patterns.by_task(patterns._weighed(patterns.outcome * exposure))
         return replace(patterns, slots={"offset": exposure}, constant=constant)
 
+    @property
+    def moving(self) -> dict[str, Any]:
+        """What of the rows depends on φ."""
+        return {"offset": self.slots["offset"]}
+
+    def moved(self, moving: dict[str, Any]) -> Rows:
+        """The rows with that in its place."""
+        return replace(self, slots=self.slots | moving)
+
     def own(self, values: jax.Array) -> jax.Array:
         """Of (…, J) values a task, each block's (…, C)."""
-        return values if self.block_of is None else values[..., self.block_of]
+        if self.block_of is None:
+            return values
+        return values[..., self.block_of] if self.member is None else values @ self.member
 
     def by_task(self, values: jax.Array) -> jax.Array:
         """Sums (…, J) over each task's rows, of (…, B, C)."""
         blocks = values.sum(-2)
         if self.block_of is None:
             return blocks
+        if self.member is not None:
+            return blocks @ self.member.T
         summed = jax.ops.segment_sum(
             jnp.moveaxis(blocks, -1, 0), self.block_of, self.num_tasks, indices_are_sorted=True
         )
@@ -157,8 +176,8 @@ class Rows:
         return Curved(self.by_task(value), slope, bent)
 
     def _weighed(self, values: Any) -> jax.Array:
-        # where nothing is weighed, not even what is no number counts
-        return jnp.where(self.weight > 0, self.weight * values, 0.0)
+        # rows of weight zero lie at f = 0, where any family is finite; to choose would cost more
+        return self.weight * values
 
 
 class Curved(NamedTuple):
@@ -187,6 +206,16 @@ class Whole:
     def under(self, likelihood: Likelihood, phi: dict[str, Any]) -> Whole:
         """The same."""
         del likelihood, phi
+        return self
+
+    @property
+    def moving(self) -> dict[str, Any]:
+        """Nothing of the rows depends on φ."""
+        return {}
+
+    def moved(self, moving: dict[str, Any]) -> Whole:
+        """The same."""
+        del moving
         return self
 
     @property
@@ -294,16 +323,25 @@ def _laid_out(tasks: Tasks, weight: np.ndarray, constant: np.ndarray) -> Rows:
         out[..., within, block] = np.moveaxis(values, 0, -1)
         return out
 
-    # what fills a block up is a row that exists, with weight zero: any likelihood can score it
+    # what fills a block up has an outcome that exists, and weight zero at f = 0
+    counted = weight > 0
+
     def first(values: np.ndarray) -> float:
         return float(values[0]) if len(values) else 1.0
 
+    slots = {name: laid_out(v, first(v)) for name, v in tasks.slots.items()}
+    if "offset" in slots:
+        slots["offset"] = laid_out(np.where(counted, tasks.slots["offset"], 0.0), 0.0)
+    one_each = shape[1] == tasks.num_tasks
+    small = not one_each and shape[1] * tasks.num_tasks <= SMALL
     return Rows(
-        laid_out(tasks.predictors, 0.0), laid_out(tasks.shared, 0.0),
+        laid_out(tasks.predictors * counted[:, None], 0.0),
+        laid_out(tasks.shared * counted[:, None], 0.0),
         laid_out(tasks.outcome, first(tasks.outcome)),
-        {name: laid_out(v, first(v)) for name, v in tasks.slots.items()},
+        slots,
         laid_out(weight, 0.0),
-        None if shape[1] == tasks.num_tasks else block_of,
+        None if one_each else block_of,
+        1.0 * (block_of == np.arange(tasks.num_tasks)[:, None]) if small else None,
         tasks.task_predictors, constant, tasks.num_tasks,
     )  # fmt: skip
 

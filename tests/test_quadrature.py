@@ -20,7 +20,7 @@ from scipy import integrate, optimize, special, stats
 from test_families import LIKELIHOODS, PHI, expected, log_density, outcomes
 
 import hierbayes as hb
-from hierbayes.adaptation.quadrature import Quadrature, Whitened, climb
+from hierbayes.adaptation.quadrature import Quadrature, Whitened, climb, rule_of
 from hierbayes.evidence.quadrature import log_evidence
 from hierbayes.numerics import float64
 from hierbayes.rows import rows_of
@@ -55,7 +55,12 @@ def found(likelihood, tasks, phi, num_nodes):
         start = np.zeros((len(tasks.coef), tasks.num_tasks))
         evidence = jax.jit(
             lambda p: log_evidence(
-                likelihood, prior, rows_of(tasks, likelihood), p, start, num_nodes
+                likelihood,
+                prior,
+                rows_of(tasks, likelihood),
+                p,
+                start,
+                rule_of(num_nodes, len(start)),
             )
         )(phi)
         return jax.tree.map(np.asarray, evidence)
@@ -162,7 +167,9 @@ def total_of(likelihood, tasks, phi, num_nodes):
 
     def value(v):
         at = phi | {"mu": v[:d], "tau": v[d:]}
-        return log_evidence(likelihood, prior, rows, at, start, num_nodes).log_evidence.sum()
+        return log_evidence(
+            likelihood, prior, rows, at, start, rule_of(num_nodes, d)
+        ).log_evidence.sum()
 
     return value
 
@@ -261,7 +268,7 @@ def test_laplace_is_biased_as_the_table_says(n, mu, tau, error, own_mu, own_tau)
         @jax.value_and_grad
         def population(v):
             phi = {"mu": v[:1], "tau": jnp.exp(v[1:])}
-            values = log_evidence(likelihood, prior, rows, phi, np.zeros((1, n + 1)), 1)
+            values = log_evidence(likelihood, prior, rows, phi, np.zeros((1, n + 1)), None)
             return -(chance * values.log_evidence).sum()
 
         best = optimize.minimize(

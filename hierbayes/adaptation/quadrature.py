@@ -46,6 +46,13 @@ NEAR = 1e-9
 """What a Newton step may still add to Ψ_j where the climb ends: two more follow, undamped."""
 
 
+NO_WEIGHT = np.log(1e-14)
+"""Share of the whole, as a logarithm, below which a node of a product is left out."""
+
+MOST_NODES = {1: 64, 2: 512, 3: 2048}
+"""Rows of a rule, by the number of dimensions."""
+
+
 class Climbed(NamedTuple):
     """``z`` (d, J) and whether Newton's method has ended there, (J,)."""
 
@@ -135,14 +142,65 @@ def climb(tasks: Whitened, start: jax.Array) -> Climbed:
     return Climbed(z, done)
 
 
-def grid(num_nodes: int, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes t (Q^d, d) and log w̄ + ½ |t|² (Q^d,), of which the smallest products are left out."""
+class Rule(NamedTuple):
+    """``count`` nodes ``places`` (Q, d) and log w̄ + ½ |t|² (Q,); rows beyond ``count`` are empty.
+
+    One shape for all numbers of nodes of as many dimensions, so that one program serves them all.
+    """
+
+    places: Any
+    log_weights: Any
+    count: Any
+
+
+@functools.lru_cache(maxsize=64)
+def grid(num_nodes: int, dimensions: int) -> Rule:
+    """The product of Gauss and Hermite's nodes, but for those that weigh next to nothing."""
     t, w = np.polynomial.hermite_e.hermegauss(num_nodes)
     w = np.log(w / np.sqrt(2 * np.pi))
-    places = list(itertools.product(range(num_nodes), repeat=dimensions))
-    nodes = np.array([[t[i] for i in place] for place in places])
-    log_weights = np.array([sum(w[i] for i in place) for place in places])
-    return nodes, log_weights + 0.5 * (nodes**2).sum(1)
+    index = np.array(list(itertools.product(range(num_nodes), repeat=dimensions)))
+    places, log_weights = t[index], w[index].sum(1)
+    counted = (log_weights > NO_WEIGHT) | (dimensions == 1)
+    places, log_weights = places[counted], log_weights[counted]
+    count = len(places)
+    size = max(count, MOST_NODES.get(dimensions, count))
+    padded = np.zeros((size, dimensions)), np.zeros(size)
+    padded[0][:count] = places
+    padded[1][:count] = log_weights + 0.5 * (places**2).sum(1)
+    return Rule(*padded, count)
+
+
+def rule_of(num_nodes: int, dimensions: int) -> Rule | None:
+    """The rule with so many nodes a dimension; None for one, which is Laplace's approximation."""
+    return None if num_nodes == 1 else grid(num_nodes, dimensions)
+
+
+class Stand(NamedTuple):
+    """Modes z* (d, J), the roots of A_j (d, d, J) and Ψ_j(z*) (J,), around which nodes stand."""
+
+    z: jax.Array
+    factor: jax.Array
+    base: jax.Array
+
+    def node(self, place: jax.Array) -> jax.Array:
+        """z* + U t (d, J)."""
+        wide = jnp.broadcast_to(place[:, None], self.z.shape)
+        return self.z + solve_upper(self.factor, wide)
+
+
+def after_newton(tasks: Whitened, z: jax.Array) -> jax.Array:
+    """Two undamped Newton steps from where a climb has ended."""
+    for _ in range(2):
+        at = tasks.bend(z)
+        z = z + newton_step(at.curvature, at.slope)[0]
+    return z
+
+
+def at_modes(tasks: Whitened, z: jax.Array) -> Stand:
+    """Where nodes stand, from where a climb has ended."""
+    z = after_newton(tasks, z)
+    at = tasks.bend(z)
+    return Stand(z, cholesky(at.curvature), at.value)
 
 
 class Nodes(NamedTuple):
@@ -154,19 +212,16 @@ class Nodes(NamedTuple):
 
 def around(tasks: Whitened, start: jax.Array, num_nodes: int) -> Nodes:
     """The nodes around every mode, with their weights."""
-    z = climb(tasks, start).z
-    for _ in range(2):
-        at = tasks.bend(z)
-        z = z + newton_step(at.curvature, at.slope)[0]
-    factor = cholesky(tasks.bend(z).curvature)
-    places, log_weights = grid(num_nodes, len(z))
+    stand = at_modes(tasks, climb(tasks, start).z)
+    rule = grid(num_nodes, len(start))
 
     def node(at: Any) -> tuple[jax.Array, jax.Array]:
         place, log_weight = at
-        moved = z + solve_upper(factor, jnp.broadcast_to(place[:, None], z.shape))
+        moved = stand.node(place)
         return moved, tasks.value(moved) + log_weight
 
-    return Nodes(*jax.lax.map(node, (jnp.asarray(places), jnp.asarray(log_weights))))
+    kept = (rule.places[: rule.count], rule.log_weights[: rule.count])
+    return Nodes(*jax.lax.map(node, jax.tree.map(jnp.asarray, kept)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -193,11 +248,15 @@ def _draws(
     Proposals are t around the mode, from ``white`` (S, K, d, J) and ``stretch`` (S, K, J).
     """
 
+    def at(phi: dict[str, Any]) -> Whitened:
+        return Whitened.at(model.likelihood, model.prior, rows, phi)
+
+    middle = climb(at(jax.tree.map(lambda values: values.mean(0), phis)), starts).z
+
     def one(phi: dict[str, Any], n: Any, s: Any, u: Any) -> tuple[jax.Array, jax.Array]:
-        tasks = Whitened.at(model.likelihood, model.prior, rows, phi)
-        z = climb(tasks, starts).z
-        at = tasks.bend(z)
-        factor = cholesky(at.curvature)
+        tasks = at(phi)
+        z = climb(tasks, middle).z
+        factor = cholesky(tasks.bend(z).curvature)
         d = len(z)
 
         def step(state: Any, given: Any) -> tuple[Any, None]:

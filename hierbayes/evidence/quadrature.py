@@ -14,14 +14,22 @@ Statistics 4(1); Naylor and Smith (1982), Applied Statistics 31(3).
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hierbayes.adaptation.quadrature import Whitened, climb, grid, newton_step
+from hierbayes.adaptation.quadrature import (
+    Rule,
+    Stand,
+    Whitened,
+    after_newton,
+    at_modes,
+    climb,
+)
 from hierbayes.likelihoods import Likelihood
-from hierbayes.numerics import cholesky, log_diagonal_sum, solve_upper
+from hierbayes.numerics import cholesky, log_diagonal_sum
 from hierbayes.priors import Prior
 from hierbayes.rows import Rows, Whole
 
@@ -40,41 +48,87 @@ def log_evidence(
     rows: Rows | Whole,
     phi: dict[str, Any],
     start: jax.Array,
-    num_nodes: int,
+    rule: Rule | None,
 ) -> Evidence:
-    """The evidence of every task with ``num_nodes`` nodes a dimension; one is Laplace's.
+    """The evidence of every task by the nodes of ``rule``; without one it is Laplace's.
 
-    Laplace's has right derivatives to second order: two Newton steps follow the mode, of which
-    each doubles the order to which the mode depends on φ as it should. With more nodes the nodes
-    are held, since the integral does not depend on where they are.
+    The nodes are held where they stand at φ: the integral does not depend on where they are, and
+    its slope is the mean over them of the slope of log p(D_j, z | φ).
     """
     tasks = Whitened.at(likelihood, prior, rows, phi)
     held = Whitened.at(likelihood, prior, *jax.lax.stop_gradient((rows, phi)))
     found = jax.lax.stop_gradient(climb(held, start))
-    if num_nodes == 1:
-        z = found.z
-        for _ in range(2):
-            at = tasks.bend(z)
-            z = z + newton_step(at.curvature, at.slope)[0]
-        at = tasks.bend(z)
-        value = at.value - log_diagonal_sum(cholesky(at.curvature))
+    if rule is None:
+        value, z = _laplace(tasks, found.z)
         return Evidence(value + tasks.rows.constant, jax.lax.stop_gradient(z), found.converged)
-    z = found.z
-    for _ in range(2):
-        at = held.bend(z)
-        z = z + newton_step(at.curvature, at.slope)[0]
-    factor = cholesky(held.bend(z).curvature)
-    base = held.value(z)
-    nodes, log_weights = grid(num_nodes, len(z))
+    stand = at_modes(held, found.z)
+    rule = Rule(*map(jnp.asarray, rule))
+    total: Any = _log_sum(likelihood, _moving(tasks), tasks.rows, stand, rule)
+    value = stand.base + total - log_diagonal_sum(stand.factor)
+    return Evidence(value + tasks.rows.constant, stand.z, found.converged)
 
-    def term(node: Any, log_weight: Any) -> jax.Array:
-        at = z + solve_upper(factor, jnp.broadcast_to(node[:, None], z.shape))
-        return jnp.exp(tasks.value(at) - base + log_weight)
 
-    if len(nodes) <= 32:
-        total = sum(term(n, w) for n, w in zip(nodes, log_weights, strict=True))
-    else:
-        step = jax.checkpoint(lambda t, at: (t + term(*at), None))
-        total, _ = jax.lax.scan(step, jnp.zeros(z.shape[1]), (nodes, log_weights))
-    value = base + jnp.log(total) - log_diagonal_sum(factor)
-    return Evidence(value + tasks.rows.constant, z, found.converged)
+def laplace_near(
+    likelihood: Likelihood, prior: Prior, rows: Rows | Whole, phi: dict[str, Any], near: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Laplace's evidence of every task (J,), two Newton steps from ``near`` (d, J), and z there."""
+    tasks = Whitened.at(likelihood, prior, rows, phi)
+    value, z = _laplace(tasks, near)
+    return value + tasks.rows.constant, z
+
+
+def _laplace(tasks: Whitened, near: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Ψ_j(z*) − ½ log |A_j| (J,), right to second order, and z*.
+
+    Of the two Newton steps each doubles the order to which the mode depends on φ as it should.
+    """
+    z = after_newton(tasks, near)
+    at = tasks.bend(z)
+    return at.value - log_diagonal_sum(cholesky(at.curvature)), z
+
+
+# what of a Whitened depends on φ: rows that moved, φ, m and L
+Moving = tuple[dict[str, Any], dict[str, Any], jax.Array, jax.Array]
+
+
+def _moving(tasks: Whitened) -> Moving:
+    return tasks.rows.moving, tasks.phi, tasks.location, tasks.root
+
+
+def _values(likelihood: Likelihood, moving: Moving, rows: Rows | Whole, z: jax.Array) -> jax.Array:
+    moved, phi, location, root = moving
+    return Whitened(likelihood, rows.moved(moved), phi, location, root).value(z)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_sum(
+    likelihood: Likelihood, moving: Moving, rows: Rows | Whole, stand: Stand, rule: Rule
+) -> jax.Array:
+    """log Σ_q w̄_q exp(Ψ_j(z_q) − Ψ_j(z*) + ½ |t_q|²) of every task (J,), node after node."""
+
+    def more(q: Any, total: jax.Array) -> jax.Array:
+        value = _values(likelihood, moving, rows, stand.node(rule.places[q]))
+        return total + jnp.exp(value - stand.base + rule.log_weights[q])
+
+    return jnp.log(jax.lax.fori_loop(0, rule.count, more, jnp.zeros_like(stand.base)))
+
+
+def _forward(likelihood: Likelihood, *given: Any) -> tuple[jax.Array, Any]:
+    value: Any = _log_sum(likelihood, *given)
+    return value, (given, value)
+
+
+def _backward(likelihood: Likelihood, kept: Any, slope: jax.Array) -> Any:
+    (moving, rows, stand, rule), found = kept
+
+    def more(q: Any, total: Any) -> Any:
+        z = stand.node(rule.places[q])
+        value, pull = jax.vjp(lambda m: _values(likelihood, m, rows, z), moving)
+        share = jnp.exp(value - stand.base + rule.log_weights[q] - found)
+        return jax.tree.map(jnp.add, total, pull(slope * share)[0])
+
+    none = jax.tree.map(jnp.zeros_like, moving)
+    return jax.lax.fori_loop(0, rule.count, more, none), None, None, None
+
+
+_log_sum.defvjp(_forward, _backward)

@@ -9,7 +9,6 @@ with Laplace's approximation or quadrature for p̂ (see :mod:`hierbayes.evidence
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes.adaptation.quadrature import Rule, rule_of
 from hierbayes.evidence.quadrature import log_evidence
-from hierbayes.meta.layout_of_phi import Layout, belief_in
-from hierbayes.meta.optimum import Optimum, curvature
+from hierbayes.meta.layout_of_phi import Layout, belief_in, phi_at
+from hierbayes.meta.optimum import Optimum, ValueAndSlope, curvature, descend, polish
 from hierbayes.meta.posterior_mode import finite, off_the_boundary, pinned
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
@@ -32,31 +32,36 @@ NODES = {1: (5, 7, 11, 15, 21, 31, 41, 61), 2: (5, 7, 11, 15, 21, 31), 3: (3, 5,
 MOST_DIMENSIONS = 3
 """Coefficients up to which quadrature is offered."""
 
-ENOUGH = 1e-3
-"""Difference of the summed log evidence, from one number of nodes to the next, that ends this."""
+ENOUGH = 1e-6
+"""Difference of a task's log evidence, from one number of nodes to the next, that ends this."""
+
+LEAST_ENOUGH = 1e-5
+"""Of all tasks together."""
+
+FOR_DRAWS = 1e-2
+"""The same where the evidence is sampled: a hundredth of a standard deviation at the most."""
 
 LARGE_SHIFT = 0.25
 """Posterior standard deviations by which Laplace's approximation may move φ̂ unremarked."""
 
+NEAR_ZERO = 0.01
+"""Units of τ below which the search is done with more patience: there lies a boundary."""
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _evidence(
-    model: HierarchicalModel, rows: Rows | Whole, phi: dict[str, Any], start: Any, num_nodes: int
-) -> Any:
-    return log_evidence(model.likelihood, model.prior, rows, phi, start, num_nodes)
+SAMPLE, LEAST_SAMPLE = 16, 2000
+"""The search begins on every so-manieth task, where these are so many."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=0)
 def _value_and_slope(
     model: HierarchicalModel,
     layout: Layout,
     vector: Any,
     rows: Rows | Whole,
     start: Any,
-    num_nodes: int,
+    rule: Rule | None,
 ) -> Any:
     def minus(v: jax.Array) -> Any:
-        found = log_evidence(model.likelihood, model.prior, rows, layout.phi(v), start, num_nodes)
+        found = log_evidence(model.likelihood, model.prior, rows, layout.phi(v), start, rule)
         return -found.log_evidence.sum(), found
 
     (value, found), slope = jax.value_and_grad(minus, has_aux=True)(vector)
@@ -64,12 +69,17 @@ def _value_and_slope(
 
 
 class ApproximateEvidence:
-    """Σ_j log p̂(D_j | φ) as a function of φ's vector; use it inside ``numerics.float64()``."""
+    """Σ_j log p̂(D_j | φ) as a function of φ's vector; use it inside ``numerics.float64()``.
 
-    def __init__(self, model: HierarchicalModel, tasks: Tasks, num_nodes: int):
+    ``num_nodes`` a dimension, which may be changed; one is Laplace's approximation.
+    """
+
+    def __init__(
+        self, model: HierarchicalModel, tasks: Tasks, num_nodes: int, layout: Layout | None = None
+    ):
         self.model, self.num_nodes = model.without_encoder(), num_nodes
         self.rows = jax.tree.map(jnp.asarray, rows_of(tasks, model.likelihood))
-        self.layout = Layout.of(
+        self.layout = layout or Layout.of(
             model.shape(tasks), model.scales(tasks), model.phi_distributions(tasks)
         )
         self.start = jnp.zeros((len(tasks.coef), tasks.num_tasks))
@@ -77,17 +87,13 @@ class ApproximateEvidence:
 
     def value_and_slope(self, vector: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the log evidence and its slope; every call starts from the last call's modes."""
+        rule = rule_of(self.num_nodes, len(self.start))
         value, slope, mode, converged = _value_and_slope(
-            self.model, self.layout, vector, self.rows, self.start, self.num_nodes
+            self.model, self.layout, vector, self.rows, self.start, rule
         )
         if np.isfinite(float(value)):
             self.start, self.unfinished = mode, ~np.asarray(converged)
         return finite(float(value), np.asarray(slope))
-
-    def of_tasks(self, phi: dict[str, Any], num_nodes: int | None = None) -> np.ndarray:
-        """log p̂(D_j | φ) of each task (J,)."""
-        nodes = self.num_nodes if num_nodes is None else num_nodes
-        return np.asarray(_evidence(self.model, self.rows, phi, self.start, nodes).log_evidence)
 
 
 @dataclass(frozen=True)
@@ -102,80 +108,143 @@ class Integrated:
 
 
 def maximise_approximate(
-    resolved: HierarchicalModel, tasks: Tasks, *, quadrature: bool, with_belief: bool
+    resolved: HierarchicalModel,
+    tasks: Tasks,
+    *,
+    quadrature: bool,
+    with_belief: bool,
+    for_draws: bool = False,
 ) -> Integrated:
-    """φ̂ by Laplace's approximation, or by quadrature with as many nodes as the evidence needs."""
-    d = len(tasks.coef)
+    """φ̂ by Laplace's approximation, or by quadrature with as many nodes as the evidence needs.
+
+    ``for_draws``: where a sampler starts, φ̂ of the fewest nodes and the nodes that draws need.
+    """
+    counts = NODES.get(len(tasks.coef), ())
     with float64():
-        laplace = ApproximateEvidence(resolved, tasks, 1)
-        search = _Search(resolved, tasks, laplace, with_belief)
-        vector = search.run(search.starts())
-        counts: tuple[int, ...] = NODES.get(d, ())
-        error, used = np.nan, 1
-        if quadrature:
-            phi = search.phi(vector)
-            values = {n: laplace.of_tasks(phi, n).sum() for n in counts[:2]}
-            used = counts[0]
-            for before, after in itertools.pairwise(counts):
-                values[after] = values.get(after, laplace.of_tasks(phi, after).sum())
-                error, used = abs(values[after] - values[before]), before
-                if error < ENOUGH:
-                    break
-            better = ApproximateEvidence(resolved, tasks, used)
-            better.start = laplace.start
-            search = replace(search, evidence=better)
-            vector = search.run([vector])
-        return search.finish(vector, used, float(error), counts)
+        evidence = ApproximateEvidence(resolved, tasks, counts[0] if quadrature else 1)
+        search = _Search(resolved, tasks, evidence, with_belief)
+        vector = search.run()
+        if not quadrature:
+            return search.finish(vector, np.nan, counts)
+        enough = max(LEAST_ENOUGH, ENOUGH * tasks.num_tasks)
+        used = error = np.nan
+        while True:
+            used, error = search.nodes_for(
+                vector, counts, max(enough, FOR_DRAWS) if for_draws else enough
+            )
+            if used == evidence.num_nodes or for_draws:
+                break
+            evidence.num_nodes = used
+            vector = search.run(vector)
+        found = search.finish(vector, error, counts)
+        return replace(found, num_nodes=used)
 
 
 @dataclass(frozen=True)
 class _Search:
-    """The summed evidence, with the hyperprior's density where that is wanted, in φ's vector."""
+    """The summed evidence, with the hyperprior's density where that is wanted, in φ's vector.
+
+    ``share`` of the hyperprior counts where the tasks are a sample of all.
+    """
 
     model: HierarchicalModel
     tasks: Tasks
     evidence: ApproximateEvidence
     with_belief: bool
+    share: float = 1.0
 
     @property
     def layout(self) -> Layout:
         return self.evidence.layout
 
     def phi(self, vector: np.ndarray) -> dict[str, np.ndarray]:
-        return to_numpy(jax.jit(self.layout.phi)(jnp.asarray(vector)))
+        return to_numpy(phi_at(self.layout, vector))
 
-    def starts(self) -> list[np.ndarray]:
+    @property
+    def first(self) -> np.ndarray:
         """Tasks alike but for some spread, at the overall level."""
         shape, scales = self.model.shape(self.tasks), self.model.scales(self.tasks)
         d, q = len(shape.coef), len(shape.task_predictors)
         phi = {"mu": np.where(shape.free_mean, scales.mu_location, 0.0), "tau": 0.5 * scales.coef}
         phi |= {"gamma": np.zeros((d, q)), "beta": np.zeros(len(shape.shared))}
         phi |= dict(self.layout.own)
-        return [self.layout.vector(phi, floor) for floor in (0.5,)]
+        return self.layout.vector(phi, 0.5)
 
-    def run(self, starts: list[np.ndarray]) -> np.ndarray:
-        return off_the_boundary(self.value_and_slope, starts, self.layout).x
+    def run(self, near: np.ndarray | None = None) -> np.ndarray:
+        """The best vector, from one nearby or from afar.
+
+        Of many tasks a sample shows the way, and lends the curvature: its steps are Newton's but
+        for a few per cent, and the slope is that of all tasks.
+        """
+        layout, lower = self.layout, self.layout.lower
+        start, around = self.first if near is None else near, None
+        if (sample := self._sample) is not None:
+            if near is None:
+                start = descend(
+                    sample.value_and_slope, start, lower, lambda x: sample.value_and_slope
+                )
+            around = sample._as_all
+        if near is not None or around is not None:
+            best = polish(self.value_and_slope, start, lower, around)
+            if best.problem is None and (best.x[layout.at["tau"]] > NEAR_ZERO).all():
+                return best.x
+        return off_the_boundary(self.value_and_slope, [start], layout).x
+
+    @functools.cached_property
+    def _sample(self) -> _Search | None:
+        """Every so-manieth task; None where tasks are few."""
+        if len(self.tasks) < SAMPLE * LEAST_SAMPLE:
+            return None
+        some = self.tasks.take(np.arange(0, len(self.tasks), SAMPLE))
+        evidence = ApproximateEvidence(self.model, some, self.evidence.num_nodes, self.layout)
+        return replace(self, tasks=some, evidence=evidence, share=len(some) / len(self.tasks))
+
+    def _as_all(self, x: np.ndarray) -> ValueAndSlope:
+        """A sample's criterion, as large as that of all tasks."""
+        del x
+
+        def value_and_slope(vector: np.ndarray) -> tuple[float, np.ndarray]:
+            value, slope = self.value_and_slope(vector)
+            return value / self.share, slope / self.share
+
+        return value_and_slope
+
+    def nodes_for(
+        self, vector: np.ndarray, counts: tuple[int, ...], enough: float
+    ) -> tuple[int, float]:
+        """The fewest nodes, from those in use, after which more change the evidence too little."""
+        before, counts = self.evidence.num_nodes, counts[counts.index(self.evidence.num_nodes) :]
+        values, used, error = [], before, np.nan
+        for count in counts:
+            self.evidence.num_nodes = count
+            values.append(self.evidence.value_and_slope(vector)[0])
+            if len(values) > 1:
+                error = abs(values[-1] - values[-2])
+                if error < enough:
+                    break
+                used = count
+        self.evidence.num_nodes = before
+        return used, float(error)
 
     def value_and_slope(self, vector: np.ndarray) -> tuple[float, np.ndarray]:
         value, slope = self.evidence.value_and_slope(vector)
         if self.with_belief:
             more, tilt = self._belief(vector)
-            value, slope = value - float(more), slope - np.asarray(tilt)
+            value, slope = value - self.share * float(more), slope - self.share * np.asarray(tilt)
         return finite(value, slope)
 
     @functools.cached_property
     def _belief(self) -> Any:
         return belief_in(self.layout, self.model.phi_distributions(self.tasks))
 
-    def finish(
-        self, vector: np.ndarray, used: int, error: float, counts: tuple[int, ...]
-    ) -> Integrated:
+    def finish(self, vector: np.ndarray, error: float, counts: tuple[int, ...]) -> Integrated:
+        """The optimum there, with standard errors and what is to be said."""
         layout, evidence = self.layout, self.evidence
+        used = evidence.num_nodes
         inside = vector > layout.lower
         hessian = curvature(self.value_and_slope, vector, inside)
         phi = self.phi(vector)
         errors = layout.errors(inside, hessian, phi)
-        value, _ = self.value_and_slope(vector)
         log_density = -evidence.value_and_slope(vector)[0]
         warnings = []
         if np.isnan(errors["mu"][layout.free]).any():
@@ -202,7 +271,7 @@ class _Search:
                     f"Laplace's approximation has moved phi by about {shift:.1f} standard errors "
                     'from where quadrature would put it; use evidence="quadrature"'
                 )
-        posterior = -value if self.with_belief else None
+        posterior = log_density + float(self._belief(vector)[0]) if self.with_belief else None
         optimum = Optimum(pinned(phi, layout.shape), log_density, errors, warnings, posterior)
         return Integrated(optimum, used, error, remarks, evidence.start)
 
@@ -210,7 +279,7 @@ class _Search:
         self, vector: np.ndarray, inside: np.ndarray, hessian: np.ndarray, num_nodes: int
     ) -> float:
         """How far one Newton step on the better evidence goes, in standard errors: the farthest."""
-        better = ApproximateEvidence(self.model, self.tasks, num_nodes)
+        better = ApproximateEvidence(self.model, self.tasks, num_nodes, self.layout)
         better.start = self.evidence.start
         slope = replace(self, evidence=better).value_and_slope(vector)[1][inside]
         inverse = np.linalg.pinv(hessian)

@@ -4,8 +4,8 @@ r"""p(φ | D) where the evidence is an integral without a closed form, as a dens
           + \sum_j \log \hat p(D_j \mid \varphi(x))
 
 x holds ψ = (τ, R, σ) as in :mod:`hierbayes.meta.scales_of_phi`, the logarithms of the family's
-other parameters, and b = (μ, Γ, β) in units of its own. A rough density has Laplace's p̂, the
-density itself quadrature's.
+other parameters, and b = (μ, Γ, β) in units of its own. A rough density has Laplace's p̂, two Newton
+steps from where the modes are expected, the density itself quadrature's.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation import Quadrature
-from hierbayes.evidence.quadrature import log_evidence
+from hierbayes.adaptation.quadrature import Rule, Whitened, at_modes, climb, grid
+from hierbayes.evidence.quadrature import laplace_near, log_evidence
 from hierbayes.likelihoods import Likelihood
 from hierbayes.meta.approximate_evidence import Integrated, maximise_approximate
 from hierbayes.meta.collapsed import Point, in_batches
 from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units
 from hierbayes.meta.supports import LINES, lines_of
 from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import solve_lower, solve_upper
 from hierbayes.priors import Prior
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.priors.normality import improper
@@ -36,6 +38,9 @@ ROWS_AT_ONCE = 200_000
 """Points × rows of one compiled call: more than this leaves the processor's cache."""
 
 MOST_AT_ONCE = 1024
+
+FARTHEST = 1.0
+"""How far a mode z* is expected from where it is known: beyond, the straight line is no guide."""
 
 
 class Made(NamedTuple):
@@ -49,14 +54,20 @@ class Made(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a compiled program is given: numbers only; ``centre`` and ``unit`` (P,) are b's."""
+    """What a compiled program is given: numbers only; ``centre`` and ``unit`` (P,) are b's.
+
+    ``modes`` (d, J) are z* at some x, and ``drift`` (k, d, J) their slopes there.
+    """
 
     rows: Rows | Whole
     beliefs: list[Any]
     units: Units
     centre: Any
     unit: Any
+    rule: Rule
     modes: Any
+    x: Any
+    drift: Any
 
 
 def _named(shape: Shape, b: Any) -> dict[str, Any]:
@@ -72,8 +83,9 @@ def _named(shape: Shape, b: Any) -> dict[str, Any]:
     return named
 
 
-def _point(made: Made, given: Given, x: Any, num_nodes: int) -> Point:
-    likelihood, prior, shape, how = made.likelihood, made.prior, made.shape, made.beliefs
+def _phi(made: Made, given: Given, x: Any) -> tuple[dict[str, Any], Any]:
+    """φ at x, and the log of its density there."""
+    shape, how = made.shape, made.beliefs
     beliefs: Beliefs = jax.tree.unflatten(how, given.beliefs)
     coordinates = Coordinates.of(shape)
     scales = coordinates.scales(x, given.units, beliefs)
@@ -91,20 +103,61 @@ def _point(made: Made, given: Given, x: Any, num_nodes: int) -> Point:
             total = total + jnp.where(
                 inside, jnp.sum(jnp.asarray(beliefs[name].log_prob(phi[name]))), -jnp.inf
             )
-    total = total + jnp.log(given.unit).sum()
-    found = log_evidence(likelihood, prior, given.rows, phi, given.modes, num_nodes)
+    return phi, total + jnp.log(given.unit).sum()
+
+
+def _expected(given: Given, x: Any) -> Any:
+    """Where the modes are at x, by the straight line from where they are known."""
+    moved = jnp.einsum("k,kdj->dj", x - given.x, given.drift)
+    return given.modes + jnp.clip(moved, -FARTHEST, FARTHEST)
+
+
+def _point(made: Made, given: Given, x: Any) -> Point:
+    phi, total = _phi(made, given, x)
+    near = _expected(given, x)
+    found = log_evidence(made.likelihood, made.prior, given.rows, phi, near, given.rule)
     total = total + found.log_evidence.sum()
     return Point(phi, jnp.where(jnp.isnan(total), -jnp.inf, total))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _points(made: Made, given: Given, xs: Any, num_nodes: int) -> Point:
-    return jax.vmap(lambda x: _point(made, given, x, num_nodes))(xs)
+def _rough_point(made: Made, given: Given, x: Any) -> Point:
+    phi, total = _phi(made, given, x)
+    near = _expected(given, x)
+    found, _ = laplace_near(made.likelihood, made.prior, given.rows, phi, near)
+    total = total + found.sum()
+    return Point(phi, jnp.where(jnp.isnan(total), -jnp.inf, total))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _value_and_slope(made: Made, given: Given, x: Any, num_nodes: int) -> Any:
-    return jax.value_and_grad(lambda v: _point(made, given, v, num_nodes).log_density)(x)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _points(of: Any, made: Made, given: Given, xs: Any) -> Point:
+    return jax.vmap(lambda x: of(made, given, x))(xs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value_and_slope(made: Made, given: Given, x: Any) -> Any:
+    def log_density(v: Any) -> Any:
+        phi, total = _phi(made, given, v)
+        found = log_evidence(made.likelihood, made.prior, given.rows, phi, given.modes, given.rule)
+        return total + found.log_evidence.sum()
+
+    return jax.value_and_grad(log_density)(x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _modes_near(made: Made, given: Given, x: Any) -> tuple[Any, Any]:
+    """z* (d, J) at x and its slopes A⁻¹ ∂(∇Ψ)/∂x (k, d, J)."""
+
+    def tasks(v: Any) -> Whitened:
+        return Whitened.at(made.likelihood, made.prior, given.rows, _phi(made, given, v)[0])
+
+    here = tasks(x)
+    stand = at_modes(here, climb(here, given.modes).z)
+
+    def move(direction: Any) -> Any:
+        slope = jax.jvp(lambda v: tasks(v).bend(stand.z).slope, (x,), (direction,))[1]
+        return solve_upper(stand.factor, solve_lower(stand.factor, slope))
+
+    return stand.z, jax.lax.map(move, jnp.eye(len(x)))
 
 
 class ByQuadrature:
@@ -145,7 +198,10 @@ class ByQuadrature:
         )
         unit = np.where(np.isfinite(unit) & (unit > 0), unit, 0.1 * rough)
         self.rows = jax.tree.map(jnp.asarray, rows_of(tasks, model.likelihood))
-        self.given = Given(self.rows, leaves, self.units, np.concatenate(parts), unit, modes)
+        self.given = Given(
+            self.rows, leaves, self.units, np.concatenate(parts), unit,
+            grid(found.num_nodes, self.num_coef), modes, None, None,
+        )  # fmt: skip
         self._own = [float(LINES[kind].inverse(phi[name])) for name, kind in lines]
         self._tau = np.maximum(phi["tau"], 0.05 * scales.coef)
 
@@ -162,7 +218,9 @@ class ByQuadrature:
         return 2 ** int(np.log2(np.clip(ROWS_AT_ONCE // cells, 1, MOST_AT_ONCE)))
 
     def prepare(self, units: Units, x: np.ndarray) -> None:
-        """Nothing to prepare."""
+        """Find the modes at x, and how they move from there."""
+        modes, drift = _modes_near(self.made, self.given._replace(units=units), x)
+        self.given = self.given._replace(modes=modes, x=jnp.asarray(x), drift=drift)
 
     def rescaled(self, x: np.ndarray, units: Units, new: Units) -> np.ndarray:
         """The same point in other units."""
@@ -174,11 +232,11 @@ class ByQuadrature:
     def log_density(self, units: Units) -> Callable[[Any, Any], Any]:
         """The density of one point; without e."""
         given = self.given._replace(units=units)
-        return lambda x, e: _point(self.made, given, x, self.num_nodes).log_density
+        return lambda x, e: _point(self.made, given, x).log_density
 
     def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
-        """Minus the rough log density at x and its slope, for a minimiser."""
-        value, slope = _value_and_slope(self.made, self.given._replace(units=units), x, 1)
+        """Minus the log density at x and its slope, for a minimiser."""
+        value, slope = _value_and_slope(self.made, self.given._replace(units=units), x)
         value = -float(value)
         return (value if np.isfinite(value) else 1e300), -np.nan_to_num(np.asarray(slope))
 
@@ -188,17 +246,15 @@ class ByQuadrature:
     ) -> Point:  # fmt: skip
         """φ by name (n, …) and log densities (n,) at xs, in batches of one shape."""
         del es
-        given, nodes = self.given._replace(units=units), 1 if rough else self.num_nodes
-        return in_batches(
-            lambda x: _points(self.made, given, x, nodes), (xs,), self.at_once, advance
-        )
+        given, of = self.given._replace(units=units), _rough_point if rough else _point
+        return in_batches(lambda x: _points(of, self.made, given, x), (xs,), self.at_once, advance)
 
 
 def by_quadrature(
     model: HierarchicalModel, tasks: Tasks
 ) -> tuple[ByQuadrature, Quadrature, dict[str, Any]]:
     """The density, how θ is drawn beside it, and what is worth knowing of both."""
-    found = maximise_approximate(model, tasks, quadrature=True, with_belief=True)
+    found = maximise_approximate(model, tasks, quadrature=True, with_belief=True, for_draws=True)
     target = ByQuadrature(model, tasks, found, found.modes)
     info = {"num_nodes": found.num_nodes, "evidence_error": found.error}
     return target, Quadrature(found.num_nodes), info

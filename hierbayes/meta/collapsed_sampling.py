@@ -78,7 +78,7 @@ class Density(Protocol):
         ...
 
     def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
-        """Minus the density at (x, 0) and its slope; the rough one where there is one."""
+        """Minus the density at (x, 0) and its slope."""
         ...
 
     def prepare(self, units: Units, x: np.ndarray) -> None:

@@ -155,8 +155,19 @@ class Layout:
         return errors
 
 
+@jax.jit
+def phi_at(layout: Layout, vector: Any) -> dict[str, jax.Array]:
+    """φ by name, compiled once for a shape."""
+    return layout.phi(vector)
+
+
+@jax.jit
+def _belief(layout: Layout, beliefs: Any, vector: Any) -> tuple[jax.Array, jax.Array]:
+    return jax.value_and_grad(lambda v: layout.log_belief(layout.phi(v), beliefs))(vector)
+
+
 def belief_in(
     layout: Layout, beliefs: Mapping[str, dist.Distribution]
 ) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
     """log p(φ) and its slope as functions of φ's vector."""
-    return jax.jit(jax.value_and_grad(lambda v: layout.log_belief(layout.phi(v), beliefs)))
+    return functools.partial(_belief, layout, dict(beliefs))

@@ -16,7 +16,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 from hierbayes.evidence.exact import log_evidence
-from hierbayes.meta.layout_of_phi import Layout
+from hierbayes.meta.layout_of_phi import Layout, phi_at
 from hierbayes.meta.marginal import SINGULAR, maximise_likelihood
 from hierbayes.meta.optimum import Minimum, Optimum, ValueAndSlope, curvature, minimise
 from hierbayes.model import HierarchicalModel
@@ -68,7 +68,7 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
         best = off_the_boundary(value_and_slope, starts, layout)
         inside = best.x > layout.lower
         hessian = curvature(value_and_slope, best.x, inside)
-        phi = to_numpy(jax.jit(layout.phi)(jnp.asarray(best.x)))
+        phi = to_numpy(phi_at(layout, best.x))
         evidence, belief = jax.jit(log_density)(phi, stats)
         errors = layout.errors(inside, hessian, phi)
     phi = pinned(phi, shape)

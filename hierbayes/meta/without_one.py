@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes.adaptation.quadrature import rule_of
 from hierbayes.evidence.quadrature import log_evidence
 from hierbayes.meta.layout_of_phi import Layout, belief_in
 from hierbayes.meta.posterior_mode import finite, off_the_boundary
@@ -36,7 +37,8 @@ def _of_tasks(
     model: HierarchicalModel, phi: dict[str, Any], rows: Rows | Whole, start: Any, counted: Any,
     num_nodes: int,
 ) -> Any:  # fmt: skip
-    found = log_evidence(model.likelihood, model.prior, rows, phi, start, num_nodes)
+    rule = rule_of(num_nodes, len(start))
+    found = log_evidence(model.likelihood, model.prior, rows, phi, start, rule)
     return jnp.where(counted, found.log_evidence, 0.0), found.mode
 
 
