@@ -2,8 +2,8 @@
 
 ``python -m benchmarks NAME`` runs a benchmark of a file of its own, with arguments of its own
 (``--help`` tells them): ``radon``, ``radon-correlated``, ``uneven``, ``uneven-correlated`` and
-``schools`` (:mod:`benchmarks.samplers`), ``many-tasks``, ``scaling``, ``cold-start``, ``import``,
-``meta-steps``, ``sinusoids``. ``python -m benchmarks --quick`` runs all but the last two at small
+``schools``, ``contraception`` (:mod:`benchmarks.samplers`), ``many-tasks``, ``many-counts``,
+``scaling``, ``cold-start``, ``import``, ``meta-steps``, ``sinusoids``. ``python -m benchmarks --quick`` runs all but the last two at small
 sizes, to see that they work; a peer that is not installed is named and skipped.
 Ratios hold within one run on one machine; do not compare seconds between machines.
 """
@@ -28,6 +28,7 @@ from benchmarks.samplers import NAMES
 CONTESTS = {
     **{name: ("samplers", name) for name in NAMES},
     "many-tasks": ("many_tasks",),
+    "many-counts": ("many_counts",),
     "scaling": ("scaling",),
     "cold-start": ("cold_start",),
     "import": ("import_time",),

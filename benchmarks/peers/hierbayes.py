@@ -26,10 +26,13 @@ def model_and_tasks(given: Given) -> tuple[hb.HierarchicalModel, hb.Tasks]:
         tau={c: density(b) for c, b in zip(names, given.tau, strict=True)},
         corr=given.corr,
         sigma=None if given.sigma is None else density(given.sigma),
+        beta={f"z{k}": density(b) for k, b in enumerate(given.beta)},
     )
     data = pd.DataFrame(given.columns())
     known_se = None if given.known_se is None else "se"
-    return hb.from_formula(given.formula, data, hyperprior=hyperprior, known_se=known_se)
+    return hb.from_formula(
+        given.formula, data, hyperprior=hyperprior, known_se=known_se, family=given.family
+    )
 
 
 class Contestant:

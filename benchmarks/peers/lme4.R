@@ -1,4 +1,4 @@
-# lmer in a process of its own: reads columns once, then one fit for each line of standard input.
+# lmer or glmer in a process of its own: reads columns once, then one fit for each line of standard input.
 arguments <- commandArgs(trailingOnly = TRUE)
 folder <- arguments[1]
 formula <- as.formula(arguments[2])
@@ -15,6 +15,8 @@ flush(stdout())
 
 # the two tolerances that help("convergence") names
 tight <- list(xtol_abs = 1e-8, ftol_abs = 1e-8)
+family <- arguments[6]
+nodes <- as.integer(arguments[7])
 control <- if (arguments[5] == "tighter") lmerControl(optCtrl = tight) else lmerControl()
 
 peak <- function() {
@@ -23,9 +25,14 @@ peak <- function() {
   if (length(line)) as.numeric(gsub("[^0-9]", "", line)) / 1024 else NA
 }
 
+estimate <- function() {
+  if (family == "gaussian") lmer(formula, data = data, REML = FALSE, control = control)
+  else glmer(formula, data = data, family = family, nAGQ = nodes)
+}
+
 input <- file("stdin", "r")
 while (length(line <- readLines(input, n = 1)) == 1) {
-  seconds <- system.time(fit <- lmer(formula, data = data, REML = FALSE, control = control))[["elapsed"]]
+  seconds <- system.time(fit <- estimate())[["elapsed"]]
   covariance <- VarCorr(fit)
   # each bar without correlations is a group of its own
   tau <- unlist(lapply(covariance, function(v) attr(v, "stddev")))

@@ -1,6 +1,7 @@
-"""lme4's ``lmer``, timed inside R with the data loaded: the fit alone.
+"""lme4's ``lmer`` or ``glmer``, timed inside R with the data loaded: the fit alone.
 
-With its defaults, or with the tighter tolerances that its help page on convergence names.
+With its defaults, or with the tighter tolerances that its help page on convergence names;
+``glmer`` with as many nodes of adaptive quadrature as ``num_nodes`` says, one being Laplace's.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ SCRIPT = Path(__file__).with_suffix(".R")
 
 
 class Contestant:
-    """An Rscript that holds the data; ``lmer(REML = FALSE)``."""
+    """An Rscript that holds the data; ``lmer(REML = FALSE)``, or ``glmer(nAGQ = num_nodes)``."""
 
-    def __init__(self, given: Given, tighter: bool = False) -> None:
-        self.about = "lmer(REML = FALSE), timed inside R, data loaded"
+    def __init__(self, given: Given, tighter: bool = False, num_nodes: int = 1) -> None:
+        call = "lmer(REML = FALSE)" if given.family == "gaussian" else f"glmer(nAGQ = {num_nodes})"
+        self.about = f"{call}, timed inside R, data loaded"
         self.about += ", xtol_abs = ftol_abs = 1e-8" if tighter else ""
         if shutil.which("Rscript") is None:
             raise Missing("no Rscript on the path")
@@ -34,7 +36,8 @@ class Contestant:
             np.asarray(values, float).tofile(Path(self.folder.name) / f"{name}.bin")
         self.process = subprocess.Popen(
             ["Rscript", str(SCRIPT), self.folder.name, given.formula, str(len(given.outcome)),
-             ",".join(columns), "tighter" if tighter else "default"],
+             ",".join(columns), "tighter" if tighter else "default",
+             given.family.replace("bernoulli", "binomial"), str(num_nodes)],
             text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         _, *self.told = self._line().split("|")
@@ -51,9 +54,11 @@ class Contestant:
         print("fit", file=self.process.stdin, flush=True)
         values = np.array(self._line().split(), float)
         seconds, self.peak, sigma, log_likelihood = values[:4]
-        d = self.given.num_coef
-        mu, tau, corr = np.split(values[4:], [d, 2 * d])
-        found = {"mu": mu, "tau": tau, "sigma": sigma, "log_likelihood": log_likelihood}
+        d, p = self.given.num_coef, self.given.num_shared
+        mu, beta, tau, corr = np.split(values[4:], [d, d + p, 2 * d + p])
+        found = {"mu": mu, "tau": tau, "log_likelihood": log_likelihood}
+        found |= {"sigma": sigma} if self.given.family == "gaussian" else {}
+        found |= {"beta": beta} if p else {}
         found |= {"corr": corr} if self.given.corr is not None else {}
         return {"seconds": float(seconds), **found}
 

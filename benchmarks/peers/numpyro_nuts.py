@@ -26,6 +26,7 @@ class Contestant:
         self.num_chains, program = num_chains, model(given)
         names = ["mu", "tau", "theta"]
         names += [] if given.corr is None else ["corr"]
+        names += [] if given.shared is None else ["beta"]
         names += [] if given.sigma is None else ["sigma"]
 
         def one_chain(key: Any) -> dict[str, Any]:
@@ -84,6 +85,12 @@ def model(given: Given) -> Any:
         location = theta[task, 0]
         for k in range(1, d):
             location = location + theta[task, k] * x[:, k]
+        if given.shared is not None:
+            beta = numpyro.sample("beta", density(given.beta))
+            location = location + jnp.asarray(given.shared) @ beta
+        if given.family == "bernoulli":
+            numpyro.sample("y", dist.Bernoulli(logits=location), obs=y)
+            return
         if given.sigma is None:
             sigma = jnp.asarray(given.known_se)
         else:

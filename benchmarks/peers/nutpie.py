@@ -54,6 +54,13 @@ def model(given: Given, *, centred: bool) -> pm.Model:
         location = theta[given.task, 0]
         for k in range(1, d):
             location = location + theta[given.task, k] * x[:, k]
+        if given.shared is not None:
+            family, parameters = density(given.beta)
+            beta = family("beta", **parameters, shape=given.num_shared)
+            location = location + pm.math.dot(given.shared, beta)
+        if given.family == "bernoulli":
+            pm.Bernoulli("y", logit_p=location, observed=given.outcome)
+            return made
         if given.sigma is None:
             sigma = given.known_se
         else:
@@ -80,6 +87,7 @@ class Contestant:
         self.about = f"{'' if centred else 'non-'}centred, {tuning} tuning steps"
         self.names = ["mu", "tau", "theta"]
         self.names += [] if given.corr is None else ["corr"]
+        self.names += [] if given.shared is None else ["beta"]
         self.names += [] if given.sigma is None else ["sigma"]
 
     def versions(self) -> dict[str, str]:

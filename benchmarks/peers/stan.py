@@ -33,17 +33,22 @@ def program(given: Given, *, centred: bool) -> str:
     correlated, known = given.corr is not None, given.known_se is not None
     root = "diag_pre_multiply(tau, root_corr)" if correlated else "diag_matrix(tau)"
     moved = f"{root} * z" if correlated else "diag_pre_multiply(tau, z)"
+    binary, shared = given.family == "bernoulli", given.shared is not None
+    location = "rows_dot_product(theta[task], x)" + (" + w * beta" if shared else "")
     by_number = enumerate(zip(given.mu, given.tau, strict=True), 1)
     lines = [
         "data {",
         "  int<lower=1> N; int<lower=1> J; int<lower=1> D;",
-        "  matrix[N, D] x; vector[N] y; array[N] int<lower=1, upper=J> task;",
+        "  matrix[N, D] x; array[N] int<lower=1, upper=J> task;",
+        "  array[N] int<lower=0, upper=1> y;" if binary else "  vector[N] y;",
+        "  int<lower=1> P; matrix[N, P] w;" if shared else "",
         "  vector<lower=0>[N] se;" if known else "",
         "}",
         "parameters {",
         "  vector[D] mu; vector<lower=0>[D] tau;",
         "  cholesky_factor_corr[D] root_corr;" if correlated else "",
-        "" if known else "  real<lower=0> sigma;",
+        "" if given.sigma is None else "  real<lower=0> sigma;",
+        "  vector[P] beta;" if shared else "",
         "  array[J] vector[D] theta_of;" if centred else "  matrix[D, J] z;",
         "}",
         "transformed parameters {",
@@ -59,7 +64,10 @@ def program(given: Given, *, centred: bool) -> str:
         f"  theta_of ~ multi_normal_cholesky(mu, {root});"
         if centred
         else "  to_vector(z) ~ std_normal();",
-        f"  y ~ normal(rows_dot_product(theta[task], x), {'se' if known else 'sigma'});",
+        *(f"  beta[{k}] ~ {density(b)};" for k, b in enumerate(given.beta, 1)),
+        f"  y ~ bernoulli_logit({location});"
+        if binary
+        else f"  y ~ normal({location}, {'se' if known else 'sigma'});",
         "}",
     ]
     return "\n".join(line for line in lines if line) + "\n"
@@ -115,6 +123,10 @@ class Contestant:
             "N": len(given.outcome), "J": given.num_tasks, "D": given.num_coef,
             "x": given.predictors, "y": given.outcome, "task": given.task + 1,
         }  # fmt: skip
+        if given.family == "bernoulli":
+            self.data["y"] = given.outcome.astype(int)
+        if given.shared is not None:
+            self.data |= {"P": given.num_shared, "w": given.shared}
         if given.known_se is not None:
             self.data["se"] = given.known_se
         self.chains, self.draws = num_chains, num_draws
@@ -136,6 +148,7 @@ class Contestant:
         with self.watch:
             fit = self.built.sample(**self.settings)
         names = ["mu", "tau", "theta"] + ([] if self.given.sigma is None else ["sigma"])
+        names += [] if self.given.shared is None else ["beta"]
         draws = {name: self._by_chain(fit[name]) for name in names}
         if self.given.corr is not None:
             roots = self._by_chain(fit["root_corr"])

@@ -49,7 +49,7 @@ NEAR = 1e-9
 NO_WEIGHT = np.log(1e-14)
 """Share of the whole, as a logarithm, below which a node of a product is left out."""
 
-MOST_NODES = {1: 64, 2: 512, 3: 2048}
+MOST_NODES = {1: 64, 2: 576, 3: 2048}
 """Rows of a rule, by the number of dimensions."""
 
 
