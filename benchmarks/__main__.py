@@ -3,8 +3,9 @@
 ``python -m benchmarks NAME`` runs a benchmark of a file of its own, with arguments of its own
 (``--help`` tells them): ``radon``, ``radon-correlated``, ``uneven``, ``uneven-correlated`` and
 ``schools``, ``contraception`` (:mod:`benchmarks.samplers`), ``many-tasks``, ``many-counts``,
-``scaling``, ``cold-start``, ``import``, ``meta-steps``, ``sinusoids``. ``python -m benchmarks --quick`` runs all but the last two at small
-sizes, to see that they work; a peer that is not installed is named and skipped.
+``scaling``, ``cold-start``, ``import``, ``meta-steps``, ``sinusoids``.
+``python -m benchmarks --quick`` runs all but the last two at small sizes, to see that they work; a
+peer that is not installed is named and skipped.
 Ratios hold within one run on one machine; do not compare seconds between machines.
 """
 

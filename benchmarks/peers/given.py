@@ -21,9 +21,11 @@ Belief = Mapping[str, Any]
 class Given:
     """y_i ~ N(f_i, σ²) or N(·, se_i²), f_i = x_iᵀ θ_j(i) + z_iᵀ β, θ_j ~ N(μ, Σ); beliefs about φ.
 
-    ``family`` "bernoulli" or "poisson" has y_i around f_i by its usual link. ``predictors`` (n, d) with a first column of ones, ``outcome`` (n,), ``task`` (n,) of 0 … J - 1,
-    sorted; ``known_se`` (n,) or None; ``shared`` (n, p), z, with beliefs ``beta``. ``mu`` and ``tau`` hold a belief a coefficient, ``corr`` the
-    concentration of the LKJ density or None where coefficients are independent.
+    ``family`` "bernoulli" or "poisson" has y_i around f_i by its usual link. ``predictors`` (n, d)
+    with a first column of ones, ``outcome`` (n,), ``task`` (n,) of 0 … J - 1, sorted; ``known_se``
+    (n,) or None; ``shared`` (n, p), z, with beliefs ``beta``. ``mu`` and ``tau`` hold a belief a
+    coefficient, ``corr`` the concentration of the LKJ density or None where coefficients are
+    independent.
     """
 
     name: str
