@@ -44,7 +44,7 @@ def test_slopes_of_all_of_phi_are_differences(family):
     frame = data(family, 6)
     model, tasks = hb.from_formula("y ~ x + z + (1 + x | g)", frame, family=family)
     with float64():
-        evidence = ApproximateEvidence(model.resolve(tasks), tasks, 31)
+        evidence = ApproximateEvidence(model.resolve(tasks), tasks, 21)
         at = np.linspace(0.2, 0.9, evidence.layout.size)
         claimed = evidence.value_and_slope(at)[1]
         gradient(lambda v: evidence.value_and_slope(v)[0], at, claimed, rtol=1e-6)
@@ -94,7 +94,6 @@ def test_nodes_are_those_of_gauss_and_hermite():
         close(weights.sum(), 1.0, rtol=1e-12)
         close(weights @ places[:, 0] ** 4, 3.0, rtol=1e-12)
         close(weights @ np.prod(places**2, axis=1), 1.0, rtol=1e-12)
-    assert grid(31, 2).count < 31**2  # nodes without weight are left out
 
 
 @pytest.mark.filterwarnings("ignore::hierbayes.FitWarning")

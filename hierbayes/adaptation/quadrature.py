@@ -46,10 +46,7 @@ NEAR = 1e-9
 """What a Newton step may still add to Ψ_j where the climb ends: two more follow, undamped."""
 
 
-NO_WEIGHT = np.log(1e-14)
-"""Share of the whole, as a logarithm, below which a node of a product is left out."""
-
-MOST_NODES = {1: 64, 2: 576, 3: 2048}
+MOST_NODES = {1: 61, 2: 31**2, 3: 13**3}
 """Rows of a rule, by the number of dimensions."""
 
 
@@ -155,18 +152,15 @@ class Rule(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def grid(num_nodes: int, dimensions: int) -> Rule:
-    """The product of Gauss and Hermite's nodes, but for those that weigh next to nothing."""
+    """The product of Gauss and Hermite's nodes, none left out: posteriors reach into corners."""
     t, w = np.polynomial.hermite_e.hermegauss(num_nodes)
     w = np.log(w / np.sqrt(2 * np.pi))
     index = np.array(list(itertools.product(range(num_nodes), repeat=dimensions)))
-    places, log_weights = t[index], w[index].sum(1)
-    counted = (log_weights > NO_WEIGHT) | (dimensions == 1)
-    places, log_weights = places[counted], log_weights[counted]
-    count = len(places)
+    places, count = t[index], len(index)
     size = max(count, MOST_NODES.get(dimensions, count))
     padded = np.zeros((size, dimensions)), np.zeros(size)
     padded[0][:count] = places
-    padded[1][:count] = log_weights + 0.5 * (places**2).sum(1)
+    padded[1][:count] = w[index].sum(1) + 0.5 * (places**2).sum(1)
     return Rule(*padded, count)
 
 
