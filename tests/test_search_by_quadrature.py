@@ -127,3 +127,22 @@ def test_a_rough_density_is_laplaces_where_draws_are():
         assert np.quantile(gap, 0.9) < 1e-4
         dear = target.points(target.units, xs, xs[:, :0])
         assert np.std(dear.log_density - rough.log_density) < 0.5
+
+
+@pytest.mark.filterwarnings("ignore::hierbayes.FitWarning")
+@pytest.mark.parametrize("seed", [11, 13, 15, 16, 18])
+@pytest.mark.parametrize("kind", ["laplace", "quadrature"])
+def test_more_freedom_is_never_worse(seed, kind):
+    """τ = 0 is stationary; here a search that stayed there had a larger model fit worse."""
+    rng = np.random.default_rng(seed)
+    g, x = np.repeat(np.arange(12), 15), rng.normal(size=180)
+    f = rng.normal(0.3, 0.3, 12)[g] + 0.4 * x
+    s = rng.binomial(6, 1 / (1 + np.exp(-f)))
+    frame = pd.DataFrame({"g": g, "x": x, "n": 6, "s": s})
+    values = [
+        hb.empirical_bayes(
+            *hb.from_formula(f"p(s, n) ~ 1 + x + {bar}", frame), evidence=kind, num_draws=1
+        ).log_evidence
+        for bar in ("(1 | g)", "(1 + x || g)", "(1 + x | g)")
+    ]
+    assert np.diff(values).min() > -1e-4  # the nodes' error

@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from hierbayes.evidence.exact import log_evidence
 from hierbayes.meta.layout_of_phi import Layout, phi_at
 from hierbayes.meta.marginal import SINGULAR, maximise_likelihood
-from hierbayes.meta.optimum import Minimum, Optimum, ValueAndSlope, curvature, minimise
+from hierbayes.meta.optimum import Minimum, Optimum, ValueAndSlope, curvature, descend, minimise
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.priors.hyperprior import Shape
@@ -27,6 +27,14 @@ from hierbayes.tasks import Tasks
 
 TINY_RATE = 1e-8
 """Rate of the default Gamma(2, rate → 0) prior on τ, in units of the data's own scale."""
+
+
+RAISED = 0.3
+"""Units of τ to which one that has been found at zero is raised, to see whether it returns."""
+
+
+TILTED = 0.5
+"""Size of the correlations' entries that it is raised with."""
 
 
 def resolve_for_mode(model: HierarchicalModel, tasks: Tasks) -> HierarchicalModel:
@@ -89,9 +97,25 @@ def finite(value: float, slope: np.ndarray) -> tuple[float, np.ndarray]:
 def off_the_boundary(
     value_and_slope: ValueAndSlope, starts: list[np.ndarray], layout: Layout
 ) -> Minimum:
-    """The minimum, with a τ that is zero but for rounding exactly zero where that costs nothing."""
-    best = minimise(value_and_slope, starts, layout.lower)
-    snapped = np.where((layout.lower == 0) & (best.x < SINGULAR), 0.0, best.x)
+    """The minimum, with a τ that is zero but for rounding exactly zero where that costs nothing.
+
+    τ = 0 is always stationary: a search that steps there stays, wherever the minimum is. From a τ
+    that is raised again, damped Newton steps go to zero only where the way leads down; with a
+    correlation of either sign, since one that is zero may be what makes them.
+    """
+    lower, spread = layout.lower, layout.lower == 0
+    best = minimise(value_and_slope, starts, lower)
+    flat = spread & (best.x < SINGULAR)
+    if flat.any():
+        raised = np.where(flat, RAISED, best.x)
+        ends = []
+        for sign in (0.0, 1.0, -1.0) if layout.blocks else (0.0,):
+            raised[layout.at["corr"]] = sign * TILTED
+            ends.append(descend(value_and_slope, raised, lower, lambda x: value_and_slope))
+        near = min(ends, key=lambda x: value_and_slope(x)[0])
+        again = minimise(value_and_slope, [near], lower)
+        best = again if again.value < best.value else best
+    snapped = np.where(spread & (best.x < SINGULAR), 0.0, best.x)
     if value_and_slope(snapped)[0] <= best.value + 1e-12 * abs(best.value):
         return replace(best, x=snapped)
     return best
