@@ -37,14 +37,15 @@ def from_numpyro(
     .. math:: \log p(D_j \mid \theta_j, \varphi) = \sum_{\text{observed sites}}
               \log p(\text{site} \mid \theta_j, \varphi)
 
-    Every method takes it. Derivatives in θ are automatic; evidence is by Laplace's approximation
-    or, up to three coefficients, quadrature around the mode, which is for posteriors with one
-    mode. ``full_bayes`` samples jointly by NUTS unless asked to collapse.
+    Every method takes it but ``no_pooling`` and ``complete_pooling``. Derivatives in θ are
+    automatic; evidence is by Laplace's approximation or, up to three coefficients, quadrature
+    around the mode, which is for posteriors with one mode. ``full_bayes`` samples jointly by NUTS
+    unless asked to collapse.
 
     Parameters
     ----------
-    program : function of (theta, phi, task)
-        Written for one task: ``theta`` (d,), ``phi`` by name, and ``task`` with ``predictors``
+    program : callable
+        A function of (theta, phi, task), written for one task: ``theta`` (d,), ``phi`` by name, and ``task`` with ``predictors``
         (n, k), ``shared`` (n, p), ``outcome`` (n,) and ``slots``. Its sample sites are observed,
         ``numpyro.sample("y", …, obs=task.outcome)``, with a log density a row; then shorter tasks
         are filled up and what fills up is not counted. A site with one log density for a whole
