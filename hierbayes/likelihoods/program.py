@@ -45,12 +45,12 @@ def from_numpyro(
     Parameters
     ----------
     program : callable
-        A function of (theta, phi, task), written for one task: ``theta`` (d,), ``phi`` by name, and ``task`` with ``predictors``
-        (n, k), ``shared`` (n, p), ``outcome`` (n,) and ``slots``. Its sample sites are observed,
-        ``numpyro.sample("y", …, obs=task.outcome)``, with a log density a row; then shorter tasks
-        are filled up and what fills up is not counted. A site with one log density for a whole
-        task (a time series, a multivariate outcome) needs tasks of equal length. JAX traces it:
-        no Python branches on values.
+        A function of (theta, phi, task), written for one task: ``theta`` (d,), ``phi`` by name,
+        and ``task`` with ``predictors`` (n, k), ``shared`` (n, p), ``outcome`` (n,) and ``slots``.
+        Its sample sites are observed, ``numpyro.sample("y", …, obs=task.outcome)``, with a log
+        density a row; then shorter tasks are filled up and what fills up is not counted. A site
+        with one log density for a whole task (a time series, a multivariate outcome) needs tasks
+        of equal length. JAX traces it: no Python branches on values.
     theta : names, optional
         Of θ's entries; by default θ has one entry a column of the tasks, named like it.
     parameters : names, optional
