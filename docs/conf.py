@@ -1,9 +1,11 @@
+import os
 import sys
 from pathlib import Path
 
 import hierbayes
 
 sys.path.insert(0, str(Path(__file__).parent / "ext"))
+os.environ.pop("MPLBACKEND", None)  # with one that is set, pages would have no pictures
 
 project = "hierbayes"
 author = "The hierbayes developers"

@@ -284,6 +284,7 @@ class Fit:
         -------
         Prediction
             ``mean``, ``sd``, ``interval``, ``log_density``, ``draws``; its ``target`` says which.
+            Their rows stand task by task, ``to_dataframe()`` in the order of the data.
         """
         rows = self.tasks if data is None else self.model.tasks(data)
         check_columns(rows, self.tasks)

@@ -23,6 +23,12 @@ from hierbayes.tasks import Tasks
 class Prediction:
     """Predictive distributions of rows, and what they are predictions of.
 
+    **Rows stand task by task**, as in ``tasks``, and not in the order of the DataFrame that was
+    given: so does every array (N,) or (…, N) here, ``mean``, ``sd``, ``interval``, ``draws``,
+    ``log_density``. Position i belongs to row ``tasks.rows[i]`` of the data.
+    :meth:`to_dataframe` returns to the order of the data; an array does by
+    ``in_order[prediction.tasks.rows] = prediction.mean``.
+
     Attributes
     ----------
     target : str
@@ -34,6 +40,21 @@ class Prediction:
         order: they have ``probabilities`` in the place of ``mean``, ``sd`` and quantiles.
     unidentified : array (N,) of bool
         Rows that need a coefficient which the fit does not know; they are left out of scores.
+
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd, hierbayes as hb
+    >>> visits = pd.DataFrame({"who": ["b", "a", "b", "a"], "y": [3.0, 1.0, 3.2, 1.4]})
+    >>> fit = hb.no_pooling(*hb.from_formula("y ~ 1 + (1 | who)", visits))
+    >>> prediction = fit.predict(visits)
+    >>> prediction.tasks.rows, prediction.mean.round(2)  # b's rows stand together
+    (array([0, 2, 1, 3]), array([3.1, 3.1, 1.2, 1.2]))
+    >>> prediction.to_dataframe()["mean"].round(2).tolist()  # as in visits
+    [3.1, 1.2, 3.1, 1.2]
+    >>> in_order = np.empty(len(visits))
+    >>> in_order[prediction.tasks.rows] = prediction.mean
+    >>> in_order.round(2)
+    array([3.1, 1.2, 3.1, 1.2])
     """
 
     target: str
@@ -58,7 +79,7 @@ class Prediction:
 
     @property
     def probabilities(self) -> np.ndarray:
-        """Probability of every class in each row (N, C); NaN where unidentified."""
+        """Probability of every class in each row (N, C), task by task; NaN where unidentified."""
         if not self.of_classes:
             raise InputError(
                 "probabilities are those of classes, of a Categorical likelihood; of outcomes of "
@@ -78,22 +99,28 @@ class Prediction:
 
     @property
     def means(self) -> np.ndarray:
-        """Means of the components (S, N)."""
+        """Means of the components (S, N), rows task by task."""
         return self._numbers("mean").mean()
 
     @property
     def sds(self) -> np.ndarray:
-        """Standard deviations of the components (S, N)."""
+        """Standard deviations of the components (S, N), rows task by task."""
         return self._numbers("standard deviation").std()
 
     @property
     def mean(self) -> np.ndarray:
-        """Predictive mean of each row (N,); NaN where unidentified."""
+        """Predictive mean of each row (N,), task by task; NaN where unidentified.
+
+        Not in the order of a DataFrame given to ``predict``: see :class:`Prediction`.
+        """
         return self._known(self.means.mean(0))
 
     @property
     def sd(self) -> np.ndarray:
-        """Predictive standard deviation of each row (N,); NaN where unidentified."""
+        """Predictive standard deviation of each row (N,), task by task; NaN where unidentified.
+
+        Not in the order of a DataFrame given to ``predict``: see :class:`Prediction`.
+        """
         parts = self._numbers("standard deviation")
         return self._known(np.sqrt(parts.var().mean(0) + self.means.var(0)))
 
@@ -107,25 +134,26 @@ class Prediction:
         return outcome
 
     def log_density(self, outcome: np.ndarray | None = None) -> np.ndarray:
-        """Log predictive density of each observed row (N,); NaN where unidentified.
+        """Log predictive density of each observed row (N,), task by task; NaN where unidentified.
 
-        Of discrete outcomes the log probability.
+        Of discrete outcomes the log probability. Weights are not applied. An ``outcome`` that is
+        given stands task by task too.
         """
         parts = self.log_density_of_components(outcome)
         return self._known(special.logsumexp(parts, axis=0) - np.log(len(parts)))
 
     def log_density_of_components(self, outcome: np.ndarray | None = None) -> np.ndarray:
-        """Log density of each observed row under each component, (S, N)."""
+        """Log density of each observed row under each component, (S, N), rows task by task."""
         of = self.components.logpmf if self.discrete else self.components.logpdf
         return of(self._outcome(outcome))
 
     def pit(self, outcome: np.ndarray | None = None) -> np.ndarray:
-        """P(new outcome ≤ the observed one) of each row (N,); NaN where unidentified."""
+        """P(new outcome ≤ the observed one) of each row (N,), task by task."""
         parts = self._numbers("order, and no P(new outcome ≤ the observed one)")
         return self._known(parts.cdf(self._outcome(outcome)).mean(0))
 
     def quantile(self, probability: float) -> np.ndarray:
-        """The smallest y with P(Y ≤ y) ≥ probability of each row (N,); NaN where unidentified."""
+        """The smallest y with P(Y ≤ y) ≥ probability of each row (N,), task by task."""
         if not 0 < probability < 1:
             raise InputError(f"a probability lies between 0 and 1, found {probability}")
         # a mixture's quantile lies between the smallest and the largest of its components'
@@ -143,13 +171,17 @@ class Prediction:
         return self._known(high if self.discrete else 0.5 * (low + high))
 
     def interval(self, probability: float = 0.95) -> np.ndarray:
-        """Central interval of each row, (2, N), of at least this probability."""
+        """Central interval of each row, (2, N), of at least this probability; rows task by task.
+
+        Not in the order of a DataFrame given to ``predict``: see :class:`Prediction`.
+        """
         tail = (1 - probability) / 2
         return np.stack([self.quantile(tail), self.quantile(1 - tail)])
 
     def draws(self, num_draws: int = 1000, seed: int = 0) -> np.ndarray:
-        """Predictive draws (num_draws, N) of each row by itself.
+        """Predictive draws (num_draws, N) of each row by itself; rows task by task.
 
+        Not in the order of a DataFrame given to ``predict``: see :class:`Prediction`.
         Rows of one task are drawn independently of one another: sums and means over a task's
         rows come out too narrow where the task's own θ is uncertain.
         """
@@ -176,8 +208,9 @@ class Prediction:
         return self._known(drawn)
 
     def to_dataframe(self) -> Any:
-        """Task, mean, sd and 95 % interval of each row, in the order of the data it came from.
+        """Task, mean, sd and 95 % interval of each row, **in the order of the data** it came from.
 
+        The index is the position of the row in the data, ``tasks.rows``.
         Of classes the probability of each, in columns ``class_0``, ``class_1``, ….
         """
         import pandas as pd

@@ -37,19 +37,20 @@ def from_numpyro(
     .. math:: \log p(D_j \mid \theta_j, \varphi) = \sum_{\text{observed sites}}
               \log p(\text{site} \mid \theta_j, \varphi)
 
-    Every method takes it. Derivatives in θ are automatic; evidence is by Laplace's approximation
-    or, up to three coefficients, quadrature around the mode, which is for posteriors with one
-    mode. ``full_bayes`` samples jointly by NUTS unless asked to collapse.
+    Every method takes it but ``no_pooling`` and ``complete_pooling``. Derivatives in θ are
+    automatic; evidence is by Laplace's approximation or, up to three coefficients, quadrature
+    around the mode, which is for posteriors with one mode. ``full_bayes`` samples jointly by NUTS
+    unless asked to collapse.
 
     Parameters
     ----------
-    program : function of (theta, phi, task)
-        Written for one task: ``theta`` (d,), ``phi`` by name, and ``task`` with ``predictors``
-        (n, k), ``shared`` (n, p), ``outcome`` (n,) and ``slots``. Its sample sites are observed,
-        ``numpyro.sample("y", …, obs=task.outcome)``, with a log density a row; then shorter tasks
-        are filled up and what fills up is not counted. A site with one log density for a whole
-        task (a time series, a multivariate outcome) needs tasks of equal length. JAX traces it:
-        no Python branches on values.
+    program : callable
+        A function of (theta, phi, task), written for one task: ``theta`` (d,), ``phi`` by name,
+        and ``task`` with ``predictors`` (n, k), ``shared`` (n, p), ``outcome`` (n,) and ``slots``.
+        Its sample sites are observed, ``numpyro.sample("y", …, obs=task.outcome)``, with a log
+        density a row; then shorter tasks are filled up and what fills up is not counted. A site
+        with one log density for a whole task (a time series, a multivariate outcome) needs tasks
+        of equal length. JAX traces it: no Python branches on values.
     theta : names, optional
         Of θ's entries; by default θ has one entry a column of the tasks, named like it.
     parameters : names, optional

@@ -30,8 +30,8 @@ class StudentT(GeneralisedLinear):
     Parameters
     ----------
     df : float, optional
-        ν; learned as ``df`` in φ where none is given, by default Gamma(2, 0.1) a priori, cut off
-        below 1 (Juárez and Steel 2010).
+        ν; learned as ``df`` in φ where none is given, by default Gamma(2, 0.1) a priori (Juárez
+        and Steel 2010).
 
     Examples
     --------
@@ -48,7 +48,7 @@ class StudentT(GeneralisedLinear):
         return ("sigma",) if self.df is not None else ("sigma", "df")
 
     def default_priors(self, spread: float) -> dict[str, dist.Distribution]:
-        """Gamma(2, 0.1) beyond 1: most weight on 3 to 50 degrees of freedom."""
+        """Gamma(2, 0.1): most weight on 3 to 50 degrees of freedom."""
         return {"sigma": dist.HalfNormal(spread), "df": dist.Gamma(2.0, 0.1)}
 
     def family(

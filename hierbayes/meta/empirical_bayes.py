@@ -76,8 +76,9 @@ def empirical_bayes(
         How θ_j is integrated out. Gaussian tasks are exact. Others take adaptive Gauss–Hermite
         quadrature, for up to three coefficients, with as many nodes as the evidence needs
         (``info["num_nodes"]`` a dimension, estimated error ``info["evidence_error"]``), or
-        Laplace's approximation, which is biased for small tasks: a warning says by how much.
-        "auto" is exact where that can be, quadrature up to two coefficients, Laplace beyond.
+        Laplace's approximation, which is biased for small tasks: up to three coefficients a
+        warning says by how much, beyond them nothing does. "auto" is exact where that can be,
+        quadrature up to two coefficients, Laplace beyond; ``info["evidence"]`` says which.
     num_draws, num_chains : int
         Draws of θ given φ̂ in the DataTree.
     seed : int or JAX key
@@ -92,7 +93,8 @@ def empirical_bayes(
     -------
     Fit
         ``phi`` = φ̂, ``theta`` the posterior means at φ̂, ``standard_errors`` of μ, Γ and β by
-        generalised least squares and of τ and σ from the Hessian of the profiled criterion,
+        generalised least squares and of τ and σ from the Hessian of the profiled criterion (where
+        tasks are not Gaussian all from the Hessian of the criterion),
         ``log_evidence`` the maximised criterion with all constants (lme4's ``logLik``; under
         "map" the ml value at φ̂, with ``log_posterior`` beside it).
 

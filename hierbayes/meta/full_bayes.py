@@ -2,8 +2,9 @@ r"""Full Bayes: integrate over φ.
 
 .. math:: p(\varphi, \theta_{1..J} \mid D) = p(\varphi \mid D) \prod_j p(\theta_j \mid D_j, \varphi)
 
-Where the evidence is exact, φ is sampled with θ integrated out and every θ_j is drawn exactly
-afterwards (``method="collapsed"``); ``method="nuts"`` samples φ and θ jointly, non-centred.
+Where θ_j can be integrated out, in closed form or by quadrature, φ is sampled without it and every
+θ_j is drawn afterwards (``method="collapsed"``); ``method="nuts"`` samples φ and θ jointly,
+non-centred.
 """
 
 from __future__ import annotations
@@ -68,13 +69,16 @@ def full_bayes(
     tasks : Tasks or DataFrame
         A DataFrame goes through the model's formula.
     method : "auto", "collapsed" or "nuts"
-        "collapsed" integrates θ and the fixed effects (μ, Γ, β) out exactly, samples what is left
-        of φ by independence Metropolis, then draws the rest from its exact conditional: no funnel,
-        draws next to independent, and a cost that does not depend on the number of rows. Where
-        fewer than 20 % of the proposals are accepted, NUTS samples the same density, and a warning
-        says so. "nuts" samples φ and θ jointly, non-centred. "auto" collapses where the evidence
-        is exact (Gaussian likelihoods). Without it :meth:`Fit.adapt` draws new tasks' θ from
-        Laplace posteriors.
+        "collapsed" integrates θ out, samples φ by independence Metropolis, then draws θ given
+        φ: no funnel, and draws next to independent. Of Gaussian tasks θ and the fixed effects (μ,
+        Γ, β) are integrated out exactly and drawn from their exact conditional, at a cost that does
+        not depend on the number of rows. Of others, with up to three coefficients, θ alone is, by
+        quadrature (see :func:`empirical_bayes`), and drawn by short independence chains, which
+        name the tasks where they do badly. Where fewer than 20 % of the proposals are accepted,
+        NUTS samples the same density, and a warning says so. "nuts" samples φ and θ jointly,
+        non-centred; after it :meth:`Fit.adapt` draws new tasks' θ from Laplace posteriors, unless
+        tasks are Gaussian. "auto" collapses Gaussian tasks, and those of the other families with
+        up to three coefficients; NUTS samples tasks with more, and NumPyro programs.
     num_draws, num_chains : int
         Draws kept a chain, and chains. Above 50 million draws × tasks × coefficients θ is kept as
         mean and covariance, averaged over at least 200 draws of φ.
@@ -90,7 +94,8 @@ def full_bayes(
     Returns
     -------
     Fit
-        ``phi`` and ``theta`` are posterior means; ``datatree`` holds the draws. Under a proper
+        ``phi`` and ``theta`` are posterior means; ``datatree`` holds the draws. How fine quadrature
+        was say ``info["num_nodes"]``, a dimension, and ``info["evidence_error"]``. Under a proper
         hyperprior ``log_evidence`` is log p(D), from the weights of all proposals, with its
         standard error in ``info["log_evidence_se"]``. R̂, effective sample sizes and divergences
         are judged in ``warnings``: always after NUTS, and where fewer than half of the independent

@@ -41,9 +41,10 @@ class HyperPrior:
 
     Every field is a NumPyro distribution (of one entry, applied to each), a mapping from
     coefficient name to distribution, or None for the default. Defaults are weakly informative and
-    scaled to the data once. With s_y the outcome's standard deviation over all rows (under a
-    Bernoulli likelihood one logit, and the logit of the overall share for the mean outcome) and
-    s_c = s_y / sd(x_c) for a predictor x_c,
+    scaled to the data once. With s_y the outcome's standard deviation over all rows (one on the
+    scale of a logit or log link, with the logit of the overall share or the log of the overall mean
+    for the mean outcome; the spread by quartiles, and the median, under Student-t; one, and zero,
+    of a NumPyro program) and s_c = s_y / sd(x_c) for a predictor x_c,
 
     ========  ==========================================================================
     mu        Normal(0, 2.5 s_c); for a constant column (the intercept) around the mean
@@ -67,7 +68,8 @@ class HyperPrior:
     sigma : distribution or None
         Prior on the residual standard deviation.
     extra : mapping
-        Priors on a likelihood's own parameters by name.
+        Priors on a likelihood's own parameters by name; by default InverseGamma(0.4, 0.3) for
+        ``concentration`` and ``shape``, Gamma(2, 0.1) for ``df``.
 
     Examples
     --------
