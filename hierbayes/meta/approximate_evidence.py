@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.evidence.quadrature import log_evidence
+from hierbayes.meta.better_evidence import AroundPhi, newton_shift
+from hierbayes.meta.correlations import held_entries
 from hierbayes.meta.layout_of_phi import Layout, belief_in
 from hierbayes.meta.optimum import Optimum, curvature
 from hierbayes.meta.posterior_mode import finite, off_the_boundary, pinned
@@ -102,9 +104,13 @@ class Integrated:
 
 
 def maximise_approximate(
-    resolved: HierarchicalModel, tasks: Tasks, *, quadrature: bool, with_belief: bool
-) -> Integrated:
-    """φ̂ by Laplace's approximation, or by quadrature with as many nodes as the evidence needs."""
+    resolved: HierarchicalModel, tasks: Tasks, *, quadrature: bool, with_belief: bool,
+    judged: bool = True,
+) -> Integrated:  # fmt: skip
+    """φ̂ by Laplace's approximation, or by quadrature with as many nodes as the evidence needs.
+
+    ``judged``: Laplace's φ̂ is held against a better evidence, for the remarks.
+    """
     d = len(tasks.coef)
     with float64():
         laplace = ApproximateEvidence(resolved, tasks, 1)
@@ -125,7 +131,7 @@ def maximise_approximate(
             better.start = laplace.start
             search = replace(search, evidence=better)
             vector = search.run([vector])
-        return search.finish(vector, used, float(error), counts)
+        return search.finish(vector, used, float(error), counts, judged=judged and used == 1)
 
 
 @dataclass(frozen=True)
@@ -168,16 +174,16 @@ class _Search:
         return belief_in(self.layout, self.model.phi_distributions(self.tasks))
 
     def finish(
-        self, vector: np.ndarray, used: int, error: float, counts: tuple[int, ...]
+        self, vector: np.ndarray, used: int, error: float, counts: tuple[int, ...], *, judged: bool
     ) -> Integrated:
         layout, evidence = self.layout, self.evidence
-        inside = vector > layout.lower
-        hessian = curvature(self.value_and_slope, vector, inside)
         phi = self.phi(vector)
+        held, warnings = held_entries(layout, phi)
+        inside = (vector > layout.lower) & ~held
+        hessian = curvature(self.value_and_slope, vector, inside)
         errors = layout.errors(inside, hessian, phi)
         value, _ = self.value_and_slope(vector)
         log_density = -evidence.value_and_slope(vector)[0]
-        warnings = []
         if np.isnan(errors["mu"][layout.free]).any():
             flattest = np.linalg.eigh(hessian)[1][:, 0]
             entry = np.flatnonzero(inside)[np.abs(flattest).argmax()]
@@ -195,24 +201,16 @@ class _Search:
                 f"tasks ({', '.join(map(str, names[:3]))}): their evidence is not to be relied on"
             )
         remarks = []
-        if used == 1 and counts:
-            shift = self._shift(vector, inside, hessian, counts[1])
+        if judged:
+            tilt = np.asarray(self._belief(vector)[1]) if self.with_belief else 0.0
+            around = AroundPhi(evidence.rows, layout, vector, evidence.start)
+            shift = newton_shift(evidence.model, around, inside, hessian, tilt).farthest
             if shift > LARGE_SHIFT:
                 remarks.append(
                     f"Laplace's approximation has moved phi by about {shift:.1f} standard errors "
-                    'from where quadrature would put it; use evidence="quadrature"'
-                )
+                    + ('from where quadrature would put it; use evidence="quadrature"' if counts
+                       else "from where the integral itself would put it; use full_bayes")
+                )  # fmt: skip
         posterior = -value if self.with_belief else None
         optimum = Optimum(pinned(phi, layout.shape), log_density, errors, warnings, posterior)
         return Integrated(optimum, used, error, remarks, evidence.start)
-
-    def _shift(
-        self, vector: np.ndarray, inside: np.ndarray, hessian: np.ndarray, num_nodes: int
-    ) -> float:
-        """How far one Newton step on the better evidence goes, in standard errors: the farthest."""
-        better = ApproximateEvidence(self.model, self.tasks, num_nodes)
-        better.start = self.evidence.start
-        slope = replace(self, evidence=better).value_and_slope(vector)[1][inside]
-        inverse = np.linalg.pinv(hessian)
-        spread = np.sqrt(np.maximum(np.diag(inverse), 1e-300))
-        return float(np.abs(inverse @ slope / spread).max(initial=0.0))
