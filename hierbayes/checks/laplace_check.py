@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation import Laplace, Quadrature
-from hierbayes.adaptation.quadrature import Whitened
 from hierbayes.adaptation.skewness import skewness
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.evidence.nodes import AtMode, jackknife_error, pooled
@@ -30,8 +29,8 @@ from hierbayes.meta.better_evidence import (
     AroundPhi,
     Rule,
     gauss_hermite,
+    held_at,
     log_evidences,
-    modes,
     newton_shift,
     scrambled_sobol,
 )
@@ -62,8 +61,7 @@ class OfTasks(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _of_tasks(model: HierarchicalModel, around: AroundPhi, held: AtMode) -> OfTasks:
-    phi = around.phi(around.vector)
-    tasks = Whitened.at(model.likelihood, model.prior, around.rows, phi)
+    tasks = around.tasks(model, around.vector)
     at = tasks.bend(held.z)
     residual = jnp.sqrt((solve_lower(held.factor, at.slope) ** 2).sum(0))
     laplace = at.value - log_diagonal_sum(held.factor) + tasks.rows.constant
@@ -103,7 +101,8 @@ def laplace_check(fit: Fit, *, seed: int = 0) -> Any:
         ``attrs``: ``total_error`` Σ_j e_j and its ``total_reference_error``; ``shift``, by name of
         φ's entries one Newton step on the better evidence in posterior standard deviations,
         ``shift_error`` its Monte Carlo error (NaN by quadrature) and ``farthest`` the largest; more
-        than 0.25 is worth another evidence. Entries at a bound are left out.
+        than 0.25 is worth another evidence. Entries at a bound are NaN, and all are where the
+        evidence is not concave at φ̂.
 
     Raises
     ------
@@ -139,7 +138,7 @@ def laplace_check(fit: Fit, *, seed: int = 0) -> Any:
     with_belief = fit.info["criterion"] == "map"
     with float64():
         known = observed_information(fit.model, tasks, phi, num_nodes, with_belief=with_belief)
-        held = modes(model, known.around)
+        held = held_at(model, known.around)
         found = OfTasks(*map(np.asarray, _of_tasks(model, known.around, held)))
         rule = _rule(d, tasks.num_tasks, seed)
         best, error, total_error = _reference(model, known.around, held, rule, d)
@@ -162,7 +161,7 @@ def laplace_check(fit: Fit, *, seed: int = 0) -> Any:
         "total_reference_error": total_error,
         "shift": dict(zip(names, shift.step.tolist(), strict=True)),
         "shift_error": dict(zip(names, shift.error.tolist(), strict=True)),
-        "farthest": float(np.nanmax(np.abs(shift.step))) if known.inside.any() else 0.0,
+        "farthest": shift.farthest,
         "num_nodes": int(np.prod(rule.log_weights.shape[:2])),
     }
     return table

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hierbayes.adaptation.quadrature import Whitened, climb, newton_step
+from hierbayes.adaptation.quadrature import Whitened, newton_step
 from hierbayes.numerics import cholesky, log_diagonal_sum, solve_upper
 
 
@@ -32,9 +32,8 @@ class AtMode(NamedTuple):
     value: jax.Array
 
 
-def at_mode(tasks: Whitened, start: jax.Array, *, near: bool = False) -> AtMode:
-    """The modes of Ψ_j from ``start`` (d, J), with the curvatures there; ``near``: it is one."""
-    z = start if near else climb(tasks, start).z
+def at_mode(tasks: Whitened, near: jax.Array) -> AtMode:
+    """The modes of Ψ_j next to ``near`` (d, J), by whole Newton steps, with the curvatures."""
 
     def step(_: Any, state: tuple[jax.Array, AtMode]) -> tuple[jax.Array, AtMode]:
         z, _ = state
@@ -42,9 +41,9 @@ def at_mode(tasks: Whitened, start: jax.Array, *, near: bool = False) -> AtMode:
         held = AtMode(z, cholesky(at.curvature), at.value)
         return z + newton_step(at.curvature, at.slope)[0], held
 
-    d, num_tasks = z.shape
-    empty = AtMode(z, jnp.zeros((d, d, num_tasks)), jnp.zeros(num_tasks))
-    return jax.lax.fori_loop(0, 3, step, (z, empty))[1]
+    d, num_tasks = near.shape
+    empty = AtMode(near, jnp.zeros((d, d, num_tasks)), jnp.zeros(num_tasks))
+    return jax.lax.fori_loop(0, 3, step, (near, empty))[1]
 
 
 def by_replicate(tasks: Whitened, held: AtMode, nodes: Any, log_weights: Any) -> jax.Array:

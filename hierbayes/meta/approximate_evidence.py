@@ -204,7 +204,7 @@ class _Search:
         if judged:
             tilt = np.asarray(self._belief(vector)[1]) if self.with_belief else 0.0
             around = AroundPhi(evidence.rows, layout, vector, evidence.start)
-            shift = newton_shift(evidence.model, around, inside, hessian, tilt).farthest
+            shift = newton_shift(evidence.model, around, inside, hessian, tilt).surely
             if shift > LARGE_SHIFT:
                 remarks.append(
                     f"Laplace's approximation has moved phi by about {shift:.1f} standard errors "

@@ -63,37 +63,28 @@ def gauss_hermite(num_nodes: int, dimensions: int) -> Rule:
 
 
 class AroundPhi(NamedTuple):
-    """φ's vector around φ̂: ``rows`` of the tasks, ``vector`` (P,) of φ̂, ``start`` (d, J) in z.
-
-    ``corr`` is None, or the correlations where these lie at ±1 and are held there.
-    """
+    """φ's vector around φ̂: ``rows`` of the tasks, ``vector`` (P,) of φ̂, ``modes`` (d, J) in z."""
 
     rows: Rows | Whole
     layout: Layout
     vector: Any
-    start: Any
-    corr: Any = None
+    modes: Any
 
-    def phi(self, vector: Any) -> dict[str, Any]:
-        """φ by name."""
-        phi = self.layout.phi(vector)
-        return phi if self.corr is None else phi | {"corr": self.corr}
+    def tasks(self, model: HierarchicalModel, vector: Any) -> Whitened:
+        """Every Ψ_j at φ."""
+        return Whitened.at(model.likelihood, model.prior, self.rows, self.layout.phi(vector))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def modes(model: HierarchicalModel, around: AroundPhi, near: bool = False) -> AtMode:
-    """The modes of every task at φ̂; ``near`` where ``around.start`` is that of a search's end."""
-    phi = around.phi(around.vector)
-    tasks = Whitened.at(model.likelihood, model.prior, around.rows, phi)
-    return at_mode(tasks, jnp.asarray(around.start), near=near)
+@functools.partial(jax.jit, static_argnums=0)
+def held_at(model: HierarchicalModel, around: AroundPhi) -> AtMode:
+    """Where nodes stand: at the modes of every task at φ̂, followed to rounding."""
+    return at_mode(around.tasks(model, around.vector), jnp.asarray(around.modes))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def log_evidences(model: HierarchicalModel, around: AroundPhi, held: AtMode, rule: Rule) -> Any:
     """log p̂_r(D_j | φ̂) of every replicate and task, (R, J)."""
-    phi = around.phi(around.vector)
-    tasks = Whitened.at(model.likelihood, model.prior, around.rows, phi)
-    return by_replicate(tasks, held, *rule)
+    return by_replicate(around.tasks(model, around.vector), held, *rule)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -101,8 +92,7 @@ def _slopes(model: HierarchicalModel, around: AroundPhi, held: AtMode, rule: Rul
     """∇ Σ_j log p̃(D_j | φ̂) and the same without each replicate, (1 + R, P)."""
 
     def totals(v: jax.Array) -> jax.Array:
-        tasks = Whitened.at(model.likelihood, model.prior, around.rows, around.phi(v))
-        best, without = pooled(by_replicate(tasks, held, *rule))
+        best, without = pooled(by_replicate(around.tasks(model, v), held, *rule))
         return jnp.concatenate([best.sum()[None], without.sum(1)])
 
     found, back = jax.vjp(totals, around.vector)
@@ -118,9 +108,17 @@ class Shift(NamedTuple):
 
     @property
     def farthest(self) -> float:
+        """The largest |Δ_i|; NaN where no Δ_i is known."""
+        return _largest(np.abs(self.step))
+
+    @property
+    def surely(self) -> float:
         """The largest |Δ_i| less two of its Monte Carlo errors; NaN where no Δ_i is known."""
-        sure = np.abs(self.step) - 2 * np.nan_to_num(self.error)
-        return float(np.nanmax(sure)) if np.isfinite(sure).any() else np.nan
+        return _largest(np.abs(self.step) - 2 * np.nan_to_num(self.error))
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(np.nanmax(values)) if np.isfinite(values).any() else float("nan")
 
 
 def newton_shift(
@@ -148,20 +146,20 @@ def newton_shift(
     rule : Rule, optional
         The nodes; :func:`better_rule` by default.
     held : AtMode, optional
-        The modes; by default those next to ``around.start``.
+        Where the nodes stand, if it is known already.
 
     Returns
     -------
     Shift
         All NaN where the criterion is not concave at φ̂.
     """
-    rule = better_rule(*np.shape(around.start)) if rule is None else rule
+    rule = better_rule(*np.shape(around.modes)) if rule is None else rule
     size = len(np.asarray(around.vector))
     step, error = np.full(size, np.nan), np.full(size, np.nan)
     values, vectors = np.linalg.eigh(hessian)
     if not (values.size and values[0] > FLAT * values[-1]):
         return Shift(step, error)
-    held = modes(model, around, True) if held is None else held
+    held = held_at(model, around) if held is None else held
     slopes = np.asarray(_slopes(model, around, held, rule)) + tilt
     inverse = (vectors / values) @ vectors.T
     moved = slopes[:, inside] @ inverse / np.sqrt(np.diag(inverse))

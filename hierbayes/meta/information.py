@@ -9,28 +9,25 @@ in the coordinates of φ's vector (:mod:`hierbayes.meta.layout_of_phi`) that lie
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions.transforms import CorrCholeskyTransform
 
-from hierbayes.evidence.quadrature import log_evidence
+from hierbayes.meta.approximate_evidence import ApproximateEvidence
 from hierbayes.meta.better_evidence import AroundPhi
 from hierbayes.meta.correlations import HELD, held_entries
 from hierbayes.meta.layout_of_phi import Layout, belief_in
 from hierbayes.meta.optimum import curvature
 from hierbayes.meta.supports import LINES
 from hierbayes.model import HierarchicalModel
-from hierbayes.rows import rows_of
 from hierbayes.tasks import Tasks
 
-HARDLY = 1e-3
+HARDLY = 1e-10
 """Share of the identity that correlations at their boundary are given, for them to have a place in
-φ's vector; the vector's φ holds them as they are."""
+φ's vector, where ±1 has none."""
 
 
 class Information(NamedTuple):
@@ -48,7 +45,7 @@ class Information(NamedTuple):
 def vector_of(layout: Layout, phi: Mapping[str, np.ndarray]) -> np.ndarray:
     """The vector whose φ this is: the inverse of :meth:`Layout.phi`.
 
-    Correlations at their boundary have no entries without bounds; they stand a little inside.
+    Correlations at their boundary have no entries without bounds; they stand by 1e-10 inside.
     """
     v = np.zeros(layout.size)
     v[layout.at["mu"]] = np.asarray(phi["mu"])[layout.free]
@@ -67,17 +64,6 @@ def vector_of(layout: Layout, phi: Mapping[str, np.ndarray]) -> np.ndarray:
             parts.append(CorrCholeskyTransform()._inverse(jnp.linalg.cholesky(corr)))
         v[layout.at["corr"]] = np.concatenate(parts)
     return v
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _minus(model: HierarchicalModel, around: AroundPhi, vector: Any, num_nodes: int) -> Any:
-    def minus(v: jax.Array) -> jax.Array:
-        found = log_evidence(
-            model.likelihood, model.prior, around.rows, around.phi(v), around.start, num_nodes
-        )
-        return -found.log_evidence.sum()
-
-    return jax.value_and_grad(minus)(vector)
 
 
 def observed_information(
@@ -108,23 +94,21 @@ def observed_information(
     Information
     """
     phi = {name: np.asarray(value, float) for name, value in phi.items()}
-    beliefs = model.phi_distributions(tasks)
-    layout = Layout.of(model.shape(tasks), model.scales(tasks), beliefs)
-    held, remarks = held_entries(layout, phi)
-    plain = model.without_encoder()
-    rows = jax.tree.map(jnp.asarray, rows_of(tasks, model.likelihood))
-    start = jnp.zeros((len(tasks.coef), tasks.num_tasks))
-    corr = jnp.asarray(phi["corr"]) if HELD in remarks else None
-    around = AroundPhi(rows, layout, vector_of(layout, phi), start, corr)
-    belief = belief_in(layout, beliefs) if with_belief else None
+    evidence = ApproximateEvidence(model, tasks, num_nodes)
+    layout, vector = evidence.layout, vector_of(evidence.layout, phi)
+    held, _ = held_entries(layout, phi)
+    belief = belief_in(layout, model.phi_distributions(tasks)) if with_belief else None
 
     def value_and_slope(v: np.ndarray) -> tuple[float, np.ndarray]:
-        value, slope = _minus(plain, around, v, num_nodes)
+        value, slope = evidence.value_and_slope(v)
         if belief is not None:
             more, tilt = belief(v)
-            value, slope = value - more, slope - tilt
-        return float(value), np.asarray(slope)
+            value, slope = value - float(more), slope - np.asarray(tilt)
+        return value, slope
 
-    inside = (around.vector > layout.lower) & ~held
-    tilt = np.zeros(layout.size) if belief is None else np.asarray(belief(around.vector)[1])
-    return Information(around, inside, curvature(value_and_slope, around.vector, inside), tilt)
+    inside = (vector > layout.lower) & ~held
+    hessian = curvature(value_and_slope, vector, inside)
+    value_and_slope(vector)  # leaves the modes where phi has them
+    tilt = np.zeros(layout.size) if belief is None else np.asarray(belief(vector)[1])
+    return Information(AroundPhi(evidence.rows, layout, vector, evidence.start), inside, hessian,
+                       tilt)  # fmt: skip

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation import Conjugate, Laplace, Quadrature
-from hierbayes.adaptation.quadrature import Whitened, climb, grid, newton_step
+from hierbayes.adaptation.quadrature import grid, newton_step
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.evidence.nodes import at_mode
 from hierbayes.fit import Fit
@@ -88,7 +88,7 @@ def theta_standard_errors(fit: Fit) -> Any:
     else:  # (p, d, J) by the information's root, one squared sum a coefficient
         white = np.einsum("pq,pkj->qkj", vectors / np.sqrt(values), slopes)
         more = (white**2).sum(0).T
-    variance = fit.adapted.sd.values ** 2 + more
+    variance = fit.adapted.sd.values**2 + more
     return label(np.sqrt(variance), fit.tasks, ("task", "coef"), "theta_se")
 
 
@@ -100,6 +100,8 @@ def _nodes(fit: Fit) -> int:
             "errors are those of empirical_bayes; under full Bayes the posterior standard "
             "deviations, fit.adapted.sd, hold what is not known of phi already"
         )
+    if fit.evidence is None:
+        raise NotApplicable("phi was learned from other tasks: ask the fit that learned it")
     if not isinstance(fit.adaptation, Conjugate | Laplace | Quadrature):
         raise NotApplicable("features that are learned have no observed information")
     if fit.info["criterion"] == "reml":
@@ -124,27 +126,21 @@ def _mean(model: HierarchicalModel, around: AroundPhi, num_nodes: int) -> Any:
     By quadrature with the nodes held where φ̂ has them. By Laplace the mode, which two Newton
     steps follow.
     """
-
-    def at(v: Any) -> Whitened:
-        return Whitened.at(model.likelihood, model.prior, around.rows, around.phi(v))
-
-    held = at(around.vector)
+    centre = at_mode(around.tasks(model, around.vector), jnp.asarray(around.modes))
     if num_nodes == 1:
-        end = climb(held, around.start).z
 
         def mode(v: Any) -> jax.Array:
-            tasks, z = at(v), end
+            tasks, z = around.tasks(model, v), centre.z
             for _ in range(2):
                 bent = tasks.bend(z)
                 z = z + newton_step(bent.curvature, bent.slope)[0]
             return tasks.theta(z)
 
         return mode
-    centre = at_mode(held, around.start)
     places, log_weights = grid(num_nodes, len(centre.z))
 
     def posterior_mean(v: Any) -> jax.Array:
-        tasks = at(v)
+        tasks = around.tasks(model, v)
 
         def add(sums: Any, node: Any) -> tuple[Any, None]:
             place, log_weight = node
