@@ -73,6 +73,9 @@ def student_nodes(
         stretch = np.sqrt(nu / (2 * special.gammaincinv(nu / 2, u[:, -1])))
         points = special.ndtri(u[:, :-1]) * stretch[:, None]
         nodes[r] = points.reshape(num_runs, num_nodes, dimensions).swapaxes(0, 1)
-    density = stats.multivariate_t(np.zeros(dimensions), np.eye(dimensions), nu)
-    log_density = np.reshape(density.logpdf(nodes), nodes.shape[:-1])
-    return nodes, -np.log(num_nodes) - log_density - 0.5 * dimensions * np.log(2 * np.pi)
+    d = dimensions
+    log_density = (
+        special.gammaln((nu + d) / 2) - special.gammaln(nu / 2) - 0.5 * d * np.log(np.pi * nu)
+        - 0.5 * (nu + d) * np.log1p((nodes**2).sum(-1) / nu)
+    )  # fmt: skip
+    return nodes, -np.log(num_nodes) - log_density - 0.5 * d * np.log(2 * np.pi)

@@ -144,10 +144,11 @@ def laplace_check(fit: Fit, *, seed: int = 0) -> Any:
         best, error, total_error = _reference(model, known.around, held, rule, d)
         step = (known.inside, known.hessian, known.tilt, rule, held)
         shift = newton_shift(model, known.around, *step)
+    away = found.laplace - best
     table = pd.DataFrame(
         {
             "residual": found.residual,
-            "error": found.laplace - best,
+            "error": away,
             "reference_error": error,
             "skewness": found.skewness,
             "effective_count": effective_count(tasks, fit.model.likelihood),
@@ -157,7 +158,7 @@ def laplace_check(fit: Fit, *, seed: int = 0) -> Any:
     table["flag"] = _flags(table)
     names = entry_names(known.around.layout)
     table.attrs = {
-        "total_error": float(table["error"].sum()),
+        "total_error": float(away.sum()),
         "total_reference_error": total_error,
         "shift": dict(zip(names, shift.step.tolist(), strict=True)),
         "shift_error": dict(zip(names, shift.error.tolist(), strict=True)),
