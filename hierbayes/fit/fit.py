@@ -78,7 +78,7 @@ class Fit:
     standard_errors : dict
         By name of φ, where the method gives them; NaN with a reason in ``warnings``.
     info : dict
-        Settings and ``seconds``.
+        Settings and ``seconds``; ``remarks``, sentences on what is sound but worth knowing.
     """
 
     method: str
@@ -146,11 +146,12 @@ class Fit:
         draws = {**(self.phi_draws or {}), "theta": self.theta_draws}
         return trees.log_likelihood(self, draws, by)
 
-    def summary(self, var_names: list[str] | None = None) -> Any:
+    def summary(self, var_names: list[str] | None = None, errors: Any = None) -> Any:
         """φ and θ as a pandas DataFrame, a row each.
 
         Under full Bayes ArviZ's summary (mean, sd, interval, ESS, R̂); elsewhere ``estimate`` and
-        ``se`` (for θ the posterior standard deviation).
+        ``se`` (for θ the posterior standard deviation, or what ``errors``, by name, has in its
+        place: ``{"theta": hb.checks.theta_standard_errors(fit)}``).
         """
         import pandas as pd
 
@@ -167,7 +168,7 @@ class Fit:
             return arviz_stats.summary(tree, **settings)
         rows = {}
         estimates = trees.dataset({**self.phi, "theta": self.adapted.adapted.mean}, self.tasks)
-        errors = {**self.standard_errors, "theta": self.adapted.sd.values}
+        errors = {**self.standard_errors, "theta": self.adapted.sd.values, **(errors or {})}
         for name, values in estimates.items():
             if var_names is not None and name not in var_names:
                 continue

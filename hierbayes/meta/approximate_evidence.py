@@ -18,6 +18,8 @@ import numpy as np
 
 from hierbayes.adaptation.quadrature import Rule, rule_of
 from hierbayes.evidence.quadrature import log_evidence
+from hierbayes.meta.better_evidence import AroundPhi, newton_shift
+from hierbayes.meta.correlations import held_entries
 from hierbayes.meta.layout_of_phi import Layout, belief_in, phi_at
 from hierbayes.meta.optimum import Optimum, ValueAndSlope, curvature, descend, polish
 from hierbayes.meta.posterior_mode import finite, off_the_boundary, pinned
@@ -114,10 +116,12 @@ def maximise_approximate(
     quadrature: bool,
     with_belief: bool,
     for_draws: bool = False,
+    judged: bool = True,
 ) -> Integrated:
     """φ̂ by Laplace's approximation, or by quadrature with as many nodes as the evidence needs.
 
     ``for_draws``: where a sampler starts, φ̂ of the fewest nodes and the nodes that draws need.
+    ``judged``: Laplace's φ̂ is held against a better evidence, for the remarks.
     """
     counts = NODES.get(len(tasks.coef), ())
     with float64():
@@ -125,7 +129,7 @@ def maximise_approximate(
         search = _Search(resolved, tasks, evidence, with_belief)
         vector = search.run()
         if not quadrature:
-            return search.finish(vector, np.nan, counts)
+            return search.finish(vector, np.nan, judged=judged)
         enough = max(LEAST_ENOUGH, ENOUGH * tasks.num_tasks)
         used = error = np.nan
         while True:
@@ -136,7 +140,7 @@ def maximise_approximate(
                 break
             evidence.num_nodes = used
             vector = search.run(vector)
-        found = search.finish(vector, error, counts)
+        found = search.finish(vector, error, judged=False)
         return replace(found, num_nodes=used)
 
 
@@ -237,16 +241,16 @@ class _Search:
     def _belief(self) -> Any:
         return belief_in(self.layout, self.model.phi_distributions(self.tasks))
 
-    def finish(self, vector: np.ndarray, error: float, counts: tuple[int, ...]) -> Integrated:
+    def finish(self, vector: np.ndarray, error: float, *, judged: bool) -> Integrated:
         """The optimum there, with standard errors and what is to be said."""
         layout, evidence = self.layout, self.evidence
-        used = evidence.num_nodes
-        inside = vector > layout.lower
-        hessian = curvature(self.value_and_slope, vector, inside)
+        used, by_nodes = evidence.num_nodes, len(self.tasks.coef) <= MOST_DIMENSIONS
         phi = self.phi(vector)
+        held, warnings = held_entries(layout, phi)
+        inside = (vector > layout.lower) & ~held
+        hessian = curvature(self.value_and_slope, vector, inside)
         errors = layout.errors(inside, hessian, phi)
         log_density = -evidence.value_and_slope(vector)[0]
-        warnings = []
         if np.isnan(errors["mu"][layout.free]).any():
             flattest = np.linalg.eigh(hessian)[1][:, 0]
             entry = np.flatnonzero(inside)[np.abs(flattest).argmax()]
@@ -264,24 +268,16 @@ class _Search:
                 f"tasks ({', '.join(map(str, names[:3]))}): their evidence is not to be relied on"
             )
         remarks = []
-        if used == 1 and counts:
-            shift = self._shift(vector, inside, hessian, counts[1])
+        if judged:
+            tilt = np.asarray(self._belief(vector)[1]) if self.with_belief else 0.0
+            around = AroundPhi(evidence.rows, layout, vector, evidence.start)
+            shift = newton_shift(evidence.model, around, inside, hessian, tilt).surely
             if shift > LARGE_SHIFT:
                 remarks.append(
                     f"Laplace's approximation has moved phi by about {shift:.1f} standard errors "
-                    'from where quadrature would put it; use evidence="quadrature"'
-                )
+                    + ('from where quadrature would put it; use evidence="quadrature"' if by_nodes
+                       else "from where the integral itself would put it; use full_bayes")
+                )  # fmt: skip
         posterior = log_density + float(self._belief(vector)[0]) if self.with_belief else None
         optimum = Optimum(pinned(phi, layout.shape), log_density, errors, warnings, posterior)
         return Integrated(optimum, used, error, remarks, evidence.start)
-
-    def _shift(
-        self, vector: np.ndarray, inside: np.ndarray, hessian: np.ndarray, num_nodes: int
-    ) -> float:
-        """How far one Newton step on the better evidence goes, in standard errors: the farthest."""
-        better = ApproximateEvidence(self.model, self.tasks, num_nodes, self.layout)
-        better.start = self.evidence.start
-        slope = replace(self, evidence=better).value_and_slope(vector)[1][inside]
-        inverse = np.linalg.pinv(hessian)
-        spread = np.sqrt(np.maximum(np.diag(inverse), 1e-300))
-        return float(np.abs(inverse @ slope / spread).max(initial=0.0))

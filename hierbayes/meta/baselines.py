@@ -137,7 +137,8 @@ def noise(estimate: float, given: float | None) -> float:
     if not (np.isfinite(estimate) and estimate > 0):
         raise NotApplicable(
             "sigma cannot be estimated within tasks: the tasks' own coefficients explain every row "
-            "without an error (they may have no more rows than coefficients); pass sigma=…"
+            "without an error (they may have no more rows than coefficients); pass sigma=…, or, "
+            "where tasks have more than one row, use empirical_bayes, which learns it beside tau"
         )
     return estimate
 

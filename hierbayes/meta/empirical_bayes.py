@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import jax
 import numpy as np
 
-from hierbayes.adaptation import Adaptation, Adapted, Conjugate, Laplace, Quadrature
+from hierbayes.adaptation import Adaptation, Adapted, Conjugate, Laplace, Quadrature, separation
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.fit import Fit
 from hierbayes.likelihoods import LastLayer
@@ -96,7 +96,8 @@ def empirical_bayes(
         generalised least squares and of τ and σ from the Hessian of the profiled criterion (where
         tasks are not Gaussian all from the Hessian of the criterion),
         ``log_evidence`` the maximised criterion with all constants (lme4's ``logLik``; under
-        "map" the ml value at φ̂, with ``log_posterior`` beside it).
+        "map" the ml value at φ̂, with ``log_posterior`` beside it). ``info["remarks"]`` names
+        tasks that only the prior holds, with outcomes all alike or separated.
 
     Raises
     ------
@@ -169,6 +170,7 @@ def empirical_bayes(
         evidence=optimum.log_evidence, log_posterior=optimum.log_posterior,
         warnings=announce([*optimum.warnings, *more, *remarks]),
         info=info | {"num_draws": num_draws, "num_chains": num_chains,
+                     "remarks": separation.remark(tasks, resolved.likelihood),
                      "seconds": time.perf_counter() - started},
     )  # fmt: skip
 

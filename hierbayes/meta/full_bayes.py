@@ -18,7 +18,7 @@ import numpy as np
 import numpyro
 from numpyro.distributions import biject_to
 
-from hierbayes.adaptation import Adaptation, Adapted, Conjugate, Laplace
+from hierbayes.adaptation import Adaptation, Adapted, Conjugate, Laplace, separation
 from hierbayes.errors import InputError, announce
 from hierbayes.fit import Fit
 from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS
@@ -194,7 +194,8 @@ def full_bayes(
         phi_draws={name: draws[name] for name in sites}, theta_draws=theta,
         sample_stats=sample_stats,
         evidence=evidence, no_evidence=NO_EVIDENCE, warnings=announce(remarks),
-        info=info | {"seconds": time.perf_counter() - started},
+        info=info | {"remarks": separation.remark(tasks, resolved.likelihood),
+                     "seconds": time.perf_counter() - started},
     )  # fmt: skip
 
 

@@ -223,7 +223,9 @@ def maml(
     if free and inner_optimiser is None:
         training = adaptation(resolved, tasks, phi)
         remarks = [*remarks, *training.remarks]
-    if chosen is not None and np.ndim(chosen) == 0:
+    if learn_step_size and chosen is not None and np.max(chosen) < NEGLIGIBLE * longest:
+        remarks = [*remarks, _unmoved(float(np.max(chosen)), longest)]
+    elif chosen is not None and np.ndim(chosen) == 0:
         supports = [support for support, _ in splits]
         remarks = remarks + _remarks(
             resolved, float(chosen), longest, num_steps, supports, phi, loss
@@ -244,8 +246,21 @@ def maml(
     )  # fmt: skip
 
 
+NEGLIGIBLE = 1e-6
+"""Share of 1/λ_max below which a learned step is taken as none."""
+
 HARDLY_MATTERS = 0.1
 """Share of φ left in θ_K, in every task and direction, below which φ is hardly identified."""
+
+
+def _unmoved(step_size: float, longest: float) -> str:
+    """What to say of a learned step that is none."""
+    return (
+        f"the learned step size is {step_size:.1g} at most, next to nothing beside 1/λ_max = "
+        f"{longest:.3g}: the tasks are not adapted at all, and theta is phi in each. A task's own "
+        "rows did not help to predict its others, as with tasks that are all alike; "
+        "complete_pooling says so without steps"
+    )
 
 
 def _remarks(

@@ -14,6 +14,7 @@ import numpy as np
 from hierbayes.evidence.curved import Curved, Plain, PlainAt, around, with_criterion
 from hierbayes.evidence.nearby import Nearby
 from hierbayes.evidence.profile import profile_problem
+from hierbayes.meta.correlations import HELD, SINGULAR, at_the_boundary
 from hierbayes.meta.optimum import (
     Near,
     Optimum,
@@ -31,9 +32,6 @@ from hierbayes.tasks import Tasks
 from hierbayes.tasks.kept import kept
 
 Blocks = tuple[tuple[int, ...], ...]
-
-SINGULAR = 1e-4
-"""Relative size of a direction's standard deviation below which it counts as zero, as in lme4."""
 
 
 def maximise_likelihood(model: HierarchicalModel, tasks: Tasks, *, reml: bool) -> Optimum:
@@ -201,14 +199,9 @@ def _standard_errors(
         )
     blocks = tuple(kept for b in shape.blocks if (kept := tuple(i for i in b if inside[i])))
     corr = phi.get("corr", np.eye(len(tau)))
-    singular = any(
-        len(b) > 1 and np.linalg.eigvalsh(corr[np.ix_(b, b)])[0] < SINGULAR**2 for b in blocks
-    )
+    singular = at_the_boundary(corr, blocks)
     if singular:
-        remarks.append(
-            "the estimated correlations are at their boundary (±1): the standard errors of tau "
-            "and sigma hold them fixed there, and the data may not support correlated effects"
-        )
+        remarks.append(HELD)
     free_corr = () if singular else tuple(b for b in blocks if len(b) > 1)
     spread = _Spread(nearby, tau, corr, inside, free_corr, phi.get("sigma"))
     start = spread.vector()

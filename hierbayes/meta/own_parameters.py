@@ -194,7 +194,9 @@ def own_parameters(
     if model.likelihood.has_location:
         found = _own(tasks, model.without_encoder(), sigma).phi
     else:
-        found = maximise_approximate(model, tasks, quadrature=False, with_belief=False).optimum.phi
+        found = maximise_approximate(
+            model, tasks, quadrature=False, with_belief=False, judged=False
+        ).optimum.phi
     return {name: found[name] for name in model.likelihood.parameters()}
 
 

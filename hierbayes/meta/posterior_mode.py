@@ -16,8 +16,9 @@ import numpy as np
 import numpyro.distributions as dist
 
 from hierbayes.evidence.exact import log_evidence
+from hierbayes.meta.correlations import SINGULAR
 from hierbayes.meta.layout_of_phi import Layout, phi_at
-from hierbayes.meta.marginal import SINGULAR, maximise_likelihood
+from hierbayes.meta.marginal import maximise_likelihood
 from hierbayes.meta.optimum import Minimum, Optimum, ValueAndSlope, curvature, descend, minimise
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy

@@ -1,0 +1,168 @@
+r"""How far an approximate evidence has moved φ̂ from where a better one would put it.
+
+.. math::
+
+    \Delta = I(\hat\varphi)^{-1}\, \nabla \Big[\sum_j \log \tilde p(D_j \mid \hat\varphi)
+        + \log p(\hat\varphi)\Big], \qquad \Delta_i / \sqrt{(I^{-1})_{ii}}
+
+One Newton step on the better evidence p̃, with the curvature I of the one that φ̂ maximises: in
+posterior standard deviations, coordinate by coordinate. p̃ is adaptive Gauss–Hermite quadrature for
+up to three coefficients and scrambled Sobol nodes beyond
+(:func:`~hierbayes.adaptation.sobol.student_nodes`), whose replicates give Δ a standard error.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.adaptation.quadrature import Stand, Whitened, at_modes, grid
+from hierbayes.adaptation.sobol import student_nodes
+from hierbayes.evidence.nodes import by_replicate, jackknife_error, pooled
+from hierbayes.meta.layout_of_phi import FLAT, Layout
+from hierbayes.model import HierarchicalModel
+from hierbayes.rows import Rows, Whole
+
+NODES = {1: 7, 2: 7, 3: 5}
+"""Gauss–Hermite nodes a dimension of the better evidence, by the number of coefficients."""
+
+SOBOL_NODES, REPLICATES, MOST_RUNS = 32, 4, 256
+"""Nodes of a scramble, and scrambles, where there are more coefficients; runs of nodes at most."""
+
+
+class Runs(NamedTuple):
+    """Nodes (R, Q, K, d) and log w̄ + ½ |t|² (R, Q, K), of which the tasks take K runs in turn."""
+
+    nodes: np.ndarray
+    log_weights: np.ndarray
+
+
+def better_rule(dimensions: int, num_tasks: int) -> Runs:
+    """The nodes of the better evidence in so many dimensions."""
+    if dimensions in NODES:
+        return gauss_hermite(NODES[dimensions], dimensions)
+    return scrambled_sobol(SOBOL_NODES, dimensions, REPLICATES, num_tasks)
+
+
+def scrambled_sobol(
+    num_nodes: int, dimensions: int, num_replicates: int, num_tasks: int, seed: int = 0
+) -> Runs:
+    """Sobol nodes under a Student-t, as many runs of them as there are tasks, within reason."""
+    runs = min(MOST_RUNS, 2 ** int(np.ceil(np.log2(max(num_tasks, 1)))))
+    return Runs(*student_nodes(num_nodes, dimensions, num_replicates, runs, seed))
+
+
+def gauss_hermite(num_nodes: int, dimensions: int) -> Runs:
+    """A product grid as a rule of one replicate."""
+    places, log_weights, count = grid(num_nodes, dimensions)
+    return Runs(places[None, :count, None], log_weights[None, :count, None])
+
+
+class AroundPhi(NamedTuple):
+    """φ's vector around φ̂: ``rows`` of the tasks, ``vector`` (P,) of φ̂, ``modes`` (d, J) in z."""
+
+    rows: Rows | Whole
+    layout: Layout
+    vector: Any
+    modes: Any
+
+    def tasks(self, model: HierarchicalModel, vector: Any) -> Whitened:
+        """Every Ψ_j at φ."""
+        return Whitened.at(model.likelihood, model.prior, self.rows, self.layout.phi(vector))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def held_at(model: HierarchicalModel, around: AroundPhi) -> Stand:
+    """Where nodes stand: at the modes of every task at φ̂, followed to rounding."""
+    return at_modes(around.tasks(model, around.vector), jnp.asarray(around.modes))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def log_evidences(model: HierarchicalModel, around: AroundPhi, held: Stand, rule: Runs) -> Any:
+    """log p̂_r(D_j | φ̂) of every replicate and task, (R, J)."""
+    return by_replicate(around.tasks(model, around.vector), held, *rule)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _slopes(model: HierarchicalModel, around: AroundPhi, held: Stand, rule: Runs) -> jax.Array:
+    """∇ Σ_j log p̃(D_j | φ̂) and the same without each replicate, (1 + R, P)."""
+
+    def totals(v: jax.Array) -> jax.Array:
+        best, without = pooled(by_replicate(around.tasks(model, v), held, *rule))
+        return jnp.concatenate([best.sum()[None], without.sum(1)])
+
+    found, back = jax.vjp(totals, around.vector)
+    # one at a time: each goes over all rows again, and memory is that of one of them
+    return jax.lax.map(lambda c: back(c)[0], jnp.eye(len(found)))
+
+
+class Shift(NamedTuple):
+    """Δ (P,) in standard errors and the Monte Carlo error of Δ (P,); NaN outside ``inside``."""
+
+    step: np.ndarray
+    error: np.ndarray
+
+    @property
+    def farthest(self) -> float:
+        """The largest |Δ_i|; NaN where no Δ_i is known."""
+        return _largest(np.abs(self.step))
+
+    @property
+    def surely(self) -> float:
+        """The largest |Δ_i| less two of its Monte Carlo errors; NaN where no Δ_i is known."""
+        return _largest(np.abs(self.step) - 2 * np.nan_to_num(self.error))
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(np.nanmax(values)) if np.isfinite(values).any() else float("nan")
+
+
+def newton_shift(
+    model: HierarchicalModel,
+    around: AroundPhi,
+    inside: np.ndarray,
+    hessian: np.ndarray,
+    tilt: Any = 0.0,
+    rule: Runs | None = None,
+    held: Stand | None = None,
+) -> Shift:
+    """One Newton step from φ̂ on the better evidence; use it inside ``numerics.float64()``.
+
+    Parameters
+    ----------
+    model : HierarchicalModel
+        Without its encoder.
+    around : AroundPhi
+    inside : array (P,) of bool
+        Coordinates that φ̂ may move along.
+    hessian : array (p, p)
+        Of minus the criterion, in those coordinates.
+    tilt : array (P,)
+        ∇ log p(φ̂), where the criterion holds it.
+    rule : Runs, optional
+        The nodes; :func:`better_rule` by default.
+    held : Stand, optional
+        Where the nodes stand, if it is known already.
+
+    Returns
+    -------
+    Shift
+        All NaN where the criterion is not concave at φ̂.
+    """
+    rule = better_rule(*np.shape(around.modes)) if rule is None else rule
+    size = len(np.asarray(around.vector))
+    step, error = np.full(size, np.nan), np.full(size, np.nan)
+    values, vectors = np.linalg.eigh(hessian)
+    if not (values.size and values[0] > FLAT * values[-1]):
+        return Shift(step, error)
+    held = held_at(model, around) if held is None else held
+    slopes = np.asarray(_slopes(model, around, held, rule)) + tilt
+    inverse = (vectors / values) @ vectors.T
+    moved = slopes[:, inside] @ inverse / np.sqrt(np.diag(inverse))
+    step[inside] = moved[0]
+    error[inside] = np.asarray(jackknife_error(moved[1:]))
+    return Shift(step, error)
