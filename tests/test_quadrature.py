@@ -20,7 +20,8 @@ from scipy import integrate, optimize, special, stats
 from test_families import LIKELIHOODS, PHI, expected, log_density, outcomes
 
 import hierbayes as hb
-from hierbayes.adaptation.quadrature import Quadrature, Whitened, climb, rule_of
+from hierbayes.adaptation.quadrature import Quadrature, rule_of
+from hierbayes.adaptation.whitened import Whitened, climb
 from hierbayes.evidence.quadrature import log_evidence
 from hierbayes.numerics import float64
 from hierbayes.rows import rows_of
@@ -313,3 +314,16 @@ def test_draws_have_the_posteriors_moments(rng):
     close(draws.std(0), sd, rtol=0.03)
     skew = ((draws - draws.mean(0)) ** 3).mean(0) / draws.std(0) ** 3
     assert np.abs(skew).max() > 0.2  # which Laplace's normal would not have
+
+
+def test_chains_are_as_long_as_their_weights_ask():
+    """Equal weights need the fewest steps; one of thirty among twelve needs them all.
+
+    Its share of the mass is 30/41 and it moves with probability 41/360: (1 − 41/360)^11 = 0.26.
+    """
+    from hierbayes.adaptation.draws_of_theta import LEAST_STEPS, MOST_STEPS, steps_needed
+
+    assert steps_needed(np.zeros((3, 12, 2))) == LEAST_STEPS
+    heavy = np.zeros((3, 12, 2))
+    heavy[:, 0, 1] = np.log(30.0)
+    assert steps_needed(heavy) == MOST_STEPS

@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from hierbayes.adaptation.quadrature import Whitened
+from hierbayes.adaptation.whitened import Whitened
 from hierbayes.numerics import solve_upper
 
 ASCENT_STEPS = 60

@@ -20,7 +20,7 @@ import functools
 
 import numpy as np
 
-from hierbayes.adaptation.quadrature import DEGREES_OF_FREEDOM
+from hierbayes.adaptation.draws_of_theta import DEGREES_OF_FREEDOM
 
 INSIDE = 1e-12
 """Distance that points keep from the ends of (0, 1), where a quantile is not finite."""

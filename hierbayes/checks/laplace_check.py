@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation import Laplace, Quadrature
-from hierbayes.adaptation.quadrature import Stand
 from hierbayes.adaptation.skewness import skewness
+from hierbayes.adaptation.whitened import Stand
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.evidence.nodes import jackknife_error, pooled
 from hierbayes.fit import Fit

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hierbayes.adaptation.quadrature import Stand, Whitened
+from hierbayes.adaptation.whitened import Stand, Whitened
 from hierbayes.numerics import log_diagonal_sum, solve_upper
 
 

@@ -20,14 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hierbayes.adaptation.quadrature import (
-    Rule,
-    Stand,
-    Whitened,
-    after_newton,
-    at_modes,
-    climb,
-)
+from hierbayes.adaptation.quadrature import Rule
+from hierbayes.adaptation.whitened import Stand, Whitened, after_newton, at_modes, climb
 from hierbayes.likelihoods import Likelihood
 from hierbayes.numerics import cholesky, log_diagonal_sum
 from hierbayes.priors import Prior

@@ -38,6 +38,9 @@ class Likelihood(abc.ABC):
     condenses: bool = False
     """True where :meth:`kernel` is y f − e^f: rows with the same x are one row once β is known."""
 
+    binary: bool = False
+    """True where :meth:`kernel` is y f − log(1 + e^f), y being 0 or 1."""
+
     log_concave: bool = True
     """True where log p(y | f) is concave in f: every task then has one mode."""
 

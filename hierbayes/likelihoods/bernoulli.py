@@ -71,6 +71,7 @@ class Bernoulli(GeneralisedLinear):
     """
 
     discrete = True
+    binary = True
 
     def _check_outcome(self, tasks: Tasks) -> None:
         self._refuse_rows(

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.quadrature import Stand, Whitened, at_modes, grid
+from hierbayes.adaptation.quadrature import grid
 from hierbayes.adaptation.sobol import student_nodes
+from hierbayes.adaptation.whitened import Stand, Whitened, at_modes
 from hierbayes.evidence.nodes import by_replicate, jackknife_error, pooled
 from hierbayes.meta.layout_of_phi import FLAT, Layout
 from hierbayes.model import HierarchicalModel

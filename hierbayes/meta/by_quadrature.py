@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation import Quadrature
-from hierbayes.adaptation.quadrature import Rule, Whitened, at_modes, climb, grid
+from hierbayes.adaptation.quadrature import Rule, grid
+from hierbayes.adaptation.whitened import Whitened, at_modes, climb
 from hierbayes.evidence.quadrature import laplace_near, log_evidence
 from hierbayes.likelihoods import Likelihood
 from hierbayes.meta.approximate_evidence import Integrated, maximise_approximate

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation import Conjugate, Laplace, Quadrature
-from hierbayes.adaptation.quadrature import after_newton, at_modes, grid
+from hierbayes.adaptation.quadrature import grid
+from hierbayes.adaptation.whitened import after_newton, at_modes
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.fit import Fit
 from hierbayes.fit.adapted import label

@@ -1,0 +1,104 @@
+"""Binary rows in blocks of one x: what rows one by one say.
+
+Rung (b): densities of single rows by NumPy, gradients and curvatures by automatic derivatives of
+these. 1e-10: sums and products of a few dozen factors.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+from assertions import close
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hierbayes as hb
+from hierbayes.numerics import float64
+from hierbayes.rows import BinaryRows, rows_of
+
+BERNOULLI = hb.likelihoods.Bernoulli()
+
+
+def some_tasks(seed, sizes, *, offset=True):
+    rng = np.random.default_rng(seed)
+    g = np.repeat(np.arange(len(sizes)), sizes)
+    n = len(g)
+    frame = pd.DataFrame({
+        "g": g, "x": rng.integers(0, 2, n) * 1.0, "z": rng.normal(size=n),
+        "offset": rng.normal(size=n), "y": rng.integers(0, 2, n) * 1.0,
+    })  # fmt: skip
+    more = {"offset": "offset"} if offset else {}
+    return hb.Tasks.from_dataframe(
+        frame, task="g", outcome="y", predictors=["x"], shared=["z"], **more
+    )
+
+
+def one_by_one(tasks, theta, beta):
+    """Σ_i y f − log(1 + e^f) of each task (J,), by its rows."""
+    f = (tasks.predictors * theta[tasks.task_of_row]).sum(1) + tasks.shared @ beta
+    f = f + tasks.slots.get("offset", 0.0)
+    each = tasks.outcome * f - jnp.logaddexp(0.0, f)
+    return jax.ops.segment_sum(each, tasks.task_of_row, tasks.num_tasks)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    sizes=st.lists(st.integers(0, 60), min_size=2, max_size=6),
+    offset=st.booleans(),
+    scale=st.sampled_from([0.5, 3.0, 60.0]),
+)
+def test_blocks_say_what_rows_say(seed, sizes, offset, scale):
+    """Values, slopes and curvatures, as far out as f = ±200."""
+    sizes = [*sizes, 40]
+    tasks = some_tasks(seed, sizes, offset=offset)
+    rng = np.random.default_rng(seed)
+    theta, beta = scale * rng.normal(size=(tasks.num_tasks, 2)), np.array([0.8])
+    rows = rows_of(tasks, BERNOULLI)
+    if sum(sizes) >= 8 * len(sizes):
+        assert isinstance(rows, BinaryRows)
+    with float64():
+        known = rows.under(BERNOULLI, {"beta": beta})
+        at = known.to_second_order(BERNOULLI, jnp.asarray(theta.T), {}, damped=False)
+        right = one_by_one(tasks, theta, beta)
+        slope = jax.grad(lambda t: one_by_one(tasks, t, beta).sum())(theta)
+        bend = jax.hessian(lambda t: one_by_one(tasks, t, beta).sum())(theta)
+        own = np.einsum("jajb->abj", np.asarray(bend))
+        close(at.value + known.constant, right, rtol=1e-10, atol=1e-10)
+        close(known.log_likelihood(BERNOULLI, jnp.asarray(theta.T), {}), at.value, rtol=1e-12)
+        close(at.slope, np.asarray(slope).T, rtol=1e-9, atol=1e-9)
+        close(at.curvature, -own, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.5, 60.0])
+def test_slopes_in_phi_are_those_of_rows(scale):
+    tasks = some_tasks(3, [30, 5, 17, 55])
+    tasks = tasks.keep_rows(tasks.task_of_row != 1)  # one has no rows
+    assert tasks.num_tasks == 4
+    theta = scale * np.random.default_rng(0).normal(size=(4, 2))
+    rows = rows_of(tasks, BERNOULLI)
+    assert isinstance(rows, BinaryRows)
+
+    def by_blocks(beta):
+        known = rows.under(BERNOULLI, {"beta": beta})
+        return known.log_likelihood(BERNOULLI, jnp.asarray(theta.T), {}).sum()
+
+    with float64():
+        rows = jax.tree.map(jnp.asarray, rows)
+        beta = jnp.array([0.7])
+        found, right = (
+            jax.grad(of)(beta) for of in (by_blocks, lambda b: one_by_one(tasks, theta, b).sum())
+        )
+    close(found, right, rtol=1e-10)
+
+
+def test_rows_that_are_copies_or_weighed_are_added_up_instead():
+    few = pd.DataFrame({"g": np.repeat([0, 1], 50), "y": np.tile([0.0, 1.0], 50)})
+    model, tasks = hb.from_formula("y ~ 1 + (1 | g)", few, family="bernoulli")
+    assert rows_of(tasks, model.likelihood).outcome.shape == (1, 2)
+    rng = np.random.default_rng(0)
+    weighed = few.assign(x=rng.normal(size=100), w=2.0)
+    model, tasks = hb.from_formula("y ~ 1 + x + (1 | g)", weighed, family="bernoulli", weight="w")
+    assert not isinstance(rows_of(tasks, model.likelihood), BinaryRows)
+    model, tasks = hb.from_formula("y ~ 1 + x + (1 | g)", weighed, family="bernoulli")
+    assert isinstance(rows_of(tasks, model.likelihood), BinaryRows)
