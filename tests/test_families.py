@@ -222,3 +222,36 @@ def test_an_exposure_of_zero_is_refused():
     frame.loc[2, "days"] = 0.0
     with refuses("days", "above zero"):
         hb.from_formula("y ~ 1 + (1 | ward)", frame, family="poisson", exposure="days")
+
+
+# ------------------------------------------------------------------ what has no answer
+
+
+def test_an_exposure_needs_a_log_link():
+    frame = pd.DataFrame({"y": [0.0, 1.0, 1.0, 0.0], "days": 2.0, "ward": [0, 0, 1, 1]})
+    for family in ("bernoulli", "gaussian"):
+        with pytest.raises(ValueError, match="no log link"):
+            hb.from_formula("y ~ 1 + (1 | ward)", frame, family=family, exposure="days")
+
+
+def test_a_shared_column_that_separates_is_said():
+    rng = np.random.default_rng(0)
+    z = np.tile([0.0, 1.0], 60)
+    frame = pd.DataFrame(
+        {"g": np.repeat(np.arange(12), 10), "z": z, "y": z * (rng.random(120) < 2)}
+    )
+    model, tasks = hb.from_formula("y ~ 1 + z + (1 | g)", frame, family="bernoulli")
+    with pytest.warns(hb.FitWarning, match="beta for 'z' runs to infinity"):
+        hb.empirical_bayes(model, tasks, num_draws=1)
+
+
+@pytest.mark.parametrize("name", ["NegativeBinomial", "Gamma", "StudentT"])
+def test_episodes_learn_no_parameters_of_a_family(name, rng):
+    likelihood = LIKELIHOODS[name]
+    tasks = hb.Tasks.from_arrays([
+        (rng.normal(size=(12, 1)), outcomes(likelihood, rng, np.zeros(12))[0]) for _ in range(6)
+    ])  # fmt: skip
+    model = hb.HierarchicalModel(likelihood, hb.priors.Gaussian())
+    episodes = hb.Episodes.from_tasks(tasks, shots=5, queries=5)
+    with pytest.raises(ValueError, match="cannot be learned from episodes"):
+        hb.maml(model, episodes, num_meta_steps=2)

@@ -294,3 +294,9 @@ def test_programs_that_are_no_likelihood_are_refused():
         hb.likelihoods.from_numpyro("y ~ x")
     with pytest.raises(ValueError, match="every entry of θ once"):
         hb.likelihoods.from_numpyro(noisy, theta=["a", "a"])
+
+
+@pytest.mark.parametrize("method", [hb.no_pooling, hb.complete_pooling])
+def test_programs_without_a_prior_are_refused(pair, method):
+    with pytest.raises(ValueError, match="needs a linear predictor"):
+        method(pair[1], ragged())

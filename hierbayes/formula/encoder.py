@@ -96,6 +96,11 @@ def from_formula(
     frame = Frame(data)
     if exposure is not None and offset is not None:
         raise InputError("give an exposure or an offset, not both: an exposure's log is an offset")
+    if exposure is not None and not getattr(likelihood, "log_link", False):
+        raise InputError(
+            f"an exposure multiplies a rate, and the {type(likelihood).__name__} likelihood has no "
+            'log link: leave it out, or take family="poisson", "negative_binomial" or "gamma"'
+        )
     named = dict(known_se=known_se, offset=offset, weight=weight, trials=trials, exposure=exposure)
     slots = tuple((name, column) for name, column in named.items() if column is not None)
     encoder = FormulaEncoder(parts, slots, tuple(task_predictors))

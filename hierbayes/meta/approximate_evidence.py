@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation.quadrature import Rule, rule_of
+from hierbayes.errors import listing
 from hierbayes.evidence.quadrature import log_evidence
 from hierbayes.meta.better_evidence import AroundPhi, newton_shift
 from hierbayes.meta.correlations import held_entries
@@ -48,6 +49,9 @@ LARGE_SHIFT = 0.25
 
 NEAR_ZERO = 0.01
 """Units of τ below which the search is done with more patience: there lies a boundary."""
+
+ENDLESS = 20.0
+"""Units beyond which an effect that all tasks share is said to have no estimate."""
 
 SAMPLE, LEAST_SAMPLE = 16, 2000
 """The search begins on every so-manieth task, where these are so many."""
@@ -261,6 +265,13 @@ class _Search:
             )
         elif np.isnan(errors["tau"]).any():
             warnings.append("standard errors of tau are NaN where the estimate lies at tau = 0")
+        endless = np.abs(vector[layout.at["beta"]]) > ENDLESS
+        if endless.any():
+            names = [n for n, far in zip(layout.shape.shared, endless, strict=True) if far]
+            warnings.append(
+                f"the estimate of beta for {listing(names)} runs to infinity: the column separates "
+                'the outcomes; criterion="map", or full_bayes, holds it by its hyperprior'
+            )
         if evidence.unfinished.any():
             names = self.tasks.names[evidence.unfinished]
             warnings.append(

@@ -63,6 +63,7 @@ def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = No
     started = time.perf_counter()
     tasks = model.tasks(tasks)
     model.check(tasks, learns_prior=False)
+    _refuse_programs(model, "no_pooling")
     resolved = model.resolve(tasks)
     refuse_idle_sigma(model, sigma)
     phi, within, remarks = _within(resolved, tasks, sigma)
@@ -118,6 +119,14 @@ def _within(
     return found.phi, found, list(found.remarks)
 
 
+def _refuse_programs(model: HierarchicalModel, method: str) -> None:
+    if not model.likelihood.has_location:
+        raise NotApplicable(
+            f"{method} needs a linear predictor, to tell estimates that exist from infinite ones; "
+            "a likelihood from a NumPyro program has none: use empirical_bayes or full_bayes"
+        )
+
+
 def refuse_idle_sigma(model: HierarchicalModel, sigma: float | None) -> None:
     """Refuse a σ that the likelihood has no place for."""
     if sigma is None or "sigma" in model.likelihood.parameters():
@@ -169,6 +178,7 @@ def complete_pooling(model: HierarchicalModel, tasks: Any) -> Fit:
     started = time.perf_counter()
     tasks = model.tasks(tasks)
     model.check(tasks, learns_prior=False)
+    _refuse_programs(model, "complete_pooling")
     resolved = model.resolve(tasks)
     if not model.likelihood.gaussian_in_theta:
         return _pooled(resolved, tasks, started)

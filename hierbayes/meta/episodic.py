@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation import Adaptation
-from hierbayes.errors import InputError, announce
+from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.fit import Fit
 from hierbayes.likelihoods import LastLayer
 from hierbayes.likelihoods.neural import Neural
@@ -123,6 +123,14 @@ class Outer:
 
 def fixed_noise(model: HierarchicalModel, sigma: float | None) -> dict[str, Any]:
     """φ's σ that sets the units of the inner loop and is not learned, where the family has one."""
+    others = [name for name in model.likelihood.parameters() if name != "sigma"]
+    if others:
+        kind = type(model.likelihood).__name__
+        raise NotApplicable(
+            f"{listing(others)} of a {kind} likelihood cannot be learned from episodes: fit a "
+            "fixed set of tasks, of which episodes.draw(1000) gives support and query, or state "
+            "the value where the likelihood takes it, as in StudentT(df=4.0)"
+        )
     if "sigma" not in model.likelihood.parameters():
         if sigma is not None:
             raise InputError("sigma has no place in this likelihood; leave it out")
