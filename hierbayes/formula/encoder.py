@@ -13,7 +13,7 @@ import numpy as np
 from hierbayes import priors
 from hierbayes.errors import InputError, listing, suggestion
 from hierbayes.formula.bars import Bar, FormulaError, Parts, split
-from hierbayes.formula.families import likelihood_of, slot, successes_of_trials
+from hierbayes.formula.families import check_exposure, likelihood_of, slot, successes_of_trials
 from hierbayes.formula.safety import refuse_code
 from hierbayes.likelihoods import Likelihood
 from hierbayes.model import HierarchicalModel
@@ -94,13 +94,8 @@ def from_formula(
     likelihood = likelihood_of(family, known_se is not None, trials)
     parts = split(formula)
     frame = Frame(data)
-    if exposure is not None and offset is not None:
-        raise InputError("give an exposure or an offset, not both: an exposure's log is an offset")
-    if exposure is not None and not getattr(likelihood, "log_link", False):
-        raise InputError(
-            f"an exposure multiplies a rate, and the {type(likelihood).__name__} likelihood has no "
-            'log link: leave it out, or take family="poisson", "negative_binomial" or "gamma"'
-        )
+    if exposure is not None:
+        check_exposure(likelihood, offset)
     named = dict(known_se=known_se, offset=offset, weight=weight, trials=trials, exposure=exposure)
     slots = tuple((name, column) for name, column in named.items() if column is not None)
     encoder = FormulaEncoder(parts, slots, tuple(task_predictors))
