@@ -29,6 +29,7 @@ if "slow" not in sys.argv:
     # tests, the docs, the examples and one more run of .ci/run have programs as users get them
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -70,6 +71,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.rpartition("::")[2] in SLOW_EXAMPLES:
             item.add_marker(pytest.mark.slow)
+
+
+MOST_MAPPINGS = 30_000
+"""Every compiled program holds memory mappings; Linux grants a process 65,530, then it dies."""
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs() -> Any:
+    """Programs compiled for earlier tests are dropped before they are too many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists():
+        with mappings.open("rb") as lines:
+            if sum(1 for _ in lines) > MOST_MAPPINGS:
+                jax.clear_caches()
 
 
 @pytest.fixture

@@ -363,7 +363,7 @@ def test_nuts_samples_the_posterior_that_a_grid_gives(num_draws, least_ess, shar
     arrays = [(np.ones((n, 1)), np.arange(n) < s) for s, n in zip(successes, sizes, strict=True)]
     hyperprior = hb.HyperPrior(mu=dist.Normal(0.0, 1.5), tau=dist.HalfNormal(1.0))
     model = hb.HierarchicalModel(BERNOULLI, hb.priors.Gaussian(), hyperprior)
-    settings: Any = dict(num_draws=num_draws, num_warmup=300, num_chains=2, seed=2)
+    settings: Any = dict(method="nuts", num_draws=num_draws, num_warmup=300, num_chains=2, seed=2)
     fit = hb.full_bayes(model, hb.Tasks.from_arrays(arrays), **settings, progress=False)
     assert fit.info["method"] == "nuts"
     assert fit.adaptation == Laplace()

@@ -146,7 +146,6 @@ def hessian_of_loss(x, y, theta):
     return (x.T * ((f**2 + (f - y) * f) / SIGMA**2)) @ x
 
 
-@pytest.mark.slow
 def test_generalised_gauss_newton_and_hessian():
     """GGN = JᵀWJ with J by differences; the Hessian by differences of the loss's slope."""
     x, y, phi = curved()

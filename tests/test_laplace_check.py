@@ -271,6 +271,7 @@ def four():
     return tasks, hb.empirical_bayes(model, tasks, **QUIET)
 
 
+@pytest.mark.slow
 def test_four_coefficients_against_draws_from_the_prior(four):
     """Σ_j log p(D_j | φ̂) from 200,000 draws of θ: four standard errors of both sides.
 
@@ -295,6 +296,7 @@ def test_four_coefficients_against_draws_from_the_prior(four):
     assert found.attrs["num_nodes"] == 512
 
 
+@pytest.mark.slow
 def test_other_scrambles_agree_within_their_errors(four):
     _, fit = four
     first, second = (hb.checks.laplace_check(fit, seed=s) for s in (0, 1))

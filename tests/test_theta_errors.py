@@ -113,6 +113,7 @@ def test_surgical_is_nearer_to_its_full_posterior(shared):
     assert (np.abs(found - full) < np.abs(plain - full)).all()
 
 
+@pytest.mark.slow
 def test_with_more_tasks_it_is_full_bayes():
     """100 tasks of 6 trials; φ's posterior under flat priors on a grid of μ and τ, θ's on another.
 

@@ -47,6 +47,14 @@ class Likelihood(abc.ABC):
     precision: str = "float64"
     """What the training of φ computes in."""
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """An f of a subclass's own is taken for curved, unless the subclass says that it is not."""
+        super().__init_subclass__(**arguments)
+        if {"location", "locations"} & set(vars(cls)):
+            for promise in ("linear", "gaussian_in_theta"):
+                if promise not in vars(cls):
+                    setattr(cls, promise, False)
+
     @abc.abstractmethod
     def family(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any]

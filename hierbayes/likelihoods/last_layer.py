@@ -65,7 +65,7 @@ class LastLayer(Neural):
     intercept: bool = True
     dtype: str = "float32"
     outcome: Likelihood = field(default_factory=Gaussian)
-    gaussian_in_theta = True
+    linear, gaussian_in_theta = True, True
 
     def __post_init__(self) -> None:
         check_neural(self)
