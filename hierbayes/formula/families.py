@@ -69,7 +69,7 @@ def check_exposure(likelihood: Likelihood, offset: str | None) -> None:
     """Refuse an exposure beside an offset, or of what is no rate."""
     if offset is not None:
         raise InputError("give an exposure or an offset, not both: an exposure's log is an offset")
-    if not getattr(likelihood, "log_link", False):
+    if not likelihood.log_link:
         raise InputError(
             f"an exposure multiplies a rate, and the {type(likelihood).__name__} likelihood has no "
             'log link: leave it out, or take family="poisson", "negative_binomial" or "gamma"'

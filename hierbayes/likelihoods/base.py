@@ -41,6 +41,9 @@ class Likelihood(abc.ABC):
     binary: bool = False
     """True where :meth:`kernel` is y f − log(1 + e^f), y being 0 or 1."""
 
+    log_link: bool = False
+    """True where f is the log of a mean, and an offset the log of an exposure."""
+
     log_concave: bool = True
     """True where log p(y | f) is concave in f: every task then has one mode."""
 

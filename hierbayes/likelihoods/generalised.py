@@ -23,9 +23,6 @@ class GeneralisedLinear(Likelihood):
     refused: tuple[str, ...] = ("known_se", "trials")
     """Slots that the family would ignore."""
 
-    log_link: bool = False
-    """True where f is the log of a mean, and an offset the log of an exposure."""
-
     def log_likelihood(self, theta: Any, phi: dict[str, Any], task: Task) -> jax.Array:
         """log p(y_i | x_i, θ, φ) of each row (n,), times the row's weight."""
         # a row that only fills up holds an outcome of 0, whose logarithm has no slope to multiply

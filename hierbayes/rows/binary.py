@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from hierbayes.likelihoods import Likelihood
-from hierbayes.rows.blocks import Curved, Rows
+from hierbayes.rows.blocks import AS_PYTREE, Curved, Rows
 
 MOST_ROWS = 16
 
 FAR = 40.0
 
-LARGEST = 500.0
-"""Of a block's g: its exponential is finite, and so is e^o e^g."""
+LARGEST, LARGEST_OFFSET = 500.0, 200.0
+"""Of a block's g and a row's o: their exponentials are finite, and so is e^o e^g."""
 
 
 @jax.custom_jvp
@@ -43,23 +43,7 @@ def _(primals: Any, tangents: Any) -> Any:
     return log_factors(odds), (share * moved).sum(0)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "x",
-        "z",
-        "outcome",
-        "slots",
-        "weight",
-        "block_of",
-        "member",
-        "task_predictors",
-        "constant",
-        "patterns",
-        "pattern_of",
-    ],
-    meta_fields=["num_tasks"],
-)
+@functools.partial(jax.tree_util.register_dataclass, **AS_PYTREE)
 @dataclass(frozen=True)
 class BinaryRows(Rows):
     """As :class:`Rows`, with ``x`` (d, 1, C) and no weights but zero and one.
@@ -78,7 +62,7 @@ class BinaryRows(Rows):
         counted = self.weight * self.outcome
         slots = {
             "offset": offset,
-            "odds": self.weight * jnp.exp(jnp.minimum(offset, 200.0)),
+            "odds": self.weight * jnp.exp(jnp.minimum(offset, LARGEST_OFFSET)),
             "tally": (counted * offset).sum(0),
             "ones": counted.sum(0),
         }
@@ -123,13 +107,5 @@ class BinaryRows(Rows):
         capped = jnp.minimum(odds, jnp.exp(FAR))
         rest = 1.0 / (1.0 + capped)
         chance = capped * rest
-        first = (self.slots["ones"] - chance.sum(0))[None]
-        bend = (chance * rest).sum(0)[None]
-        d = len(theta)
-        slope = jnp.stack([self.by_task(first * self.x[k]) for k in range(d)])
-        entry = {}
-        for k in range(d):
-            for m in range(k + 1):
-                entry[k, m] = entry[m, k] = self.by_task(bend * self.x[k] * self.x[m])
-        bent = jnp.stack([jnp.stack([entry[k, m] for m in range(d)]) for k in range(d)])
-        return Curved(self.by_task(self._value(g, odds)[None]), slope, bent)
+        first, bend = self.slots["ones"] - chance.sum(0), (chance * rest).sum(0)
+        return self.in_theta(self._value(g, odds)[None], first[None], bend[None])

@@ -25,23 +25,17 @@ from hierbayes.likelihoods import Likelihood
 TINY = np.finfo(float).tiny
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "x",
-        "z",
-        "outcome",
-        "slots",
-        "weight",
-        "block_of",
-        "member",
-        "task_predictors",
-        "constant",
-        "patterns",
-        "pattern_of",
+AS_PYTREE = {
+    "data_fields": [
+        "x", "z", "outcome", "slots", "weight", "block_of", "member", "task_predictors", "constant",
+        "patterns", "pattern_of",
     ],
-    meta_fields=["num_tasks"],
-)
+    "meta_fields": ["num_tasks"],
+}  # fmt: skip
+"""What of :class:`Rows` are numbers, and what decides a compiled program."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, **AS_PYTREE)
 @dataclass(frozen=True)
 class Rows:
     """``x`` (d, B, C), ``z`` (p, B, C), the rest (B, C): C blocks of B rows, the last axis longest.
@@ -153,14 +147,20 @@ class Rows:
         )
         if damped:
             second = jnp.minimum(second, 0.0)
-        d = len(theta)
-        slope = jnp.stack([self.by_task(first * self.x[k]) for k in range(d)])
+        return self.in_theta(value, first, -second)
+
+    def in_theta(self, value: jax.Array, slope: jax.Array, bend: jax.Array) -> Curved:
+        """To second order in θ what is so in f, each (B, C) or (1, C), ``bend`` downwards."""
+        d = len(self.x)
         entry = {}
         for k in range(d):
             for m in range(k + 1):
-                entry[k, m] = entry[m, k] = self.by_task(-second * self.x[k] * self.x[m])
-        bent = jnp.stack([jnp.stack([entry[k, m] for m in range(d)]) for k in range(d)])
-        return Curved(self.by_task(value), slope, bent)
+                entry[k, m] = entry[m, k] = self.by_task(bend * self.x[k] * self.x[m])
+        return Curved(
+            self.by_task(value),
+            jnp.stack([self.by_task(slope * self.x[k]) for k in range(d)]),
+            jnp.stack([jnp.stack([entry[k, m] for m in range(d)]) for k in range(d)]),
+        )
 
     def _weighed(self, values: Any) -> jax.Array:
         # rows of weight zero lie at f = 0, where any family is finite; to choose would cost more
