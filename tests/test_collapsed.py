@@ -399,7 +399,7 @@ def test_other_data_of_the_same_shape_compile_nothing(small):
 @pytest.mark.slow
 def test_moments_take_the_place_of_draws_for_very_many_tasks(small, monkeypatch):
     kept = quietly(hb.full_bayes, small, num_draws=500, seed=5)
-    monkeypatch.setattr(sys.modules["hierbayes.meta.full_bayes"], "LARGEST_THETA", 10)
+    monkeypatch.setattr(sys.modules["hierbayes.fit.adapting"], "LARGEST_THETA", 10)
     fit = quietly(hb.full_bayes, small, num_draws=500, seed=5)
     assert fit.theta_draws is None
     draws = kept.theta_draws

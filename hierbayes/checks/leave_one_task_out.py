@@ -14,20 +14,19 @@ import sys
 import warnings
 from typing import Any
 
-import jax
 import numpy as np
 
 from hierbayes.adaptation import LeastSquares, MaximumLikelihood, Quadrature
 from hierbayes.errors import FitWarning, InputError
 from hierbayes.evidence.exact import log_evidence
+from hierbayes.evidence.over_draws import log_evidence_over_draws
 from hierbayes.fit import Fit
 from hierbayes.fit.datatree import dataset
 from hierbayes.meta import complete_pooling, empirical_bayes, imaml, maml, reptile
 from hierbayes.meta.own_parameters import over_all
 from hierbayes.meta.without_one import WithoutOne
 from hierbayes.numerics import float64
-from hierbayes.sharding import gathered
-from hierbayes.statistics import placed_statistics, statistics
+from hierbayes.statistics import statistics
 
 
 def leave_one_task_out(fit: Fit) -> dict[str, Any]:
@@ -135,17 +134,8 @@ def _pooled_scores(fit: Fit) -> np.ndarray:
 
 def _over_draws(fit: Fit, phis: dict[str, np.ndarray]) -> np.ndarray:
     """log p(D_j | φ_s) of every draw and task, (S, J)."""
-    if not fit.model.likelihood.gaussian_in_theta:
-        evidence = _evidence(fit)
-        with float64():
-            return evidence.over_draws(phis)
-    with float64():
-        over_draws = jax.jit(
-            lambda numbers, phis: jax.lax.map(
-                lambda phi: log_evidence(numbers, fit.model.prior, phi), phis, batch_size=64
-            )
-        )
-        return gathered(over_draws(placed_statistics(fit.tasks), phis), fit.tasks.num_tasks, axis=1)
+    nodes = None if fit.model.likelihood.gaussian_in_theta else _evidence(fit).num_nodes
+    return log_evidence_over_draws(fit.model, fit.tasks, phis, nodes)
 
 
 def _importance(fit: Fit) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,10 @@ class AdaptedTasks:
         Posterior covariances; None for a point estimate.
     draws : array (S, J, d) or None
         Posterior draws, under full Bayes one for each draw of φ.
+    remarks : tuple of str
+        What went wrong, and whether φ has learned from the rows of these tasks too.
+    pareto_k : float
+        Of the weights by which draws of φ learned from new tasks; NaN where none were needed.
     """
 
     model: HierarchicalModel
@@ -36,6 +41,8 @@ class AdaptedTasks:
     phis: dict[str, np.ndarray]
     adapted: Adapted
     draws: np.ndarray | None = None
+    remarks: tuple[str, ...] = ()
+    pareto_k: float = float("nan")
 
     @property
     def theta(self) -> Any:
@@ -136,6 +143,15 @@ def _locations(
         return model.likelihood.locations(draw, phi, rows, of_row)
 
     return jax.lax.map(one, thetas)
+
+
+def phis_of(
+    phi: Mapping[str, np.ndarray], draws: dict[str, np.ndarray] | None
+) -> dict[str, np.ndarray]:
+    """φ with one leading axis: over the draws (chain, draw, …), or over the single point."""
+    if draws is None:
+        return {name: np.asarray(value)[None] for name, value in phi.items()}
+    return {name: value.reshape(-1, *value.shape[2:]) for name, value in draws.items()}
 
 
 def check_columns(rows: Tasks, known: Tasks) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,7 +18,8 @@ from hierbayes.adaptation import (
     LeastSquares,
     MaximumLikelihood,
 )
-from hierbayes.errors import InputError, announce
+from hierbayes.errors import InputError
+from hierbayes.fit import adapting
 from hierbayes.fit import datatree as trees
 from hierbayes.fit.adapted import (
     POINT_DRAWS,
@@ -27,11 +28,13 @@ from hierbayes.fit.adapted import (
     finish,
     locations,
     outcomes,
+    phis_of,
     quadratic,
 )
+from hierbayes.fit.adapting import moments_of
 from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import as_key, float64, to_numpy
+from hierbayes.numerics import float64, to_numpy
 from hierbayes.priors.assembled import Assembled
 from hierbayes.priors.singular import SingularNormal
 from hierbayes.tasks import Tasks
@@ -108,7 +111,7 @@ class Fit:
         """The training tasks under the learned prior."""
         if self.theta_draws is not None and self.phi_draws is not None:
             draws = self.theta_draws.reshape(-1, *self.theta_draws.shape[2:])
-            return AdaptedTasks(self.model, self.tasks, self._phis(), _moments(draws), draws)
+            return AdaptedTasks(self.model, self.tasks, self._phis(), moments_of(draws), draws)
         adapted = self.training or self.adaptation(self.model, self.tasks, dict(self.phi))
         return AdaptedTasks(self.model, self.tasks, self._phis(), adapted)
 
@@ -222,52 +225,63 @@ class Fit:
         # outside the context: what the caller draws from it follows the caller's own flag
         return [_mixture(location[:, j], root) for j in range(len(w))]
 
-    def adapt(self, new_tasks: Any, *, seed: int = 0) -> AdaptedTasks:
-        """A(D_new; φ): what new tasks conclude under the learned prior, without refitting.
+    def adapt(
+        self,
+        new_tasks: Any,
+        *,
+        after: AdaptedTasks | None = None,
+        update_phi: bool = True,
+        implied: bool = False,
+        seed: int | jax.Array = 0,
+    ) -> AdaptedTasks:
+        r"""A(D_new; φ): what new tasks conclude under the learned prior, without refitting.
+
+        .. math:: \theta_{\text{new}} \sim \int p(\theta \mid D_{\text{new}}, \varphi)\,
+            p(\varphi \mid D_{1..J}, D_{\text{new}})\, d\varphi
 
         Parameters
         ----------
         new_tasks : Tasks or DataFrame
-            Tasks with rows to learn from; a DataFrame goes through the model's formula.
-        seed : int
+            Tasks with rows to learn from; a DataFrame goes through the model's formula. A task
+            without rows gets the prior.
+        after : AdaptedTasks, optional
+            What ``adapt`` gave before, or ``fit.adapted``: the new rows join the rows of these
+            tasks, by name. Where the posterior is exact the order in which rows arrive does not
+            matter.
+        update_phi : bool
+            Under full Bayes, let φ learn from the new rows too, by weights on its draws; rows that
+            the fit has learned from already count once. Where the weights cannot carry what the
+            rows say, φ is left as it is, and a warning says so.
+        implied : bool
+            For K gradient steps: give the normal posterior too, under the prior that the steps
+            imply (:func:`~hierbayes.equivalent_prior`).
+        seed : int or JAX key
             For the draws, under full Bayes.
 
         Returns
         -------
         AdaptedTasks
-            ``theta``, ``covariance``, ``draws`` and ``predict``.
-        """
-        tasks = self.model.tasks(new_tasks)
-        check_columns(tasks, self.tasks)
-        self.model.likelihood.check(tasks)
-        if tasks.outcome is None:
-            raise InputError(f"the new tasks hold no outcome {tasks.labels.outcome!r}")
-        if self.phi_draws is None:
-            adapted = self.adaptation(self.model, tasks, dict(self.phi))
-            announce(adapted.remarks)
-            return AdaptedTasks(self.model, tasks, _batched(self.phi), adapted)
-        phis = self._phis()
-        draws = self.adaptation.draws(self.model, tasks, phis, as_key(seed))
-        return AdaptedTasks(self.model, tasks, phis, _moments(draws), draws)
+            ``theta``, ``covariance``, ``draws`` and ``predict``; ``remarks`` say whether φ has
+            learned from the new rows.
 
-    def on(self, tasks: Any) -> Fit:
+        Examples
+        --------
+        >>> import hierbayes as hb
+        >>> model, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+        ...                                known_se="se")
+        >>> fit = hb.full_bayes(model, tasks[["B", "C", "D", "E", "F", "G", "H"]])
+        >>> school = fit.adapt(tasks[["A"]])
+        >>> school.theta.sizes["task"], school.pareto_k < 0.7
+        (1, True)
+        """
+        return adapting.adapt(self, new_tasks, after, update_phi, implied, seed)
+
+    def on(self, tasks: Any, *, update_phi: bool = True, seed: int | jax.Array = 0) -> Fit:
         """The same learned prior for other tasks: their θ, their predictions, their DataTree.
 
-        For a point φ; what :meth:`adapt` gives, as a fit that can be compared and drawn.
+        What :meth:`adapt` gives, as a fit that can be compared and drawn.
         """
-        if self.phi_draws is not None:
-            raise InputError(
-                f"{self.method} holds draws of phi: adapt to the new tasks with fit.adapt(tasks)"
-            )
-        found = self.model.tasks(tasks)
-        check_columns(found, self.tasks)
-        self.model.likelihood.check(found)
-        if found.outcome is None:
-            raise InputError(f"the new tasks hold no outcome {found.labels.outcome!r}")
-        return replace(
-            self, tasks=found, training=None, theta_draws=None, sample_stats={}, evidence=None,
-            log_posterior=None, no_evidence="phi was learned from other tasks",
-        )  # fmt: skip
+        return adapting.on(self, tasks, update_phi, seed)
 
     def predict(self, data: Any = None, *, target: str | None = None) -> Prediction:
         """Predictive distributions of rows.
@@ -361,19 +375,7 @@ class Fit:
 
     def _phis(self) -> dict[str, np.ndarray]:
         """φ with one leading axis over draws, or over the single point."""
-        if self.phi_draws is None:
-            return _batched(self.phi)
-        return {k: v.reshape(-1, *v.shape[2:]) for k, v in self.phi_draws.items()}
-
-
-def _batched(phi: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value)[None] for name, value in phi.items()}
-
-
-def _moments(draws: np.ndarray) -> Adapted:
-    mean = draws.mean(0)
-    centred = draws - mean
-    return Adapted(mean, np.einsum("sji,sjk->jik", centred, centred) / (len(draws) - 1))
+        return phis_of(self.phi, self.phi_draws)
 
 
 def _mixture(locations: np.ndarray, roots: np.ndarray) -> dist.Distribution:

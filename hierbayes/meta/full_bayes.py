@@ -18,9 +18,10 @@ import numpy as np
 import numpyro
 from numpyro.distributions import biject_to
 
-from hierbayes.adaptation import Adaptation, Adapted, Conjugate, Laplace, separation
+from hierbayes.adaptation import Adaptation, Conjugate, Laplace, separation
 from hierbayes.errors import InputError, announce
 from hierbayes.fit import Fit
+from hierbayes.fit.adapting import theta_under
 from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS
 from hierbayes.meta.by_quadrature import by_quadrature
 from hierbayes.meta.collapsed import Collapsed
@@ -30,14 +31,6 @@ from hierbayes.meta.sampling import run_nuts
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, as_rng, float64
 from hierbayes.tasks import Tasks
-
-LARGEST_THETA = 50_000_000
-"""Draws × tasks × coefficients up to which draws of θ are stored (400 MB)."""
-
-FEWEST_FOR_MOMENTS, MOMENTS_OF = 200, 20_000_000
-"""Draws of φ, and draws × tasks, over which moments of θ are taken where θ is not stored.
-
-With so many tasks φ is known so well that its own spread hardly shows in θ's."""
 
 SURE, LONG_STAY = 0.5, 50
 """Acceptance of independent proposals from which on, and refusals in a row up to which, R̂ and
@@ -178,12 +171,11 @@ def full_bayes(
     draws.pop("z", None)
     if theta is None:
         phis = {name: value.reshape(-1, *value.shape[2:]) for name, value in draws.items()}
-        if num_chains * num_draws * tasks.num_tasks * len(tasks.coef) <= LARGEST_THETA:
-            flat = adaptation.draws(resolved, tasks, phis, key_theta)
-            theta = flat.reshape(num_chains, num_draws, *flat.shape[1:])
+        flat, moments = theta_under(adaptation, resolved, tasks, phis, key_theta)
+        if flat is None:
+            training = moments
         else:
-            some = _evenly(phis, max(FEWEST_FOR_MOMENTS, MOMENTS_OF // tasks.num_tasks))
-            training = Adapted(*adaptation.moments(resolved, tasks, some))
+            theta = flat.reshape(num_chains, num_draws, *flat.shape[1:])
     sure = info["sampler"] == "independence" and info["acceptance"] >= SURE
     if not sure or info["longest_stay"] > LONG_STAY:
         remarks += judged(draws, theta, sample_stats, tasks)
@@ -197,13 +189,6 @@ def full_bayes(
         info=info | {"remarks": separation.remark(tasks, resolved.likelihood),
                      "seconds": time.perf_counter() - started},
     )  # fmt: skip
-
-
-def _evenly(phis: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-    """``count`` of the draws, evenly spread."""
-    size = len(next(iter(phis.values())))
-    kept = np.unique(np.linspace(0, size - 1, min(count, size)).astype(int))
-    return {name: value[kept] for name, value in phis.items()}
 
 
 def _start(

@@ -15,42 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.quadrature import rule_of
-from hierbayes.evidence.quadrature import log_evidence
+from hierbayes.evidence.over_draws import NODES, of_tasks
 from hierbayes.meta.layout_of_phi import Layout, belief_in
 from hierbayes.meta.posterior_mode import finite, off_the_boundary
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.rows import Rows, Whole, rows_of
 from hierbayes.tasks import Tasks
-
-NODES = {1: 15, 2: 9, 3: 5}
-"""Nodes a dimension where a fit has none of its own; Laplace's approximation beyond."""
-
-
-ROWS_AT_ONCE = 200_000
-"""Draws × rows that are worked on together."""
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _of_tasks(
-    model: HierarchicalModel, phi: dict[str, Any], rows: Rows | Whole, start: Any, counted: Any,
-    num_nodes: int,
-) -> Any:  # fmt: skip
-    rule = rule_of(num_nodes, len(start))
-    found = log_evidence(model.likelihood, model.prior, rows, phi, start, rule)
-    return jnp.where(counted, found.log_evidence, 0.0), found.mode
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5, 6))
-def _of_draws(
-    model: HierarchicalModel, phis: dict[str, Any], rows: Rows | Whole, start: Any, counted: Any,
-    num_nodes: int, batch: int,
-) -> Any:  # fmt: skip
-    def one(phi: dict[str, Any]) -> Any:
-        return _of_tasks(model, phi, rows, start, counted, num_nodes)[0]
-
-    return jax.lax.map(one, phis, batch_size=batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6))
@@ -59,7 +30,7 @@ def _sum(
     counted: Any, num_nodes: int,
 ) -> Any:  # fmt: skip
     def minus(v: Any) -> Any:
-        values, _ = _of_tasks(model, layout.phi(v), rows, start, counted, num_nodes)
+        values, _ = of_tasks(model, layout.phi(v), rows, start, counted, num_nodes)
         return -values.sum()
 
     return jax.value_and_grad(minus)(vector)
@@ -80,14 +51,8 @@ class WithoutOne:
 
     def of_tasks(self, phi: dict[str, Any]) -> np.ndarray:
         """log p̂(D_j | φ) of each task (J,); use it in float64."""
-        found = _of_tasks(self.plain, phi, self.rows, self.start, self.every, self.num_nodes)
+        found = of_tasks(self.plain, phi, self.rows, self.start, self.every, self.num_nodes)
         return np.asarray(found[0])
-
-    def over_draws(self, phis: dict[str, np.ndarray]) -> np.ndarray:
-        """log p̂(D_j | φ_s) of every draw and task (S, J); use it in float64."""
-        batch = int(np.clip(ROWS_AT_ONCE // max(self.rows.num_cells, 1), 1, 256))
-        given = (self.rows, self.start, self.every)
-        return np.asarray(_of_draws(self.plain, phis, *given, self.num_nodes, batch))
 
     def scores(self, phi: dict[str, np.ndarray], *, with_belief: bool) -> np.ndarray:
         """log p̂(D_j | φ̂_{−j}) of each task with rows (J,), NaN of the others."""

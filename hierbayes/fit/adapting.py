@@ -1,0 +1,227 @@
+r"""New tasks under a learned prior, without refitting.
+
+.. math::
+
+    p(\theta_{\text{new}} \mid D_{\text{new}}, D_{1..J}) = \int
+        p(\theta_{\text{new}} \mid D_{\text{new}}, \varphi)\,
+        p(\varphi \mid D_{1..J}, D_{\text{new}})\, d\varphi
+
+At a point φ̂ the first factor at φ̂. Over draws of φ the second is had by weighing them with
+p(D_new | φ), what the new rows say about φ, as far as the draws can carry it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hierbayes.adaptation import Adaptation, Adapted, GradientSteps, Quadrature, equivalent_prior
+from hierbayes.errors import InputError, announce, listing
+from hierbayes.evidence.over_draws import log_evidence_over_draws
+from hierbayes.fit.adapted import AdaptedTasks, check_columns, phis_of
+from hierbayes.fit.weighing import HOPELESS, largest_k, weigh
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import as_key, as_rng
+from hierbayes.tasks import Tasks
+from hierbayes.tasks.joining import joined, not_among
+
+if TYPE_CHECKING:
+    from hierbayes.fit.fit import Fit
+
+LARGEST_THETA = 50_000_000
+"""Draws × tasks × coefficients up to which draws of θ are stored (400 MB)."""
+
+FEWEST_FOR_MOMENTS, MOMENTS_OF = 200, 20_000_000
+"""Draws of φ, and draws × tasks, over which moments of θ are taken where θ is not stored.
+
+With so many tasks φ is known so well that its own spread hardly shows in θ's."""
+
+FIRST_LOOK = 100
+"""Draws of φ on which weights are tried before they are asked of all."""
+
+UPDATED = "phi has learned from the rows of the new tasks too (Pareto k = {k:.2f})"
+LEFT_POINT = "phi is a point, as learned from the {num_tasks} tasks of the fit: it is not updated"
+LEFT_ASKED = (
+    "phi is as learned from the {num_tasks} tasks of the fit: update_phi=False leaves what the new "
+    "rows say about it unused"
+)
+LEFT_FAR = (
+    "the new tasks say more about phi than weights on its draws can carry (Pareto k {k}, at most "
+    "{most:.2f} is sound): phi stays as learned from the {num_tasks} tasks of the fit. For a phi "
+    "that has learned from them too, fit all tasks together; update_phi=False says that this is "
+    "as wanted"
+)
+
+
+def read_new(fit: Fit, new_tasks: Any, after: AdaptedTasks | None = None) -> Tasks:
+    """New tasks as the fit's model reads them, checked; joined to those that came before."""
+    tasks = fit.model.tasks(new_tasks)
+    check_columns(tasks, fit.tasks)
+    fit.model.likelihood.check(tasks)
+    if tasks.outcome is None:
+        raise InputError(f"the new tasks hold no outcome {tasks.labels.outcome!r}")
+    if after is None:
+        return tasks
+    if not isinstance(after, AdaptedTasks):
+        raise InputError(
+            f"after takes what fit.adapt or fit.adapted gave, found {type(after).__name__}"
+        )
+    check_columns(after.tasks, fit.tasks)
+    return joined(after.tasks, tasks)
+
+
+def adapt(
+    fit: Fit,
+    new_tasks: Any,
+    after: AdaptedTasks | None,
+    update_phi: bool,
+    implied: bool,
+    seed: Any,
+) -> AdaptedTasks:
+    """See :meth:`hierbayes.fit.Fit.adapt`."""
+    tasks = read_new(fit, new_tasks, after)
+    if implied:
+        return _implied(fit, tasks)
+    phis = phis_of(fit.phi, fit.phi_draws)
+    if fit.phi_draws is None:
+        adapted = fit.adaptation(fit.model, tasks, dict(fit.phi))
+        announce(adapted.remarks, stacklevel=4)
+        said = (*adapted.remarks, LEFT_POINT.format(num_tasks=fit.tasks.num_tasks))
+        return AdaptedTasks(fit.model, tasks, phis, adapted, remarks=said)
+    rng = as_rng(seed)
+    said, k = LEFT_ASKED.format(num_tasks=fit.tasks.num_tasks), np.nan
+    if update_phi:
+        phis, k, said = _updated(fit, tasks, phis, rng)
+    key = as_key(int(rng.integers(2**31)))
+    draws, moments = theta_under(fit.adaptation, fit.model, tasks, phis, key)
+    adapted = moments or moments_of(draws)
+    remarks = (said,) if said else ()
+    return AdaptedTasks(fit.model, tasks, phis, adapted, draws, remarks, k)
+
+
+def on(fit: Fit, new_tasks: Any, update_phi: bool, seed: Any) -> Fit:
+    """See :meth:`hierbayes.fit.Fit.on`."""
+    tasks = read_new(fit, new_tasks)
+    bare = replace(
+        fit, tasks=tasks, training=None, theta_draws=None, sample_stats={}, evidence=None,
+        log_posterior=None, no_evidence="phi was learned from other tasks",
+    )  # fmt: skip
+    if fit.phi_draws is None:
+        return bare
+    new = adapt(fit, tasks, None, update_phi, implied=False, seed=seed)
+    lead = next(iter(fit.phi_draws.values())).shape[:2]
+
+    def by_chain(values: np.ndarray) -> np.ndarray:
+        return values.reshape(*lead, *values.shape[1:])
+
+    return replace(
+        bare, phi={name: value.mean(0) for name, value in new.phis.items()},
+        phi_draws={name: by_chain(value) for name, value in new.phis.items()},
+        theta_draws=None if new.draws is None else by_chain(new.draws),
+        training=new.adapted if new.draws is None else None,
+    )  # fmt: skip
+
+
+def _updated(
+    fit: Fit, tasks: Tasks, phis: dict[str, np.ndarray], rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], float, str]:
+    """Draws of φ given the new rows too, Pareto's k̂, and what to say; each row counts once."""
+    size = len(next(iter(phis.values())))
+    fresh = not_among(tasks, fit.tasks)
+    fresh = fresh.take(np.flatnonzero(fresh.sizes > 0))
+    if fresh.num_tasks == 0:
+        return phis, np.nan, ""
+    known = [at for name in fresh.names.tolist()
+             if (at := fit.tasks.labels.position(name)) is not None]  # fmt: skip
+    learned = fit.tasks.take(known)
+
+    def log_weights(positions: np.ndarray) -> np.ndarray:
+        """log p(D_new | D_1..J, φ): of a task that φ knows, what its new rows add to the old."""
+        some = {name: value[positions] for name, value in phis.items()}
+        nodes = fit.adaptation.num_nodes if isinstance(fit.adaptation, Quadrature) else None
+        ahead = joined(learned, fresh) if known else fresh
+        found = log_evidence_over_draws(fit.model, ahead, some, nodes).sum(1)
+        if known:
+            found = found - log_evidence_over_draws(fit.model, learned, some, nodes).sum(1)
+        return found
+
+    def left(k: str) -> str:
+        message = LEFT_FAR.format(k=k, most=largest_k(size), num_tasks=fit.tasks.num_tasks)
+        announce([message], stacklevel=6)
+        return message
+
+    first = log_weights(np.unique(np.linspace(0, size - 1, FIRST_LOOK).astype(int)))
+    if not np.isfinite(first).all() or first.std() > HOPELESS:
+        return phis, np.inf, left("not to be had")
+    found = weigh(log_weights(np.arange(size)), rng)
+    if not found.sound:
+        return phis, found.pareto_k, left(f"{found.pareto_k:.2f}")
+    phis = {name: value[found.chosen] for name, value in phis.items()}
+    even = np.isnan(found.pareto_k)
+    return phis, found.pareto_k, "" if even else UPDATED.format(k=found.pareto_k)
+
+
+def _implied(fit: Fit, tasks: Tasks) -> AdaptedTasks:
+    """K gradient steps, and the normal posterior under the prior that they imply."""
+    if not isinstance(fit.adaptation, GradientSteps):
+        raise InputError(
+            f"implied=True asks for the posterior that K gradient steps imply; {fit.method} takes "
+            "none: leave it out"
+        )
+    found = equivalent_prior(fit.model, tasks, fit)
+    covariance = getattr(found, "posterior_covariance", None)
+    if covariance is None:
+        raise InputError(
+            f"the posterior that steps imply over {len(tasks.coef)} coefficients is not formed as "
+            "a matrix: ask hb.equivalent_prior(fit.model, tasks, fit) for what it does to vectors"
+        )
+    none = ~np.isfinite(covariance).all((1, 2))
+    said = list(found.messages)
+    if none.any():
+        said.append(
+            f"the steps imply no posterior of task(s) {listing(tasks.names[none].tolist(), 3)}"
+        )
+    adapted = Adapted(found.posterior_mean, covariance, remarks=tuple(said))
+    said.append(LEFT_POINT.format(num_tasks=fit.tasks.num_tasks))
+    return AdaptedTasks(
+        fit.model, tasks, phis_of(fit.phi, fit.phi_draws), adapted, remarks=tuple(said)
+    )
+
+
+def theta_under(
+    adaptation: Adaptation,
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phis: dict[str, np.ndarray],
+    key: Any,
+) -> tuple[Any, Adapted | None]:
+    """A draw of every θ_j for each of the S values of φ, (S, J, d).
+
+    Beyond :data:`LARGEST_THETA` numbers their moments instead, averaged over some of the values.
+    """
+    size = len(next(iter(phis.values())))
+    if size * tasks.num_tasks * len(tasks.coef) <= LARGEST_THETA:
+        return adaptation.draws(model, tasks, phis, key), None
+    some: Any = adaptation
+    return None, Adapted(
+        *some.moments(model, tasks, _evenly(phis, max(FEWEST_FOR_MOMENTS,
+                                                      MOMENTS_OF // tasks.num_tasks)))
+    )  # fmt: skip
+
+
+def _evenly(phis: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """``count`` of the draws, evenly spread."""
+    size = len(next(iter(phis.values())))
+    kept = np.unique(np.linspace(0, size - 1, min(count, size)).astype(int))
+    return {name: value[kept] for name, value in phis.items()}
+
+
+def moments_of(draws: np.ndarray) -> Adapted:
+    """Mean and covariance of draws (S, J, d); one draw has no covariance."""
+    mean = draws.mean(0)
+    if len(draws) == 1:
+        return Adapted(mean)
+    centred = draws - mean
+    return Adapted(mean, np.einsum("sji,sjk->jik", centred, centred) / (len(draws) - 1))
