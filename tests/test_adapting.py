@@ -9,7 +9,6 @@ import numpyro.distributions as dist
 import pandas as pd
 import pytest
 from assertions import close, refuses
-from conftest import quietly
 from scipy import stats
 
 import hierbayes as hb
@@ -73,7 +72,7 @@ def agree(found: AdaptedTasks, mean: float, sd: float, ess: float) -> None:
 
 def test_adapting_to_a_held_out_school_is_refitting_with_it(schools, without_a):
     """16,000 draws next to independent; weights of effective size above half (k̂ below 0)."""
-    model, tasks = schools
+    _, tasks = schools
     found = without_a.adapt(tasks[["A"]])
     agree(found, *exact(tasks, tasks, "A"), ess=8000)
     assert "has learned" in found.remarks[0]
@@ -164,7 +163,7 @@ def radon_rows():
 @pytest.mark.parametrize("learn", [hb.empirical_bayes, hb.imaml])
 def test_the_order_in_which_rows_arrive_does_not_matter(learn, radon_rows):
     """Where the posterior is exact: in four parts, and all at once."""
-    model, first, later = radon_rows
+    model, first, _ = radon_rows
     fit = quietly_fit(learn, model, first)
     new = hb.Tasks.from_dataframe(_sites(), task="who", outcome="y", predictors=[], shared=["x"])
     new = replace(new, labels=replace(new.labels, coef=first.coef, shared=first.labels.shared))
@@ -344,10 +343,11 @@ def test_rows_are_matched_one_for_one():
     new = not_among(rows, known)
     assert new.sizes.tolist() == [2, 1, 0]
     assert new.outcome.tolist() == [1.0, 5.0, 0.0]
+    assert not_among(rows, tasks_of(["a", "c"], [0, 0])).num_rows == rows.num_rows
 
 
 def test_parts_that_do_not_fit_are_refused(schools, without_a):
-    model, tasks = schools
+    _, tasks = schools
     with refuses("after", "Fit"):
         without_a.adapt(tasks[["A"]], after=without_a)
     with refuses("outcome"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -87,5 +88,5 @@ def _rows_of(tasks: Tasks, j: int) -> list[bytes]:
     part = slice(tasks.starts[j], tasks.starts[j + 1])
     columns = [tasks.predictors[part], tasks.shared[part], tasks.outcome[part]]
     columns += [tasks.slots[name][part] for name in sorted(tasks.slots)]
-    flat = [np.asarray(c, float).reshape(part.stop - part.start, -1) for c in columns]
+    flat = [np.asarray(c, float).reshape(len(c), math.prod(c.shape[1:])) for c in columns]
     return [row.tobytes() for row in np.concatenate(flat, axis=1) + 0.0]  # −0 is 0
