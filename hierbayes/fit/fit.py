@@ -280,11 +280,13 @@ class Fit:
             location = self._location(phis, rows.task_predictors)
             means = np.einsum("sik,ik->si", location[:, rows.task_of_row], rows.predictors)
             variance: Any = 0.0 if "tau" in phis else None
+            thetas = None
             if target == "new" and "tau" in phis:
                 covariance = to_numpy(self.model.prior.covariance(phis))
                 variance = quadratic(rows.predictors[None], covariance[:, None])
+                thetas = functools.partial(self._thetas_of_new, phis, location)
         return finish(f"{target} task" if target == "new" else "population", self.model, rows,
-                      phis, means, variance)  # fmt: skip
+                      phis, means, variance, thetas=thetas)  # fmt: skip
 
     def _predict_unseen(self, rows: Tasks, target: str) -> Prediction:
         """Rows of new tasks, or at the prior's centre, where f is not linear in θ."""
@@ -327,6 +329,19 @@ class Fit:
         from hierbayes.fit.storage import save
 
         save(self, path)
+
+    def _thetas_of_new(
+        self,
+        phis: dict[str, np.ndarray],
+        location: np.ndarray,
+        at: np.ndarray,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
+        """One θ for every new task (n, J, d), from its prior under the draws of φ at ``at``."""
+        with float64():
+            root = to_numpy(self.model.prior.scale_tril(phis))
+        white = rng.standard_normal((len(at), *location.shape[1:]))
+        return location[at] + np.einsum("nkl,njl->njk", root[at], white, optimize=True)
 
     def _location(self, phis: dict[str, np.ndarray], w: np.ndarray) -> np.ndarray:
         """μ_s + Γ_s w_j of every draw and task, (S, J, d)."""
