@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from assertions import close, refuses
-from scipy import stats
+from scipy import special, stats
 
 import hierbayes as hb
-from hierbayes.adaptation import Adapted, Conjugate, GradientSteps
+from hierbayes.adaptation import Adapted, Conjugate, GradientSteps, Laplace
 from hierbayes.adaptation.step_length import curvatures
 from hierbayes.fit import Prediction
 
@@ -155,3 +155,156 @@ def test_moments_of_theta_and_draws_of_sigma_make_one_component_a_draw(rng):
     close(found.mean, np.repeat(training.mean[:, 0], 3), rtol=1e-12)
     variance = (draws["sigma"] ** 2).mean() + np.repeat(training.covariance[:, 0, 0], 3)
     close(found.sd, np.sqrt(variance), rtol=1e-12)
+
+
+# ------------------------------------------------------------------------- joint draws
+
+NUM_DRAWS = 20_000
+
+
+def covariance_agrees(found: Any, expected: np.ndarray) -> None:
+    """Means, variances and covariances of draws of rows, within five of their standard errors.
+
+    ``found`` is a Prediction, ``expected`` the joint covariance of its rows.
+    """
+    draws = found.draws(NUM_DRAWS, seed=1)
+    centred = draws - found.mean
+    sd = np.sqrt(np.diag(expected))
+    close(sd, found.sd, rtol=1e-9)  # what is drawn jointly has the marginals that are stated
+    assert (np.abs(centred.mean(0)) < 5 * sd / np.sqrt(NUM_DRAWS)).all(), "means"
+    products = centred[:, :, None] * centred[:, None]
+    error = products.std(0) / np.sqrt(NUM_DRAWS)
+    assert (np.abs(products.mean(0) - expected) < 5 * error).all(), "covariances"
+
+
+def same_task(tasks: hb.Tasks) -> np.ndarray:
+    return tasks.task_of_row[:, None] == tasks.task_of_row[None]
+
+
+@pytest.fixture
+def few(rng):
+    """Three tasks of 2 to 4 rows, two coefficients, and rows to be predicted of each."""
+    arrays = [
+        (np.column_stack([np.ones(n), rng.normal(size=n)]), rng.normal(size=n)) for n in (2, 4, 3)
+    ]
+    return hb.Tasks.from_arrays(arrays, shared=[rng.normal(size=(n, 1)) for n in (2, 4, 3)])
+
+
+PHI = {"mu": np.array([0.3, -0.2]), "tau": np.array([0.9, 0.6]), "sigma": np.array(0.4),
+       "corr": np.array([[1.0, 0.5], [0.5, 1.0]]), "beta": np.array([0.7])}  # fmt: skip
+SIGMA = PHI["tau"][:, None] * PHI["corr"] * PHI["tau"]
+
+
+def test_rows_of_a_known_task_share_its_theta(few):
+    """Cov(y_i, y_k) = x_iᵀ C_j x_k within a task, σ² on the diagonal, nothing between tasks."""
+    fit = hb.Fit("a method", GAUSSIAN, few, PHI, Conjugate())
+    x, c = few.predictors, fit.adapted.covariance.values[few.task_of_row]
+    joint = np.einsum("ik,ikl,ml->im", x, c, x) * same_task(few) + 0.16 * np.eye(9)
+    covariance_agrees(fit.predict(), joint)
+    # a task's mean over its rows, against the closed form and against rows drawn alone
+    rows = few.task_of_row == 1
+    means = fit.predict().draws(NUM_DRAWS, seed=2)[:, rows].mean(1)
+    expected = joint[np.ix_(rows, rows)].mean()
+    assert abs(means.var() / expected - 1) < 5 * np.sqrt(2 / NUM_DRAWS)
+    alone = np.diag(joint)[rows].sum() / rows.sum() ** 2
+    assert abs(alone / expected - 1) > 20 * np.sqrt(2 / NUM_DRAWS), "the case that is meant"
+
+
+def test_rows_drawn_alone_are_seen(few):
+    """The control: without the joint, the same marginals fail."""
+    fit = hb.Fit("a method", GAUSSIAN, few, PHI, Conjugate())
+    x, c = few.predictors, fit.adapted.covariance.values[few.task_of_row]
+    joint = np.einsum("ik,ikl,ml->im", x, c, x) * same_task(few) + 0.16 * np.eye(9)
+    with pytest.raises(AssertionError, match="covariances"):
+        covariance_agrees(replace(fit.predict(), joint=None), joint)
+
+
+def test_rows_of_a_new_task_share_a_draw_of_the_prior(few):
+    fit = hb.Fit("a method", GAUSSIAN, few, PHI, Conjugate())
+    x = few.predictors
+    joint = (x @ SIGMA @ x.T) * same_task(few) + 0.16 * np.eye(9)
+    covariance_agrees(fit.predict(target="new"), joint)
+
+
+def test_of_the_population_theta_is_the_centre_and_rows_are_independent(few):
+    fit = hb.Fit("a method", GAUSSIAN, few, PHI, Conjugate())
+    covariance_agrees(fit.predict(target="population"), 0.16 * np.eye(9))
+
+
+def over_draws(few: hb.Tasks, rng: np.random.Generator) -> hb.Fit:
+    """Six draws of φ and of θ, far apart, as full Bayes keeps them."""
+    draws = {
+        "mu": rng.normal(size=(2, 3, 2)), "tau": rng.uniform(0.2, 1.0, (2, 3, 2)),
+        "corr": np.broadcast_to(PHI["corr"], (2, 3, 2, 2)), "beta": rng.normal(size=(2, 3, 1)),
+        "sigma": rng.uniform(0.3, 0.9, (2, 3)),
+    }  # fmt: skip
+    phi = {name: value.mean((0, 1)) for name, value in draws.items()}
+    theta = rng.normal(size=(2, 3, 3, 2))
+    return hb.Fit("full Bayes", GAUSSIAN, few, phi, Conjugate(), None, draws, theta)
+
+
+def test_under_full_bayes_a_draw_is_of_one_phi_in_all_rows(few, rng):
+    """E[Cov | φ_s] + Cov(E | φ_s): tasks are correlated too, through the φ that they share."""
+    fit = over_draws(few, rng)
+    x, z, j = few.predictors, few.shared, few.task_of_row
+    flat = {n: v.reshape(6, *v.shape[2:]) for n, v in fit.phi_draws.items()}
+    noise = (flat["sigma"] ** 2).mean() * np.eye(9)
+    fixed = flat["beta"] @ z.T
+    known = np.einsum("sik,ik->si", fit.theta_draws.reshape(6, 3, 2)[:, j], x) + fixed
+    covariance_agrees(fit.predict(), np.cov(known.T, bias=True) + noise)
+    centre = flat["mu"] @ x.T + fixed
+    spread = np.mean([
+        x @ (t[:, None] * r * t) @ x.T for t, r in zip(flat["tau"], flat["corr"], strict=True)
+    ], 0)  # fmt: skip
+    expected = np.cov(centre.T, bias=True) + spread * same_task(few) + noise
+    covariance_agrees(fit.predict(target="new"), expected)
+
+
+def test_adapted_tasks_draw_jointly_too(few):
+    fit = hb.Fit("a method", GAUSSIAN, few, PHI, Conjugate())
+    first, second = fit.adapt(few).predict(few), fit.predict()
+    assert first.joint is not None
+    np.testing.assert_array_equal(first.draws(50, seed=4), second.draws(50, seed=4))
+
+
+@pytest.mark.parametrize("target", ["known", "new"])
+def test_counts_of_a_task_share_its_theta(target, rng):
+    """Log-normal rates: Cov(y_i, y_k) = e^{m_i + m_k + (v_i + v_k)/2} (e^{c_ik} − 1) within a task.
+
+    c_ik = x_iᵀ C x_k, v its diagonal; and the mean on the diagonal. The posterior is normal by
+    Laplace's approximation, and of a new task the prior is.
+    """
+    arrays = [
+        (np.column_stack([np.ones(n), rng.normal(size=n)]), rng.poisson(3, n)) for n in (2, 3)
+    ]
+    tasks = hb.Tasks.from_arrays(arrays)
+    model = hb.HierarchicalModel(hb.likelihoods.Poisson(), hb.priors.Gaussian())
+    phi = {"mu": np.array([1.0, -0.2]), "tau": np.array([0.4, 0.3]), "corr": PHI["corr"]}
+    fit = hb.Fit("a method", model, tasks, phi, Laplace())
+    x, j = tasks.predictors, tasks.task_of_row
+    if target == "known":
+        m, c = fit.adapted.theta.values[j], fit.adapted.covariance.values[j]
+    else:
+        m = np.broadcast_to(phi["mu"], (5, 2))
+        c = np.broadcast_to(phi["tau"][:, None] * phi["corr"] * phi["tau"], (5, 2, 2))
+    centre, among = (x * m).sum(1), np.einsum("ik,ikl,ml->im", x, c, x)
+    mean = np.exp(centre + np.diag(among) / 2)
+    joint = np.outer(mean, mean) * np.expm1(among) * same_task(tasks) + np.diag(mean)
+    covariance_agrees(fit.predict(target=target), joint)
+
+
+def test_shares_of_ones_in_a_task_spread_as_its_theta_does():
+    """The mean of 40 rows of one task: E[p(1 − p)] / 40 + Var(p), by quadrature over f."""
+    x = np.ones((40, 1))
+    tasks = hb.Tasks.from_arrays([(x, np.arange(40) % 2), (x, np.arange(40) % 2)])
+    model = hb.HierarchicalModel(hb.likelihoods.Bernoulli(), hb.priors.Gaussian())
+    phi = {"mu": np.array([0.5]), "tau": np.array([1.2])}
+    fit = hb.Fit("a method", model, tasks, phi, Laplace())
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    p = special.expit(0.5 + 1.2 * nodes)
+    weights = weights / weights.sum()
+    first = weights @ p
+    expected = weights @ (p * (1 - p)) / 40 + weights @ (p - first) ** 2
+    shares = fit.predict(target="new").draws(NUM_DRAWS, seed=1)[:, :40].mean(1)
+    squares = (shares - first) ** 2
+    assert abs(squares.mean() - expected) < 5 * squares.std() / np.sqrt(NUM_DRAWS)

@@ -12,6 +12,7 @@ import numpy as np
 
 from hierbayes.adaptation import Adapted
 from hierbayes.errors import InputError, listing
+from hierbayes.fit.joint import JointDraws, Thetas
 from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic, float64
@@ -106,14 +107,21 @@ class AdaptedTasks:
                 means += self.draws[:, of_row, k] * rows.predictors[:, k]
             return finish("known task", self.model, rows, self.phis, means, 0.0)
         means = np.einsum("ik,ik->i", self.adapted.mean[of_row], rows.predictors)[None]
-        variance = None
+        variance, drawn = None, None
         if self.adapted.covariance is not None:
+            own = Adapted(self.adapted.mean[found], self.adapted.covariance[found])
             variance = quadratic(rows.predictors, self.adapted.covariance[of_row])[None]
+            drawn = functools.partial(_normal_thetas, own)
         blind = None
         if self.adapted.unidentified is not None:
             needed = quadratic(rows.predictors, self.adapted.unidentified[of_row])
             blind = needed > 1e-8 * (rows.predictors**2).sum(1)
-        return finish("known task", self.model, rows, self.phis, means, variance, blind)
+        return finish("known task", self.model, rows, self.phis, means, variance, blind, drawn)
+
+
+def _normal_thetas(own: Adapted, at: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """θ of every task from its normal posterior, whichever draw of φ."""
+    return own.draw(rng, len(at))
 
 
 POINT_DRAWS = 200
@@ -177,11 +185,17 @@ def finish(
     means: np.ndarray,
     variance: Any,
     unidentified: np.ndarray | None = None,
+    thetas: Thetas | None = None,
 ) -> Prediction:
     """Predictions from the varying part's means (S, N) and its variance, None for a point θ.
 
+    ``thetas`` draws θ where f is linear in it, so that rows can be drawn jointly.
     ``sigma_query`` absorbs the variance of θ, so it takes the place of ``sigma`` for a point only.
     """
+    joint = None
+    if thetas is not None:
+        size = max([len(means), *map(len, phis.values())])
+        joint = JointDraws(model, rows, phis, size, thetas)
     if "beta" in phis:
         means = means + phis["beta"] @ rows.shared.T
     if "offset" in rows.slots:
@@ -192,7 +206,7 @@ def finish(
     with float64():
         components = model.likelihood.predictive(means, variance, phi, rows.slots)
     blind = np.zeros(rows.num_rows, bool) if unidentified is None else unidentified
-    return Prediction(target, rows, components, blind)
+    return Prediction(target, rows, components, blind, joint)
 
 
 def outcomes(

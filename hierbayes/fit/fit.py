@@ -9,12 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import numpyro.distributions as dist
 
 from hierbayes.adaptation import (
     Adaptation,
     Adapted,
-    GradientSteps,
     LeastSquares,
     MaximumLikelihood,
 )
@@ -32,11 +30,11 @@ from hierbayes.fit.adapted import (
     quadratic,
 )
 from hierbayes.fit.adapting import moments_of
+from hierbayes.fit.learned_prior import learned_prior, learned_priors
 from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
-from hierbayes.priors.assembled import Assembled
-from hierbayes.priors.singular import SingularNormal
+from hierbayes.priors.learned import LearnedPrior
 from hierbayes.tasks import Tasks
 
 TARGETS = ("known", "new", "population")
@@ -187,43 +185,19 @@ class Fit:
     # --------------------------------------------------------- use on new tasks
 
     @property
-    def prior(self) -> dist.Distribution:
-        """p(θ_new | D_1..J) as a NumPyro distribution over (d,).
+    def prior(self) -> LearnedPrior:
+        """p(θ_new | D_1..J), a NumPyro distribution over (d,) that can be kept as JSON.
 
         A normal at φ̂, a point mass in directions with τ̂ = 0 (and no density where correlations
         are estimated as ±1); a mixture over draws under full Bayes.
         """
-        if self.tasks.labels.task_predictors:
-            raise AttributeError(
-                "the prior's mean depends on task predictors: use fit.prior_for(new_tasks)"
-            )
-        return self._prior(np.zeros((1, 0)))[0]
+        return learned_prior(self)
 
-    def prior_for(self, new_tasks: Any) -> list[dist.Distribution]:
+    def prior_for(self, new_tasks: Any) -> list[LearnedPrior]:
         """p(θ_new | D_1..J, w_new) for each of some tasks, whose outcomes are not used."""
         tasks = self.model.tasks(new_tasks)
         check_columns(tasks, self.tasks)
-        return self._prior(tasks.task_predictors)
-
-    def _prior(self, w: np.ndarray) -> list[dist.Distribution]:
-        if "tau" not in self.phi:
-            raise AttributeError(
-                f"{self.method} learns no prior that all tasks share; the prior that gradient "
-                "steps imply depends on each task's own curvature: ask for it with "
-                "hb.equivalent_prior(fit.model, fit.tasks, fit)"
-                if isinstance(self.adaptation, GradientSteps)
-                else f"{self.method} learns no prior"
-            )
-        if not self.model.likelihood.linear and self.model.likelihood.has_location:
-            tau = np.broadcast_to(self.phi["tau"], np.shape(self.phi["mu"]))
-            each = dist.Normal(np.asarray(self.phi["mu"]), tau).to_event(1)
-            return [each] * len(w)
-        with float64():
-            phis = self._phis()
-            root = np.asarray(self.model.prior.scale_tril(phis))
-            location = self._location(phis, w)
-        # outside the context: what the caller draws from it follows the caller's own flag
-        return [_mixture(location[:, j], root) for j in range(len(w))]
+        return learned_priors(self, tasks.task_predictors)
 
     def adapt(
         self,
@@ -320,11 +294,13 @@ class Fit:
             location = self._location(phis, rows.task_predictors)
             means = np.einsum("sik,ik->si", location[:, rows.task_of_row], rows.predictors)
             variance: Any = 0.0 if "tau" in phis else None
+            thetas = None
             if target == "new" and "tau" in phis:
                 covariance = to_numpy(self.model.prior.covariance(phis))
                 variance = quadratic(rows.predictors[None], covariance[:, None])
+                thetas = functools.partial(self._thetas_of_new, phis, location)
         return finish(f"{target} task" if target == "new" else "population", self.model, rows,
-                      phis, means, variance)  # fmt: skip
+                      phis, means, variance, thetas=thetas)  # fmt: skip
 
     def _predict_unseen(self, rows: Tasks, target: str) -> Prediction:
         """Rows of new tasks, or at the prior's centre, where f is not linear in θ."""
@@ -368,31 +344,28 @@ class Fit:
 
         save(self, path)
 
+    def _thetas_of_new(
+        self,
+        phis: dict[str, np.ndarray],
+        location: np.ndarray,
+        at: np.ndarray,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
+        """One θ for every new task (n, J, d), from its prior under the draws of φ at ``at``."""
+        with float64():
+            root = to_numpy(self.model.prior.scale_tril(phis))
+        white = rng.standard_normal((len(at), *location.shape[1:]))
+        return location[at] + np.einsum("nkl,njl->njk", root[at], white, optimize=True)
+
     def _location(self, phis: dict[str, np.ndarray], w: np.ndarray) -> np.ndarray:
         """μ_s + Γ_s w_j of every draw and task, (S, J, d)."""
         over_draws = jax.vmap(lambda phi: self.model.prior.location(phi, w))
-        return np.asarray(over_draws(phis))
+        with float64():
+            return np.asarray(over_draws(phis))
 
     def _phis(self) -> dict[str, np.ndarray]:
         """φ with one leading axis over draws, or over the single point."""
         return phis_of(self.phi, self.phi_draws)
-
-
-def _mixture(locations: np.ndarray, roots: np.ndarray) -> dist.Distribution:
-    """Normals N(m_s, L_s L_sᵀ), equally weighted; a point in directions without variance."""
-    if len(roots) == 1:
-        spread = np.flatnonzero(np.any(roots[0] != 0, axis=1))
-        if not spread.size:
-            return dist.Delta(locations[0], event_dim=1)
-        root = roots[0][np.ix_(spread, spread)]
-        if np.linalg.matrix_rank(root) < len(spread):
-            return SingularNormal(locations[0], roots[0])
-        normal = dist.MultivariateNormal(locations[0][spread], scale_tril=root)
-        return normal if len(spread) == len(locations[0]) else Assembled(
-            [(normal, (spread,))], locations[0]
-        )  # fmt: skip
-    weights = dist.Categorical(probs=np.full(len(roots), 1 / len(roots)))
-    return dist.MixtureSameFamily(weights, dist.MultivariateNormal(locations, scale_tril=roots))
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-r"""Predictive distributions of single rows.
+r"""Predictive distributions of rows, and joint draws of them.
 
 .. math:: p(y \mid x, D) = \frac1S \sum_s p(y \mid x, \varphi_s)
 
@@ -7,6 +7,7 @@ One component for a point φ, one a draw under full Bayes; θ is integrated out 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from scipy import special
 
 from hierbayes.errors import InputError
+from hierbayes.fit.joint import draw_classes
 from hierbayes.likelihoods.categorical import ClassProbabilities
 from hierbayes.likelihoods.outcomes_of_programs import ProgramOutcomes
 from hierbayes.tasks import Tasks
@@ -40,6 +42,9 @@ class Prediction:
         order: they have ``probabilities`` in the place of ``mean``, ``sd`` and quantiles.
     unidentified : array (N,) of bool
         Rows that need a coefficient which the fit does not know; they are left out of scores.
+    joint : callable or None
+        ``joint(num_draws, rng)`` gives joint draws of the rows (num_draws, N) where the components
+        have θ integrated out of them; None where they do not, or nothing joint is known.
 
     Examples
     --------
@@ -61,6 +66,7 @@ class Prediction:
     tasks: Tasks
     components: Any
     unidentified: np.ndarray
+    joint: Callable[[int, np.random.Generator], np.ndarray] | None = None
 
     def __repr__(self) -> str:
         return f"Prediction({self.tasks.num_rows} rows, target={self.target!r})"
@@ -179,17 +185,22 @@ class Prediction:
         return np.stack([self.quantile(tail), self.quantile(1 - tail)])
 
     def draws(self, num_draws: int = 1000, seed: int = 0) -> np.ndarray:
-        """Predictive draws (num_draws, N) of each row by itself; rows task by task.
+        """Joint predictive draws of the rows (num_draws, N), task by task.
 
         Not in the order of a DataFrame given to ``predict``: see :class:`Prediction`.
-        Rows of one task are drawn independently of one another: sums and means over a task's
-        rows come out too narrow where the task's own θ is uncertain.
+        Every draw is of one φ, and rows of one task share a draw of its θ, so that sums, means and
+        differences of a task's rows are spread as they should be. Where θ is a point estimate
+        (MAML's, say) rows are independent given it, and where only the variance of f is known
+        (``hb.meta.implied_posterior`` of a network) of one another: sums over a task's rows then
+        come out too narrow.
         """
         rng = np.random.default_rng(seed)
+        if self.joint is not None:
+            return self._known(self.joint(num_draws, rng))
         if self.of_classes:
-            below = self.probabilities.cumsum(1)[None, :, :-1]
-            drawn = (rng.random((num_draws, len(self.unidentified), 1)) > below).sum(2)
-            return self._known(drawn)
+            parts = self.components.probabilities
+            at = rng.integers(len(parts), size=num_draws)
+            return self._known(np.array([draw_classes(parts[s], rng) for s in at]))
         frozen = self._numbers("draws")
         shape = self.means.shape
         component = rng.integers(shape[0], size=num_draws)

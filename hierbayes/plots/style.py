@@ -63,7 +63,11 @@ def as_fits(fits: Fit | Mapping[str, Fit] | Sequence[Fit]) -> dict[str, Fit]:
 
 def pick_coef(fits: Mapping[str, Fit], coef: str | None) -> str:
     """The coefficient asked for, or the first."""
-    known = next(iter(fits.values())).tasks.coef
+    return pick_name(next(iter(fits.values())).tasks.coef, coef)
+
+
+def pick_name(known: Sequence[str], coef: str | None) -> str:
+    """The coefficient asked for, or the first of those that are known."""
     if coef is not None and coef not in known:
         raise InputError(f"no coefficient is named {coef!r}; {suggestion(coef, known)}")
     return known[0] if coef is None else coef

@@ -7,5 +7,6 @@ r"""p(θ_j | φ), the prior that tasks share, and p(φ), what is believed of it 
 from hierbayes.priors.base import Prior
 from hierbayes.priors.gaussian import Gaussian
 from hierbayes.priors.hyperprior import HyperPrior
+from hierbayes.priors.learned import LearnedPrior
 
-__all__ = ["Gaussian", "HyperPrior", "Prior"]
+__all__ = ["Gaussian", "HyperPrior", "LearnedPrior", "Prior"]

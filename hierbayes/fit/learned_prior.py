@@ -1,0 +1,52 @@
+r"""The learned prior of a fit.
+
+.. math:: p(\theta_\text{new} \mid D_{1..J}, w) = \int N(\theta_\text{new}; \mu + \Gamma w, \Sigma)
+          \, p(\varphi \mid D_{1..J})\, d\varphi
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hierbayes.adaptation import GradientSteps
+from hierbayes.numerics import float64
+from hierbayes.priors.learned import LearnedPrior
+
+if TYPE_CHECKING:
+    from hierbayes.fit.fit import Fit
+
+
+def learned_prior(fit: Fit) -> LearnedPrior:
+    """The prior of a new task, where no task predictors move its mean."""
+    if fit.tasks.labels.task_predictors:
+        raise AttributeError(
+            "the prior's mean depends on task predictors: use fit.prior_for(new_tasks)"
+        )
+    return learned_priors(fit, np.zeros((1, 0)))[0]
+
+
+def learned_priors(fit: Fit, w: np.ndarray) -> list[LearnedPrior]:
+    """The prior of new tasks with task predictors ``w`` (J, q), one for each.
+
+    A mixture over draws of φ, or one normal at φ̂; independent where θ is a network's weights.
+    """
+    if "tau" not in fit.phi:
+        raise AttributeError(
+            f"{fit.method} learns no prior that all tasks share; the prior that gradient "
+            "steps imply depends on each task's own curvature: ask for it with "
+            "hb.equivalent_prior(fit.model, fit.tasks, fit)"
+            if isinstance(fit.adaptation, GradientSteps)
+            else f"{fit.method} learns no prior"
+        )
+    coef, likelihood = fit.tasks.coef, fit.model.likelihood
+    if not likelihood.linear and likelihood.has_location:
+        mu = np.asarray(fit.phi["mu"])
+        tau = np.broadcast_to(fit.phi["tau"], mu.shape)
+        return [LearnedPrior(coef, mu[None], tau[None])] * len(w)
+    phis = fit._phis()
+    location = fit._location(phis, w)
+    with float64():
+        roots = np.asarray(fit.model.prior.scale_tril(phis))
+    return [LearnedPrior(coef, location[:, j], roots) for j in range(len(w))]
