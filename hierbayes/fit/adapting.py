@@ -175,7 +175,8 @@ def _implied(fit: Fit, tasks: Tasks) -> AdaptedTasks:
     if covariance is None:
         raise InputError(
             f"the posterior that steps imply over {len(tasks.coef)} coefficients is not formed as "
-            "a matrix: ask hb.equivalent_prior(fit.model, tasks, fit) for what it does to vectors"
+            "a matrix: ask hb.equivalent_prior(fit.model, tasks, fit) for what it does to vectors, "
+            "and of networks hb.meta.implied_posterior for intervals"
         )
     none = ~np.isfinite(covariance).all((1, 2))
     said = list(found.messages)
