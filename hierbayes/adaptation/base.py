@@ -28,7 +28,9 @@ class Adapted:
     ``remarks``: what went wrong, in sentences that name the tasks; ``sample`` (S, J, d) or None:
     equally likely values of θ, in the place of a covariance; ``spread`` or None: a function of
     (rows, the task of each by position) that gives the variance of f at rows of these tasks, where
-    a covariance would be too large to form.
+    a covariance would be too large to form; ``normals`` or None: a function of positions (M,) that
+    gives means (S, M, d) and covariances (S, M, d, d) of equally likely normals of which the
+    posterior is the mixture, where it is far from normal.
     """
 
     mean: np.ndarray
@@ -38,6 +40,7 @@ class Adapted:
     remarks: tuple[str, ...] = ()
     sample: np.ndarray | None = None
     spread: Callable[[Tasks, np.ndarray], np.ndarray] | None = None
+    normals: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
 
     @property
     def identified(self) -> np.ndarray:
