@@ -13,7 +13,7 @@ estimate.
 """
 
 from hierbayes.adaptation.alone import MaximumLikelihood
-from hierbayes.adaptation.base import Adaptation, Adapted, PointAdaptation
+from hierbayes.adaptation.base import Adaptation, Adapted, NotOffered, PointAdaptation
 from hierbayes.adaptation.conjugate import Conjugate
 from hierbayes.adaptation.descent import Descent, Flow, implied_precision
 from hierbayes.adaptation.equivalence import equivalent_prior
@@ -45,6 +45,7 @@ __all__ = [
     "MatrixFreePrior",
     "MaximumLikelihood",
     "MixedScales",
+    "NotOffered",
     "PointAdaptation",
     "Proximal",
     "Quadrature",

@@ -86,6 +86,24 @@ class Adaptation(abc.ABC):
         raise NotApplicable(f"{self.name}: a point estimate has no distribution to draw from")
 
 
+@dataclass(frozen=True)
+class NotOffered(Adaptation):
+    """No A for this model, and why; θ of the tasks that were sampled is known all the same."""
+
+    reason: str
+    name = "not offered"
+
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+        """Refused."""
+        raise NotApplicable(self.reason)
+
+    def draws(
+        self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: jax.Array
+    ) -> np.ndarray:
+        """Refused."""
+        raise NotApplicable(self.reason)
+
+
 class PointAdaptation(Adaptation):
     """A(D; φ) as a point that is differentiable in φ, so that φ can be learned through it."""
 
