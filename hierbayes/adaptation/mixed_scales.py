@@ -107,7 +107,9 @@ def log_evidence_by_precision(spread: Spread, precision: Any) -> jax.Array:
     wide = 1.0 / jnp.asarray(precision)[:, None]
     variances = [spread.noise_variance + (rows[i] ** 2).sum(0) * wide for i in range(d)]
     reduced = [moved[i] / variances[i] for i in range(d)]
-    total = sum(jnp.log(v) + r * moved[i] for i, (v, r) in enumerate(zip(variances, reduced)))
+    total = sum(
+        jnp.log(v) + r * moved[i] for i, (v, r) in enumerate(zip(variances, reduced, strict=True))
+    )
     for i in range(d):
         for k in range(i):
             between = (rows[i] * rows[k]).sum(0)

@@ -98,6 +98,12 @@ class AdaptedTasks:
             for k in range(rows.predictors.shape[1]):  # one coefficient at a time: S N numbers
                 means += self.draws[:, of_row, k] * rows.predictors[:, k]
             return finish("known task", self.model, rows, self.phis, means, 0.0)
+        if self.adapted.normals is not None:
+            some, of = np.unique(of_row, return_inverse=True)
+            centres, spreads = self.adapted.normals(some)
+            means = np.einsum("sik,ik->si", centres[:, of], rows.predictors)
+            variance = quadratic(rows.predictors[None], spreads[:, of])
+            return finish("known task", self.model, rows, self.phis, means, variance)
         means = np.einsum("ik,ik->i", self.adapted.mean[of_row], rows.predictors)[None]
         variance = None
         if self.adapted.covariance is not None:

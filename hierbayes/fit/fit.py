@@ -32,8 +32,10 @@ from hierbayes.fit.adapted import (
 from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, float64, to_numpy
+from hierbayes.priors import StudentT
 from hierbayes.priors.assembled import Assembled
 from hierbayes.priors.singular import SingularNormal
+from hierbayes.priors.student_mixture import student_mixture
 from hierbayes.tasks import Tasks
 
 TARGETS = ("known", "new", "population")
@@ -188,7 +190,8 @@ class Fit:
         """p(θ_new | D_1..J) as a NumPyro distribution over (d,).
 
         A normal at φ̂, a point mass in directions with τ̂ = 0 (and no density where correlations
-        are estimated as ±1); a mixture over draws under full Bayes.
+        are estimated as ±1); a mixture over draws under full Bayes. Student-t in the place of
+        normal where the model's prior is.
         """
         if self.tasks.labels.task_predictors:
             raise AttributeError(
@@ -220,6 +223,9 @@ class Fit:
             root = np.asarray(self.model.prior.scale_tril(phis))
             location = self._location(phis, w)
         # outside the context: what the caller draws from it follows the caller's own flag
+        if isinstance(self.model.prior, StudentT):
+            df = self.model.prior.df
+            return [student_mixture(df, location[:, j], root) for j in range(len(w))]
         return [_mixture(location[:, j], root) for j in range(len(w))]
 
     def adapt(self, new_tasks: Any, *, seed: int = 0) -> AdaptedTasks:
@@ -309,6 +315,8 @@ class Fit:
             if target == "new" and "tau" in phis:
                 covariance = to_numpy(self.model.prior.covariance(phis))
                 variance = quadratic(rows.predictors[None], covariance[:, None])
+                variance = self._widths(len(means))[:, None] * variance
+                means = np.broadcast_to(means, variance.shape)
         return finish(f"{target} task" if target == "new" else "population", self.model, rows,
                       phis, means, variance)  # fmt: skip
 
@@ -338,6 +346,7 @@ class Fit:
             if drawn:
                 white = np.random.default_rng(0).standard_normal(thetas.shape)
                 root = np.asarray(self.model.prior.scale_tril(phis))
+                white = white * np.sqrt(self._widths(len(thetas)))[:, None, None]
                 thetas = thetas + np.einsum("skl,sjl->sjk", root, white)
         what = "new task" if drawn else target
         return outcomes(what, self.model, rows, thetas, phis)
@@ -353,6 +362,13 @@ class Fit:
         from hierbayes.fit.storage import save
 
         save(self, path)
+
+    def _widths(self, size: int) -> np.ndarray:
+        """What Σ is multiplied by in each of ``size`` draws, or in draws made of one point."""
+        if self.model.prior.gaussian:
+            return np.ones(1)
+        widths = self.model.prior.variance_factors(POINT_DRAWS if size == 1 else size)
+        return np.random.default_rng(0).permutation(widths)  # not by the order of chains
 
     def _location(self, phis: dict[str, np.ndarray], w: np.ndarray) -> np.ndarray:
         """μ_s + Γ_s w_j of every draw and task, (S, J, d)."""

@@ -87,8 +87,8 @@ def full_bayes(
         φ: no funnel, and draws next to independent. Of Gaussian tasks θ and the fixed effects (μ,
         Γ, β) are integrated out exactly and drawn from their exact conditional, at a cost that does
         not depend on the number of rows. Under a Student-t prior θ alone is integrated out of
-        Gaussian tasks, and φ sampled whole. Of others, with up to three coefficients, θ alone is, by
-        quadrature (see :func:`empirical_bayes`), and drawn by short independence chains, which
+        Gaussian tasks, and φ sampled whole. Of others, with up to three coefficients, θ alone
+        is, by quadrature (see :func:`empirical_bayes`), and drawn by short independence chains, which
         name the tasks where they do badly. Where fewer than 20 % of the proposals are accepted,
         NUTS samples the same density, and a warning says so. "nuts" samples φ and θ jointly,
         non-centred; after it :meth:`Fit.adapt` draws new tasks' θ from Laplace posteriors, unless
@@ -162,7 +162,7 @@ def full_bayes(
             f"{MOST_DIMENSIONS} coefficients where tasks are not Gaussian; found "
             f'{len(tasks.coef)}: use method="nuts"'
         )
-    adaptation = _adaptation(resolved)
+    adaptation: Any = _adaptation(resolved)
     settings: dict[str, Any] = dict(
         num_draws=num_draws, num_chains=num_chains, num_warmup=num_warmup,
         target_accept=target_accept, progress=progress,

@@ -10,6 +10,7 @@ import numpy as np
 from hierbayes.adaptation import LeastSquares
 from hierbayes.fit import Fit
 from hierbayes.plots.style import as_fits, axes_or_new, looks, pick_coef
+from hierbayes.priors import StudentT
 
 
 def learned_prior(fits: Fit | Mapping[str, Fit], *, coef: str | None = None, ax: Any = None) -> Any:
@@ -66,7 +67,9 @@ def learned_prior(fits: Fit | Mapping[str, Fit], *, coef: str | None = None, ax:
         thin = slice(None, None, max(len(mu) // 4000, 1))
         # a draw with τ below the grid's step would be a spike of one draw
         width = np.maximum(tau[thin], 2 * (grid[1] - grid[0]))
-        density = stats.norm.pdf(grid[:, None], mu[thin], width).mean(1)
+        prior = fit.model.prior
+        bell: Any = stats.t(prior.df) if isinstance(prior, StudentT) else stats.norm
+        density = (bell.pdf((grid[:, None] - mu[thin]) / width) / width).mean(1)
         ax.plot(grid, density, color=colour, linewidth=1.8, label=label)
     inside = own[(own >= grid[0]) & (own <= grid[-1])]
     ax.plot(inside, np.zeros(len(inside)), "|", color="#777777", markersize=9, clip_on=False)

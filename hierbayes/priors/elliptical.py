@@ -56,10 +56,11 @@ class Elliptical(Prior):
         return np.array([c not in self.zero_mean for c in coef], dtype=bool)
 
     def _known(self, names: Sequence[str], coef: Sequence[str], argument: str) -> None:
+        kind = type(self).__name__
         for name in names:
             if name not in coef:
                 raise InputError(
-                    f"priors.{type(self).__name__}({argument}=…): no coefficient is named {name!r}; "
+                    f"priors.{kind}({argument}=…): no coefficient is named {name!r}; "
                     f"{suggestion(name, coef)}"
                 )
 
