@@ -24,7 +24,7 @@ from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.numerics import float64, triangle
 from hierbayes.priors import HyperPrior, Prior
-from hierbayes.priors.gaussian import Gaussian as GaussianPrior
+from hierbayes.priors.elliptical import Elliptical
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.priors.scales import Scales
 from hierbayes.tasks import Encoder, Tasks
@@ -40,7 +40,8 @@ class HierarchicalModel:
     likelihood : Likelihood
         p(D_j | θ_j, φ), for example ``hb.likelihoods.Gaussian()``.
     prior : Prior
-        p(θ_j | φ), for example ``hb.priors.Gaussian(correlated=True)``.
+        p(θ_j | φ), for example ``hb.priors.Gaussian(correlated=True)``, or
+        ``hb.priors.StudentT(4)`` where some tasks may be unlike the rest.
     hyperprior : HyperPrior
         p(φ); what is left open gets weakly informative defaults, scaled to the data once.
 
@@ -80,7 +81,7 @@ class HierarchicalModel:
     def shape(self, tasks: Tasks) -> Shape:
         """Names along φ's dimensions and the structure of the prior."""
         prior = self.prior
-        if not isinstance(prior, GaussianPrior):
+        if not isinstance(prior, Elliptical):
             raise InputError(f"unknown prior {type(prior).__name__}")
         return Shape(
             tasks.coef, tasks.labels.shared, tasks.labels.task_predictors,
@@ -111,6 +112,17 @@ class HierarchicalModel:
                 f"{method} needs {needs}, which is not to be had under a {kind} likelihood; "
                 f"{instead}"
             )
+
+    @property
+    def conjugate(self) -> bool:
+        """Whether likelihood and prior are both Gaussian in θ: everything has a closed form."""
+        return self.likelihood.gaussian_in_theta and self.prior.gaussian
+
+    def require_gaussian_prior(self, what: str, because: str, instead: str) -> None:
+        """Refuse what is only defined, or only offered, under a Gaussian prior of tasks."""
+        if not self.prior.gaussian:
+            kind = type(self.prior).__name__
+            raise NotApplicable(f"{what} takes no {kind} prior: {because}; {instead}")
 
     def check(self, tasks: Tasks, *, learns_prior: bool) -> None:
         """Refuse tasks that the model cannot be fitted to, before any computation."""
@@ -207,8 +219,7 @@ class HierarchicalModel:
                 if centred:
                     theta = jnp.asarray(numpyro.sample("theta", self.prior.distribution(phi, w)))
                 else:
-                    white = dist.Normal(jnp.zeros(len(tasks.coef)), 1.0).to_event(1)
-                    z = numpyro.sample("z", white)
+                    z = numpyro.sample("z", self.prior.white(len(tasks.coef)))
                     theta = self.prior.location(phi, w) + z @ self.prior.scale_tril(phi).T
             if not centred:
                 numpyro.deterministic("theta", theta)

@@ -16,6 +16,7 @@ from numpyro.infer.util import log_density
 from scipy import special, stats
 
 import hierbayes as hb
+from hierbayes.numerics import float64
 from hierbayes.priors import LearnedPrior
 
 RNG = np.random.default_rng(3)
@@ -383,3 +384,45 @@ def test_the_picture_of_a_prior_by_itself(prior):
     plt.close("all")
     with refuses("'c'"):
         hb.plots.learned_prior(prior, coef="c")
+
+
+# ---------------------------------------------------------------------- Student-t
+
+
+@pytest.mark.parametrize("num_components", [1, 3])
+def test_a_student_t_prior_is_learned_as_one(num_components):
+    """Density against SciPy, moments against the law of total variance, draws against both."""
+    rng = np.random.default_rng(3)
+    locations = rng.normal(size=(num_components, 2))
+    roots = np.tril(rng.normal(size=(num_components, 2, 2))) + 2 * np.eye(2)
+    prior = hb.priors.LearnedPrior(("a", "b"), locations, roots, df=6.0)
+    scales = roots @ np.swapaxes(roots, 1, 2)
+    points = rng.normal(size=(5, 2))
+    parts = [stats.multivariate_t(m, s, df=6.0).pdf(points)
+             for m, s in zip(locations, scales, strict=True)]  # fmt: skip
+    with float64():
+        close(np.asarray(prior.log_prob(points)), np.log(np.mean(parts, axis=0)), rtol=1e-9)
+    covariance = 1.5 * scales.mean(0) + np.cov(locations.T, bias=True).reshape(2, 2)
+    if num_components == 1:
+        covariance = 1.5 * scales[0]
+    close(prior.covariance, covariance, rtol=1e-12)
+    close(prior.variance, np.diag(covariance), rtol=1e-12)
+    for draws in (prior.draws(40_000), np.asarray(prior.sample(jax.random.key(0), (40_000,)))):
+        error = np.sqrt(np.diag(covariance) / 40_000)
+        assert (np.abs(draws.mean(0) - prior.mean) < 4.5 * error).all()
+        # of t with 6 degrees of freedom the kurtosis is 6: a variance's relative error √(5 / n)
+        found = np.cov(draws.T)
+        assert (np.abs(np.diag(found) / np.diag(covariance) - 1) < 5 * np.sqrt(5 / 40_000)).all()
+    again = hb.priors.LearnedPrior.from_json(prior.to_json())
+    assert again.df == 6.0
+    np.testing.assert_array_equal(again.scale_trils, prior.scale_trils)
+
+
+def test_moments_that_a_student_t_lacks_are_not_made_up():
+    prior = hb.priors.LearnedPrior(("a", "b"), np.zeros((1, 2)), np.diag([1.0, 0.0])[None], df=1.5)
+    assert prior.variance.tolist() == [np.inf, 0.0]
+    assert prior.covariance.tolist() == [[np.inf, 0.0], [0.0, 0.0]]
+    heavier = hb.priors.LearnedPrior(("a",), np.zeros((1, 1)), np.ones((1, 1, 1)), df=0.5)
+    assert np.isnan(heavier.mean).all()
+    with refuses("df", "positive"):
+        hb.priors.LearnedPrior(("a",), np.zeros((1, 1)), np.ones((1, 1, 1)), df=0.0)

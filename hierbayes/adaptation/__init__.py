@@ -2,7 +2,8 @@ r"""A: what one task concludes, given the prior.
 
 .. math:: A(D_j; \varphi) \to \theta_j
 
-Its exact posterior (:mod:`~hierbayes.adaptation.conjugate`), the normal at its mode
+Its exact posterior (:mod:`~hierbayes.adaptation.conjugate`, under a Student-t prior
+:mod:`~hierbayes.adaptation.mixed_scales`), the normal at its mode
 (:mod:`~hierbayes.adaptation.laplace`), the mode alone (:mod:`~hierbayes.adaptation.proximal`),
 K gradient steps from φ (:mod:`~hierbayes.adaptation.gradient`), or least squares and maximum
 likelihood, where the prior says nothing (:mod:`~hierbayes.adaptation.least_squares`,
@@ -12,7 +13,7 @@ estimate.
 """
 
 from hierbayes.adaptation.alone import MaximumLikelihood
-from hierbayes.adaptation.base import Adaptation, Adapted, PointAdaptation
+from hierbayes.adaptation.base import Adaptation, Adapted, NotOffered, PointAdaptation
 from hierbayes.adaptation.conjugate import Conjugate
 from hierbayes.adaptation.descent import Descent, Flow, implied_precision
 from hierbayes.adaptation.equivalence import equivalent_prior
@@ -24,6 +25,7 @@ from hierbayes.adaptation.laplace import Laplace
 from hierbayes.adaptation.least_squares import LeastSquares
 from hierbayes.adaptation.matching import EquivalentSteps, equivalent_steps
 from hierbayes.adaptation.matrix_free import MatrixFreePrior
+from hierbayes.adaptation.mixed_scales import MixedScales
 from hierbayes.adaptation.proximal import Proximal
 from hierbayes.adaptation.quadrature import Quadrature
 
@@ -42,6 +44,8 @@ __all__ = [
     "LeastSquares",
     "MatrixFreePrior",
     "MaximumLikelihood",
+    "MixedScales",
+    "NotOffered",
     "PointAdaptation",
     "Proximal",
     "Quadrature",

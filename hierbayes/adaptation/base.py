@@ -28,7 +28,9 @@ class Adapted:
     ``remarks``: what went wrong, in sentences that name the tasks; ``sample`` (S, J, d) or None:
     equally likely values of θ, in the place of a covariance; ``spread`` or None: a function of
     (rows, the task of each by position) that gives the variance of f at rows of these tasks, where
-    a covariance would be too large to form.
+    a covariance would be too large to form; ``normals`` or None: a function of positions (M,) that
+    gives means (S, M, d) and covariances (S, M, d, d) of equally likely normals of which the
+    posterior is the mixture, where it is far from normal.
     """
 
     mean: np.ndarray
@@ -38,6 +40,7 @@ class Adapted:
     remarks: tuple[str, ...] = ()
     sample: np.ndarray | None = None
     spread: Callable[[Tasks, np.ndarray], np.ndarray] | None = None
+    normals: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
 
     @property
     def identified(self) -> np.ndarray:
@@ -81,6 +84,24 @@ class Adaptation(abc.ABC):
         """Draws (S, J, d), one for each of the S values of φ; where A is a distribution."""
         del model, tasks, phis, key
         raise NotApplicable(f"{self.name}: a point estimate has no distribution to draw from")
+
+
+@dataclass(frozen=True)
+class NotOffered(Adaptation):
+    """No A for this model, and why; θ of the tasks that were sampled is known all the same."""
+
+    reason: str
+    name = "not offered"
+
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+        """Refused."""
+        raise NotApplicable(self.reason)
+
+    def draws(
+        self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: jax.Array
+    ) -> np.ndarray:
+        """Refused."""
+        raise NotApplicable(self.reason)
 
 
 class PointAdaptation(Adaptation):

@@ -112,6 +112,10 @@ def _joint_log_density(fit: Fit, task: Any) -> float:
 
 def _evidence(fit: Fit) -> WithoutOne:
     """The evidence of tasks that are not Gaussian, as the fit has it."""
+    fit.model.require_gaussian_prior(
+        "leave_one_task_out where tasks are not Gaussian",
+        "the evidence log p(D_j | phi) is not offered there", "take priors.Gaussian()",
+    )  # fmt: skip
     nodes = 1 if fit.info.get("evidence") == "laplace" else None
     if isinstance(fit.adaptation, Quadrature):
         nodes = fit.adaptation.num_nodes

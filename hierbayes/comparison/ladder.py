@@ -69,6 +69,10 @@ def build_ladder(
 ) -> tuple[dict[str, Fit], EquivalentPrior]:
     """The four rungs as fits of the same tasks, with draws of θ, and what the steps imply."""
     model, tasks = posterior.model, posterior.tasks
+    model.require_gaussian_prior(
+        "equivalence_report", "the prior that gradient steps imply is Gaussian",
+        "fit with priors.Gaussian()",
+    )  # fmt: skip
     gaussian = model.likelihood.gaussian_in_theta
     if point is None and gaussian:
         with warnings.catch_warnings():

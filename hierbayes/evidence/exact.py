@@ -7,7 +7,8 @@ r"""The evidence of a Gaussian task, θ_j integrated out exactly.
 
 with V_j = σ² I + R_j Σ R_jᵀ of size d × d, a_j and b_j the two parts of the residual at the prior
 mean (see :mod:`hierbayes.statistics`) and s the scale of each row. The cost does not depend on the
-number of rows, and nothing cancels: every term is a sum of squares.
+number of rows, and nothing cancels: every term is a sum of squares. Under a Student-t prior one
+integral is left (see :mod:`~hierbayes.evidence.mixed_scales`).
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation.conjugate import collapse
+from hierbayes.evidence.mixed_scales import log_mixed_evidence
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, log_diagonal_sum, solve_lower
-from hierbayes.priors import Prior
+from hierbayes.priors import Prior, StudentT
 from hierbayes.sharding import gathered
 from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
 
 
 def log_evidence(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> jax.Array:
-    """log p(D_j | φ) of every task, (J,), with all constants."""
+    """log p(D_j | φ) of every task, (J,), with all constants; under a Student-t prior too."""
+    if isinstance(prior, StudentT):
+        return log_mixed_evidence(stats, prior, phi)
     c = collapse(stats, prior, phi)
     d = stats.num_coef
     white = solve_lower(c.factor, c.moved)
@@ -44,7 +48,7 @@ _log_evidence = functools.partial(jax.jit, static_argnums=1)(log_evidence)
 
 @dataclass(frozen=True)
 class Exact:
-    """log ∫ p(D_j | θ, φ) p(θ | φ) dθ in closed form; for Gaussian tasks."""
+    """log ∫ p(D_j | θ, φ) p(θ | φ) dθ of Gaussian tasks: in closed form under a Gaussian prior."""
 
     name = "exact"
 

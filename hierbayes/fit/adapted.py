@@ -106,6 +106,12 @@ class AdaptedTasks:
             for k in range(rows.predictors.shape[1]):  # one coefficient at a time: S N numbers
                 means += self.draws[:, of_row, k] * rows.predictors[:, k]
             return finish("known task", self.model, rows, self.phis, means, 0.0)
+        if self.adapted.normals is not None:
+            some, of = np.unique(of_row, return_inverse=True)
+            centres, spreads = self.adapted.normals(some)
+            means = np.einsum("sik,ik->si", centres[:, of], rows.predictors)
+            variance = quadratic(rows.predictors[None], spreads[:, of])
+            return finish("known task", self.model, rows, self.phis, means, variance)
         means = np.einsum("ik,ik->i", self.adapted.mean[of_row], rows.predictors)[None]
         variance, drawn = None, None
         if self.adapted.covariance is not None:
@@ -160,6 +166,14 @@ def phis_of(
     if draws is None:
         return {name: np.asarray(value)[None] for name, value in phi.items()}
     return {name: value.reshape(-1, *value.shape[2:]) for name, value in draws.items()}
+
+
+def prior_locations(
+    model: HierarchicalModel, phis: dict[str, np.ndarray], w: np.ndarray
+) -> np.ndarray:
+    """μ_s + Γ_s w_j of every draw and task, (S, J, d)."""
+    with float64():
+        return np.asarray(jax.vmap(lambda phi: model.prior.location(phi, w))(phis))
 
 
 def check_columns(rows: Tasks, known: Tasks) -> None:

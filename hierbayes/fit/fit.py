@@ -13,27 +13,20 @@ import numpy as np
 from hierbayes.adaptation import (
     Adaptation,
     Adapted,
-    LeastSquares,
-    MaximumLikelihood,
 )
 from hierbayes.errors import InputError
 from hierbayes.fit import adapting
 from hierbayes.fit import datatree as trees
 from hierbayes.fit.adapted import (
-    POINT_DRAWS,
     AdaptedTasks,
     check_columns,
-    finish,
-    locations,
-    outcomes,
     phis_of,
-    quadratic,
 )
 from hierbayes.fit.adapting import moments_of
 from hierbayes.fit.learned_prior import learned_prior, learned_priors
 from hierbayes.fit.prediction import Prediction
+from hierbayes.fit.targets import predict_unseen
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64, to_numpy
 from hierbayes.priors.learned import LearnedPrior
 from hierbayes.tasks import Tasks
 
@@ -109,9 +102,11 @@ class Fit:
         """The training tasks under the learned prior."""
         if self.theta_draws is not None and self.phi_draws is not None:
             draws = self.theta_draws.reshape(-1, *self.theta_draws.shape[2:])
-            return AdaptedTasks(self.model, self.tasks, self._phis(), moments_of(draws), draws)
+            return AdaptedTasks(
+                self.model, self.tasks, phis_of(self.phi, self.phi_draws), moments_of(draws), draws
+            )
         adapted = self.training or self.adaptation(self.model, self.tasks, dict(self.phi))
-        return AdaptedTasks(self.model, self.tasks, self._phis(), adapted)
+        return AdaptedTasks(self.model, self.tasks, phis_of(self.phi, self.phi_draws), adapted)
 
     @property
     def theta(self) -> Any:
@@ -189,7 +184,8 @@ class Fit:
         """p(θ_new | D_1..J), a NumPyro distribution over (d,) that can be kept as JSON.
 
         A normal at φ̂, a point mass in directions with τ̂ = 0 (and no density where correlations
-        are estimated as ±1); a mixture over draws under full Bayes.
+        are estimated as ±1); a mixture over draws under full Bayes. Student-t in the place of
+        normal where the model's prior is.
         """
         return learned_prior(self)
 
@@ -281,56 +277,7 @@ class Fit:
             raise InputError(f"target must be one of {TARGETS}, found {target!r}")
         if target in (None, "known"):
             return self.adapted.predict(rows)
-        if isinstance(self.adaptation, LeastSquares | MaximumLikelihood):
-            raise InputError("no pooling learns nothing about tasks that it has not seen")
-        if not self.model.likelihood.has_location:
-            return self._predict_by_draws(rows, "new" if target == "new" else "population")
-        if not self.model.likelihood.linear:
-            return self._predict_unseen(rows, "new" if target == "new" else "population")
-        point = {k: np.asarray(v) for k, v in self.phi.items()}
-        rows = self.model.likelihood.design(rows, point)
-        with float64():
-            phis = {k: np.asarray(v) for k, v in self._phis().items()}
-            location = self._location(phis, rows.task_predictors)
-            means = np.einsum("sik,ik->si", location[:, rows.task_of_row], rows.predictors)
-            variance: Any = 0.0 if "tau" in phis else None
-            thetas = None
-            if target == "new" and "tau" in phis:
-                covariance = to_numpy(self.model.prior.covariance(phis))
-                variance = quadratic(rows.predictors[None], covariance[:, None])
-                thetas = functools.partial(self._thetas_of_new, phis, location)
-        return finish(f"{target} task" if target == "new" else "population", self.model, rows,
-                      phis, means, variance, thetas=thetas)  # fmt: skip
-
-    def _predict_unseen(self, rows: Tasks, target: str) -> Prediction:
-        """Rows of new tasks, or at the prior's centre, where f is not linear in θ."""
-        mu = np.asarray(self.phi["mu"])
-        thetas = np.broadcast_to(mu, (1, rows.num_tasks, len(mu)))
-        drawn = target == "new" and "tau" in self.phi
-        if drawn:
-            white = np.random.default_rng(0).standard_normal((POINT_DRAWS, *thetas.shape[1:]))
-            # where sigma only sets the units of steps, sigma_query scales the prior with the noise
-            scaled = "sigma_query" in self.phi
-            unit = float(self.phi["sigma_query"] / self.phi["sigma"]) if scaled else 1.0
-            thetas = mu + np.asarray(self.phi["tau"]) * unit * white
-        means = locations(self.model, thetas, dict(self.phi), rows)
-        what = "new task" if target == "new" else target
-        return finish(what, self.model, rows, self._phis(), means, 0.0 if drawn else None)
-
-    def _predict_by_draws(self, rows: Tasks, target: str) -> Prediction:
-        """The same where the likelihood knows no f: from draws of θ, or at the prior's centre."""
-        phis = {name: np.asarray(value) for name, value in self._phis().items()}
-        drawn = target == "new" and "tau" in phis
-        if drawn and self.phi_draws is None:
-            phis = {name: np.repeat(value, POINT_DRAWS, axis=0) for name, value in phis.items()}
-        with float64():
-            thetas = self._location(phis, rows.task_predictors)
-            if drawn:
-                white = np.random.default_rng(0).standard_normal(thetas.shape)
-                root = np.asarray(self.model.prior.scale_tril(phis))
-                thetas = thetas + np.einsum("skl,sjl->sjk", root, white)
-        what = "new task" if drawn else target
-        return outcomes(what, self.model, rows, thetas, phis)
+        return predict_unseen(self, rows, "new" if target == "new" else "population")
 
     # ------------------------------------------------------------------ storage
 
@@ -343,29 +290,6 @@ class Fit:
         from hierbayes.fit.storage import save
 
         save(self, path)
-
-    def _thetas_of_new(
-        self,
-        phis: dict[str, np.ndarray],
-        location: np.ndarray,
-        at: np.ndarray,
-        rng: np.random.Generator,
-    ) -> np.ndarray:
-        """One θ for every new task (n, J, d), from its prior under the draws of φ at ``at``."""
-        with float64():
-            root = to_numpy(self.model.prior.scale_tril(phis))
-        white = rng.standard_normal((len(at), *location.shape[1:]))
-        return location[at] + np.einsum("nkl,njl->njk", root[at], white, optimize=True)
-
-    def _location(self, phis: dict[str, np.ndarray], w: np.ndarray) -> np.ndarray:
-        """μ_s + Γ_s w_j of every draw and task, (S, J, d)."""
-        over_draws = jax.vmap(lambda phi: self.model.prior.location(phi, w))
-        with float64():
-            return np.asarray(over_draws(phis))
-
-    def _phis(self) -> dict[str, np.ndarray]:
-        """φ with one leading axis over draws, or over the single point."""
-        return phis_of(self.phi, self.phi_draws)
 
 
 def _short(value: Any) -> str:

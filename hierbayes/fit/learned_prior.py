@@ -1,6 +1,6 @@
 r"""The learned prior of a fit.
 
-.. math:: p(\theta_\text{new} \mid D_{1..J}, w) = \int N(\theta_\text{new}; \mu + \Gamma w, \Sigma)
+.. math:: p(\theta_\text{new} \mid D_{1..J}, w) = \int p(\theta_\text{new} \mid \varphi, w)
           \, p(\varphi \mid D_{1..J})\, d\varphi
 """
 
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hierbayes.adaptation import GradientSteps
+from hierbayes.fit.adapted import phis_of, prior_locations
 from hierbayes.numerics import float64
-from hierbayes.priors.learned import LearnedPrior
+from hierbayes.priors import LearnedPrior, StudentT
 
 if TYPE_CHECKING:
     from hierbayes.fit.fit import Fit
@@ -30,7 +31,8 @@ def learned_prior(fit: Fit) -> LearnedPrior:
 def learned_priors(fit: Fit, w: np.ndarray) -> list[LearnedPrior]:
     """The prior of new tasks with task predictors ``w`` (J, q), one for each.
 
-    A mixture over draws of φ, or one normal at φ̂; independent where θ is a network's weights.
+    A mixture over draws of φ, or one normal (or Student-t) at φ̂; independent entries where θ is a
+    network's weights.
     """
     if "tau" not in fit.phi:
         raise AttributeError(
@@ -45,8 +47,9 @@ def learned_priors(fit: Fit, w: np.ndarray) -> list[LearnedPrior]:
         mu = np.asarray(fit.phi["mu"])
         tau = np.broadcast_to(fit.phi["tau"], mu.shape)
         return [LearnedPrior(coef, mu[None], tau[None])] * len(w)
-    phis = fit._phis()
-    location = fit._location(phis, w)
+    phis = phis_of(fit.phi, fit.phi_draws)
+    location = prior_locations(fit.model, phis, w)
     with float64():
         roots = np.asarray(fit.model.prior.scale_tril(phis))
-    return [LearnedPrior(coef, location[:, j], roots) for j in range(len(w))]
+    df = fit.model.prior.df if isinstance(fit.model.prior, StudentT) else None
+    return [LearnedPrior(coef, location[:, j], roots, df=df) for j in range(len(w))]

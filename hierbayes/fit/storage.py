@@ -17,6 +17,8 @@ from hierbayes.adaptation import (
     Laplace,
     LeastSquares,
     MaximumLikelihood,
+    MixedScales,
+    NotOffered,
     Proximal,
     Quadrature,
 )
@@ -41,14 +43,15 @@ if TYPE_CHECKING:
 GROUP = "hierbayes"
 KINDS = (
     Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, LinearisedSteps,
-    MaximumLikelihood, Proximal, Quadrature, Variational,
+    MaximumLikelihood, MixedScales, NotOffered, Proximal, Quadrature, Variational,
 )  # fmt: skip
 LIKELIHOODS = (
     likelihoods.Bernoulli, likelihoods.Binomial, likelihoods.Gamma, likelihoods.Gaussian,
     likelihoods.NegativeBinomial, likelihoods.Poisson, likelihoods.StudentT,
 )  # fmt: skip
-FORMAT = 2
-"""2 names the likelihood; 1 knew the Gaussian one alone, by its ``known_se``."""
+PRIORS = (priors.Gaussian, priors.StudentT)
+FORMAT = 3
+"""3 names the prior; 2 names the likelihood; 1 knew the Gaussian one alone, by its ``known_se``."""
 
 
 def save(fit: Fit, path: Any) -> None:
@@ -124,7 +127,9 @@ def load(
     if model is not None and isinstance(model.likelihood, Neural):
         _check_network(model, arrays)
     training = None
-    if "training.mean" in arrays:
+    by_point = not described["phi_draws"]
+    mixed = described["adaptation"]["kind"] == MixedScales.__name__
+    if "training.mean" in arrays and not (mixed and by_point):  # made again, with its normals
         training = Adapted(
             arrays["training.mean"],
             arrays.get("training.covariance"),
@@ -173,13 +178,12 @@ def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:
     """Everything but arrays as JSON, and the encoder's training columns as a Dataset."""
     model, labels = fit.model, fit.tasks.labels
     likelihood, prior = model.likelihood, model.prior
-    if type(likelihood) not in LIKELIHOODS or type(prior) is not priors.Gaussian:
+    if type(likelihood) not in LIKELIHOODS or type(prior) not in PRIORS:
         model_json = None
     else:
         model_json = {
             "likelihood": {"kind": type(likelihood).__name__, "settings": vars(likelihood)},
-            "correlated": prior.correlated,
-            "zero_mean": prior.zero_mean,
+            "prior": {"kind": type(prior).__name__, "settings": vars(prior)},
             "hyperprior": hyperprior_to_plain(model.hyperprior),
         }
     encoder, table = model.encoder or labels.encoder, None
@@ -292,10 +296,19 @@ def _model(described: dict[str, Any] | None, encoder: Any) -> HierarchicalModel:
     kinds = {kind.__name__: kind for kind in LIKELIHOODS}
     return HierarchicalModel(
         kinds[likelihood["kind"]](**likelihood["settings"]),
-        priors.Gaussian(_tuples(described["correlated"]), tuple(described["zero_mean"])),
+        _prior(described),
         hyperprior_from_plain(described["hyperprior"]),
         encoder,
     )
+
+
+def _prior(described: dict[str, Any]) -> priors.Prior:
+    """The prior of tasks; up to format 2 a Gaussian one, which had no name."""
+    names = ("correlated", "zero_mean")
+    prior = described.get("prior", {"kind": "Gaussian"})
+    settings = prior.get("settings", {name: described.get(name) for name in names})
+    kinds = {kind.__name__: kind for kind in PRIORS}
+    return kinds[prior["kind"]](**{name: _tuples(value) for name, value in settings.items()})
 
 
 def _adaptation(described: dict[str, Any], optimiser: Any) -> Adaptation:

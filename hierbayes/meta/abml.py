@@ -104,6 +104,9 @@ def abml(
         raise InputError(
             f"precision_prior must be a positive shape and rate, found {precision_prior!r}"
         )
+    model.require_gaussian_prior(
+        "abml", "its approximate posteriors and its prior are normal", "use priors.Gaussian()"
+    )
     if model.likelihood.linear:
         raise NotApplicable(
             "abml approximates the posterior of a network's weights; tasks that are linear in θ "

@@ -3,8 +3,7 @@ r"""p(φ | D) where the evidence is an integral without a closed form, as a dens
 .. math:: \log p(x \mid D) = \log p(\varphi(x)) + \log\left|\tfrac{d\varphi}{dx}\right|
           + \sum_j \log \hat p(D_j \mid \varphi(x))
 
-x holds ψ = (τ, R, σ) as in :mod:`hierbayes.meta.scales_of_phi`, the logarithms of the family's
-other parameters, and b = (μ, Γ, β) in units of its own. A rough density has Laplace's p̂, two Newton
+x is that of :mod:`hierbayes.meta.chart_of_phi`. A rough density has Laplace's p̂, two Newton
 steps from where the modes are expected, the density itself quadrature's.
 """
 
@@ -22,16 +21,12 @@ from hierbayes.adaptation import Quadrature
 from hierbayes.adaptation.quadrature import Rule, grid
 from hierbayes.adaptation.whitened import Whitened, at_modes, climb
 from hierbayes.evidence.quadrature import laplace_near, log_evidence
-from hierbayes.likelihoods import Likelihood
 from hierbayes.meta.approximate_evidence import Integrated, maximise_approximate
+from hierbayes.meta.chart_of_phi import Around, Chart, Made, phi_and_density
 from hierbayes.meta.collapsed import Point, in_batches
-from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units
-from hierbayes.meta.supports import LINES, lines_of
+from hierbayes.meta.scales_of_phi import Units
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import solve_lower, solve_upper
-from hierbayes.priors import Prior
-from hierbayes.priors.hyperprior import Shape
-from hierbayes.priors.normality import improper
 from hierbayes.rows import Rows, Whole, rows_of
 from hierbayes.tasks import Tasks
 
@@ -44,67 +39,22 @@ FARTHEST = 1.0
 """How far a mode z* is expected from where it is known: beyond, the straight line is no guide."""
 
 
-class Made(NamedTuple):
-    """All that decides a compiled program, and nothing that does not."""
-
-    likelihood: Likelihood
-    prior: Prior
-    shape: Shape
-    lines: tuple[tuple[str, str], ...]
-    beliefs: Any
-
-
 class Given(NamedTuple):
-    """What a compiled program is given: numbers only; ``centre`` and ``unit`` (P,) are b's.
+    """What a compiled program is given: numbers only.
 
     ``modes`` (d, J) are z* at some x, and ``drift`` (k, d, J) their slopes there.
     """
 
     rows: Rows | Whole
-    beliefs: list[Any]
-    units: Units
-    centre: Any
-    unit: Any
+    around: Around
     rule: Rule
     modes: Any
     x: Any
     drift: Any
 
-
-def _named(shape: Shape, b: Any) -> dict[str, Any]:
-    """b by name; pinned means are zero."""
-    d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
-    places = np.flatnonzero(shape.free_mean)
-    count = len(places)
-    named = {"mu": jnp.zeros(d).at[places].set(b[:count])}
-    if q:
-        named["gamma"] = b[count : count + d * q].reshape(d, q)
-    if p:
-        named["beta"] = b[len(b) - p :]
-    return named
-
-
-def _phi(made: Made, given: Given, x: Any) -> tuple[dict[str, Any], Any]:
-    """φ at x, and the log of its density there."""
-    shape, how = made.shape, made.beliefs
-    beliefs: Beliefs = jax.tree.unflatten(how, given.beliefs)
-    coordinates = Coordinates.of(shape)
-    scales = coordinates.scales(x, given.units, beliefs)
-    phi, total, at = dict(scales.phi), scales.log_density, coordinates.size
-    for name, kind in made.lines:
-        phi[name] = LINES[kind].at(x[at])
-        total = total + jnp.log(LINES[kind].slope(phi[name]))
-        total = total + jnp.sum(beliefs[name].log_prob(phi[name]))
-        at += 1
-    phi |= _named(shape, given.centre + given.unit * x[at:])
-    for name in ("mu", "gamma", "beta"):
-        if name in phi and name in beliefs:
-            support: Any = beliefs[name].support
-            inside = jnp.all(support(phi[name]))
-            total = total + jnp.where(
-                inside, jnp.sum(jnp.asarray(beliefs[name].log_prob(phi[name]))), -jnp.inf
-            )
-    return phi, total + jnp.log(given.unit).sum()
+    def within(self, units: Units) -> Given:
+        """The same in other units."""
+        return self._replace(around=self.around._replace(units=units))
 
 
 def _expected(given: Given, x: Any) -> Any:
@@ -114,7 +64,7 @@ def _expected(given: Given, x: Any) -> Any:
 
 
 def _point(made: Made, given: Given, x: Any) -> Point:
-    phi, total = _phi(made, given, x)
+    phi, total = phi_and_density(made, given.around, x)
     near = _expected(given, x)
     found = log_evidence(made.likelihood, made.prior, given.rows, phi, near, given.rule)
     total = total + found.log_evidence.sum()
@@ -122,7 +72,7 @@ def _point(made: Made, given: Given, x: Any) -> Point:
 
 
 def _rough_point(made: Made, given: Given, x: Any) -> Point:
-    phi, total = _phi(made, given, x)
+    phi, total = phi_and_density(made, given.around, x)
     near = _expected(given, x)
     found, _ = laplace_near(made.likelihood, made.prior, given.rows, phi, near)
     total = total + found.sum()
@@ -137,7 +87,7 @@ def _points(of: Any, made: Made, given: Given, xs: Any) -> Point:
 @functools.partial(jax.jit, static_argnums=0)
 def _value_and_slope(made: Made, given: Given, x: Any) -> Any:
     def log_density(v: Any) -> Any:
-        phi, total = _phi(made, given, v)
+        phi, total = phi_and_density(made, given.around, v)
         found = log_evidence(made.likelihood, made.prior, given.rows, phi, given.modes, given.rule)
         return total + found.log_evidence.sum()
 
@@ -149,7 +99,9 @@ def _modes_near(made: Made, given: Given, x: Any) -> tuple[Any, Any]:
     """z* (d, J) at x and its slopes A⁻¹ ∂(∇Ψ)/∂x (k, d, J)."""
 
     def tasks(v: Any) -> Whitened:
-        return Whitened.at(made.likelihood, made.prior, given.rows, _phi(made, given, v)[0])
+        return Whitened.at(
+            made.likelihood, made.prior, given.rows, phi_and_density(made, given.around, v)[0]
+        )
 
     here = tasks(x)
     stand = at_modes(here, climb(here, given.modes).z)
@@ -170,47 +122,19 @@ class ByQuadrature:
     num_white, exact, spread, has_rough = 0, True, False, True
 
     def __init__(self, model: HierarchicalModel, tasks: Tasks, found: Integrated, modes: Any):
-        shape = model.shape(tasks)
-        self.beliefs = model.phi_distributions(tasks)
-        leaves, how = jax.tree.flatten(self.beliefs)
-        others = tuple(name for name in shape.parameters if name != "sigma")
-        lines = lines_of(others, self.beliefs)
-        self.made = Made(model.likelihood, model.prior, shape, lines, how)
-        self.coordinates, self.shape = Coordinates.of(shape), shape
-        self.num_coef, self.num_tasks = len(shape.coef), tasks.num_tasks
+        self.chart = chart = Chart(model, tasks, found.optimum)
+        self.made, self.proper, self.units = chart.made, chart.proper, chart.around.units
+        self.num_coef, self.num_tasks = len(chart.made.shape.coef), tasks.num_tasks
         self.num_nodes = found.num_nodes
-        self.proper = not any(map(improper, self.beliefs.values()))
-        scales, phi = model.scales(tasks), found.optimum.phi
-        self.units = Units(0.3 * scales.coef, float(phi.get("sigma", 1.0)))
-        errors = found.optimum.standard_errors
-        parts, spread = (
-            [phi["mu"][np.array(shape.free_mean)]],
-            [errors["mu"][np.array(shape.free_mean)]],
-        )
-        for name in ("gamma", "beta"):
-            if name in phi:
-                parts.append(np.ravel(phi[name]))
-                spread.append(np.ravel(errors[name]))
-        unit = np.concatenate(spread)
-        rough = np.concatenate(
-            [scales.mu[np.array(shape.free_mean)]]
-            + ([np.ravel(scales.coef[:, None] / scales.task_predictors)] if "gamma" in phi else [])
-            + ([scales.shared] if "beta" in phi else [])
-        )
-        unit = np.where(np.isfinite(unit) & (unit > 0), unit, 0.1 * rough)
         self.rows = jax.tree.map(jnp.asarray, rows_of(tasks, model.likelihood))
         self.given = Given(
-            self.rows, leaves, self.units, np.concatenate(parts), unit,
-            grid(found.num_nodes, self.num_coef), modes, None, None,
-        )  # fmt: skip
-        self._own = [float(LINES[kind].inverse(phi[name])) for name, kind in lines]
-        self._tau = np.maximum(phi["tau"], 0.05 * scales.coef)
+            self.rows, chart.around, grid(found.num_nodes, self.num_coef), modes, None, None
+        )
 
     @property
     def start(self) -> np.ndarray:
         """A first guess of x, in ``units``: empirical Bayes."""
-        scales = self.coordinates.vector(self._tau, self.units.sigma, self.units)
-        return np.concatenate([scales, self._own, np.zeros(len(self.given.unit))])
+        return self.chart.start
 
     @property
     def at_once(self) -> int:
@@ -220,24 +144,21 @@ class ByQuadrature:
 
     def prepare(self, units: Units, x: np.ndarray) -> None:
         """Find the modes at x, and how they move from there."""
-        modes, drift = _modes_near(self.made, self.given._replace(units=units), x)
+        modes, drift = _modes_near(self.made, self.given.within(units), x)
         self.given = self.given._replace(modes=modes, x=jnp.asarray(x), drift=drift)
 
     def rescaled(self, x: np.ndarray, units: Units, new: Units) -> np.ndarray:
         """The same point in other units."""
-        k = self.coordinates.size
-        return np.concatenate(
-            [self.coordinates.rescaled(x[..., :k], units, new), x[..., k:]], axis=-1
-        )
+        return self.chart.rescaled(x, units, new)
 
     def log_density(self, units: Units) -> Callable[[Any, Any], Any]:
         """The density of one point; without e."""
-        given = self.given._replace(units=units)
+        given = self.given.within(units)
         return lambda x, e: _point(self.made, given, x).log_density
 
     def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the log density at x and its slope, for a minimiser."""
-        value, slope = _value_and_slope(self.made, self.given._replace(units=units), x)
+        value, slope = _value_and_slope(self.made, self.given.within(units), x)
         value = -float(value)
         return (value if np.isfinite(value) else 1e300), -np.nan_to_num(np.asarray(slope))
 
@@ -247,7 +168,7 @@ class ByQuadrature:
     ) -> Point:  # fmt: skip
         """φ by name (n, …) and log densities (n,) at xs, in batches of one shape."""
         del es
-        given, of = self.given._replace(units=units), _rough_point if rough else _point
+        given, of = self.given.within(units), _rough_point if rough else _point
         return in_batches(lambda x: _points(of, self.made, given, x), (xs,), self.at_once, advance)
 
 

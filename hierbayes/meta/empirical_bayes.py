@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import jax
 import numpy as np
 
-from hierbayes.adaptation import Adaptation, Adapted, Conjugate, Laplace, Quadrature, separation
+from hierbayes.adaptation import (
+    Adaptation,
+    Adapted,
+    Conjugate,
+    Laplace,
+    MixedScales,
+    Quadrature,
+    separation,
+)
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.fit import Fit
 from hierbayes.likelihoods import LastLayer
@@ -23,6 +31,7 @@ from hierbayes.meta.episodic import on_episodes
 from hierbayes.meta.inner_loop import refuse_idle
 from hierbayes.meta.last_layer import maximise_evidence_of_features
 from hierbayes.meta.marginal import maximise_likelihood
+from hierbayes.meta.mixture_mode import maximise_mixture
 from hierbayes.meta.posterior_mode import maximise_posterior, resolve_for_mode
 from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel
@@ -73,8 +82,9 @@ def empirical_bayes(
         to τ, which keeps τ̂ off zero (Chung et al. 2013); a prior on τ given by the user is used
         as it is.
     evidence : "auto", "exact", "laplace" or "quadrature"
-        How θ_j is integrated out. Gaussian tasks are exact. Others take adaptive Gauss–Hermite
-        quadrature, for up to three coefficients, with as many nodes as the evidence needs
+        How θ_j is integrated out. Gaussian tasks are exact; under a Student-t prior but for one
+        integral, which is right to 1e-10. Others take adaptive Gauss–Hermite quadrature, for up to
+        three coefficients, with as many nodes as the evidence needs
         (``info["num_nodes"]`` a dimension, estimated error ``info["evidence_error"]``), or
         Laplace's approximation, which is biased for small tasks: up to three coefficients a
         warning says by how much, beyond them nothing does. "auto" is exact where that can be,
@@ -146,7 +156,7 @@ def empirical_bayes(
     integral = chosen_evidence(model, tasks, evidence, criterion)
     resolved = resolve_for_mode(model, tasks) if criterion == "map" else model.resolve(tasks)
     info: dict[str, Any] = {"criterion": criterion, "evidence": integral}
-    adaptation: Adaptation = Conjugate()
+    adaptation: Adaptation = Conjugate() if model.prior.gaussian else MixedScales()
     more: list[str] = []
     if integral != "exact":
         found = maximise_approximate(
@@ -155,6 +165,8 @@ def empirical_bayes(
         optimum, more = found.optimum, found.remarks
         adaptation = Quadrature(found.num_nodes) if integral == "quadrature" else Laplace()
         info |= {"num_nodes": found.num_nodes, "evidence_error": found.error}
+    elif not model.prior.gaussian:
+        optimum = maximise_mixture(resolved, tasks, with_belief=criterion == "map")
     elif criterion == "map":
         optimum = maximise_posterior(resolved, tasks)
     else:
@@ -163,6 +175,9 @@ def empirical_bayes(
     draws = None
     if num_chains * num_draws * training.mean.size <= LARGEST_THETA:
         draws = functools.partial(_draws, training, seed, num_chains, num_draws)
+        if isinstance(adaptation, MixedScales):
+            given = (adaptation, resolved, tasks, optimum.phi, seed, num_chains, num_draws)
+            draws = functools.partial(_mixed_draws, *given)
     remarks = _remarks(tasks, optimum.phi, resolved.scales(tasks).spread)
     return Fit(
         "empirical Bayes", resolved, tasks, optimum.phi, adaptation, training,
@@ -183,6 +198,17 @@ def chosen_evidence(
     if asked not in kinds:
         raise InputError(f"evidence must be one of {listing(list(kinds))}, found {asked!r}")
     gaussian, d = model.likelihood.gaussian_in_theta, len(tasks.coef)
+    if not model.prior.gaussian:
+        if not gaussian:
+            model.require_gaussian_prior(
+                f"empirical_bayes under a {type(model.likelihood).__name__} likelihood",
+                "its evidence is not offered", 'use full_bayes(method="nuts")',
+            )  # fmt: skip
+        if criterion == "reml":
+            model.require_gaussian_prior(
+                'criterion="reml"', "mu and beta cannot be integrated out of its evidence",
+                'use "ml" or "map", or full_bayes',
+            )  # fmt: skip
     if gaussian:
         if asked not in ("auto", "exact"):
             raise InputError(f'evidence={asked!r}: of Gaussian tasks it is exact; leave it "auto"')
@@ -210,6 +236,15 @@ def _draws(training: Adapted, seed: int | jax.Array, num_chains: int, num_draws:
     rng = np.random.default_rng(np.asarray(jax.random.key_data(as_key(seed))))
     drawn = training.draw(rng, num_chains * num_draws)
     return drawn.reshape(num_chains, num_draws, *training.mean.shape)
+
+
+def _mixed_draws(
+    adaptation: MixedScales, model: HierarchicalModel, tasks: Tasks, phi: dict[str, np.ndarray],
+    seed: int | jax.Array, num_chains: int, num_draws: int,
+) -> np.ndarray:  # fmt: skip
+    """The same under a Student-t prior, where posteriors are not normal."""
+    drawn = adaptation.draws_at(model, tasks, phi, num_chains * num_draws, seed)
+    return drawn.reshape(num_chains, num_draws, *drawn.shape[1:])
 
 
 def _remarks(tasks: Tasks, phi: dict[str, np.ndarray], spread: float) -> list[str]:

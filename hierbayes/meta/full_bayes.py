@@ -18,11 +18,12 @@ import numpy as np
 import numpyro
 from numpyro.distributions import biject_to
 
-from hierbayes.adaptation import Adaptation, Conjugate, Laplace, separation
+from hierbayes.adaptation import Adaptation, Conjugate, Laplace, MixedScales, NotOffered, separation
 from hierbayes.errors import InputError, announce
 from hierbayes.fit import Fit
 from hierbayes.fit.adapting import theta_under
 from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS
+from hierbayes.meta.by_mixture import ByMixture
 from hierbayes.meta.by_quadrature import by_quadrature
 from hierbayes.meta.collapsed import Collapsed
 from hierbayes.meta.collapsed_sampling import sample_collapsed
@@ -39,6 +40,11 @@ effective sizes are not asked for."""
 NO_EVIDENCE = (
     "the sampler draws from the posterior without its normalising constant, or the hyperprior is "
     "improper"
+)
+
+NO_ADAPTATION = (
+    "new tasks cannot be adapted to under a Student-t prior where tasks are not Gaussian: fit them "
+    "together with the others, or take priors.Gaussian()"
 )
 
 
@@ -65,13 +71,15 @@ def full_bayes(
         "collapsed" integrates θ out, samples φ by independence Metropolis, then draws θ given
         φ: no funnel, and draws next to independent. Of Gaussian tasks θ and the fixed effects (μ,
         Γ, β) are integrated out exactly and drawn from their exact conditional, at a cost that does
-        not depend on the number of rows. Of others, with up to three coefficients, θ alone is, by
-        quadrature (see :func:`empirical_bayes`), and drawn by short independence chains, which
+        not depend on the number of rows. Under a Student-t prior θ alone is integrated out of
+        Gaussian tasks, and φ sampled whole. Of others, with up to three coefficients, θ alone is,
+        by quadrature (see :func:`empirical_bayes`), and drawn by short independence chains, which
         name the tasks where they do badly. Where fewer than 20 % of the proposals are accepted,
         NUTS samples the same density, and a warning says so. "nuts" samples φ and θ jointly,
         non-centred; after it :meth:`Fit.adapt` draws new tasks' θ from Laplace posteriors, unless
         tasks are Gaussian. "auto" collapses Gaussian tasks, and those of the other families with
-        up to three coefficients; NUTS samples tasks with more, and NumPyro programs.
+        up to three coefficients; NUTS samples tasks with more, NumPyro programs,
+        and tasks that are not Gaussian under a Student-t prior.
     num_draws, num_chains : int
         Draws kept a chain, and chains. Above 50 million draws × tasks × coefficients θ is kept as
         mean and covariance, averaged over at least 200 draws of φ.
@@ -124,16 +132,22 @@ def full_bayes(
     model.check(tasks, learns_prior=True)
     resolved = model.resolve(tasks)
     exact = resolved.likelihood.gaussian_in_theta
-    integrable = exact or len(tasks.coef) <= MOST_DIMENSIONS
+    normal = resolved.prior.gaussian
+    integrable = exact or (normal and len(tasks.coef) <= MOST_DIMENSIONS)
     if method == "auto":
         method = "collapsed" if integrable and resolved.likelihood.linear else "nuts"
+    if method == "collapsed" and not (exact or normal):
+        resolved.require_gaussian_prior(
+            'method="collapsed" where tasks are not Gaussian',
+            "theta cannot be integrated out by the quadrature that is there", 'use method="nuts"',
+        )  # fmt: skip
     if method == "collapsed" and not integrable:
         raise InputError(
             'method="collapsed" integrates theta out, by quadrature for up to '
             f"{MOST_DIMENSIONS} coefficients where tasks are not Gaussian; found "
             f'{len(tasks.coef)}: use method="nuts"'
         )
-    adaptation: Adaptation = Conjugate() if exact else Laplace()
+    adaptation: Any = _adaptation(resolved)
     settings: dict[str, Any] = dict(
         num_draws=num_draws, num_chains=num_chains, num_warmup=num_warmup,
         target_accept=target_accept, progress=progress,
@@ -146,7 +160,9 @@ def full_bayes(
             rng = as_rng(seed)  # NumPy's: of JAX's own each kind of draw would be compiled first
             key_theta = int(rng.integers(2**63))
             target: Any = None
-            if exact:
+            if exact and not normal:
+                target = ByMixture(resolved, tasks)
+            elif exact:
                 target = Collapsed(resolved, tasks)
             else:
                 target, adaptation, more = by_quadrature(resolved, tasks)
@@ -189,6 +205,13 @@ def full_bayes(
         info=info | {"remarks": separation.remark(tasks, resolved.likelihood),
                      "seconds": time.perf_counter() - started},
     )  # fmt: skip
+
+
+def _adaptation(model: HierarchicalModel) -> Adaptation:
+    """How tasks are adapted to given draws of φ."""
+    if not model.likelihood.gaussian_in_theta:
+        return Laplace() if model.prior.gaussian else NotOffered(NO_ADAPTATION)
+    return Conjugate() if model.prior.gaussian else MixedScales()
 
 
 def _start(

@@ -137,6 +137,10 @@ def imaml(
     0.1
     """
     started = time.perf_counter()
+    model.require_gaussian_prior(
+        "iMAML", "its inner problem is a MAP estimate under N(φ, I/λ)",
+        "use empirical_bayes or full_bayes, or priors.Gaussian()",
+    )  # fmt: skip
     inner: dict[str, Any] = dict(
         num_steps=num_steps, step_size=step_size, loss=loss, derivative=derivative,
         inner_optimiser=inner_optimiser,

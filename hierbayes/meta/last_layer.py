@@ -35,6 +35,10 @@ def maximise_evidence_of_features(
     """φ̂ = (mu, tau, sigma, features) from a source of tasks, by stochastic ascent."""
     started = time.perf_counter()
     model = model.without_encoder()
+    model.require_gaussian_prior(
+        "empirical_bayes on a learned last layer", "its evidence is that of a Gaussian prior",
+        "use priors.Gaussian(correlated=False)",
+    )  # fmt: skip
     if getattr(model.prior, "correlated", False):
         raise InputError(
             "the last layer's prior is independent: pass hb.priors.Gaussian(correlated=False). "

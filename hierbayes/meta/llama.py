@@ -127,6 +127,9 @@ def llama(
 
 def _require_gaussian_network(model: HierarchicalModel) -> None:
     likelihood = model.likelihood
+    model.require_gaussian_prior(
+        "llama", "the prior that its steps imply is Gaussian", "use priors.Gaussian()"
+    )
     if likelihood.linear or "sigma" not in likelihood.parameters():
         raise NotApplicable(
             "llama takes a Network with Gaussian outcomes; for other outcomes use hb.meta.abml or "

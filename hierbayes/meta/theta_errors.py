@@ -102,6 +102,10 @@ def _nodes(fit: Fit) -> int:
         )
     if fit.evidence is None:
         raise NotApplicable("phi was learned from other tasks: ask the fit that learned it")
+    fit.model.require_gaussian_prior(
+        "theta_standard_errors", "its derivatives are those of a normal posterior",
+        "full_bayes counts what is not known of phi",
+    )  # fmt: skip
     if not isinstance(fit.adaptation, Conjugate | Laplace | Quadrature):
         raise NotApplicable("features that are learned have no observed information")
     if fit.info["criterion"] == "reml":

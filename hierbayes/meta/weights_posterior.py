@@ -92,6 +92,9 @@ def nuts(
     model.likelihood.check(tasks)
     if tasks.outcome is None:
         raise InputError(f"the tasks hold no outcome {tasks.labels.outcome!r} to learn from")
+    model.require_gaussian_prior(
+        "nuts over weights", "it samples under N(μ, diag τ²)", "use priors.Gaussian()"
+    )
     phi = {name: np.asarray(fit.phi[name]) for name in ("mu", "tau", "sigma") if name in fit.phi}
     for name, value in (("tau", tau), ("sigma", sigma)):
         if value is not None:

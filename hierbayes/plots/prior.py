@@ -10,7 +10,7 @@ import numpy as np
 from hierbayes.adaptation import LeastSquares
 from hierbayes.fit import Fit
 from hierbayes.plots.style import as_fits, axes_or_new, looks, pick_coef, pick_name
-from hierbayes.priors.learned import LearnedPrior
+from hierbayes.priors import LearnedPrior, StudentT
 
 LONE = {"color": "#0072B2"}
 """What a prior without a fit looks like."""
@@ -42,10 +42,11 @@ def learned_prior(
         k = fits.coef.index(name)
         roots = fits.scale_trils[:, k]
         scales = np.abs(roots) if roots.ndim == 1 else np.linalg.norm(roots, axis=-1)
-        centre, spread = fits.mean[k], np.sqrt(fits.variance[k])
+        centre = fits.weights @ fits.locations[:, k]
+        spread = np.sqrt((fits.weights * (scales**2 + (fits.locations[:, k] - centre) ** 2)).sum())
         reach = 4 * spread if spread > 0 else max(abs(centre), 1.0)
         grid = np.linspace(centre - reach, centre + reach, 400)
-        _draw(ax, grid, fits.locations[:, k], scales, fits.weights, LONE)
+        _draw(ax, grid, fits.locations[:, k], scales, fits.weights, LONE, fits.df)
     else:
         name = _of_fits(ax, as_fits(fits), coef)
     ax.set_ylim(bottom=0)
@@ -81,14 +82,23 @@ def _of_fits(ax: Any, fits: dict[str, Fit], coef: str | None) -> str:
         w = fit.tasks.task_predictors.mean(0)
         moved = fit.phi["gamma"][k] @ w if "gamma" in fit.phi else 0.0
         if "tau" not in fit.phi or fit.phi["tau"][k] == 0:
-            _draw(ax, grid, np.atleast_1d(fit.phi["mu"][k] + moved), np.zeros(1), np.ones(1), look)
+            _draw(
+                ax,
+                grid,
+                np.atleast_1d(fit.phi["mu"][k] + moved),
+                np.zeros(1),
+                np.ones(1),
+                look,
+                None,
+            )
             continue
         draws = fit.phi_draws
         mu = np.atleast_1d(fit.phi["mu"][k] if draws is None else draws["mu"][..., k].ravel())
         if "gamma" in fit.phi:
             mu = mu + (moved if draws is None else (draws["gamma"][..., k, :] @ w).ravel())
         tau = np.atleast_1d(fit.phi["tau"][k] if draws is None else draws["tau"][..., k].ravel())
-        _draw(ax, grid, mu, tau, np.full(len(mu), 1 / len(mu)), look)
+        df = prior.df if isinstance(prior := fit.model.prior, StudentT) else None
+        _draw(ax, grid, mu, tau, np.full(len(mu), 1 / len(mu)), look, df)
     inside = own[(own >= grid[0]) & (own <= grid[-1])]
     ax.plot(inside, np.zeros(len(inside)), "|", color="#777777", markersize=9, clip_on=False)
     ax.set_xlim(grid[0], grid[-1])
@@ -96,9 +106,10 @@ def _of_fits(ax: Any, fits: dict[str, Fit], coef: str | None) -> str:
 
 
 def _draw(
-    ax: Any, grid: np.ndarray, locations: Any, scales: Any, weights: Any, look: dict[str, Any]
-) -> None:
-    """The density of a mixture of normals, or a line where it has no width."""
+    ax: Any, grid: np.ndarray, locations: Any, scales: Any, weights: Any, look: dict[str, Any],
+    df: float | None,
+) -> None:  # fmt: skip
+    """The density of a mixture of normals or Student-t, or a line where it has no width."""
     from scipy import stats
 
     if not scales.any() and np.ptp(locations) == 0:
@@ -108,5 +119,6 @@ def _draw(
     # a component narrower than the grid's step would be a spike of one draw
     width = np.maximum(scales[thin], 2 * (grid[1] - grid[0]))
     share = weights[thin] / weights[thin].sum()
-    density = stats.norm.pdf(grid[:, None], locations[thin], width) @ share
+    bell: Any = stats.norm if df is None else stats.t(df)
+    density = (bell.pdf((grid[:, None] - locations[thin]) / width) / width) @ share
     ax.plot(grid, density, linewidth=1.8, **look)

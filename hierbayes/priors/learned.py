@@ -3,8 +3,8 @@ r"""The learned prior as an object of its own: p(θ_new | D_1..J).
 .. math:: p(\theta_\text{new} \mid D_{1..J})
           = \sum_s \pi_s\, N(\theta_\text{new};\; m_s,\; L_s L_s^\top)
 
-One component for a point φ, one a draw of φ under full Bayes; a point in directions without
-variance.
+Student-t in the place of normal where the prior of tasks is. One component for a point φ, one a
+draw of φ under full Bayes; a point in directions without variance.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hierbayes.errors import InputError, listing
 from hierbayes.priors.assembled import Assembled
 from hierbayes.priors.learned_json import MOST_COMPONENTS, read_json, write_json
 from hierbayes.priors.roots import Structure, structure_of, sub_root, tidy
+from hierbayes.priors.student_t import degrees_of_freedom, root_precision
 
 
 class LearnedPrior(dist.Distribution):
@@ -45,6 +46,8 @@ class LearnedPrior(dist.Distribution):
         L_s, lower triangular; its diagonal alone where θ's entries are independent.
     weights : array (S,), optional
         π_s, positive, adding up to one; equal by default.
+    df : float, optional
+        ν, where z is Student-t: that of a :class:`~hierbayes.priors.StudentT` prior.
 
     Attributes
     ----------
@@ -81,6 +84,7 @@ class LearnedPrior(dist.Distribution):
         scale_trils: Any,
         weights: Any = None,
         *,
+        df: float | None = None,
         validate_args: Any = None,
     ):
         self.coef = tuple(str(name) for name in coef)
@@ -91,6 +95,9 @@ class LearnedPrior(dist.Distribution):
             weights = np.full(count, 1 / max(count, 1))
         self.weights = _finite(weights, "weights")
         _check(self.coef, self.locations, roots, self.weights)
+        self.df = None if df is None else degrees_of_freedom(df)
+        if self.df is not None and roots.ndim == 2:  # one λ for all entries: not independent
+            roots = roots[:, :, None] * np.eye(len(self.coef))
         self._structure: Structure = structure_of(self.locations, roots)
         self.scale_trils = tidy(roots, self._structure)
         super().__init__(event_shape=(len(self.coef),), validate_args=validate_args)
@@ -98,20 +105,23 @@ class LearnedPrior(dist.Distribution):
     def __repr__(self) -> str:
         names = self.coef if len(self.coef) <= 12 else f"({listing(self.coef, 3)})"
         count = len(self.weights)
-        return f"LearnedPrior(coef={names}, {count} component{'s' if count > 1 else ''})"
+        law = "" if self.df is None else f", Student-t with {self.df:g} degrees of freedom"
+        return f"LearnedPrior(coef={names}, {count} component{'s' if count > 1 else ''}{law})"
 
     # ------------------------------------------------------------ as a distribution
 
     def tree_flatten(self) -> Any:
         """The numbers are leaves; names, and where there is no variance, are structure."""
-        return (self.weights, self.locations, self.scale_trils), (self.coef, self._structure)
+        return (self.weights, self.locations, self.scale_trils), (
+            self.coef, self._structure, self.df
+        )  # fmt: skip
 
     @classmethod
     def tree_unflatten(cls, aux_data: Any, params: Any) -> Any:
         """The distribution again."""
         whole = cls.__new__(cls)
         whole.weights, whole.locations, whole.scale_trils = params
-        whole.coef, whole._structure = aux_data
+        whole.coef, whole._structure, whole.df = aux_data
         dist.Distribution.__init__(whole, event_shape=(len(whole.coef),), validate_args=False)
         return whole
 
@@ -130,11 +140,16 @@ class LearnedPrior(dist.Distribution):
         return Assembled([(white, (free,))], background).support
 
     def sample(self, key: jax.Array | None, sample_shape: tuple[int, ...] = ()) -> jax.Array:
-        """Draws (…, d): a component, then a normal; in the caller's own precision."""
+        """Draws (…, d): a component, then z; in the caller's own precision."""
         assert key is not None
         key_component, key_white = jax.random.split(key)
         locations, roots = jnp.asarray(self.locations), jnp.asarray(self.scale_trils)
         white = jax.random.normal(key_white, (*sample_shape, len(self.coef)), locations.dtype)
+        if self.df is not None:
+            precision = jax.random.gamma(
+                jax.random.fold_in(key, 1), 0.5 * self.df, sample_shape, locations.dtype
+            )
+            white = white / jnp.sqrt(precision * 2 / self.df)[..., None]
         at: Any = 0
         if len(self.weights) > 1:
             log_weights = jnp.log(jnp.asarray(self.weights))
@@ -163,21 +178,25 @@ class LearnedPrior(dist.Distribution):
         x, m = value[..., None, free], locations[:, free]
         if roots.ndim == 2:
             each = dist.Normal(m, roots[:, free]).log_prob(x).sum(-1)
-        else:
+        elif self.df is None:
             each = dist.MultivariateNormal(m, scale_tril=sub_root(roots, free)).log_prob(x)
+        else:
+            each = dist.MultivariateStudentT(self.df, m, sub_root(roots, free)).log_prob(x)
         return logsumexp(each + jnp.log(jnp.asarray(self.weights)), axis=-1)
 
     # --------------------------------------------------------------------- moments
 
     @property
     def mean(self) -> Any:
-        """E[θ] (d,)."""
+        """E[θ] (d,); NaN up to one degree of freedom."""
+        if self.df is not None and self.df <= 1:
+            return np.full(len(self.coef), np.nan)
         return (self.weights[:, None] * self.locations).sum(0)
 
     @property
     def variance(self) -> Any:
         """The diagonal of the covariance (d,): the mean of the variances, the variance of means."""
-        within = self.scale_trils**2
+        within = self._widened(self.scale_trils**2)
         within = within if within.ndim == 2 else within.sum(-1)
         return (self.weights[:, None] * (within + (self.locations - self.mean) ** 2)).sum(0)
 
@@ -189,8 +208,16 @@ class LearnedPrior(dist.Distribution):
         if self.scale_trils.ndim == 2:
             within = (self.weights[:, None] * self.scale_trils**2).sum(0)
             return between + np.eye(len(self.coef)) * within
-        products = self.scale_trils @ self.scale_trils.swapaxes(-1, -2)
+        products = self._widened(self.scale_trils @ self.scale_trils.swapaxes(-1, -2))
         return between + (self.weights[:, None, None] * products).sum(0)
+
+    def _widened(self, squares: Any) -> Any:
+        """Times Var(z): ν / (ν − 2) of Student-t, infinite up to two degrees of freedom."""
+        if self.df is None:
+            return squares
+        if self.df > 2:
+            return squares * self.df / (self.df - 2)
+        return np.where(squares == 0, 0.0, np.copysign(np.inf, squares))
 
     @property
     def covariance_matrix(self) -> Any:
@@ -202,6 +229,8 @@ class LearnedPrior(dist.Distribution):
         rng = np.random.default_rng(seed)
         at = rng.choice(len(self.weights), size=num_draws, p=self.weights / self.weights.sum())
         white = rng.standard_normal((num_draws, len(self.coef)))
+        if self.df is not None:
+            white = white / root_precision(self.df, rng, (num_draws,))
         if self.scale_trils.ndim == 2:
             return self.locations[at] + self.scale_trils[at] * white
         return self.locations[at] + np.einsum("sij,sj->si", self.scale_trils[at], white)
@@ -221,9 +250,10 @@ class LearnedPrior(dist.Distribution):
         locations       m_s, S lists of d numbers
         scale_trils     L_s, S lists of d rows of d numbers, lower triangular; or S lists
                         of d standard deviations where θ's entries are independent
+        df              ν, or null where z is normal
         ==============  ===============================================================
 
-        so that θ = m_s + L_s z with z standard normal and s drawn by π.
+        so that θ = m_s + L_s z with z standard normal, or Student-t, and s drawn by π.
 
         Parameters
         ----------

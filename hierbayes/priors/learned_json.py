@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hierbayes.priors.learned import LearnedPrior
 
 FORMAT, VERSION = "hierbayes learned prior", 1
-FIELDS = ("coef", "weights", "locations", "scale_trils")
+FIELDS = ("coef", "weights", "locations", "scale_trils", "df")
 
 MOST_COMPONENTS = 500
 """Components that a file holds unless more are asked for."""
@@ -38,6 +38,7 @@ def write_json(prior: LearnedPrior, path: Any, num_components: int) -> str:
             "weights": weights.tolist(),
             "locations": prior.locations[kept].tolist(),
             "scale_trils": prior.scale_trils[kept].tolist(),
+            "df": prior.df,
         },
         allow_nan=False,
         ensure_ascii=False,

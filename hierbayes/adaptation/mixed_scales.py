@@ -1,0 +1,323 @@
+r"""The posterior of Gaussian tasks under a Student-t prior, a mixture over each task's own scale.
+
+.. math::
+
+    p(\theta_j \mid D_j, \varphi) = \int N\!\left(\theta_j;\; m_j + L Q\, \frac{B_Q^\top a_j}
+        {\lambda \sigma^2 + s^2},\; L Q\, \frac{\sigma^2}{\lambda\sigma^2 + s^2}\, Q^\top L^\top
+        \right) p(\lambda \mid D_j, \varphi)\, d\lambda
+
+with B_j = R_j L as in :mod:`~hierbayes.adaptation.conjugate`, Q the directions that make the
+columns of B_Q = B_j Q orthogonal, and s their lengths. The integral is a sum over the nodes λ_k of
+:func:`~hierbayes.priors.student_t.mixing`, right to rounding error at every θ; so are draws, with
+λ drawn from the nodes and θ given λ from its normal.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.adaptation.base import Adaptation, Adapted
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import as_rng, float64, matmul, matvec
+from hierbayes.priors import Prior, StudentT
+from hierbayes.priors.student_t import mixing
+from hierbayes.sharding import gathered, place
+from hierbayes.statistics import Statistics, placed_statistics
+from hierbayes.tasks import Tasks
+
+NUMBERS_AT_ONCE = 1_000_000
+"""Nodes × tasks × draws that are worked on together."""
+
+STRATA = 64
+"""Normals of which a task's posterior is made up in predictions."""
+
+
+class Directions(NamedTuple):
+    """What does not depend on λ; tasks on the last axis.
+
+    ``location`` m (d, J); ``root`` L (d, d); ``turned`` L Q (d, d, J); ``squares`` s² (d, J);
+    ``pull`` B_Qᵀ a (d, J).
+    """
+
+    location: jax.Array
+    root: jax.Array
+    turned: jax.Array
+    squares: jax.Array
+    pull: jax.Array
+
+
+class Spread(NamedTuple):
+    """What the evidence given λ is made of; tasks on the last axis.
+
+    ``location`` m (d, J), ``root`` L (d, d), ``design`` B (d, d, J), ``moved`` a (d, J) and
+    ``left`` b (p + 1, J) as in :mod:`~hierbayes.adaptation.conjugate`.
+    """
+
+    location: jax.Array
+    root: jax.Array
+    design: jax.Array
+    moved: jax.Array
+    left: jax.Array
+    noise_variance: Any
+
+
+def bring_together(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> Spread:
+    """A Gaussian task and the centre and scale matrix of its prior."""
+    d = stats.num_coef
+    noise_variance = phi["sigma"] ** 2 if "sigma" in phi else jnp.ones(())
+    location, root = prior.location(phi, stats.task_predictors.T).T, prior.scale_tril(phi)
+    residual = stats.y
+    if "beta" in phi:
+        residual = residual - jnp.einsum("mpj,p->mj", stats.z, phi["beta"])
+    x = stats.x[:d]
+    design = matmul(x, root[:, :, None])
+    moved = residual[:d] - matvec(x, location)
+    return Spread(location, root, design, moved, residual[d:], noise_variance)
+
+
+def principal_axes(a: jax.Array) -> jax.Array:
+    """Eigenvectors (d, d, J), a column each, of symmetric (d, d, J) matrices; held constant."""
+    a, d = jax.lax.stop_gradient(a), len(a)
+    if d == 1:
+        return jnp.ones_like(a)
+    if d == 2:
+        angle = 0.5 * jnp.arctan2(2 * a[0, 1], a[0, 0] - a[1, 1])
+        c, s = jnp.cos(angle), jnp.sin(angle)
+        return jnp.stack([jnp.stack([c, -s]), jnp.stack([s, c])])
+    return jnp.moveaxis(jnp.linalg.eigh(jnp.moveaxis(a, -1, 0))[1], 0, -1)
+
+
+def log_evidence_by_precision(spread: Spread, precision: Any) -> jax.Array:
+    r"""−½ [log |V| + aᵀ V⁻¹ a] of every λ_k and task (K, J), with V = σ² I + B Bᵀ / λ.
+
+    In the axes U of B Bᵀ, with ã = Uᵀ a and W = Uᵀ B Bᵀ U: V is diagonal there, so that nothing
+    cancels. U is held constant; what W has off its diagonal is zero but for its derivative, which
+    counts to first order, so that slopes are right.
+    """
+    d = len(spread.moved)
+    axes = principal_axes(matmul(spread.design, jnp.swapaxes(spread.design, 0, 1)))
+    back = jnp.swapaxes(axes, 0, 1)
+    rows, moved = matmul(back, spread.design), matvec(back, spread.moved)
+    wide = 1.0 / jnp.asarray(precision)[:, None]
+    variances = [spread.noise_variance + (rows[i] ** 2).sum(0) * wide for i in range(d)]
+    reduced = [moved[i] / variances[i] for i in range(d)]
+    total = sum(
+        jnp.log(v) + r * moved[i] for i, (v, r) in enumerate(zip(variances, reduced, strict=True))
+    )
+    for i in range(d):
+        for k in range(i):
+            between = (rows[i] * rows[k]).sum(0)
+            total = total - 2 * reduced[i] * reduced[k] * between * wide
+    return -0.5 * jnp.asarray(total)
+
+
+def weights(spread: Spread, prior: StudentT) -> jax.Array:
+    """p(λ_k | D_j, φ) of every node and task (K, J)."""
+    rule = mixing(prior.df, len(spread.moved))
+    logs = log_evidence_by_precision(spread, rule.precision)
+    return jax.nn.softmax(logs + jnp.asarray(rule.log_weight)[:, None], axis=0)
+
+
+def directions(spread: Spread) -> Directions:
+    """What θ given λ is made of."""
+    turn = principal_axes(matmul(jnp.swapaxes(spread.design, 0, 1), spread.design))
+    columns = matmul(spread.design, turn)
+    return Directions(
+        spread.location, spread.root, matmul(spread.root[:, :, None], turn),
+        (columns**2).sum(0), (columns * spread.moved[:, None]).sum(0),
+    )  # fmt: skip
+
+
+def _normals(at: Directions, noise_variance: Any, precision: Any) -> tuple[jax.Array, jax.Array]:
+    """Means and variances of θ given λ in its own directions, both (K, d, J)."""
+    wide = jnp.asarray(precision)[:, None, None] * noise_variance + at.squares
+    return at.pull / wide, noise_variance / wide
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _moments(stats: Statistics, prior: StudentT, phi: dict[str, Any]) -> tuple[Any, Any]:
+    return _moments_of(stats, prior, phi)
+
+
+def _moments_of(stats: Statistics, prior: StudentT, phi: dict[str, Any]) -> tuple[Any, Any]:
+    """Mean (J, d) and covariance (J, d, d) of every θ_j."""
+    spread = bring_together(stats, prior, phi)
+    share, at = weights(spread, prior), directions(spread)
+    rule = mixing(prior.df, stats.num_coef)
+    means, variances = _normals(at, spread.noise_variance, rule.precision)
+    mean = jnp.einsum("kj,kdj->dj", share, means)
+    away = means - mean
+    inside = jnp.einsum("kj,kdj,kej->dej", share, away, away)
+    inside = (
+        inside
+        + jnp.einsum("kj,kdj->dj", share, variances)[:, None] * jnp.eye(len(mean))[:, :, None]
+    )
+    return (
+        (at.location + matvec(at.turned, mean)).T,
+        jnp.einsum("adj,dej,bej->jab", at.turned, inside, at.turned),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _average(stats: Statistics, prior: StudentT, phis: dict[str, Any]) -> tuple[Any, Any]:
+    """Mean and covariance of every θ_j over the S values of φ."""
+
+    def add(sums: Any, phi: dict[str, Any]) -> tuple[Any, None]:
+        mean, covariance = _moments_of(stats, prior, phi)
+        return (sums[0] + mean, sums[1] + covariance + mean[:, :, None] * mean[:, None]), None
+
+    d, num_tasks = stats.num_coef, stats.num_tasks
+    size = jax.tree.leaves(phis)[0].shape[0]
+    zero = (jnp.zeros((num_tasks, d)), jnp.zeros((num_tasks, d, d)))
+    (first, second), _ = jax.lax.scan(add, zero, phis)
+    mean = first / size
+    return mean, second / size - mean[:, :, None] * mean[:, None]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def _strata(stats: Statistics, prior: StudentT, phi: dict[str, Any], count: int) -> Any:
+    """Means (S, J, d) and covariances (S, J, d, d) of ``count`` strata of λ, equally likely.
+
+    A node on the border of two counts in both by its share: the moments of all together stay.
+    """
+    spread = bring_together(stats, prior, phi)
+    above, at = jnp.cumsum(weights(spread, prior), axis=0), directions(spread)
+    above = above / above[-1]
+    ends = jnp.arange(1, count + 1)[:, None, None] / count
+    low = jnp.concatenate([jnp.zeros_like(above[:1]), above[:-1]])
+    share = jnp.minimum(above, ends) - jnp.maximum(low, ends - 1.0 / count)
+    share = count * jnp.maximum(share, 0.0)
+    rule = mixing(prior.df, stats.num_coef)
+    means, variances = _normals(at, spread.noise_variance, rule.precision)
+    mean = jnp.einsum("skj,kdj->sdj", share, means)
+    square = jnp.einsum("skj,kdj,kej->sdej", share, means, means)
+    square = square - mean[:, :, None] * mean[:, None]
+    within = jnp.einsum("skj,kdj->sdj", share, variances)
+    inside = square + within[:, :, None] * jnp.eye(within.shape[1])[None, :, :, None]
+    return (
+        jnp.swapaxes(at.location[None] + jnp.einsum("adj,sdj->saj", at.turned, mean), 1, 2),
+        jnp.einsum("adj,sdej,bej->sjab", at.turned, inside, at.turned),
+    )
+
+
+class _Ready(NamedTuple):
+    """What draws at one φ are made from: p(λ ≤ λ_k) (K, J), and θ's directions."""
+
+    above: jax.Array
+    at: Directions
+    noise_variance: Any
+
+
+def _ready(stats: Statistics, prior: StudentT, phi: dict[str, Any]) -> _Ready:
+    spread = bring_together(stats, prior, phi)
+    above = jnp.cumsum(weights(spread, prior), axis=0)
+    return _Ready(above / above[-1], directions(spread), spread.noise_variance)
+
+
+def _drawn(ready: _Ready, precision: Any, uniform: Any, white: Any) -> jax.Array:
+    """θ (d, J) from a uniform number and d normal ones a task."""
+    node = (ready.above[:-1] < uniform).sum(0)
+    wide = jnp.asarray(precision)[node] * ready.noise_variance + ready.at.squares
+    inside = ready.at.pull / wide + jnp.sqrt(ready.noise_variance / wide) * white
+    return ready.at.location + matvec(ready.at.turned, inside)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 5))
+def _draws(
+    stats: Statistics, prior: StudentT, phis: dict[str, Any], uniform: Any, white: Any, batch: int
+) -> jax.Array:
+    """A draw of every θ_j for each of S values of φ, (S, d, J)."""
+    precision = mixing(prior.df, stats.num_coef).precision
+
+    def one(given: Any) -> jax.Array:
+        phi, u, z = given
+        return _drawn(_ready(stats, prior, phi), precision, u, z)
+
+    return jax.lax.map(one, (phis, uniform, white), batch_size=batch)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _draws_at(stats: Statistics, prior: StudentT, phi: Any, uniform: Any, white: Any) -> jax.Array:
+    """S draws of every θ_j at one φ, (S, d, J)."""
+    precision = mixing(prior.df, stats.num_coef).precision
+    ready = _ready(stats, prior, phi)
+    return jax.lax.map(lambda given: _drawn(ready, precision, *given), (uniform, white))
+
+
+@dataclass(frozen=True)
+class MixedScales(Adaptation):
+    """A(D; φ) = the posterior under a Student-t prior; for Gaussian tasks.
+
+    Means and covariances by quadrature over the task's scale, to rounding error. A task without
+    rows, and up to ν = 2 degrees of freedom, has no covariance: what stands there is as wide as the
+    rule reaches.
+    """
+
+    name = "posterior over mixed scales"
+
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+        """Posterior means and covariances, and the normals that predictions take."""
+        prior, phi = _student(model), dict(phi)
+        with float64():
+            found = _moments(placed_statistics(tasks), prior, phi)
+            mean, covariance = gathered(found, tasks.num_tasks)
+
+        def normals(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            some = tasks.take(positions)
+            with float64():
+                strata = _strata(placed_statistics(some), prior, phi, STRATA)
+                return gathered(strata, some.num_tasks, axis=1)
+
+        return Adapted(mean, covariance, normals=normals)
+
+    def draws(
+        self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: Any
+    ) -> np.ndarray:
+        """Draws (S, J, d), one for each of the S values of φ."""
+        prior, stats = _student(model), placed_statistics(tasks)
+        size = len(next(iter(phis.values())))
+        nodes = len(mixing(prior.df, stats.num_coef).precision)
+        batch = int(np.clip(NUMBERS_AT_ONCE // (nodes * max(tasks.num_tasks, 1)), 1, 256))
+        with float64():
+            noise = self._noise(tasks, size, key)
+            found = gathered(_draws(stats, prior, dict(phis), *noise, batch), tasks.num_tasks, 2)
+        return np.swapaxes(found, 1, 2)
+
+    def draws_at(
+        self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any], count: int, key: Any
+    ) -> np.ndarray:
+        """``count`` draws (S, J, d) at one φ."""
+        with float64():
+            noise = self._noise(tasks, count, key)
+            drawn = _draws_at(placed_statistics(tasks), _student(model), dict(phi), *noise)
+            found = gathered(drawn, tasks.num_tasks, axis=2)
+        return np.swapaxes(found, 1, 2)
+
+    @staticmethod
+    def _noise(tasks: Tasks, size: int, key: Any) -> tuple[Any, Any]:
+        """A uniform number and d normal ones for every draw and task."""
+        rng, d = as_rng(key), len(tasks.coef)
+        uniform, white = (
+            rng.random((size, tasks.num_tasks)),
+            rng.standard_normal((size, d, tasks.num_tasks)),
+        )
+        return place(uniform, tasks.sharding), place(white, tasks.sharding)
+
+    def moments(
+        self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Posterior mean (J, d) and covariance (J, d, d), averaged over the values of φ."""
+        with float64():
+            found = _average(placed_statistics(tasks), _student(model), dict(phis))
+            return gathered(found, tasks.num_tasks)
+
+
+def _student(model: HierarchicalModel) -> StudentT:
+    assert isinstance(model.prior, StudentT)
+    return model.prior

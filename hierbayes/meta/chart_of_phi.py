@@ -1,0 +1,125 @@
+r"""φ as a point x without bounds around an optimum, where only θ is integrated out.
+
+.. math:: x = (\psi, v, b), \qquad \log p(\varphi(x)) + \log\left|\tfrac{d\varphi}{dx}\right|
+
+x holds ψ = (τ, R, σ) as in :mod:`hierbayes.meta.scales_of_phi`, the logarithms of the family's
+other parameters, and b = (μ, Γ, β) in units of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.likelihoods import Likelihood
+from hierbayes.meta.optimum import Optimum
+from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units
+from hierbayes.meta.supports import LINES, lines_of
+from hierbayes.model import HierarchicalModel
+from hierbayes.priors import Prior
+from hierbayes.priors.hyperprior import Shape
+from hierbayes.priors.normality import improper
+from hierbayes.tasks import Tasks
+
+
+class Made(NamedTuple):
+    """All that decides a compiled program, and nothing that does not."""
+
+    likelihood: Likelihood
+    prior: Prior
+    shape: Shape
+    lines: tuple[tuple[str, str], ...]
+    beliefs: Any
+
+
+class Around(NamedTuple):
+    """Numbers that x is about; ``centre`` and ``unit`` (P,) are b's."""
+
+    beliefs: list[Any]
+    units: Units
+    centre: Any
+    unit: Any
+
+
+def _named(shape: Shape, b: Any) -> dict[str, Any]:
+    """b by name; pinned means are zero."""
+    d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
+    places = np.flatnonzero(shape.free_mean)
+    count = len(places)
+    named = {"mu": jnp.zeros(d).at[places].set(b[:count])}
+    if q:
+        named["gamma"] = b[count : count + d * q].reshape(d, q)
+    if p:
+        named["beta"] = b[len(b) - p :]
+    return named
+
+
+def phi_and_density(made: Made, around: Around, x: Any) -> tuple[dict[str, Any], Any]:
+    """φ at x, and the log of its density there."""
+    shape, how = made.shape, made.beliefs
+    beliefs: Beliefs = jax.tree.unflatten(how, around.beliefs)
+    coordinates = Coordinates.of(shape)
+    scales = coordinates.scales(x, around.units, beliefs)
+    phi, total, at = dict(scales.phi), scales.log_density, coordinates.size
+    for name, kind in made.lines:
+        phi[name] = LINES[kind].at(x[at])
+        total = total + jnp.log(LINES[kind].slope(phi[name]))
+        total = total + jnp.sum(beliefs[name].log_prob(phi[name]))
+        at += 1
+    phi |= _named(shape, around.centre + around.unit * x[at:])
+    for name in ("mu", "gamma", "beta"):
+        if name in phi and name in beliefs:
+            support: Any = beliefs[name].support
+            inside = jnp.all(support(phi[name]))
+            total = total + jnp.where(
+                inside, jnp.sum(jnp.asarray(beliefs[name].log_prob(phi[name]))), -jnp.inf
+            )
+    return phi, total + jnp.log(around.unit).sum()
+
+
+class Chart:
+    """x around the optimum of empirical Bayes, where the sampler starts; use it in float64."""
+
+    def __init__(self, model: HierarchicalModel, tasks: Tasks, optimum: Optimum):
+        shape = model.shape(tasks)
+        beliefs = model.phi_distributions(tasks)
+        leaves, how = jax.tree.flatten(beliefs)
+        others = tuple(name for name in shape.parameters if name != "sigma")
+        lines = lines_of(others, beliefs)
+        self.made = Made(model.likelihood, model.prior, shape, lines, how)
+        self.coordinates = Coordinates.of(shape)
+        self.proper = not any(map(improper, beliefs.values()))
+        scales, phi, errors = model.scales(tasks), optimum.phi, optimum.standard_errors
+        free = np.array(shape.free_mean)
+        parts, spread, rough = [phi["mu"][free]], [errors["mu"][free]], [scales.mu[free]]
+        if "gamma" in phi:
+            rough.append(np.ravel(scales.coef[:, None] / scales.task_predictors))
+        if "beta" in phi:
+            rough.append(scales.shared)
+        for name in ("gamma", "beta"):
+            if name in phi:
+                parts.append(np.ravel(phi[name]))
+                spread.append(np.ravel(errors[name]))
+        unit, whole = np.concatenate(spread), np.concatenate(rough)
+        unit = np.where(np.isfinite(unit) & (unit > 0), unit, 0.1 * whole)
+        units = Units(0.3 * scales.coef, float(phi.get("sigma", 1.0)))
+        self.around = Around(leaves, units, np.concatenate(parts), unit)
+        self._own = [float(LINES[kind].inverse(phi[name])) for name, kind in lines]
+        self._tau = np.maximum(phi["tau"], 0.05 * scales.coef)
+
+    @property
+    def start(self) -> np.ndarray:
+        """A first guess of x, in its own units: empirical Bayes."""
+        units = self.around.units
+        scales = self.coordinates.vector(self._tau, units.sigma, units)
+        return np.concatenate([scales, self._own, np.zeros(len(self.around.unit))])
+
+    def rescaled(self, x: np.ndarray, units: Units, new: Units) -> np.ndarray:
+        """The same point in other units."""
+        k = self.coordinates.size
+        return np.concatenate(
+            [self.coordinates.rescaled(x[..., :k], units, new), x[..., k:]], axis=-1
+        )

@@ -1,0 +1,79 @@
+r"""What priors with elliptical contours share: a centre, a scale matrix, its structure.
+
+.. math:: \theta_j = \mu + \Gamma w_j + L z_j, \qquad L L^\top = \Sigma
+          = \operatorname{diag}(\tau)\, R\, \operatorname{diag}(\tau)
+
+with z standard normal, or heavier in its tails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from hierbayes.errors import InputError, suggestion
+from hierbayes.numerics import semidefinite_root
+from hierbayes.priors.base import Phi, Prior
+
+
+class Elliptical(Prior):
+    """A prior with a centre μ + Γ w_j and a scale matrix Σ = diag(τ) R diag(τ)."""
+
+    correlated: bool | Sequence[Sequence[str]]
+    zero_mean: Sequence[str]
+
+    def __post_init__(self) -> None:
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Names as tuples, so that priors can be compared and hashed."""
+        groups = self.correlated
+        if not isinstance(groups, bool):
+            object.__setattr__(self, "correlated", tuple(tuple(group) for group in groups))
+        object.__setattr__(self, "zero_mean", tuple(self.zero_mean))
+
+    def blocks(self, coef: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Positions of the coefficients that may be correlated with one another."""
+        if self.correlated is True:
+            return (tuple(range(len(coef))),)
+        named = () if self.correlated is False else self.correlated
+        self._known([c for group in named for c in group], coef, "correlated")
+        position = {c: i for i, c in enumerate(coef)}
+        blocks = [tuple(position[c] for c in group) for group in named]
+        taken = [i for block in blocks for i in block]
+        if len(set(taken)) < len(taken):
+            kind = type(self).__name__
+            raise InputError(f"priors.{kind}(correlated=…): a coefficient stands in two groups")
+        blocks += [(i,) for i in range(len(coef)) if i not in taken]
+        return tuple(sorted(blocks))
+
+    def free_mean(self, coef: Sequence[str]) -> np.ndarray:
+        """Which coefficients have a mean to be learned, (d,) of bool."""
+        self._known(self.zero_mean, coef, "zero_mean")
+        return np.array([c not in self.zero_mean for c in coef], dtype=bool)
+
+    def _known(self, names: Sequence[str], coef: Sequence[str], argument: str) -> None:
+        kind = type(self).__name__
+        for name in names:
+            if name not in coef:
+                raise InputError(
+                    f"priors.{kind}({argument}=…): no coefficient is named {name!r}; "
+                    f"{suggestion(name, coef)}"
+                )
+
+    def location(self, phi: Phi, w: Any) -> Any:
+        """μ + Γ w_j: ``w`` (…, q) gives (…, d)."""
+        shape = (*jnp.shape(w)[:-1], jnp.shape(phi["mu"])[-1])
+        if "gamma" not in phi:
+            return jnp.broadcast_to(phi["mu"], shape)
+        return phi["mu"] + (phi["gamma"] * w[..., None, :]).sum(-1)
+
+    def scale_tril(self, phi: Phi) -> Any:
+        """L with Σ = L Lᵀ: the rows of the Cholesky factor of R times τ; τ = 0 is allowed."""
+        if "corr" not in phi:
+            return jnp.eye(phi["tau"].shape[-1]) * phi["tau"][..., None, :]
+        factor = semidefinite_root(phi["corr"])
+        return phi["tau"][..., :, None] * factor
