@@ -4,15 +4,21 @@ And what of its approximations: :func:`laplace_check` holds Laplace's evidence a
 :func:`theta_standard_errors` counts in θ_j what is not known of φ̂.
 """
 
+from hierbayes.checks.differences import score_differences
 from hierbayes.checks.laplace_check import laplace_check
+from hierbayes.checks.leave_one_row_out import leave_one_row_out
 from hierbayes.checks.leave_one_task_out import leave_one_task_out
+from hierbayes.checks.new_tasks import new_task_scores
 from hierbayes.checks.scores import held_out_scores, theta_differences
 from hierbayes.meta.theta_errors import theta_standard_errors
 
 __all__ = [
     "held_out_scores",
     "laplace_check",
+    "leave_one_row_out",
     "leave_one_task_out",
+    "new_task_scores",
+    "score_differences",
     "theta_differences",
     "theta_standard_errors",
 ]

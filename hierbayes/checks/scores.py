@@ -70,14 +70,23 @@ def held_out_scores(prediction: Prediction) -> dict[str, float]:
 
 def mean_over_tasks(values: np.ndarray, task: np.ndarray) -> tuple[float, float]:
     """Mean of ``values`` over rows, and its standard error with tasks as the sampling units."""
-    mean = float(values.mean())
     _, index = np.unique(task, return_inverse=True)
-    num_tasks = index.max() + 1
+    return mean_of_totals(np.bincount(index, values), np.bincount(index))
+
+
+def mean_of_totals(totals: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    r"""Σ_j t_j / Σ_j n_j over tasks with n_j > 0, and its standard error over tasks.
+
+    .. math:: \text{se}^2 = \frac{J}{J-1} \sum_j (t_j - \bar t\, n_j)^2 \Big/ \Big(\sum_j n_j\Big)^2
+    """
+    held = sizes > 0
+    totals, sizes = totals[held], sizes[held]
+    mean = float(totals.sum() / sizes.sum())
+    num_tasks = len(totals)
     if num_tasks < 2:
         return mean, float("nan")
-    residual = np.bincount(index, values - mean, minlength=num_tasks)
-    variance = num_tasks / (num_tasks - 1) * (residual**2).sum() / len(values) ** 2
-    return mean, float(np.sqrt(variance))
+    squares = ((totals - mean * sizes) ** 2).sum()
+    return mean, float(np.sqrt(num_tasks / (num_tasks - 1) * squares) / sizes.sum())
 
 
 def theta_differences(fit: Fit, reference: Fit) -> dict[str, float]:
