@@ -19,7 +19,7 @@ from scipy.special import logsumexp
 from hierbayes.adaptation import PointAdaptation
 from hierbayes.checks.differences import score, score_differences
 from hierbayes.checks.evidence_of_tasks import evidence_of
-from hierbayes.checks.scores import held_out_scores
+from hierbayes.checks.scores import root_mean_square
 from hierbayes.errors import InputError, announce, listing
 from hierbayes.fit import Fit, Prediction
 from hierbayes.fit.adapted import check_columns
@@ -106,14 +106,14 @@ def new_task_scores(
     table = score_differences(by_row, held, reference=reference, by="row")
     chosen = table.attrs["reference"]
     for label, found in predictions.items():
-        of_rows = held_out_scores(found)
+        of_rows = root_mean_square(found)
         of_tasks = score(joint[label], held, "task", "task")
         gap = score(joint[label] - joint[chosen], held, "task", "task")
         more = {
             "rmse": of_rows.get("rmse", np.nan), "rmse_se": of_rows.get("rmse_se", np.nan),
             "joint": of_tasks.mean, "joint_se": of_tasks.error,
             "joint_difference": gap.mean, "joint_difference_se": gap.error,
-            "left_out": of_rows["left_out"],
+            "left_out": int(found.unidentified.sum()),
         }  # fmt: skip
         for name, value in more.items():
             table.loc[label, name] = value

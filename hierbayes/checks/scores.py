@@ -50,10 +50,7 @@ def held_out_scores(prediction: Prediction) -> dict[str, float]:
         "log_density": log_density,
         "log_density_se": log_density_se,
     }
-    if not prediction.of_classes:
-        squared, squared_se = mean_over_tasks((outcome - prediction.mean)[keep] ** 2, task)
-        rmse = float(np.sqrt(squared))
-        scores |= {"rmse": rmse, "rmse_se": squared_se / (2 * rmse) if rmse > 0 else 0.0}
+    scores |= root_mean_square(prediction)
     if prediction.discrete:
         of_intervals = [
             f"{kind}_{round(100 * p)}" for kind in ("coverage", "width") for p in LEVELS
@@ -66,6 +63,17 @@ def held_out_scores(prediction: Prediction) -> dict[str, float]:
         low, high = prediction.interval(level)
         scores[f"width_{round(100 * level)}"] = float((high - low)[keep].mean())
     return scores
+
+
+def root_mean_square(prediction: Prediction) -> dict[str, float]:
+    """``rmse`` of predictive means on observed rows, and ``rmse_se`` over tasks; not of classes."""
+    outcome, keep = prediction.tasks.outcome, ~prediction.unidentified
+    if prediction.of_classes or outcome is None or not keep.any():
+        return {}
+    away = (outcome - prediction.mean)[keep]
+    squared, error = mean_over_tasks(away**2, prediction.tasks.task_of_row[keep])
+    rmse = float(np.sqrt(squared))
+    return {"rmse": rmse, "rmse_se": error / (2 * rmse) if rmse > 0 else 0.0}
 
 
 def mean_over_tasks(values: np.ndarray, task: np.ndarray) -> tuple[float, float]:

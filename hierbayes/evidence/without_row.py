@@ -6,10 +6,10 @@ r"""One row of a Gaussian task given the task's other rows, θ_j integrated out 
         + \frac{e_i^2}{s_i^2\,(1 - h_i)}\right]
 
 with e_i the row's residual at the posterior mean of θ_j, its own row counted, and h_i = x_iᵀ C_j
-x_i / s_i² the share that it has in its own fitted value: taking a row out of a normal posterior is an
-update of rank one, C + C x xᵀ C / (s² − xᵀ C x), and leaves the residual e / (1 − h) with variance
-s² / (1 − h). No posterior is computed twice. Of 1 − h ≥ σ²/(σ² + τ²) digits are lost where a row is
-next to exact, one for each factor of ten in τ²/σ².
+x_i / s_i² the share that it has in its own fitted value: taking a row out of a normal posterior is
+an update of rank one, C + C x xᵀ C / (s² − xᵀ C x), and leaves the residual e / (1 − h) with
+variance s² / (1 − h). No posterior is computed twice. Digits are lost where a row is all that its
+task has and next to exact, one for each factor of ten in τ²/σ².
 """
 
 from __future__ import annotations
