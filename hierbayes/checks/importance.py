@@ -33,17 +33,24 @@ def leave_one_out(values: np.ndarray, efficiency: float) -> LeftOut:
     import xarray as xr
 
     dims = ("chain", "draw", "unit")
-    coords = {dim: np.arange(n) for dim, n in zip(dims, values.shape, strict=True)}
-    y = xr.Dataset({"y": xr.DataArray(values, dims=dims, coords=coords)})
-    tree = xr.DataTree.from_dict({"log_likelihood": y})
+    size, num_units = values.shape[0] * values.shape[1], values.shape[2]
+    # where the draws agree there is nothing to weigh, and ArviZ finds no tail
+    moving = np.ptp(values, axis=(0, 1)) > 0
+    log_density = values[0, 0].copy()
+    pareto_k, error = np.zeros(num_units), np.zeros(num_units)
+    if not moving.any():
+        return LeftOut(log_density, pareto_k, error, float(min(1 - 1 / np.log10(size), 0.7)))
+    y = xr.DataArray(values[:, :, moving], dims=dims)
+    tree = xr.DataTree.from_dict({"log_likelihood": xr.Dataset({"y": y})})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # k̂ is returned and judged by the caller
         found: Any = arviz_stats.loo(tree, pointwise=True, reff=efficiency)
-    log_density = found.elpd_i.values
+    log_density[moving], pareto_k[moving] = found.elpd_i.values, found.pareto_k.values
     log_weights = found.log_weights.transpose(*dims).values
-    away = np.exp(values - log_density) - 1.0
+    away = np.exp(values[:, :, moving] - log_density[moving]) - 1.0
     variance = (np.exp(2 * log_weights) * away**2).sum((0, 1)) / efficiency
-    return LeftOut(log_density, found.pareto_k.values, np.sqrt(variance), float(found.good_k))
+    error[moving] = np.sqrt(variance)
+    return LeftOut(log_density, pareto_k, error, float(found.good_k))
 
 
 def relative_efficiency(draws: Mapping[str, np.ndarray]) -> float:

@@ -89,9 +89,9 @@ def task_effects(fit: Fit) -> TaskEffects:
         z_{jk} = (m_j - \mu - \Gamma w_j)_k \big/ \sqrt{(\Sigma - C_j)_{kk}}
 
     A Gaussian prior shrinks an unusual task as hard as any other, and one such task widens τ for
-    all. φ is taken at its point estimate, under full Bayes at its posterior mean. At the true φ each
-    z is exactly standard normal, however few rows a task has. Since φ̂ was learned from the same
-    tasks, only the shape of z is tested, not its mean and scale.
+    all. φ is taken at its point estimate, under full Bayes at its posterior mean. At the true φ
+    every z is exactly standard normal, however few rows a task has. Since φ̂ was learned from the
+    same tasks, only the shape of z is tested, not its mean and scale.
 
     Parameters
     ----------

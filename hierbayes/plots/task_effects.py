@@ -14,10 +14,10 @@ from hierbayes.fit import Fit
 from hierbayes.plots.labels import Label, place
 from hierbayes.plots.style import axes_or_new
 
-COVERAGE, SIMULATIONS = 0.95, 2000
+COVERAGE, SIMULATIONS = 0.95, 10_000
 """Probability that all Gaussian effects lie within the band, and samples by which it is found."""
 
-RANKS = 400
+RANKS = 150
 """Of more effects the band is drawn through as many of their ranks."""
 
 
@@ -36,7 +36,7 @@ def task_effects(
     coef : str, optional
         The coefficient shown; the first by default.
     names : int
-        How many tasks at most are named: outlying ones, and those outside the band.
+        How many tasks at most are named, of those that lie too far out.
     ax : matplotlib Axes, optional
 
     Returns
@@ -80,7 +80,8 @@ def task_effects(
     ax.set_ylabel(f"standardised effect, {name}")
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     ax.spines[["top", "right"]].set_visible(False)
-    named = np.flatnonzero(out)
+    # points within the shoulders of heavy tails stand out too, but not for being unusual
+    named = np.flatnonzero(out & (below == (expected < 0)))
     named = named[np.argsort(-np.abs(values[named] - mean), kind="stable")][:names]
     points = np.column_stack([expected, values])
     place(ax, [Label(str(tasks[i]), [points[i]], "#D55E00") for i in named], marks=points)
@@ -97,14 +98,18 @@ def simultaneous_band(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np
     if n <= RANKS:
         ranks = np.arange(n)
         samples = np.sort(rng.standard_normal((SIMULATIONS, n)), axis=1)
-        samples -= samples.mean(1, keepdims=True)
-        samples /= samples.std(1, ddof=1, keepdims=True)
-    else:  # of so many neither mean nor deviation is in doubt; gaps of uniform ranks are gammas
-        ranks = np.unique(np.round(n * special.ndtr(np.linspace(-4, 4, RANKS))).astype(int))
+        share = np.full(n, 1 / n)
+    else:  # gaps between the ranks of uniform numbers are gammas
+        ranks = np.round(n * special.ndtr(np.linspace(-4, 4, RANKS))).astype(int)
         ranks = np.unique(np.clip(np.concatenate([[0], ranks, [n - 1]]), 0, n - 1))
         gaps = np.diff(np.concatenate([[-1], ranks, [n]]))
         sums = rng.gamma(gaps, size=(SIMULATIONS, len(gaps))).cumsum(1)
         samples = special.ndtri(sums[:, :-1] / sums[:, -1:])
+        share = (gaps[:-1] + gaps[1:]) / (gaps[:-1] + gaps[1:]).sum()
+    samples = samples - (samples @ share)[:, None]
+    sd = np.sqrt(samples**2 @ share)
+    # on average that of n normal numbers, where some of their ranks stand for all
+    samples *= (sd.mean() if n > RANKS else np.sqrt((n - 1) / n)) / sd[:, None]
     each = np.sort(samples, axis=0)
     # a sample's own rank at each order statistic, from the nearer end; the least tells it apart
     place_of = samples.argsort(0).argsort(0)
