@@ -235,15 +235,15 @@ def test_a_row_given_the_others_is_a_difference_of_evidences(small, rng, extras,
 
 @pytest.fixture(scope="module")
 def ragged():
-    """Six tasks of one to five rows with known noise."""
+    """Twelve tasks of one to five rows with known noise."""
     rng = np.random.default_rng(4)
-    sizes = [1, 2, 3, 5, 4, 2]
+    sizes = [1, 2, 3, 5, 4, 2, 2, 1, 3, 1, 2, 4]
     arrays, errors = [], []
     for n in sizes:
         se = rng.uniform(0.5, 1.5, n)
         arrays.append((np.ones((n, 1)), rng.normal(0, 1.5) + se * rng.normal(size=n)))
         errors.append(se)
-    tasks = hb.Tasks.from_arrays(arrays, names=list("abcdef"), known_se=errors)
+    tasks = hb.Tasks.from_arrays(arrays, names=list("abcdefghijkl"), known_se=errors)
     model = hb.HierarchicalModel(hb.likelihoods.Gaussian(known_se=True), hb.priors.Gaussian())
     return Problem(model, tasks)
 
@@ -266,7 +266,7 @@ def test_rows_left_out_are_integrals_on_a_grid(ragged):
     np.testing.assert_array_equal(found["log_density"]["row_task"], names)
     close(found["mean"], found["log_density"].values.mean())
     # the control: a row that its own task's posterior has seen is predicted better
-    draws = fit.theta_draws.reshape(-1, 6)[:, tasks.task_of_row]
+    draws = fit.theta_draws.reshape(-1, 12)[:, tasks.task_of_row]
     own = stats.norm.logpdf(tasks.outcome, draws, tasks.slots["known_se"])
     with pytest.raises(AssertionError):
         agree(special.logsumexp(own, 0) - np.log(len(own)), expected, found["error"])
