@@ -83,7 +83,7 @@ def leave_one_row_out(fit: Fit) -> dict[str, Any]:
     ... )
     >>> found = hb.checks.leave_one_row_out(hb.empirical_bayes(model, tasks))
     >>> round(found["mean"], 3), found["log_density"].dims
-    (-1.163, ('row',))
+    (-1.164, ('row',))
     """
     tasks, gaussian = fit.tasks, fit.model.likelihood.gaussian_in_theta
     if isinstance(fit.adaptation, PointAdaptation) or "tau" not in fit.phi:
@@ -126,6 +126,13 @@ def leave_one_row_out(fit: Fit) -> dict[str, Any]:
 
 
 def _result(tasks: Tasks, given: str, log_density: np.ndarray) -> dict[str, Any]:
+    if (lost := ~np.isfinite(log_density)).any():
+        names = listing(tasks.names[np.unique(tasks.task_of_row[lost])].tolist(), 3)
+        announce(
+            [f"{lost.sum()} row(s) (of {names}) have no finite log density given the others: sigma "
+             "is next to nothing beside tau, and rounding is all that is left"],
+            stacklevel=4,
+        )  # fmt: skip
     mean, se = mean_over_tasks(log_density, tasks.task_of_row)
     return {"log_density": _by_row(log_density, tasks), "mean": mean, "se": se, "given": given}
 

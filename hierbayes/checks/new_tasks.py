@@ -132,9 +132,8 @@ def joint_log_density(fit: Fit, support: Tasks, query: Tasks, prediction: Predic
         return np.bincount(query.task_of_row, prediction.log_density(), query.num_tasks)
     if "tau" not in fit.phi:
         return np.full(query.num_tasks, np.nan)
-    both = evidence_of(fit, _together(support, query))
-    given = evidence_of(fit, support)
-    return logsumexp(both, axis=0) - logsumexp(given, axis=0)
+    whole = logsumexp(evidence_of(fit, _together(support, query)), axis=0)
+    return np.asarray(whole) - np.asarray(logsumexp(evidence_of(fit, support), axis=0))
 
 
 def _matched(fit: Fit, support: Any, query: Any, *, say: bool) -> tuple[Tasks, Tasks]:

@@ -124,7 +124,7 @@ def task_effects(fit: Fit) -> TaskEffects:
     ... )
     >>> found = hb.checks.task_effects(hb.empirical_bayes(model, tasks, "reml"))
     >>> float(found.z.sel(task=335, coef="days").round(2))
-    -1.96
+    -1.97
     >>> found.outliers
     {'Intercept': (), 'days': ()}
     """
