@@ -2,77 +2,117 @@ r"""How well a learned prior predicts a task that it has not seen.
 
 .. math:: \text{elpd}_{\text{task}} = \sum_j \log p(D_j \mid D_{-j})
 
-Under full Bayes by Pareto-smoothed importance sampling on the marginal evidence log p(D_j | φ);
-elsewhere by refitting without the task. The evidence is exact of Gaussian tasks; of others it is
-that of the fit: quadrature with its nodes, else with nodes enough for up to three coefficients, and
-Laplace's approximation beyond.
+Under full Bayes by Pareto-smoothed importance sampling on the marginal evidence log p(D_j | φ), and
+where that is rough by a fit without the task; elsewhere by refitting without each task. The
+evidence is exact of Gaussian tasks; of others it is that of the fit: quadrature with its nodes,
+else with nodes enough for up to three coefficients, and Laplace's approximation beyond.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from scipy.special import logsumexp
 
-from hierbayes.adaptation import LeastSquares, MaximumLikelihood, Quadrature
-from hierbayes.errors import FitWarning, InputError
-from hierbayes.evidence.exact import log_evidence
-from hierbayes.evidence.over_draws import log_evidence_over_draws
+from hierbayes.adaptation import LeastSquares, MaximumLikelihood
+from hierbayes.checks.evidence_of_tasks import evidence_of, integrated
+from hierbayes.checks.importance import leave_one_out, relative_efficiency
+from hierbayes.errors import FitWarning, InputError, announce, listing
 from hierbayes.fit import Fit
-from hierbayes.fit.datatree import dataset
-from hierbayes.meta import complete_pooling, empirical_bayes, imaml, maml, reptile
+from hierbayes.meta import complete_pooling, empirical_bayes, full_bayes, imaml, maml, reptile
 from hierbayes.meta.own_parameters import over_all
 from hierbayes.meta.without_one import WithoutOne
 from hierbayes.numerics import float64
-from hierbayes.statistics import statistics
+from hierbayes.tasks import Tasks
 
 
-def leave_one_task_out(fit: Fit) -> dict[str, Any]:
-    """Log predictive density of every task, learned from the others.
+def leave_one_task_out(fit: Fit, refit: bool = False) -> dict[str, Any]:
+    r"""Log predictive density of every task, learned from the others.
+
+    .. math::
+
+        \log p(D_j \mid D_{-j}) = \log \int p(D_j \mid \varphi)\, p(\varphi \mid D_{-j})\, d\varphi
 
     Parameters
     ----------
     fit : Fit
         Of any method but no pooling, which learns nothing about tasks that it has not seen.
+    refit : bool
+        Under full Bayes: fit anew without each task whose Pareto k is above ``good_k``, with the
+        same settings and hyperprior, and average p(D_j | φ) over those draws. Other methods are
+        refitted without every task in any case.
 
     Returns
     -------
     dict
-        ``log_density`` (J,), one a task; ``pareto_k`` (J,) under full Bayes.
+        ``log_density`` (J,), one a task, NaN of a task without rows; ``refitted`` (J,) of bool:
+        where it comes from a fit to the other tasks. Under full Bayes also ``error`` (J,), its
+        Monte Carlo standard error; ``pareto_k`` (J,), which tells how far the posterior of φ moves
+        when the task is left out; and ``good_k``, up to which importance sampling is to be trusted
+        with as many draws. Tasks above it that are not refitted are named in a warning.
+
+    References
+    ----------
+    Merkle, Furr and Rabe-Hesketh (2019), Bayesian comparison of latent variable models:
+    conditional versus marginal likelihoods, Psychometrika 84(3).
+    Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling, Journal of
+    Machine Learning Research 25(72).
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> model, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+    ...                                known_se="se")
+    >>> found = hb.checks.leave_one_task_out(hb.full_bayes(model, tasks, seed=0))
+    >>> float(found["log_density"].sum().round(1))
+    -31.0
     """
     if isinstance(fit.adaptation, LeastSquares | MaximumLikelihood):
         raise InputError("no pooling learns nothing about tasks that it has not seen")
     if fit.phi_draws is not None:
-        return _importance(fit)
+        return _importance(fit, refit)
     gaussian = fit.model.likelihood.gaussian_in_theta
     if fit.method == "empirical Bayes" and not gaussian:
         with_belief = fit.info["criterion"] == "map"
-        return {"log_density": _evidence(fit).scores(dict(fit.phi), with_belief=with_belief)}
-    if fit.method == "complete pooling" and not gaussian:
-        return {"log_density": _pooled_scores(fit)}
+        found = integrated(fit, fit.tasks).scores(dict(fit.phi), with_belief=with_belief)
+    elif fit.method == "complete pooling" and not gaussian:
+        found = _pooled_scores(fit)
+    else:
+        found = np.full(fit.tasks.num_tasks, np.nan)
+        for j, without in _refits(fit, np.flatnonzero(fit.tasks.sizes > 0)):
+            if isinstance(without, Fit):
+                found[j] = _joint_log_density(without, fit.tasks.take([j]))
+    return {"log_density": found, "refitted": np.isfinite(found)}
+
+
+def _refits(fit: Fit, positions: Iterable[int]) -> Iterator[tuple[int, Fit | InputError]]:
+    """The same method without each task; the refusal where the others cannot be fitted."""
     from tqdm.auto import tqdm
 
-    with_rows = np.flatnonzero(fit.tasks.sizes > 0)
-    scores = np.full(fit.tasks.num_tasks, np.nan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FitWarning)  # said once, of the fit to all tasks
-        bar = tqdm(
-            with_rows, desc=f"{fit.method} without each task", leave=False, delay=2.0,
-            disable=not sys.stderr.isatty(),
-        )  # fmt: skip
-        for j in bar:
-            rest = fit.tasks.take(np.delete(np.arange(fit.tasks.num_tasks), j))
+    bar = tqdm(
+        list(map(int, positions)), desc=f"{fit.method} without each task", leave=False, delay=2.0,
+        disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    for j in bar:
+        rest = fit.tasks.take(np.delete(np.arange(fit.tasks.num_tasks), j))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FitWarning)  # said once, of the fit to all tasks
             try:
-                scores[j] = _joint_log_density(_refit(fit, rest), fit.tasks.take([int(j)]))
-            except InputError:
-                continue  # without this task the others cannot be fitted: its score stays open
-    return {"log_density": scores}
+                without: Fit | InputError = _refit(fit, rest)
+            except InputError as refusal:
+                without = refusal
+        yield j, without
 
 
-def _refit(fit: Fit, tasks: Any) -> Fit:
+def _refit(fit: Fit, tasks: Tasks) -> Fit:
     """The same method on other tasks; defaults of the hyperprior stay as they were resolved."""
+    if fit.method == "full Bayes":
+        settings = _kept(fit, "method", "num_draws", "num_chains", "num_warmup", "target_accept")
+        return full_bayes(fit.model, tasks, progress=False, **settings)
     if fit.method == "empirical Bayes":
         return empirical_bayes(fit.model, tasks, fit.info["criterion"], num_draws=1, num_chains=1)
     if fit.method == "complete pooling":
@@ -98,28 +138,12 @@ def _kept(fit: Fit, *names: str) -> dict[str, Any]:
     return {name: fit.info[name] for name in names if name in fit.info}
 
 
-def _joint_log_density(fit: Fit, task: Any) -> float:
+def _joint_log_density(fit: Fit, task: Tasks) -> float:
     """log p(D_j | φ̂): the joint density of all rows of a new task."""
-    if "tau" in fit.phi and fit.model.likelihood.gaussian_in_theta:
-        with float64():
-            return float(log_evidence(statistics(task), fit.model.prior, dict(fit.phi))[0])
     if "tau" in fit.phi:
-        with float64():
-            return float(WithoutOne(fit.model, task, None).of_tasks(dict(fit.phi))[0])
+        return float(evidence_of(fit, task)[0, 0])
     prediction = fit.predict(task, target="new")
     return float(prediction.log_density().sum())
-
-
-def _evidence(fit: Fit) -> WithoutOne:
-    """The evidence of tasks that are not Gaussian, as the fit has it."""
-    fit.model.require_gaussian_prior(
-        "leave_one_task_out where tasks are not Gaussian",
-        "the evidence log p(D_j | phi) is not offered there", "take priors.Gaussian()",
-    )  # fmt: skip
-    nodes = 1 if fit.info.get("evidence") == "laplace" else None
-    if isinstance(fit.adaptation, Quadrature):
-        nodes = fit.adaptation.num_nodes
-    return WithoutOne(fit.model, fit.tasks, nodes)
 
 
 def _pooled_scores(fit: Fit) -> np.ndarray:
@@ -136,35 +160,55 @@ def _pooled_scores(fit: Fit) -> np.ndarray:
     return scores
 
 
-def _over_draws(fit: Fit, phis: dict[str, np.ndarray]) -> np.ndarray:
-    """log p(D_j | φ_s) of every draw and task, (S, J)."""
-    nodes = None if fit.model.likelihood.gaussian_in_theta else _evidence(fit).num_nodes
-    return log_evidence_over_draws(fit.model, fit.tasks, phis, nodes)
-
-
-def _importance(fit: Fit) -> dict[str, Any]:
-    import arviz_stats
-
+def _importance(fit: Fit, refit: bool) -> dict[str, Any]:
     assert fit.phi_draws is not None
-    chains, draws = next(iter(fit.phi_draws.values())).shape[:2]
-    flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in fit.phi_draws.items()}
-    values = _over_draws(fit, flat).reshape(chains, draws, -1)
-    tree = _tree_by_task(values, fit)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # k̂ is returned and judged by the caller
-        result: Any = arviz_stats.loo(tree, pointwise=True)
-    pointwise = np.where(fit.tasks.sizes > 0, result.elpd_i.values, np.nan)
-    return {"log_density": pointwise, "pareto_k": result.pareto_k.values}
+    lead = next(iter(fit.phi_draws.values())).shape[:2]
+    held = fit.tasks.sizes > 0
+    values = evidence_of(fit, fit.tasks).reshape(*lead, -1)[:, :, held]
+    found = leave_one_out(values, relative_efficiency(fit.phi_draws))
+
+    def every(of_held: np.ndarray) -> np.ndarray:
+        placed = np.full(fit.tasks.num_tasks, np.nan)
+        placed[held] = of_held
+        return placed
+
+    log_density, error = every(found.log_density), every(found.error)
+    pareto_k, refitted = every(found.pareto_k), np.zeros(len(held), bool)
+    rough = held & ~(pareto_k <= found.good_k)
+    failed: dict[int, str] = {}
+    if refit:
+        for j, without in _refits(fit, np.flatnonzero(rough)):
+            if isinstance(without, InputError):
+                failed[j] = str(without)
+                continue
+            log_density[j], error[j] = _averaged(without, fit.tasks.take([j]))
+            refitted[j] = True
+    announce(_said(fit, rough & ~refitted, found.good_k, failed), stacklevel=4)
+    return {
+        "log_density": log_density, "error": error, "pareto_k": pareto_k,
+        "good_k": found.good_k, "refitted": refitted,
+    }  # fmt: skip
 
 
-def _tree_by_task(values: np.ndarray, fit: Fit) -> Any:
-    """What ArviZ's loo needs: the draws of φ, and the log evidence of each task as its unit."""
-    import xarray as xr
+def _averaged(fit: Fit, task: Tasks) -> tuple[float, float]:
+    """log (1/S) Σ_s p(D | φ_s) of a task that the fit has not seen, and its standard error."""
+    assert fit.phi_draws is not None
+    values = evidence_of(fit, task)[:, 0]
+    mean = float(logsumexp(values) - np.log(len(values)))
+    effective = len(values) * relative_efficiency(fit.phi_draws)
+    return mean, float(np.exp(values - mean).std() / np.sqrt(effective))
 
-    chain, draw = np.arange(values.shape[0]), np.arange(values.shape[1])
-    coords = {"chain": chain, "draw": draw, "task": fit.tasks.names}
-    evidence = xr.DataArray(values, dims=("chain", "draw", "task"), coords=coords)
-    posterior = dataset(fit.phi_draws or {}, fit.tasks, ("chain", "draw"))
-    return xr.DataTree.from_dict(
-        {"posterior": posterior, "log_likelihood": xr.Dataset({"y": evidence})}
+
+def _said(fit: Fit, rough: np.ndarray, good_k: float, failed: dict[int, str]) -> list[str]:
+    """Which scores are rough, and what to do about it."""
+    if not rough.any():
+        return []
+    names = listing(fit.tasks.names[rough].tolist())
+    text = (
+        f"without {rough.sum()} of {len(rough)} tasks ({names}) the posterior of phi is too far "
+        f"from that of all tasks for importance sampling (Pareto k above {good_k:.2f}): their "
+        "scores are rough. "
     )
+    if failed:
+        return [text + f"The fit without them was refused: {next(iter(failed.values()))}"]
+    return [text + "leave_one_task_out(fit, refit=True) fits anew without each of them"]

@@ -50,10 +50,7 @@ def held_out_scores(prediction: Prediction) -> dict[str, float]:
         "log_density": log_density,
         "log_density_se": log_density_se,
     }
-    if not prediction.of_classes:
-        squared, squared_se = mean_over_tasks((outcome - prediction.mean)[keep] ** 2, task)
-        rmse = float(np.sqrt(squared))
-        scores |= {"rmse": rmse, "rmse_se": squared_se / (2 * rmse) if rmse > 0 else 0.0}
+    scores |= root_mean_square(prediction)
     if prediction.discrete:
         of_intervals = [
             f"{kind}_{round(100 * p)}" for kind in ("coverage", "width") for p in LEVELS
@@ -68,16 +65,36 @@ def held_out_scores(prediction: Prediction) -> dict[str, float]:
     return scores
 
 
+def root_mean_square(prediction: Prediction) -> dict[str, float]:
+    """``rmse`` of predictive means on observed rows, and ``rmse_se`` over tasks; not of classes."""
+    outcome, keep = prediction.tasks.outcome, ~prediction.unidentified
+    if prediction.of_classes or outcome is None or not keep.any():
+        return {}
+    away = (outcome - prediction.mean)[keep]
+    squared, error = mean_over_tasks(away**2, prediction.tasks.task_of_row[keep])
+    rmse = float(np.sqrt(squared))
+    return {"rmse": rmse, "rmse_se": error / (2 * rmse) if rmse > 0 else 0.0}
+
+
 def mean_over_tasks(values: np.ndarray, task: np.ndarray) -> tuple[float, float]:
     """Mean of ``values`` over rows, and its standard error with tasks as the sampling units."""
-    mean = float(values.mean())
     _, index = np.unique(task, return_inverse=True)
-    num_tasks = index.max() + 1
+    return mean_of_totals(np.bincount(index, values), np.bincount(index))
+
+
+def mean_of_totals(totals: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    r"""Σ_j t_j / Σ_j n_j over tasks with n_j > 0, and its standard error over tasks.
+
+    .. math:: \text{se}^2 = \frac{J}{J-1} \sum_j (t_j - \bar t\, n_j)^2 \Big/ \Big(\sum_j n_j\Big)^2
+    """
+    held = sizes > 0
+    totals, sizes = totals[held], sizes[held]
+    mean = float(totals.sum() / sizes.sum())
+    num_tasks = len(totals)
     if num_tasks < 2:
         return mean, float("nan")
-    residual = np.bincount(index, values - mean, minlength=num_tasks)
-    variance = num_tasks / (num_tasks - 1) * (residual**2).sum() / len(values) ** 2
-    return mean, float(np.sqrt(variance))
+    squares = ((totals - mean * sizes) ** 2).sum()
+    return mean, float(np.sqrt(num_tasks / (num_tasks - 1) * squares) / sizes.sum())
 
 
 def theta_differences(fit: Fit, reference: Fit) -> dict[str, float]:

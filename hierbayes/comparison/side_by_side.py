@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,9 @@ import numpy as np
 from hierbayes import plots
 from hierbayes.adaptation import GradientSteps
 from hierbayes.checks import held_out_scores, leave_one_task_out, theta_differences
-from hierbayes.checks.scores import mean_over_tasks
+from hierbayes.checks.differences import score
 from hierbayes.comparison.report import write_report
-from hierbayes.errors import InputError
+from hierbayes.errors import FitWarning, InputError
 from hierbayes.fit import Fit, Prediction
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.tasks import Tasks
@@ -174,7 +175,7 @@ def compare(
             if fit.tasks.coef == usable[chosen].tasks.coef:
                 rows[label] |= theta_differences(fit, usable[chosen])
             rows[label] |= _paired(pointwise, label, chosen, held, by_task=test is None)
-        if rows[label].get("left_out"):
+        if test is not None and rows[label].get("left_out"):
             notes.append(
                 f"{label} leaves {rows[label]['left_out']:.0f} row(s) out of its score, which need "
                 "a coefficient that it does not know; compare it by `difference`"
@@ -245,7 +246,9 @@ def _by_task(
     for label, fit in fits.items():
         num_rows = fit.tasks.num_rows
         try:
-            result = leave_one_task_out(fit)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FitWarning)  # a note says it
+                result = leave_one_task_out(fit)
         except InputError as error:
             rows[label], pointwise[label] = {}, np.full(fit.tasks.num_tasks, np.nan)
             notes.append(f"{label}: {error}")
@@ -257,25 +260,23 @@ def _by_task(
                 f"of one another; {fit.method} learns no distribution of new tasks"
             )
         pointwise[label] = values
-        mean, se = _per_row(values, fit.tasks.sizes)
-        rows[label] = {"log_density": mean, "log_density_se": se, "rows": num_rows, "left_out": 0}
-        bad = int((result.get("pareto_k", np.zeros(1)) > 0.7).sum())
+        found = score(values, fit.tasks, "task")
+        left_out = num_rows - found.rows
+        rows[label] = {"log_density": found.mean, "log_density_se": found.error,
+                       "rows": found.rows, "left_out": left_out}  # fmt: skip
+        if left_out:
+            notes.append(
+                f"{label}: {left_out} row(s) are left out of its score, of tasks without which the "
+                "others cannot be fitted; compare it by `difference`"
+            )
+        good_k = result.get("good_k", np.inf)
+        bad = int((result.get("pareto_k", np.zeros(1)) > good_k).sum())
         if bad:
             notes.append(
-                f"{label}: {bad} task(s) have a Pareto k above 0.7; their scores are rough, refit "
-                "without them"
+                f"{label}: {bad} task(s) have a Pareto k above {good_k:.2f}; their scores are "
+                "rough: hb.checks.leave_one_task_out(fit, refit=True) refits without them"
             )
     return rows, pointwise, notes
-
-
-def _per_row(by_task: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """Mean a row of joint log densities by task, and its standard error over tasks."""
-    held = sizes > 0
-    values, sizes = by_task[held], sizes[held]
-    mean = values.sum() / sizes.sum()
-    residual = values - mean * sizes
-    count = len(values)
-    return float(mean), float(np.sqrt(count / (count - 1) * (residual**2).sum()) / sizes.sum())
 
 
 def _paired(
@@ -285,11 +286,5 @@ def _paired(
     if label == reference:
         return {}
     gap = pointwise[label] - pointwise[reference]
-    both = np.isfinite(gap)
-    if not both.any():
-        return {}
-    if by_task:
-        mean, se = _per_row(np.where(both, gap, 0.0), np.where(both, held.sizes, 0))
-    else:
-        mean, se = mean_over_tasks(gap[both], held.task_of_row[both])
-    return {"difference": mean, "difference_se": se}
+    found = score(gap, held, "task" if by_task else "row")
+    return {"difference": found.mean, "difference_se": found.error} if found.tasks else {}

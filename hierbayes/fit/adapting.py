@@ -140,7 +140,7 @@ def _updated(
     def log_weights(positions: np.ndarray) -> np.ndarray:
         """log p(D_new | D_1..J, φ): of a task that φ knows, what its new rows add to the old."""
         some = {name: value[positions] for name, value in phis.items()}
-        nodes = fit.adaptation.num_nodes if isinstance(fit.adaptation, Quadrature) else None
+        nodes = num_nodes(fit)
         ahead = joined(learned, fresh) if known else fresh
         found = log_evidence_over_draws(fit.model, ahead, some, nodes).sum(1)
         if known:
@@ -161,6 +161,13 @@ def _updated(
     phis = {name: value[found.chosen] for name, value in phis.items()}
     even = np.isnan(found.pareto_k)
     return phis, found.pareto_k, "" if even else UPDATED.format(k=found.pareto_k)
+
+
+def num_nodes(fit: Fit) -> int | None:
+    """Nodes a dimension of the evidence that the fit itself used; None where it used none."""
+    if isinstance(fit.adaptation, Quadrature):
+        return fit.adaptation.num_nodes
+    return 1 if fit.info.get("evidence") == "laplace" else None
 
 
 def _implied(fit: Fit, tasks: Tasks) -> AdaptedTasks:

@@ -8,6 +8,7 @@ from hierbayes.plots.prior_strength import prior_strength
 from hierbayes.plots.scores import scores
 from hierbayes.plots.shrinkage import shrinkage
 from hierbayes.plots.shrinkage_filters import shrinkage_filters
+from hierbayes.plots.task_effects import task_effects
 
 __all__ = [
     "adaptation_path",
@@ -18,4 +19,5 @@ __all__ = [
     "scores",
     "shrinkage",
     "shrinkage_filters",
+    "task_effects",
 ]

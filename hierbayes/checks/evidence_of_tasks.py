@@ -1,0 +1,36 @@
+r"""log p(D_j | φ) of any tasks under the φ that a fit has learned, θ_j integrated out.
+
+Exact of Gaussian tasks; of others it is that of the fit: quadrature with its nodes, else with nodes
+enough for up to three coefficients, and Laplace's approximation beyond.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hierbayes.evidence.over_draws import log_evidence_over_draws
+from hierbayes.fit import Fit
+from hierbayes.fit.adapted import phis_of
+from hierbayes.fit.adapting import num_nodes
+from hierbayes.meta.without_one import WithoutOne
+from hierbayes.tasks import Tasks
+
+
+def evidence_of(fit: Fit, tasks: Tasks) -> np.ndarray:
+    """log p(D_j | φ_s) of every φ of the fit and every task, (S, J); zero of tasks without rows."""
+    phis = phis_of(fit.phi, fit.phi_draws)
+    if not tasks.num_rows:
+        return np.zeros((len(next(iter(phis.values()))), tasks.num_tasks))
+    if fit.phi_draws is None:
+        tasks = fit.model.likelihood.design(tasks, {k: np.asarray(v) for k, v in fit.phi.items()})
+    found = log_evidence_over_draws(fit.model, tasks, phis, num_nodes(fit))
+    return np.where(tasks.sizes > 0, found, 0.0)
+
+
+def integrated(fit: Fit, tasks: Tasks) -> WithoutOne:
+    """The evidence of tasks that are not Gaussian, as the fit has it."""
+    fit.model.require_gaussian_prior(
+        "leave_one_task_out where tasks are not Gaussian",
+        "the evidence log p(D_j | phi) is not offered there", "take priors.Gaussian()",
+    )  # fmt: skip
+    return WithoutOne(fit.model, tasks, num_nodes(fit))
