@@ -1,0 +1,410 @@
+r"""Simulation-based calibration: does a method find what data were simulated from?
+
+.. math::
+
+    \tilde\varphi \sim p(\varphi), \quad \tilde\theta, \tilde D \sim p(\theta, D \mid
+    \tilde\varphi), \quad (\varphi, \theta)_{1..L} \sim p(\varphi, \theta \mid \tilde D)
+    \;\Rightarrow\; \#\{l : g_l < \tilde g\} \text{ uniform on } 0, \dots, L
+
+for every quantity g of parameters and data, if and only if the draws are from the posterior.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from hierbayes.checks.coverage import (
+    METHODS,
+    Method,
+    coverage_table,
+    covered_by_draws,
+    covered_by_normal,
+    normal_posterior,
+)
+from hierbayes.checks.draws import (
+    AT_FIRST,
+    PILOTS,
+    Draws,
+    Sampler,
+    full_bayes_sampler,
+    needed_thinning,
+    thinned,
+)
+from hierbayes.checks.quantities import quantities, rank
+from hierbayes.checks.uniformity import Band, band, p_value
+from hierbayes.checks.verdicts import shape_of, verdict
+from hierbayes.errors import FitWarning, InputError, announce, suggestion
+from hierbayes.fit import Fit
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import as_rng
+from hierbayes.plots.calibration import calibration as draw_calibration
+from hierbayes.simulation import draw_outcomes, draw_phi, draw_theta, refuse_without_outcomes
+from hierbayes.tasks import Tasks
+
+FULL_BAYES = "full Bayes"
+
+HOPELESS = 20
+"""Data sets that may be refused before any was accepted."""
+
+MANY = 0.1
+"""Share of refused data sets from which on the hyperprior is spoken of."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Ranks of what data were simulated from among posterior draws, and what they say.
+
+    Attributes
+    ----------
+    ranks : dict
+        By quantity, (N,) of integers from 0 to L: how many draws lie below the truth.
+    num_draws : int
+        L.
+    num_simulations : int
+        Data sets simulated, refused ones included.
+    level : float
+        Chance that a right sampler fails, over all quantities together.
+    covered : dict
+        By method, (N, 3): the share of θ's entries inside their 50, 80 and 95 % intervals.
+    warnings : tuple of str
+        What to know before relying on these numbers.
+    info : dict
+        ``seconds``, ``thinning``, ``refused`` by method, ``seed``.
+    """
+
+    ranks: dict[str, np.ndarray] = field(repr=False)
+    num_draws: int
+    num_simulations: int
+    level: float = 0.01
+    covered: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    warnings: tuple[str, ...] = ()
+    info: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def p_values(self) -> dict[str, float]:
+        """By quantity, of uniform ranks; each by itself."""
+        return {label: p_value(ranks, self.num_draws) for label, ranks in self.ranks.items()}
+
+    @property
+    def corrected(self) -> dict[str, float]:
+        """The p-values times the number of quantities (Bonferroni)."""
+        return {label: min(1.0, len(self.ranks) * p) for label, p in self.p_values.items()}
+
+    @property
+    def band(self) -> Band:
+        """Counts below each rank among which right samplers stay, for all quantities together."""
+        size = len(next(iter(self.ranks.values())))
+        return band(size, self.num_draws, self.level / len(self.ranks))
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Quantities whose corrected p-value is below ``level``, the worst first."""
+        bad = [label for label, p in self.corrected.items() if p < self.level]
+        return tuple(sorted(bad, key=self.p_values.__getitem__))
+
+    @property
+    def shapes(self) -> dict[str, str]:
+        """What the ranks of failed quantities look like, in words."""
+        return {label: shape_of(label, self.ranks[label], self.num_draws) for label in self.failed}
+
+    @property
+    def verdict(self) -> str:
+        """The check in sentences."""
+        if not self.ranks:
+            return "No draws were ranked: see `coverage`."
+        size = len(next(iter(self.ranks.values())))
+        return verdict(self.failed, self.shapes, self.corrected, size, self.level)
+
+    @property
+    def table(self) -> Any:
+        """A row a quantity, as a pandas DataFrame: p-values, mean rank, spread, words.
+
+        ``mean_rank`` is in units of L, ½ where all is well; ``spread`` the ranks' standard
+        deviation in units of a uniform one's: above 1 where posteriors are too narrow.
+        """
+        import pandas as pd
+
+        size = self.num_draws + 1
+        at = {label: (ranks + 0.5) / size for label, ranks in self.ranks.items()}
+        uniform = np.sqrt((1 - 1 / size**2) / 12)
+        return pd.DataFrame(
+            {
+                "p_value": self.p_values,
+                "corrected": self.corrected,
+                "mean_rank": {label: a.mean() for label, a in at.items()},
+                "spread": {label: a.std() / uniform for label, a in at.items()},
+                "shape": {label: self.shapes.get(label, "uniform") for label in at},
+            },
+            index=pd.Index(list(at), name="quantity"),
+        )
+
+    @property
+    def coverage(self) -> Any:
+        """Coverage of 50, 80 and 95 % intervals of θ_j by method, as a pandas DataFrame.
+
+        Its standard errors take data sets as units.
+        """
+        return coverage_table(self.covered)
+
+    def plot(self, ax: Any = None) -> Any:
+        """The ECDF of every quantity's ranks less the uniform one: see ``hb.plots.calibration``."""
+        return draw_calibration(self, ax=ax)
+
+    def __str__(self) -> str:
+        return "\n".join([self.verdict, *(f"- {message}" for message in self.warnings)])
+
+
+def check_calibration(
+    model: HierarchicalModel,
+    tasks_like: Any,
+    num_simulations: int = 500,
+    methods: str | Sequence[str] | Mapping[str, Method] = FULL_BAYES,
+    *,
+    sampler: Sampler | None = None,
+    num_draws: int = 99,
+    level: float = 0.01,
+    seed: int | jax.Array = 0,
+    progress: bool | None = None,
+) -> Calibration:
+    r"""Simulate from the model, fit what was simulated, and see whether the truth is found.
+
+    Parameters
+    ----------
+    model : HierarchicalModel
+        Its hyperprior must be proper. What it leaves open is scaled to ``tasks_like`` once, and
+        is the same for every simulated data set.
+    tasks_like : Tasks or DataFrame
+        Simulated data sets have its rows with other outcomes.
+    num_simulations : int
+        Data sets, N. 200 tell large errors, 1,000 small ones.
+    methods : str, sequence of str, or mapping
+        "full Bayes" ranks the truth among posterior draws. "empirical Bayes" and "MAML" have no
+        posterior of φ to rank in; of them the coverage of intervals of θ_j is found: of posteriors
+        at φ̂, and of those that gradient steps imply (:func:`equivalent_prior`). A mapping from
+        label to ``function(model, tasks, seed) -> Fit`` checks intervals of other methods.
+    sampler : callable, optional
+        ``sampler(model, tasks, seed)`` in the place of :func:`full_bayes`: a Fit, or a mapping of
+        draws by name, ``mu`` (S, d), ``tau`` (S, d), …, ``theta`` (S, J, d), S at least
+        ``num_draws``; of more, so many are taken at even distances. A point φ̂ counts as draws that
+        are all the same.
+    num_draws : int
+        L, draws that are kept of each fit; :func:`full_bayes` is thinned as its autocorrelation
+        asks.
+    level : float
+        Chance that a right sampler is said to fail, over all quantities together.
+    seed : int or JAX key
+    progress : bool, optional
+        Show a progress bar; by default where stderr is a terminal.
+
+    Returns
+    -------
+    Calibration
+        ``verdict`` in words, ``table``, ``failed``, ``plot()``, ``coverage``.
+
+    Raises
+    ------
+    InputError
+        Under an improper hyperprior, naming the parameter; for a network's likelihood; where the
+        model refuses every simulated data set.
+
+    Notes
+    -----
+    Simulated data that the model refuses (an outcome that is constant, say) are left out and
+    counted in ``warnings``. Whether data are refused depends on the data alone, so that the ranks
+    of the others are uniform all the same.
+
+    References
+    ----------
+    Talts et al. (2018), Validating Bayesian inference algorithms with simulation-based calibration,
+    arXiv 1804.06788. Modrák et al. (2023), Simulation-based calibration checking for Bayesian
+    computation: the choice of test quantities shapes sensitivity, Bayesian Analysis.
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> model, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+    ...                                known_se="se")
+    >>> check = hb.check_calibration(model, tasks, num_simulations=20)
+    >>> check.failed, check.ranks["mu[Intercept]"].shape
+    ((), (20,))
+    """
+    started = time.perf_counter()
+    _check_counts(num_simulations=num_simulations, num_draws=num_draws)
+    if not 0 < level < 1:
+        raise InputError(f"level must lie between 0 and 1, found {level!r}")
+    ranked, by_interval = _read_methods(methods, sampler)
+    tasks = model.tasks(tasks_like)
+    refuse_without_outcomes(model, tasks)
+    model = model.resolve(tasks)
+    rng = as_rng(seed)
+    phis = draw_phi(model, tasks, num_simulations, rng)
+    thetas = draw_theta(model, tasks, phis, rng)
+    run = _Run(model, num_draws, rng, sampler if ranked else None, by_interval)
+    from tqdm.auto import tqdm
+
+    shown = sys.stderr.isatty() if progress is None else progress
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # of each fit; counted instead
+        bar = tqdm(
+            range(num_simulations), desc="calibration", disable=not shown, leave=False, delay=2.0
+        )
+        for k in bar:
+            phi = {name: value[k : k + 1] for name, value in phis.items()}
+            outcome = draw_outcomes(model, tasks, phi, thetas[k : k + 1], rng)[0]
+            run.on(replace(tasks, outcome=outcome), phi, thetas[k : k + 1], ranked=ranked)
+            run.refuse_hopeless(k + 1)
+    remarks = run.remarks(num_simulations)
+    return Calibration(
+        {label: np.array(found) for label, found in run.ranks.items()}, num_draws,
+        num_simulations, level, {name: np.array(found) for name, found in run.covered.items()},
+        announce(remarks),
+        {"thinning": run.thinning, "refused": {n: len(why) for n, why in run.refused.items()},
+         "seed": seed, "seconds": time.perf_counter() - started},
+    )  # fmt: skip
+
+
+class _Run:
+    """What is gathered, data set after data set."""
+
+    def __init__(
+        self, model: HierarchicalModel, num_draws: int, rng: np.random.Generator,
+        sampler: Sampler | None, by_interval: Mapping[str, Method],
+    ):  # fmt: skip
+        self.model, self.num_draws, self.rng = model, num_draws, rng
+        self.sampler, self.by_interval = sampler, by_interval
+        self.thinning = 1 if sampler is not None else AT_FIRST
+        self.ranks: dict[str, list[int]] = {}
+        self.covered: dict[str, list[np.ndarray]] = {}
+        self.refused: dict[str, list[str]] = {}
+        self.warned: dict[str, list[str]] = {}
+        self.accepted = 0
+        self._needed: list[float] = []
+
+    def on(
+        self, tasks: Tasks, phi: dict[str, np.ndarray], theta: np.ndarray, *, ranked: bool
+    ) -> None:
+        """One data set, by every method; ``phi`` and ``theta`` with a leading axis of one."""
+        seed = int(self.rng.integers(2**31))
+        if not np.isfinite(tasks.outcome).all():
+            names = [FULL_BAYES] * ranked + list(self.by_interval)
+            for name in names:
+                self._refuse(name, "counts whose rate lies beyond 1e15")
+            return
+        if ranked:
+            self._rank(tasks, phi, theta, seed)
+        for name, method in self.by_interval.items():
+            fit = self._fitted(name, method, tasks, seed)
+            if fit is not None:
+                covered = covered_by_normal(theta[0], *normal_posterior(fit))
+                self.covered.setdefault(name, []).append(covered)
+
+    def _rank(self, tasks: Tasks, phi: dict[str, np.ndarray], theta: np.ndarray, seed: int) -> None:
+        own = self.sampler is None
+        sampler = self.sampler or full_bayes_sampler(self.num_draws * self.thinning)
+        found = self._fitted(FULL_BAYES, sampler, tasks, seed)
+        if found is None:
+            return
+        draws = Draws.of(found, phi, theta)
+        if own and len(self._needed) < PILOTS:
+            self._needed.append(needed_thinning(self.model, tasks, draws))
+            if len(self._needed) == PILOTS:
+                self.thinning = int(np.clip(np.ceil(np.median(self._needed)), 1, AT_FIRST))
+        draws = thinned(draws, self.num_draws)
+        together = {name: np.concatenate([phi[name], draws.phis[name]]) for name in phi}
+        values = quantities(self.model, tasks, together, np.concatenate([theta, draws.thetas]))
+        for label, v in values.items():
+            if np.isnan(v).any():
+                raise InputError(f"{label} is not a number in {np.isnan(v).sum()} draw(s)")
+        truth = {label: float(v[0]) for label, v in values.items()}
+        for label, r in rank({n: v[1:] for n, v in values.items()}, truth, self.rng).items():
+            self.ranks.setdefault(label, []).append(r)
+        covered = covered_by_draws(theta[0], draws.thetas, self.rng)
+        self.covered.setdefault(FULL_BAYES, []).append(covered)
+
+    def _fitted(self, name: str, method: Sampler, tasks: Tasks, seed: int) -> Any:
+        """What the method makes of the tasks; None where it refuses them."""
+        try:
+            found = method(self.model, tasks, seed)
+        except InputError as error:
+            self._refuse(name, str(error))
+            return None
+        self.accepted += 1
+        if isinstance(found, Fit) and found.warnings:
+            self.warned.setdefault(name, []).append(found.warnings[0])
+        return found
+
+    def _refuse(self, name: str, why: str) -> None:
+        self.refused.setdefault(name, []).append(why)
+
+    def refuse_hopeless(self, num: int) -> None:
+        """Stop where nothing has been accepted."""
+        if self.accepted or num < HOPELESS:
+            return
+        why = next(iter(self.refused.values()))[0]
+        raise InputError(f"the model refused each of the first {num} simulated data sets: {why}")
+
+    def remarks(self, num: int) -> list[str]:
+        """What to know, in sentences."""
+        if not self.accepted:
+            self.refuse_hopeless(max(num, HOPELESS))
+        remarks = []
+        for name, why in self.refused.items():
+            more = (
+                "; tighter priors make the simulated data more like real ones"
+                if len(why) > MANY * num else ""
+            )  # fmt: skip
+            remarks.append(
+                f"{name} refused {len(why)} of {num} simulated data sets, which are left out (the "
+                f'first: "{why[0]}"). What it does with such data has not been checked{more}'
+            )
+        for name, said in self.warned.items():
+            remarks.append(
+                f"{len(said)} of {num} fits by {name} came with warnings, the first: {said[0]}"
+            )
+        return remarks
+
+
+def _read_methods(methods: Any, sampler: Sampler | None) -> tuple[bool, dict[str, Method]]:
+    """Whether draws are ranked, and the methods whose intervals are checked."""
+    if sampler is not None and not callable(sampler):
+        raise InputError(
+            f"sampler is a function of (model, tasks, seed), found {type(sampler).__name__}"
+        )
+    if isinstance(methods, Mapping):
+        for name, method in methods.items():
+            if not callable(method):
+                raise InputError(f"methods[{name!r}] is no function of (model, tasks, seed)")
+        return sampler is not None, dict(methods)
+    names = [methods] if isinstance(methods, str) else list(methods)
+    known = {_plain(name): name for name in (FULL_BAYES, *METHODS)}
+    found = []
+    for name in names:
+        if _plain(str(name)) not in known:
+            raise InputError(
+                f"check_calibration knows no method {name!r}; "
+                f"{suggestion(str(name), list(known.values()))}"
+            )
+        found.append(known[_plain(str(name))])
+    if not found:
+        raise InputError("name at least one method to check")
+    ranked = FULL_BAYES in found or sampler is not None
+    return ranked, {name: METHODS[name] for name in found if name != FULL_BAYES}
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ")
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if not (isinstance(value, (int, np.integer)) and value >= 1):
+            raise InputError(f"{name} must be a positive integer, found {value!r}")
