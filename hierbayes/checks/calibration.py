@@ -1,4 +1,4 @@
-r"""Simulation-based calibration: does a method find what data were simulated from?
+r"""Simulation-based calibration: whether a method finds what data were simulated from.
 
 .. math::
 

@@ -1,7 +1,7 @@
 r"""Draws from beliefs on φ, many at once.
 
-Correlation matrices come by the onion: a matrix of k rows is bordered by a column
-:math:`\sqrt{y}\, C u`, with y from a Beta distribution, u uniform on a sphere and C the root so far.
+Correlation matrices come by the onion: below the root of one of k rows goes the row
+:math:`(\sqrt{y}\, u, \sqrt{1 - y})`, with y from a Beta distribution and u uniform on a sphere.
 Reference: Lewandowski, Kurowicka and Joe (2009), Generating random correlation matrices based on
 vines and extended onion method, Journal of Multivariate Analysis 100.
 """
