@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hierbayes import datasets, likelihoods, meta, plots, priors, simulation
     from hierbayes.adaptation import equivalent_prior, equivalent_steps
-    from hierbayes.checks import check_calibration
+    from hierbayes.calibration import check_calibration
     from hierbayes.comparison import Comparison, compare, equivalence_report
     from hierbayes.errors import FitWarning, InputError
     from hierbayes.files import compilation_cache
@@ -49,7 +49,7 @@ _ROOM_OF = {
     "InputError": "errors",
     "Prediction": "fit",
     "Tasks": "tasks",
-    "check_calibration": "checks",
+    "check_calibration": "calibration",
     "compare": "comparison",
     "compilation_cache": "files",
     "complete_pooling": "meta",

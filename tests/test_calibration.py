@@ -20,7 +20,7 @@ from assertions import close, refuses
 from scipy import stats
 
 import hierbayes as hb
-from hierbayes.checks import Calibration
+from hierbayes.calibration import Calibration
 from hierbayes.checks.coverage import covered_by_draws, covered_by_normal
 from hierbayes.checks.draws import Draws, thinned
 from hierbayes.checks.quantities import quantities, rank

@@ -1,19 +1,16 @@
 """How good a fit is: scores on rows that it has not seen, and on tasks that it has not seen.
 
 And what of its approximations: :func:`laplace_check` holds Laplace's evidence against better ones,
-:func:`theta_standard_errors` counts in θ_j what is not known of φ̂. :func:`check_calibration` asks
-of a model and a method whether they find what data were simulated from.
+:func:`theta_standard_errors` counts in θ_j what is not known of φ̂. Whether a
+model and a method find what data were simulated from asks :func:`hierbayes.check_calibration`.
 """
 
-from hierbayes.checks.calibration import Calibration, check_calibration
 from hierbayes.checks.laplace_check import laplace_check
 from hierbayes.checks.leave_one_task_out import leave_one_task_out
 from hierbayes.checks.scores import held_out_scores, theta_differences
 from hierbayes.meta.theta_errors import theta_standard_errors
 
 __all__ = [
-    "Calibration",
-    "check_calibration",
     "held_out_scores",
     "laplace_check",
     "leave_one_task_out",

@@ -10,7 +10,7 @@ import numpy as np
 from hierbayes.errors import InputError
 
 if TYPE_CHECKING:
-    from hierbayes.checks.calibration import Calibration
+    from hierbayes.calibration import Calibration
 
 PASSED, FAILED, BAND = "#0072B2", "#D55E00", "#DDDDDD"
 COLUMNS = 4
