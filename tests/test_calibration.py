@@ -264,7 +264,7 @@ def test_a_variance_in_the_place_of_a_sd_is_caught():
     model = replace(MEANS, hyperprior=prior)
     found = hb.check_calibration(model, SCHOOLS, 300, sampler=wrong, seed=2)
     assert found.corrected["log tau[x0]"] < WRONG, found.p_values
-    assert "log tau[x0]: p < 1e-12" in found.verdict
+    assert "log tau[x0] (p < 1e-12)" in found.verdict
 
 
 def test_the_prior_passes_on_parameters_alone():

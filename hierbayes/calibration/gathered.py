@@ -15,6 +15,7 @@ from hierbayes.checks.draws import (
     Sampler,
     full_bayes_sampler,
     needed_thinning,
+    surely_independent,
     thinned,
 )
 from hierbayes.checks.quantities import quantities, rank
@@ -64,6 +65,7 @@ class Gathered:
         for name, method in self.by_interval.items():
             fit = self._fitted(name, method, tasks, seed)
             if fit is not None:
+                self._note(name, fit)
                 covered = covered_by_normal(theta[0], *normal_posterior(fit))
                 self.covered.setdefault(name, []).append(covered)
 
@@ -74,6 +76,12 @@ class Gathered:
         if found is None:
             return
         draws = Draws.of(found, phi, theta)
+        if own and self.thinning < AT_FIRST and not surely_independent(found):
+            # these data make a harder posterior than the pilots': more draws for those that remain
+            more = full_bayes_sampler(self.num_draws * AT_FIRST)
+            found = self._fitted(FULL_BAYES, more, tasks, seed)
+            draws = Draws.of(found, phi, theta)
+        self._note(FULL_BAYES, found)
         if own and len(self._needed) < PILOTS:
             self._needed.append(needed_thinning(self.model, tasks, draws))
             if len(self._needed) == PILOTS:
@@ -98,9 +106,12 @@ class Gathered:
             self._refuse(name, str(error))
             return None
         self.accepted += 1
+        return found
+
+    def _note(self, name: str, found: Any) -> None:
+        """Keep what a fit warned of."""
         if isinstance(found, Fit) and found.warnings:
             self.warned.setdefault(name, []).append(found.warnings[0])
-        return found
 
     def _refuse(self, name: str, why: str) -> None:
         self.refused.setdefault(name, []).append(why)

@@ -11,6 +11,7 @@ from hierbayes.checks.quantities import quantities
 from hierbayes.errors import InputError, listing
 from hierbayes.fit import Fit
 from hierbayes.meta import full_bayes
+from hierbayes.meta.full_bayes import LONG_STAY, SURE
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
 
@@ -90,6 +91,12 @@ def full_bayes_sampler(num_draws: int) -> Sampler:
         )
 
     return sampler
+
+
+def surely_independent(fit: Fit) -> bool:
+    """Whether independent proposals were accepted so often that draws need no judging."""
+    sure = fit.info.get("acceptance", 0.0) >= SURE
+    return sure and fit.info.get("longest_stay", LONG_STAY + 1) <= LONG_STAY
 
 
 def needed_thinning(model: HierarchicalModel, tasks: Tasks, draws: Draws) -> float:

@@ -9,6 +9,9 @@ import numpy as np
 CLEAR = 3.0
 """Standard errors from which on a mean or a spread of ranks is spoken of."""
 
+TAIL = 0.1
+"""Share of the ranks at either end that is looked at."""
+
 EXPLAINS = ("log likelihood", "prediction error")
 """Quantities that look at the data: what lies too low there fits too badly, or too well."""
 
@@ -27,16 +30,18 @@ def shape_of(label: str, ranks: np.ndarray, num_draws: int) -> str:
     size = len(at)
     shift = (at.mean() - 0.5) * np.sqrt(12.0 * size)
     spread = (((at - 0.5) ** 2).mean() - 1 / 12) * np.sqrt(180.0 * size)
+    # ranks that pile up at one end spread out too: ∪ needs both ends, and ∩ lacks both
+    fuller = [share > TAIL for share in ((at < TAIL).mean(), (at > 1 - TAIL).mean())]
     found = []
-    # a shift moves the spread about 1/2 too; what is said is what is clearer
-    if abs(shift) >= CLEAR and abs(shift) >= 0.5 * abs(spread):
+    if abs(shift) >= CLEAR:
         found.append(_shifted(label, low=bool(shift > 0)))
-    if abs(spread) >= CLEAR and abs(spread) >= 0.5 * abs(shift):
+    if spread >= CLEAR and all(fuller):
         found.append(
             "∪: the truth lies too often in the tails of the draws; their posterior is too narrow"
-            if spread > 0
-            else "∩: the truth lies too often in the middle of the draws; their posterior is too "
-            "wide"
+        )
+    if spread <= -CLEAR and not any(fuller):
+        found.append(
+            "∩: the truth lies too often in the middle of the draws; their posterior is too wide"
         )
     return " and ".join(found) or "neither shifted nor too narrow or wide as a whole: see the plot"
 
@@ -68,8 +73,9 @@ def verdict(
         f"Not calibrated: the ranks of {len(failed)} of {len(p_values)} quantities are not uniform "
         f"over {num_simulations} simulated data sets (corrected p-values below {share})."
     ]
-    for label in failed:
-        lines.append(f"  {label}: p {_small(p_values[label])}; {shapes[label]}")
+    for shape in dict.fromkeys(shapes[label] for label in failed):
+        alike = [f"{n} (p {_small(p_values[n])})" for n in failed if shapes[n] == shape]
+        lines.append(f"- {', '.join(alike)}. {shape[0].upper()}{shape[1:]}.")
     if all(label.startswith(EXPLAINS) for label in failed):
         lines.append(
             "Parameters pass and what looks at the data does not: the draws use the data wrongly, "
