@@ -16,8 +16,9 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hierbayes import datasets, likelihoods, meta, plots, priors
+    from hierbayes import datasets, likelihoods, meta, plots, priors, simulation
     from hierbayes.adaptation import equivalent_prior, equivalent_steps
+    from hierbayes.calibration import check_calibration
     from hierbayes.comparison import Comparison, compare, equivalence_report
     from hierbayes.errors import FitWarning, InputError
     from hierbayes.files import compilation_cache
@@ -48,6 +49,7 @@ _ROOM_OF = {
     "InputError": "errors",
     "Prediction": "fit",
     "Tasks": "tasks",
+    "check_calibration": "calibration",
     "compare": "comparison",
     "compilation_cache": "files",
     "complete_pooling": "meta",
@@ -75,6 +77,7 @@ __all__ = [
     "InputError",
     "Prediction",
     "Tasks",
+    "check_calibration",
     "compare",
     "compilation_cache",
     "complete_pooling",
@@ -94,6 +97,7 @@ __all__ = [
     "plots",
     "priors",
     "reptile",
+    "simulation",
 ]
 
 

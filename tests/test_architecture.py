@@ -18,8 +18,8 @@ PACKAGE = Path(hierbayes.__file__).parent
 ROOMS = [
     "errors", "files", "numerics", "sharding", "tasks", "statistics", "likelihoods", "rows",
     "priors",
-    "model", "formula", "adaptation", "evidence", "fit", "meta", "checks", "plots", "comparison",
-    "datasets", "cli",
+    "model", "simulation", "formula", "adaptation", "evidence", "fit", "meta", "checks", "plots",
+    "calibration", "comparison", "datasets", "cli",
 ]  # fmt: skip
 """From the top of the house to the bottom; a room imports only rooms above it, or itself."""
 

@@ -2,7 +2,8 @@
 
 And what of its assumptions and approximations: :func:`task_effects` asks whether tasks are as
 Gaussian as their prior, :func:`laplace_check` holds Laplace's evidence against better ones,
-:func:`theta_standard_errors` counts in θ_j what is not known of φ̂.
+:func:`theta_standard_errors` counts in θ_j what is not known of φ̂. Whether a model and a method
+find what data were simulated from asks :func:`hierbayes.check_calibration`.
 """
 
 from hierbayes.checks.differences import score_differences

@@ -1,6 +1,7 @@
 """Pictures of fits; every function takes ``ax=`` and returns axes, as matplotlib users expect."""
 
 from hierbayes.plots.adaptation_path import adaptation_path
+from hierbayes.plots.calibration import calibration
 from hierbayes.plots.forest import forest
 from hierbayes.plots.ladder import ladder
 from hierbayes.plots.prior import learned_prior
@@ -12,6 +13,7 @@ from hierbayes.plots.task_effects import task_effects
 
 __all__ = [
     "adaptation_path",
+    "calibration",
     "forest",
     "ladder",
     "learned_prior",

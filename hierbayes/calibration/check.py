@@ -1,0 +1,177 @@
+r"""Simulation-based calibration: whether a method finds what data were simulated from.
+
+.. math::
+
+    \tilde\varphi \sim p(\varphi), \quad \tilde\theta, \tilde D \sim p(\theta, D \mid
+    \tilde\varphi), \quad (\varphi, \theta)_{1..L} \sim p(\varphi, \theta \mid \tilde D)
+    \;\Rightarrow\; \#\{l : g_l < \tilde g\} \text{ uniform on } 0, \dots, L
+
+for every quantity g of parameters and data, if and only if the draws are from the posterior.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from hierbayes.calibration.gathered import FULL_BAYES, Gathered
+from hierbayes.calibration.result import Calibration
+from hierbayes.checks.coverage import METHODS, Method
+from hierbayes.checks.draws import Sampler
+from hierbayes.errors import FitWarning, InputError, announce, suggestion
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import as_rng
+from hierbayes.simulation import draw_outcomes, draw_phi, draw_theta, refuse_without_outcomes
+
+
+def check_calibration(
+    model: HierarchicalModel,
+    tasks_like: Any,
+    num_simulations: int = 500,
+    methods: str | Sequence[str] | Mapping[str, Method] = FULL_BAYES,
+    *,
+    sampler: Sampler | None = None,
+    num_draws: int = 99,
+    level: float = 0.01,
+    seed: int | jax.Array = 0,
+    progress: bool | None = None,
+) -> Calibration:
+    r"""Simulate from the model, fit what was simulated, and see whether the truth is found.
+
+    Parameters
+    ----------
+    model : HierarchicalModel
+        Its hyperprior must be proper. What it leaves open is scaled to ``tasks_like`` once, and
+        is the same for every simulated data set.
+    tasks_like : Tasks or DataFrame
+        Simulated data sets have its rows with other outcomes.
+    num_simulations : int
+        Data sets, N. 200 tell large errors, 1,000 small ones.
+    methods : str, sequence of str, or mapping
+        "full Bayes" ranks the truth among posterior draws. "empirical Bayes" and "MAML" have no
+        posterior of φ to rank in; of them the coverage of intervals of θ_j is found: of posteriors
+        at φ̂, and of those that gradient steps imply (:func:`equivalent_prior`). A mapping from
+        label to ``function(model, tasks, seed) -> Fit`` checks intervals of other methods.
+    sampler : callable, optional
+        ``sampler(model, tasks, seed)`` in the place of :func:`full_bayes`: a Fit, or a mapping of
+        draws by name, ``mu`` (S, d), ``tau`` (S, d), …, ``theta`` (S, J, d), S at least
+        ``num_draws``; of more, so many are taken at even distances. A point φ̂ counts as draws that
+        are all the same.
+    num_draws : int
+        L, draws that are kept of each fit; :func:`full_bayes` is thinned as its autocorrelation
+        asks.
+    level : float
+        Chance that a right sampler is said to fail, over all quantities together.
+    seed : int or JAX key
+    progress : bool, optional
+        Show a progress bar; by default where stderr is a terminal.
+
+    Returns
+    -------
+    Calibration
+        ``verdict`` in words, ``table``, ``failed``, ``plot()``, ``coverage``.
+
+    Raises
+    ------
+    InputError
+        Under an improper hyperprior, naming the parameter; for a network's likelihood; where the
+        model refuses every simulated data set.
+
+    Notes
+    -----
+    Simulated data that the model refuses (an outcome that is constant, say) are left out and
+    counted in ``warnings``. Whether data are refused depends on the data alone, so that the ranks
+    of the others are uniform all the same.
+
+    References
+    ----------
+    Talts et al. (2018), Validating Bayesian inference algorithms with simulation-based calibration,
+    arXiv 1804.06788. Modrák et al. (2023), Simulation-based calibration checking for Bayesian
+    computation: the choice of test quantities shapes sensitivity, Bayesian Analysis.
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> model, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+    ...                                known_se="se")
+    >>> check = hb.check_calibration(model, tasks, num_simulations=20)
+    >>> check.failed, check.ranks["mu[Intercept]"].shape
+    ((), (20,))
+    """
+    started = time.perf_counter()
+    _check_counts(num_simulations=num_simulations, num_draws=num_draws)
+    if not 0 < level < 1:
+        raise InputError(f"level must lie between 0 and 1, found {level!r}")
+    ranked, by_interval = _read_methods(methods, sampler)
+    tasks = model.tasks(tasks_like)
+    refuse_without_outcomes(model, tasks)
+    model = model.resolve(tasks)
+    rng = as_rng(seed)
+    phis = draw_phi(model, tasks, num_simulations, rng)
+    thetas = draw_theta(model, tasks, phis, rng)
+    run = Gathered(model, num_draws, rng, sampler if ranked else None, by_interval)
+    from tqdm.auto import tqdm
+
+    shown = sys.stderr.isatty() if progress is None else progress
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # of each fit; counted instead
+        bar = tqdm(
+            range(num_simulations), desc="calibration", disable=not shown, leave=False, delay=2.0
+        )
+        for k in bar:
+            phi = {name: value[k : k + 1] for name, value in phis.items()}
+            outcome = draw_outcomes(model, tasks, phi, thetas[k : k + 1], rng)[0]
+            run.on(replace(tasks, outcome=outcome), phi, thetas[k : k + 1], ranked=ranked)
+            run.refuse_hopeless(k + 1)
+    remarks = run.remarks(num_simulations)
+    return Calibration(
+        {label: np.array(found) for label, found in run.ranks.items()}, num_draws,
+        num_simulations, level, {name: np.array(found) for name, found in run.covered.items()},
+        announce(remarks),
+        {"thinning": run.thinning, "refused": {n: len(why) for n, why in run.refused.items()},
+         "seed": seed, "seconds": time.perf_counter() - started},
+    )  # fmt: skip
+
+
+def _read_methods(methods: Any, sampler: Sampler | None) -> tuple[bool, dict[str, Method]]:
+    """Whether draws are ranked, and the methods whose intervals are checked."""
+    if sampler is not None and not callable(sampler):
+        raise InputError(
+            f"sampler is a function of (model, tasks, seed), found {type(sampler).__name__}"
+        )
+    if isinstance(methods, Mapping):
+        for name, method in methods.items():
+            if not callable(method):
+                raise InputError(f"methods[{name!r}] is no function of (model, tasks, seed)")
+        return sampler is not None, dict(methods)
+    names = [methods] if isinstance(methods, str) else list(methods)
+    known = {_plain(name): name for name in (FULL_BAYES, *METHODS)}
+    found = []
+    for name in names:
+        if _plain(str(name)) not in known:
+            raise InputError(
+                f"check_calibration knows no method {name!r}; "
+                f"{suggestion(str(name), list(known.values()))}"
+            )
+        found.append(known[_plain(str(name))])
+    if not found:
+        raise InputError("name at least one method to check")
+    ranked = FULL_BAYES in found or sampler is not None
+    return ranked, {name: METHODS[name] for name in found if name != FULL_BAYES}
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ")
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if not (isinstance(value, (int, np.integer)) and value >= 1):
+            raise InputError(f"{name} must be a positive integer, found {value!r}")

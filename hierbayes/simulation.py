@@ -1,0 +1,206 @@
+r"""Data that a model itself would have made.
+
+.. math:: \varphi \sim p(\varphi), \qquad \theta_j \sim p(\theta_j \mid \varphi, w_j), \qquad
+          y_{ij} \sim p(y \mid f_{ij}, \varphi)
+
+for rows like those of given tasks: the same predictors, sizes, offsets, weights, standard errors
+and trials, and other outcomes.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hierbayes.errors import InputError, NotApplicable, listing
+from hierbayes.likelihoods.generalised import GeneralisedLinear
+from hierbayes.likelihoods.neural import Neural
+from hierbayes.likelihoods.program import Program
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import as_rng, float64
+from hierbayes.priors.drawing import draw
+from hierbayes.tasks import Tasks
+
+LARGEST_LOG_RATE = float(np.log(1e15))
+"""Of counts: floats hold whole numbers up to 9e15."""
+
+
+class Simulated(NamedTuple):
+    """φ by name, θ (J, d), and tasks whose outcomes were drawn from both."""
+
+    phi: dict[str, np.ndarray]
+    theta: np.ndarray
+    tasks: Tasks
+
+
+def simulate(model: HierarchicalModel, tasks_like: Any, seed: int | jax.Array = 0) -> Simulated:
+    r"""φ, θ and a data set, drawn from the model.
+
+    .. math:: p(\varphi) \prod_j p(\theta_j \mid \varphi, w_j) \prod_i p(y_{ij} \mid \theta_j,
+              \varphi)
+
+    Parameters
+    ----------
+    model : HierarchicalModel
+        What its hyperprior leaves open is scaled to ``tasks_like``, as a fit would do.
+    tasks_like : Tasks or DataFrame
+        Its rows get new outcomes; all else is shared.
+    seed : int or JAX key
+
+    Returns
+    -------
+    Simulated
+        ``phi``, ``theta`` and ``tasks``.
+
+    Raises
+    ------
+    InputError
+        Under an improper hyperprior, naming the parameter; where the likelihood is a network's,
+        or carries weights that no distribution of outcomes has; for a rate beyond 1e15.
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> model, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+    ...                                known_se="se")
+    >>> phi, theta, simulated = hb.simulation.simulate(model, tasks, seed=1)
+    >>> theta.shape, simulated.outcome.shape
+    ((8, 1), (8,))
+    """
+    tasks, rng = model.tasks(tasks_like), as_rng(seed)
+    refuse_without_outcomes(model, tasks)
+    phis = draw_phi(model, tasks, 1, rng)
+    thetas = draw_theta(model, tasks, phis, rng)
+    outcome = draw_outcomes(model, tasks, phis, thetas, rng)[0]
+    if not np.isfinite(outcome).all():
+        raise InputError(
+            "the hyperprior allows for rates beyond 1e15, which no count follows: give tighter "
+            "priors on mu and tau"
+        )
+    phi = {name: value[0] for name, value in phis.items()}
+    return Simulated(phi, thetas[0], replace(tasks, outcome=outcome))
+
+
+def draw_phi(
+    model: HierarchicalModel, tasks_like: Any, num: int, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """``num`` draws of φ by name, each (num, …), from the resolved hyperprior.
+
+    Raises
+    ------
+    InputError
+        Where a part of the hyperprior is improper, naming it.
+
+    Examples
+    --------
+    >>> import numpy as np, hierbayes as hb
+    >>> model, tasks = hb.from_formula(
+    ...     "log_radon ~ 1 + floor + (1 + floor | county)", hb.datasets.radon()
+    ... )
+    >>> phis = hb.simulation.draw_phi(model, tasks, 10, np.random.default_rng(0))
+    >>> phis["corr"].shape
+    (10, 2, 2)
+    """
+    sites = model.phi_distributions(tasks_like)
+    return {name: draw(name, belief, num, rng) for name, belief in sites.items()}
+
+
+def draw_theta(
+    model: HierarchicalModel, tasks_like: Any, phis: dict[str, np.ndarray],
+    rng: np.random.Generator,
+) -> np.ndarray:  # fmt: skip
+    """One draw of every θ_j for each of the S values of φ, (S, J, d)."""
+    tasks = model.tasks(tasks_like)
+    w = np.asarray(tasks.task_predictors)
+    with float64():
+        location = np.asarray(jax.vmap(lambda phi: model.prior.location(phi, w))(phis))
+        root = np.asarray(model.prior.scale_tril(phis))
+    white = model.prior.white_draws(rng, location.shape)
+    return location + np.einsum("skl,sjl->sjk", root, white)
+
+
+def draw_outcomes(
+    model: HierarchicalModel, tasks_like: Any, phis: dict[str, np.ndarray], thetas: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:  # fmt: skip
+    """Outcomes (S, N) of the rows of ``tasks_like`` under S values of φ and of θ (S, J, d).
+
+    Counts whose rate lies beyond 1e15 are given as inf.
+
+    Examples
+    --------
+    >>> import numpy as np, hierbayes as hb
+    >>> model, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+    ...                                known_se="se")
+    >>> phis = {"mu": np.zeros((3, 1)), "tau": np.ones((3, 1))}
+    >>> thetas = np.zeros((3, 8, 1))
+    >>> hb.simulation.draw_outcomes(model, tasks, phis, thetas, np.random.default_rng(0)).shape
+    (3, 8)
+    """
+    tasks, likelihood = model.tasks(tasks_like), model.likelihood
+    refuse_without_outcomes(model, tasks)
+    if isinstance(likelihood, Program):
+        found = likelihood.outcomes(thetas, phis, tasks)
+        return found.drawn(np.arange(len(thetas)), rng)
+    f = _locations(model, tasks, phis, thetas)
+    counts = likelihood.log_link and likelihood.discrete
+    own = {name: np.asarray(phis[name])[:, None] for name in likelihood.parameters()}
+    with float64():
+        outcomes = likelihood.predictive(
+            np.minimum(f, LARGEST_LOG_RATE) if counts else f, 0.0, own, tasks.slots
+        )
+    drawn = np.asarray(outcomes.rvs(size=f.shape, random_state=rng), dtype=float)
+    if counts:
+        return np.where(f > LARGEST_LOG_RATE, np.inf, drawn)
+    # an amount that underflows is still one: a gamma of small shape falls below any float
+    positive = likelihood.log_link
+    return np.maximum(drawn, np.finfo(float).tiny) if positive else drawn
+
+
+def refuse_without_outcomes(model: HierarchicalModel, tasks: Tasks) -> None:
+    """Refuse what gives no distribution of outcomes to draw from."""
+    likelihood = model.likelihood
+    if isinstance(likelihood, Neural):
+        raise NotApplicable(
+            f"{type(likelihood).__name__} has a prior on what a network computes, not on φ: "
+            "there is nothing to draw its weights from; simulate from a model without a network"
+        )
+    if not (likelihood.linear or likelihood.has_location or isinstance(likelihood, Program)):
+        raise NotApplicable(f"{type(likelihood).__name__} does not say how to draw outcomes")
+    weight = tasks.slots.get("weight")
+    if isinstance(likelihood, GeneralisedLinear) and weight is not None and np.any(weight != 1):
+        raise InputError(
+            f"the weights of a {type(likelihood).__name__} likelihood multiply the log likelihood "
+            "of a row, and no distribution of one outcome has such a likelihood: simulate from "
+            f"tasks without weights (found {listing(np.unique(weight)[:3].tolist())} …), one row "
+            "an observation"
+        )
+
+
+def _locations(
+    model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], thetas: np.ndarray
+) -> np.ndarray:
+    """f (S, N) of every row under its own task's θ."""
+    if not model.likelihood.linear:
+        with float64():
+            bare = model.without_encoder()
+            return np.asarray(_curved(bare, *model.likelihood.arrange(tasks), thetas, phis))
+    f = np.einsum("nk,snk->sn", tasks.predictors, thetas[:, tasks.task_of_row])
+    if "beta" in phis:
+        f = f + np.einsum("np,sp->sn", tasks.shared, phis["beta"])
+    return f + tasks.slots.get("offset", 0.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _curved(
+    model: HierarchicalModel, rows: Any, task_of_row: Any, thetas: Any, phis: Any
+) -> jax.Array:
+    likelihood = model.likelihood
+    return jax.vmap(lambda t, p: likelihood.locations(t, p, rows, task_of_row))(thetas, phis)
+
+
+__all__ = ["Simulated", "draw_outcomes", "draw_phi", "draw_theta", "simulate"]
