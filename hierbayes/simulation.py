@@ -17,6 +17,8 @@ import jax
 import numpy as np
 
 from hierbayes.errors import InputError, NotApplicable, listing
+from hierbayes.likelihoods import Likelihood
+from hierbayes.likelihoods.categorical import ClassProbabilities
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.likelihoods.program import Program
@@ -147,18 +149,50 @@ def draw_outcomes(
         found = likelihood.outcomes(thetas, phis, tasks)
         return found.drawn(np.arange(len(thetas)), rng)
     f = _locations(model, tasks, phis, thetas)
-    counts = likelihood.log_link and likelihood.discrete
-    own = {name: np.asarray(phis[name])[:, None] for name in likelihood.parameters()}
-    with float64():
-        outcomes = likelihood.predictive(
-            np.minimum(f, LARGEST_LOG_RATE) if counts else f, 0.0, own, tasks.slots
-        )
-    drawn = np.asarray(outcomes.rvs(size=f.shape, random_state=rng), dtype=float)
-    if counts:
+    own = {name: np.asarray(phis[name]) for name in likelihood.parameters()}
+    drawn = outcomes_at(likelihood, f, own, tasks, rng).astype(float)
+    if likelihood.log_link and likelihood.discrete:
         return np.where(f > LARGEST_LOG_RATE, np.inf, drawn)
     # an amount that underflows is still one: a gamma of small shape falls below any float
-    positive = likelihood.log_link
-    return np.maximum(drawn, np.finfo(float).tiny) if positive else drawn
+    return np.maximum(drawn, np.finfo(float).tiny) if likelihood.log_link else drawn
+
+
+def linear_location(thetas: np.ndarray, phis: dict[str, np.ndarray], rows: Tasks) -> np.ndarray:
+    """f (S, N) = x θ_j + z β + offset of S draws of θ (S, J, d) and φ."""
+    f = np.zeros((len(thetas), rows.num_rows))
+    for k in range(rows.predictors.shape[1]):  # one coefficient at a time: S N numbers
+        f += thetas[:, rows.task_of_row, k] * rows.predictors[:, k]
+    if "beta" in phis:
+        f += phis["beta"] @ rows.shared.T
+    return f + rows.slots.get("offset", 0.0)
+
+
+def outcomes_at(
+    likelihood: Likelihood,
+    f: np.ndarray,
+    phis: dict[str, np.ndarray],
+    rows: Tasks,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """One outcome for every draw of f (S, N, …) and of φ, (S, N); counts as integers.
+
+    Rates of counts are held below 1e15.
+    """
+    phi = {name: np.asarray(v)[:, None] for name, v in phis.items() if np.ndim(v) == 1}
+    if likelihood.log_link and likelihood.discrete:
+        f = np.minimum(f, LARGEST_LOG_RATE)
+    with float64():
+        frozen = likelihood.predictive(f, 0.0, phi, rows.slots)
+    if isinstance(frozen, ClassProbabilities):
+        return draw_classes(frozen.probabilities, rng)
+    drawn = np.asarray(frozen.rvs(size=f.shape[:2], random_state=rng))
+    return drawn.astype(np.int64) if likelihood.discrete else drawn
+
+
+def draw_classes(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A class for each of some distributions (…, C)."""
+    below = probabilities.cumsum(-1)[..., :-1]
+    return (rng.random((*probabilities.shape[:-1], 1)) > below).sum(-1)
 
 
 def refuse_without_outcomes(model: HierarchicalModel, tasks: Tasks) -> None:
@@ -189,10 +223,7 @@ def _locations(
         with float64():
             bare = model.without_encoder()
             return np.asarray(_curved(bare, *model.likelihood.arrange(tasks), thetas, phis))
-    f = np.einsum("nk,snk->sn", tasks.predictors, thetas[:, tasks.task_of_row])
-    if "beta" in phis:
-        f = f + np.einsum("np,sp->sn", tasks.shared, phis["beta"])
-    return f + tasks.slots.get("offset", 0.0)
+    return linear_location(thetas, phis, tasks)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -250,3 +250,93 @@ def test_terms_see_columns_and_not_the_callers_variables(data, term):
         hb.from_formula(f"y ~ 1 + {term} + (1 | g)", data)
     assert not re.search("only the caller|nor this one", str(caught.value))
     del secret
+
+
+# --------------------------------------------------------------------- words for new data
+
+
+@pytest.fixture(scope="module")
+def known(data):
+    """A fit of columns of every kind, and four new rows."""
+    rng = np.random.default_rng(4)
+    wide = data.assign(
+        colour=pd.Categorical(np.where(rng.random(40) < 0.5, "red", "blue")),
+        level=rng.integers(3, size=40),
+    )
+    text = "y ~ 1 + center(x) + f + colour + C(level) + `two words` + (1 + z | g)"
+    return hb.complete_pooling(*hb.from_formula(text, wide)), wide.iloc[:4]
+
+
+@pytest.mark.parametrize("column", ["x", "f", "colour", "level", "two words", "z"])
+def test_a_missing_column_of_new_data_is_named(known, column):
+    fit, new = known
+    with refuses("new data lack column", f"'{column}'", "known: 'y'"):
+        fit.predict(new.drop(columns=column))
+
+
+def test_a_missing_column_that_is_misspelt_is_suggested(known):
+    fit, new = known
+    with refuses("lack column 'colour'", "did you mean 'color'?"):
+        fit.predict(new.rename(columns={"colour": "color"}))
+    with refuses("grouping column 'g'"):
+        fit.predict(new.drop(columns="g"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x": list("abcd")}, ("'x'", "strings", "'a'", "numbers in the training data")),
+        ({"x": ["1", "2", "3", "4"]}, ("'x'", "strings", "'1'", "convert")),
+        ({"x": pd.Categorical(list("abcd"))}, ("'x'", "categories", "numbers")),
+        ({"z": pd.date_range("2020", periods=4)}, ("'z'", "dates", "numbers")),
+        ({"level": ["0", "1", "2", "0"]}, ("'level'", "strings", "numbers")),
+        # without the check numbers would stand where an indicator of one category does
+        ({"f": [1.0, 2.0, 3.0, 4.0]}, ("'f'", "holds numbers", "'lo'", "'mid'", "'hi'")),
+        ({"colour": [0, 1, 0, 1]}, ("'colour'", "holds numbers", "'blue', 'red'")),
+        ({"y": list("abcd")}, ("'y'", "strings", "numbers")),
+        ({"f": ["lo", "new", "hi", "odd"]}, ("categories", "'new', 'odd' in column 'f'", "'lo'")),
+        ({"colour": pd.Categorical(["red", "green", "red", "red"])},
+         ("'green' in column 'colour'", "'blue', 'red'")),
+        ({"colour": "green", "f": "new"}, ("'new' in column 'f'", "'green' in column 'colour'")),
+        ({"level": [0, 1, 2, 7]}, ("7.0 in column 'level'", "leave these rows out")),
+        ({"f": None}, ("missing values", "'f'")),
+        ({"x": None}, ("missing values", "'x'")),
+    ],
+)  # fmt: skip
+def test_new_data_that_training_did_not_see_are_refused_by_name(known, changes, words):
+    fit, new = known
+    with refuses(*words):
+        fit.predict(new.assign(**changes))
+
+
+def test_new_data_that_training_did_see_are_read(known):
+    """The control: fewer categories than in training, more declared than used, no outcome."""
+    fit, new = known
+    expected = fit.predict(new).mean
+    np.testing.assert_array_equal(fit.predict(new.drop(columns="y")).mean, expected)
+    declared = pd.Categorical(new["colour"].astype(str), categories=["red", "green", "blue"])
+    np.testing.assert_array_equal(fit.predict(new.assign(colour=declared)).mean, expected)
+    alike = new.assign(f="lo", colour="red")
+    assert np.isfinite(fit.predict(alike).mean).all()
+
+
+def test_a_category_inside_a_comparison_may_be_new(data):
+    """I(f == "lo") is a number for every f: a new one is no more than not "lo"."""
+    fit = hb.complete_pooling(*hb.from_formula('y ~ 1 + I(f == "lo") + (1 | g)', data))
+    new = data.iloc[:3]
+    found = fit.predict(new.assign(f="odd")).mean
+    np.testing.assert_array_equal(found, fit.predict(new.assign(f="mid")).mean)
+
+
+def test_a_prediction_of_known_and_unknown_tasks_asks_what_is_meant(known):
+    fit, new = known
+    mixed = new.assign(g=["a", "q", "b", "r"])
+    with refuses("'q', 'r'", "2 other(s)", 'target="new"', 'target="population"', "fit.adapt"):
+        fit.predict(mixed)
+    with refuses("'q', 'r'", "2 other(s)"):
+        fit.predict(mixed, target="known")
+    with refuses("'q'", "fit.adapt"):
+        fit.predict(new.assign(g="q"))
+    assert fit.predict(mixed, target="population").target == "population"
+    with refuses("target", "'old'", "known"):
+        fit.predict(new, target="old")

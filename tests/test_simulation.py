@@ -58,7 +58,7 @@ def log_constant(size: int, concentration: float) -> float:
 @pytest.mark.parametrize(("size", "concentration"), [(2, 2.0), (3, 0.7), (5, 3.0)])
 def test_correlations_follow_lkj(size, concentration, rng):
     """Each correlation is 2 Beta(a, a) − 1; E|R| is a ratio of constants; signs are free."""
-    found = draw_correlations(size, concentration, MANY, rng)
+    found = draw_correlations(size, concentration, (MANY,), rng)
     a = concentration + (size - 2) / 2
     for i, j in zip(*np.triu_indices(size, 1), strict=True):
         # at most 10 comparisons: by chance below 1e-4 in 0.1 % of seeds
@@ -72,7 +72,7 @@ def test_correlations_follow_lkj(size, concentration, rng):
 
 def test_a_wrong_concentration_is_seen(rng):
     """The control."""
-    found = draw_correlations(3, 1.0, MANY, rng)
+    found = draw_correlations(3, 1.0, (MANY,), rng)
     with pytest.raises(AssertionError, match="standard errors"):
         averages(np.linalg.det(found), np.exp(log_constant(3, 3.0) - log_constant(3, 2.0)))
     assert stats.kstest((found[:, 0, 1] + 1) / 2, stats.beta(2.5, 2.5).cdf).pvalue < 1e-6

@@ -77,9 +77,17 @@ class AdaptedTasks:
         found = [self.tasks.labels.position(n) for n in rows.names.tolist()]
         unknown = [n for n, at in zip(rows.names.tolist(), found, strict=True) if at is None]
         if unknown:
+            if len(unknown) == rows.num_tasks:
+                raise InputError(
+                    f"no parameters are known for task(s) {listing(unknown)}; adapt to their rows "
+                    'first (fit.adapt), or predict with target="new" or target="population"'
+                )
             raise InputError(
-                f"no parameters are known for task(s) {listing(unknown)}; adapt to their rows "
-                'first (fit.adapt), or predict with target="new" or target="population"'
+                f"no parameters are known for task(s) {listing(unknown)}, though they are for "
+                f'{rows.num_tasks - len(unknown)} other(s): target="new" predicts all of them with '
+                'theta drawn from the learned prior, target="population" with theta at its centre; '
+                "or adapt to the unknown tasks' rows first (fit.adapt), or predict the known "
+                "tasks by themselves"
             )
         return self._predict(rows, np.array(found, dtype=int))
 

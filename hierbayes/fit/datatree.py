@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from hierbayes.fit import predictive
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.tasks import Task, Tasks
@@ -34,7 +35,11 @@ DIMS = {
 }
 
 
-def build(fit: Fit) -> Any:
+PREDICTIVE = ("posterior_predictive", "prior", "prior_predictive")
+"""Groups that can be drawn again, and are in no file."""
+
+
+def build(fit: Fit, *, with_predictive: bool = True) -> Any:
     """The fit as a DataTree."""
     import xarray as xr
 
@@ -50,9 +55,43 @@ def build(fit: Fit) -> Any:
             groups["log_likelihood"] = log_likelihood(fit, draws)
     if fit.phi_draws is None or fit.theta_draws is None:
         groups["point_estimate"] = _point_estimate(fit).assign_attrs(attrs)
-    groups["observed_data"] = xr.Dataset({"y": _by_row(fit.tasks.outcome, fit.tasks)})
+    outcome = fit.tasks.outcome
+    if fit.model.likelihood.discrete:
+        outcome = outcome.astype(np.int64)
+    groups["observed_data"] = xr.Dataset({"y": _by_row(outcome, fit.tasks)})
     groups["constant_data"] = _constant_data(fit.tasks)
-    return xr.DataTree.from_dict(groups)
+    left_out: dict[str, str] = {}
+    if with_predictive:
+        found, left_out = _predictive(fit)
+        groups |= found
+    tree = xr.DataTree.from_dict(groups)
+    tree.attrs.update(left_out)
+    return tree
+
+
+def _predictive(fit: Fit) -> tuple[dict[str, Any], dict[str, str]]:
+    """The predictive groups, and why those are left out that are not there."""
+    import xarray as xr
+
+    groups: dict[str, Any] = {}
+    left_out = {}
+    y, why = predictive.posterior_predictive(fit)
+    if y is None:
+        left_out["no_posterior_predictive"] = why
+    else:
+        coords = {"chain": np.arange(y.shape[0]), "draw": np.arange(y.shape[1])}
+        rows = _by_row(y, fit.tasks, ("chain", "draw"))
+        groups["posterior_predictive"] = xr.Dataset({"y": rows}, coords=coords)
+    drawn, why = predictive.prior_predictive(fit)
+    if drawn is None:
+        left_out["no_prior_predictive"] = why
+    else:
+        coords = {"chain": np.arange(1), "draw": np.arange(len(drawn["y"]))}
+        rows = _by_row(drawn.pop("y")[None], fit.tasks, ("chain", "draw"))
+        groups["prior_predictive"] = xr.Dataset({"y": rows}, coords=coords)
+        chained = {name: value[None] for name, value in drawn.items()}
+        groups["prior"] = dataset(chained, fit.tasks, ("chain", "draw"))
+    return groups, left_out
 
 
 def _draws(fit: Fit) -> dict[str, np.ndarray]:

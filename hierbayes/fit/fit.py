@@ -127,6 +127,13 @@ class Fit:
         Groups: ``posterior`` (draws), ``point_estimate`` (φ̂, standard errors), ``sample_stats``,
         ``log_likelihood`` (up to 10 million draws × rows; beyond, ask :meth:`log_likelihood`),
         ``observed_data``, ``constant_data``.
+
+        ``posterior_predictive`` holds an outcome of every training row for each posterior draw of
+        θ and φ, in the same chains and draws, up to as many; so ArviZ's ``plot_ppc_dist``,
+        ``plot_ppc_pit`` and ``plot_loo_pit`` take the tree. Full Bayes under a proper hyperprior
+        adds ``prior`` and ``prior_predictive``: 500 draws of φ, θ and the training rows before any
+        data. Why one of these is not there say the tree's ``attrs``, ``no_posterior_predictive``
+        and ``no_prior_predictive``. Counts are integers, drawn at rates of up to 1e15.
         """
         return trees.build(self)
 
@@ -285,7 +292,8 @@ class Fit:
         """Write the fit, its data and its model to one NetCDF file, whole or not at all.
 
         ArviZ reads the file too (``arviz_base.from_netcdf``); :func:`hierbayes.load` gives the
-        fit back.
+        fit back. Predictive draws are not written, for their size: the loaded fit's ``datatree``
+        draws the same ones again.
         """
         from hierbayes.fit.storage import save
 

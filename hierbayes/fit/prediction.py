@@ -15,9 +15,9 @@ import numpy as np
 from scipy import special
 
 from hierbayes.errors import InputError
-from hierbayes.fit.joint import draw_classes
 from hierbayes.likelihoods.categorical import ClassProbabilities
 from hierbayes.likelihoods.outcomes_of_programs import ProgramOutcomes
+from hierbayes.simulation import draw_classes
 from hierbayes.tasks import Tasks
 
 

@@ -27,6 +27,7 @@ from hierbayes.adaptation.linearised import LinearisedSteps
 from hierbayes.adaptation.variational import Variational
 from hierbayes.errors import InputError
 from hierbayes.files import whole_file
+from hierbayes.fit.datatree import PREDICTIVE, build
 from hierbayes.fit.fit import Fit
 from hierbayes.formula import FormulaEncoder
 from hierbayes.likelihoods.neural import Neural
@@ -64,7 +65,11 @@ def save(fit: Fit, path: Any) -> None:
             "draws and estimates"
         )
     described, encoder_table = _describe(fit)
-    tree = fit.datatree.copy()
+    # draws of data can be drawn again, and the same ones are
+    read = fit.__dict__.get("datatree")
+    tree = build(fit, with_predictive=False) if read is None else read.copy()
+    for group in {*PREDICTIVE} & {*tree.children}:
+        del tree[group]
     tree[GROUP] = xr.DataTree(_arrays(fit).assign_attrs(fit=json.dumps(described)))
     if encoder_table is not None:
         tree[f"{GROUP}/training"] = xr.DataTree(encoder_table)
@@ -272,7 +277,7 @@ def _tasks(tree: Any, described: dict[str, Any], encoder: Any) -> Tasks:
         data["predictors"].values,
         matrix("shared_predictors", num_rows),
         matrix("task_predictors", len(names)),
-        tree["observed_data"]["y"].values,
+        tree["observed_data"]["y"].values.astype(np.float64),
         {slot: data[slot].values for slot in SLOTS if slot in data},
         data["starts"].values,
         data["row"].values,

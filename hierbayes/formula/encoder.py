@@ -12,6 +12,7 @@ import numpy as np
 
 from hierbayes import priors
 from hierbayes.errors import InputError, listing, suggestion
+from hierbayes.formula import new_data
 from hierbayes.formula.bars import Bar, FormulaError, Parts, split
 from hierbayes.formula.families import check_exposure, likelihood_of, slot, successes_of_trials
 from hierbayes.formula.safety import refuse_code
@@ -152,10 +153,15 @@ class FormulaEncoder:
         outcome_columns = _columns_in(parts.outcome, frame.columns)
         with_outcome = training or self._has_outcome(outcome_columns, frame)
         terms = [parts.fixed, *(bar.terms for bar in parts.bars)]
+        if not training:
+            read = [*terms, parts.outcome] if with_outcome else terms
+            learned = list(self.training.columns)
+            needed = dict.fromkeys(c for term in read for c in _columns_in(term, learned))
+            new_data.check_new_columns(frame, list(needed), self.training)
         used = list(dict.fromkeys(c for term in terms for c in _columns_in(term, frame.columns)))
         used += outcome_columns if with_outcome else []
         for column in used:
-            _refuse_spoiled_numbers(frame, column)
+            new_data.refuse_spoiled_numbers(frame, column)
         numeric = [c for c in used if frame.is_numeric(c)]
         checked = {c: frame.numbers(c) for c in numeric}
         checked |= {c: np.where(frame.is_null(c), np.nan, 0.0) for c in used if c not in numeric}
@@ -202,8 +208,10 @@ class FormulaEncoder:
             outcome_columns = _columns_in(self.parts.outcome, frame.columns)
             first, *rest = self._learn(table, frame.columns, outcome_columns)
             return [self._one_column(first), *rest]
-        first = self.specs[0].matrix(table, self.parts, frame.columns) if with_outcome else None
-        rest = [spec.matrix(table, self.parts, frame.columns) for spec in self.specs[1:]]
+        table = new_data.without_idle_categories(table, self.training)
+        context = (self.parts, frame.columns, self.training)
+        first = self.specs[0].matrix(table, *context) if with_outcome else None
+        rest = [spec.matrix(table, *context) for spec in self.specs[1:]]
         return [None if first is None else self._one_column(first), *rest]
 
     def _one_column(self, outcome: np.ndarray) -> np.ndarray:
@@ -244,8 +252,11 @@ class FormulaEncoder:
             values = self.training[column]
             if hasattr(values, "cat"):
                 plain["categories"][column] = [str(c) for c in values.cat.categories]
-            numeric = values.dtype.kind in "fiub" if hasattr(values.dtype, "kind") else False
-            array = values.to_numpy(float) if numeric else np.array(values.astype(str), np.str_)
+            array = (
+                values.to_numpy(float)
+                if new_data.is_numeric(values)
+                else np.array(values.astype(str), np.str_)
+            )
             variables[f"column{i}"] = ("training_row", array)
         return plain, xr.Dataset(variables)
 
@@ -295,8 +306,8 @@ class _Spec:
         made = cls(spec, names)
         return made, made._finite(matrix)
 
-    def matrix(self, table: Any, parts: Parts, known: Sequence[str]) -> np.ndarray:
-        with _formulaic_errors(str(self.spec.formula), parts, known):
+    def matrix(self, table: Any, parts: Parts, known: Sequence[str], training: Any) -> np.ndarray:
+        with _formulaic_errors(str(self.spec.formula), parts, known, (table, training)):
             matrix = self.spec.get_model_matrix(table, context={})
         return self._finite(matrix)
 
@@ -316,8 +327,10 @@ class _Spec:
 class _formulaic_errors:
     """Formulaic's errors and warnings as sentences that point into the user's formula."""
 
-    def __init__(self, piece: str, parts: Parts, known: Sequence[str]):
-        self.piece, self.parts, self.known = piece, parts, known
+    def __init__(
+        self, piece: str, parts: Parts, known: Sequence[str], tables: tuple[Any, Any] | None = None
+    ):
+        self.piece, self.parts, self.known, self.tables = piece, parts, known, tables
         self.caught = warnings.catch_warnings()
 
     def __enter__(self) -> None:
@@ -334,10 +347,13 @@ class _formulaic_errors:
         if error is None or isinstance(error, InputError):
             return
         if isinstance(error, DataMismatchWarning):
-            unseen = re.search(r"\{.*\}", str(error))
+            unseen = None
+            if self.tables is not None:
+                unseen = new_data.unseen_categories(self.tables[0], self.parts.text, self.tables[1])
             raise InputError(
-                f"new data hold categories that the training data did not: "
-                f"{unseen.group(0) if unseen else error}"
+                f"new data hold categories that the training data did not: {unseen or error}; "
+                "nothing was learned of them: leave these rows out, or learn from data that "
+                "hold them"
             ) from error
         if isinstance(error, (FormulaicError, SyntaxError, NameError, TypeError, ValueError)):
             raise self._translated(error) from error
@@ -373,27 +389,6 @@ def _columns_in(text: str, columns: Sequence[str]) -> list[str]:
 
 def _columns(columns: dict[str, np.ndarray], names: Sequence[str], num_rows: int) -> np.ndarray:
     return np.column_stack([columns[c] for c in names]) if names else np.zeros((num_rows, 0))
-
-
-def _refuse_spoiled_numbers(frame: Frame, column: str) -> None:
-    """A column of strings that are mostly numbers is a column of numbers gone wrong."""
-    if frame.is_temporal(column):
-        raise InputError(
-            f"column {column!r} holds dates or times; make a column of numbers of it beforehand, "
-            "days since a start for example"
-        )
-    if frame.is_numeric(column) or frame.is_categorical(column):
-        return
-    values = frame.distinct_strings(column)
-    numbers = [v for v in values if re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", v)]
-    others = [v for v in values if v not in numbers]
-    if len(numbers) > 2 and len(numbers) >= len(values) / 2:
-        besides = f", beside {listing(others, 3)}" if others else ""
-        raise InputError(
-            f"column {column!r} holds strings where numbers belong ({listing(numbers, 2)}"
-            f"{besides}); convert it to numbers, or, if it names categories, give them names "
-            "that are not numbers"
-        )
 
 
 __all__ = ["Bar", "FormulaEncoder", "from_formula"]

@@ -1,0 +1,144 @@
+r"""What a fit's own model says of data: draws of the training rows, before and after learning.
+
+.. math:: y^\text{rep} \sim p(y \mid \theta_s, \varphi_s), \qquad
+          (\theta_s, \varphi_s) \sim p(\theta, \varphi \mid D)
+          \quad\text{or}\quad p(\theta, \varphi)
+
+The groups ``posterior_predictive``, ``prior`` and ``prior_predictive`` of a DataTree.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from hierbayes.errors import listing
+from hierbayes.fit.adapted import locations, phis_of
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import float64
+from hierbayes.priors.normality import improper
+from hierbayes.simulation import draw_phi, draw_theta, linear_location, outcomes_at
+from hierbayes.tasks import Task, Tasks
+
+if TYPE_CHECKING:
+    from hierbayes.fit.fit import Fit
+
+LARGEST_PREDICTIVE = 10_000_000
+"""Draws × rows up to which the DataTree holds predictive draws (80 MB)."""
+
+NUM_PRIOR_DRAWS = 500
+
+DRAWN_AT_ONCE = 2_000_000
+"""Outcomes that are drawn together."""
+
+# streams of their own: the noise must not repeat the numbers that made the draws of θ
+POSTERIOR_STREAM, PRIOR_STREAM = (1, 0x5052), (2, 0x5052)
+
+
+def posterior_predictive(fit: Fit) -> tuple[np.ndarray | None, str]:
+    """Outcomes (chain, draw, N) under every posterior draw of θ and φ; else None and why not."""
+    if fit.theta_draws is None:
+        return None, f"{fit.method} holds no posterior draws of theta"
+    chains, draws, *_ = fit.theta_draws.shape
+    if chains * draws * fit.tasks.num_rows > LARGEST_PREDICTIVE:
+        return None, _too_large(chains * draws, fit.tasks)
+    thetas = fit.theta_draws.reshape(chains * draws, *fit.theta_draws.shape[2:])
+    rng = np.random.default_rng(POSTERIOR_STREAM)
+    found = _outcomes(fit.model, fit.tasks, thetas, phis_of(fit.phi, fit.phi_draws), rng)
+    return found.reshape(chains, draws, -1), ""
+
+
+def prior_predictive(fit: Fit) -> tuple[dict[str, np.ndarray] | None, str]:
+    """φ, ``theta`` and ``y`` by name, a draw on the first axis; else None and why not."""
+    if fit.phi_draws is None:
+        return None, f"{fit.method} finds a point φ: only full Bayes draws from p(φ)"
+    sites = fit.model.phi_distributions(fit.tasks)
+    if open_ := [name for name, belief in sites.items() if improper(belief)]:
+        return None, f"the hyperprior on {listing(open_)} is improper: nothing can be drawn from it"
+    tasks = fit.tasks
+    if NUM_PRIOR_DRAWS * max(tasks.num_rows, tasks.num_tasks * len(tasks.coef)) > (
+        LARGEST_PREDICTIVE
+    ):
+        return None, _too_large(NUM_PRIOR_DRAWS, tasks)
+    rng = np.random.default_rng(PRIOR_STREAM)
+    return _prior_draws(fit.model, tasks, NUM_PRIOR_DRAWS, rng), ""
+
+
+def _too_large(num_draws: int, tasks: Tasks) -> str:
+    return (
+        f"{num_draws} draws of {tasks.num_rows} rows of {tasks.num_tasks} tasks are more than "
+        f"{LARGEST_PREDICTIVE} numbers; fit.predict draws of some rows"
+    )
+
+
+def _prior_draws(
+    model: HierarchicalModel, tasks: Tasks, num_draws: int, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """φ, ``theta`` (S, J, d) and ``y`` (S, N), drawn from the model before any data."""
+    phis = draw_phi(model, tasks, num_draws, rng)
+    thetas = draw_theta(model, tasks, phis, rng)
+    return {**phis, "theta": thetas, "y": _outcomes(model, tasks, thetas, phis, rng)}
+
+
+def _outcomes(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    thetas: np.ndarray,
+    phis: dict[str, np.ndarray],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """One outcome a row (S, N) under each of S draws of θ (S, J, d) and of φ, or of one φ."""
+    step = max(1, DRAWN_AT_ONCE // max(tasks.num_rows, 1))
+    parts = []
+    for start in range(0, len(thetas), step):
+        some = slice(start, start + step)
+        own = {n: v[some] if len(v) > 1 else v for n, v in phis.items()}
+        parts.append(_drawn(model, tasks, thetas[some], own, rng))
+    return np.concatenate(parts)
+
+
+def _drawn(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    thetas: np.ndarray,
+    phis: dict[str, np.ndarray],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    likelihood: Any = model.likelihood
+    if not likelihood.has_location:
+        found = likelihood.outcomes(thetas, phis, tasks).drawn(np.arange(len(thetas)), rng)
+        return found.astype(np.int64) if likelihood.discrete else found
+    first = {name: value[0] for name, value in phis.items()}
+    if likelihood.linear:
+        rows = likelihood.design(tasks, first)
+        f = linear_location(thetas, phis, rows)
+    elif all(len(value) == 1 for value in phis.values()):
+        f = locations(model, thetas, first, tasks)
+    else:
+        f = _locations_by_draw(model, thetas, phis, tasks)
+    return outcomes_at(likelihood, f, phis, tasks, rng)
+
+
+def _locations_by_draw(
+    model: HierarchicalModel, thetas: np.ndarray, phis: dict[str, np.ndarray], tasks: Tasks
+) -> np.ndarray:
+    """f (S, N, …) where it is curved in θ and has a φ of its own in every draw."""
+    rows, of_row = model.likelihood.arrange(tasks)
+    phis = {n: np.broadcast_to(v, (len(thetas), *v.shape[1:])) for n, v in phis.items()}
+    with float64():
+        found = np.asarray(_mapped(model.without_encoder(), thetas, phis, rows, of_row))
+    return found if of_row is not None else found[:, rows.mask]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mapped(
+    model: HierarchicalModel, thetas: Any, phis: dict[str, Any], rows: Task, of_row: Any
+) -> jax.Array:
+    def one(draw: Any) -> Any:
+        theta, phi = draw
+        return model.likelihood.locations(theta, phi, rows, of_row)
+
+    return jax.lax.map(one, (thetas, phis))
