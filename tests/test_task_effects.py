@@ -130,8 +130,19 @@ def test_one_outlying_task_is_named(rng):
     theta[17] = 7.0
     found = task_effects(quietly(hb.empirical_bayes, levels(theta, rng)))
     assert found.outliers == {"level": ("t17",)}
-    assert any("'t17'" in remark for remark in found.remarks)
+    (said,) = found.remarks  # and nothing of heavy tails, which the others do not have
+    assert "'t17'" in said
+    assert "other tasks look Gaussian" in said
     assert "t17" in str(found)
+
+
+def test_beside_an_outlier_the_shape_of_the_others_is_told(rng):
+    kinds = np.repeat([-2.0, 2.0], 60) + 0.3 * rng.normal(size=120)
+    kinds[3] = 12.0
+    found = task_effects(quietly(hb.empirical_bayes, levels(kinds, rng)))
+    assert found.outliers == {"level": ("t3",)}
+    assert "do not look Gaussian either" in found.remarks[0]
+    assert "light" in found.remarks[1]
 
 
 def test_the_bound_of_outliers_is_grubbs(rng):

@@ -155,8 +155,8 @@ def task_effects(fit: Fit) -> TaskEffects:
     tests = [shape_test(column) for column in z.T]
     outliers = {c: tuple(names[far(column)].tolist()) for c, column in zip(coefs, z.T, strict=True)}
     remarks = _without_effects(coefs, spread, known)
-    for c, column, (_, p_value) in zip(coefs, z.T, tests, strict=True):
-        remarks += _verdict(c, column, p_value, outliers[c], len(coefs))
+    for k, c in enumerate(coefs):
+        remarks += _verdict(c, z[:, k], tests[k][1], outliers[c], len(coefs))
     return TaskEffects(
         label(z, fit.tasks, ("task", "coef"), "z"),
         label(information, fit.tasks, ("task", "coef"), "information"),
@@ -235,20 +235,27 @@ def _verdict(
 
     if not np.isfinite(p_value):
         return []
-    z = z[np.isfinite(z)]
-    remarks = []
+    level, remarks = LEVEL / num_coefs, []
+    rest = np.delete(z, far(z))
+    rest = rest[np.isfinite(rest)]
     if outliers:
+        others = (
+            "The other tasks look Gaussian"
+            if shape_test(rest)[1] >= level
+            else "The other tasks do not look Gaussian either"
+        )
         remarks.append(
-            f"{coef!r}: {listing(list(outliers))} lie(s) farther out than any of {len(z)} Gaussian "
-            "tasks would. Look at their rows first; if they are right, a Student-t prior "
+            f"{coef!r}: {listing(list(outliers))} lie(s) farther out than Gaussian tasks would. "
+            f"{others}. Look at the rows first; if they are right, a Student-t prior "
             "(hb.priors.StudentT) shrinks unusual tasks less, and keeps them from widening tau for "
             "all others"
         )
-    if p_value >= LEVEL / num_coefs:
+    # the shape of what is left: one outlier makes any sample heavy-tailed, or skewed
+    if p_value >= level or (outliers and shape_test(rest)[1] >= level):
         return remarks
-    heavy, skew = float(stats.kurtosis(z)), float(stats.skew(z))
+    heavy, skew = float(stats.kurtosis(rest)), float(stats.skew(rest))
     # standard errors of both under normality, √(24/n) and √(6/n)
-    if abs(skew) * np.sqrt(len(z) / 6) > abs(heavy) * np.sqrt(len(z) / 24):
+    if abs(skew) * np.sqrt(len(rest) / 6) > abs(heavy) * np.sqrt(len(rest) / 24):
         advice = (
             f"they are skewed ({skew:+.1f}): a task predictor that tells the tasks apart, or a "
             "transformed outcome, may be missing"

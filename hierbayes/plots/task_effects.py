@@ -81,7 +81,8 @@ def task_effects(
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     ax.spines[["top", "right"]].set_visible(False)
     # points within the shoulders of heavy tails stand out too, but not for being unusual
-    named = np.flatnonzero(out & (below == (expected < 0)))
+    unusual = (below == (expected < 0)) & (np.abs(values - mean) > 2 * sd)
+    named = np.flatnonzero(out & unusual)
     named = named[np.argsort(-np.abs(values[named] - mean), kind="stable")][:names]
     points = np.column_stack([expected, values])
     place(ax, [Label(str(tasks[i]), [points[i]], "#D55E00") for i in named], marks=points)
