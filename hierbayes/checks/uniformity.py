@@ -18,7 +18,7 @@ uniformity and its applications, Statistics and Computing 32.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -62,8 +62,8 @@ def p_value(ranks: np.ndarray, num_draws: int) -> float:
     (1.0, True)
     """
     counts = counts_below(ranks, num_draws)
-    size, z = len(ranks), _positions(num_draws)
-    tails = np.minimum(stats.binom.cdf(counts, size, z), stats.binom.sf(counts - 1, size, z))
+    size, at = len(ranks), np.arange(num_draws)
+    tails = np.minimum(*(tail[at, counts] for tail in _tails(size, num_draws)))
     return leaving(*_inside(size, num_draws, float(2 * tails.min())), size)
 
 
@@ -111,12 +111,15 @@ def _positions(num_draws: int) -> np.ndarray:
     return np.arange(1, num_draws + 1) / (num_draws + 1)
 
 
+@functools.lru_cache(maxsize=8)
+def _tails(size: int, num_draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """P(K ≤ k) and P(K ≥ k) at each position, (L, N + 1)."""
+    every, z = np.arange(size + 1), _positions(num_draws)[:, None]
+    return stats.binom.cdf(every, size, z), stats.binom.sf(every - 1, size, z)
+
+
 def _inside(size: int, num_draws: int, gamma: float) -> tuple[np.ndarray, np.ndarray]:
     """The least and the largest count at each position whose two-sided tail is above γ."""
-    z = _positions(num_draws)
+    below, above = _tails(size, num_draws)
     edge = 0.5 * gamma * (1 + SLACK)
-    low: Any = stats.binom.ppf(edge, size, z)
-    low = np.where(stats.binom.cdf(low, size, z) <= edge, low + 1, low)
-    high: Any = stats.binom.isf(edge, size, z)
-    high = np.where(stats.binom.sf(high - 1, size, z) <= edge, high - 1, high)
-    return low.astype(int), high.astype(int)
+    return (below <= edge).sum(1), size - (above <= edge).sum(1)
