@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hierbayes.adaptation import Adapted
+from hierbayes.adaptation import Adaptation, Adapted
 from hierbayes.errors import InputError, listing
 from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
@@ -36,6 +36,8 @@ class AdaptedTasks:
     phis: dict[str, np.ndarray]
     adapted: Adapted
     draws: np.ndarray | None = None
+    mixture_of: Adaptation | None = None
+    """Whose posteriors at each of ``phis``, averaged, are θ's, where θ's is a mixture."""
 
     @property
     def theta(self) -> Any:
@@ -98,6 +100,8 @@ class AdaptedTasks:
             for k in range(rows.predictors.shape[1]):  # one coefficient at a time: S N numbers
                 means += self.draws[:, of_row, k] * rows.predictors[:, k]
             return finish("known task", self.model, rows, self.phis, means, 0.0)
+        if self.mixture_of is not None:
+            return self._predict_mixture(self.mixture_of, rows, of_row)
         means = np.einsum("ik,ik->i", self.adapted.mean[of_row], rows.predictors)[None]
         variance = None
         if self.adapted.covariance is not None:
@@ -107,6 +111,19 @@ class AdaptedTasks:
             needed = quadratic(rows.predictors, self.adapted.unidentified[of_row])
             blind = needed > 1e-8 * (rows.predictors**2).sum(1)
         return finish("known task", self.model, rows, self.phis, means, variance, blind)
+
+    def _predict_mixture(
+        self, adaptation: Adaptation, rows: Tasks, of_row: np.ndarray
+    ) -> Prediction:
+        """A component for each φ, of the exact posterior there."""
+        x, size = rows.predictors, len(next(iter(self.phis.values())))
+        means, variances = np.zeros((2, size, rows.num_rows))
+        for s in range(size):
+            one = adaptation(self.model, self.tasks, {n: v[s] for n, v in self.phis.items()})
+            assert one.covariance is not None
+            means[s] = np.einsum("ik,ik->i", one.mean[of_row], x)
+            variances[s] = quadratic(x, one.covariance[of_row])
+        return finish("known task", self.model, rows, self.phis, means, variances)
 
 
 POINT_DRAWS = 200

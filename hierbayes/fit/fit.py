@@ -14,6 +14,7 @@ import numpyro.distributions as dist
 from hierbayes.adaptation import (
     Adaptation,
     Adapted,
+    Conjugate,
     GradientSteps,
     LeastSquares,
     MaximumLikelihood,
@@ -79,6 +80,9 @@ class Fit:
         By name of φ, where the method gives them; NaN with a reason in ``warnings``.
     info : dict
         Settings and ``seconds``; ``remarks``, sentences on what is sound but worth knowing.
+    phi_bootstrap : dict or None
+        By name the φ*_b, each (B, …), over which θ's posterior is averaged: of
+        :func:`empirical_bayes` with ``intervals="bootstrap"``.
     """
 
     method: str
@@ -96,6 +100,7 @@ class Fit:
     log_posterior: float | None = None
     warnings: tuple[str, ...] = ()
     info: dict[str, Any] = field(default_factory=dict)
+    phi_bootstrap: dict[str, np.ndarray] | None = None
 
     def __repr__(self) -> str:
         names = ", ".join(f"{n}={_short(v)}" for n, v in self.phi.items() if np.size(v) <= 4)
@@ -109,8 +114,17 @@ class Fit:
         if self.theta_draws is not None and self.phi_draws is not None:
             draws = self.theta_draws.reshape(-1, *self.theta_draws.shape[2:])
             return AdaptedTasks(self.model, self.tasks, self._phis(), _moments(draws), draws)
+        if self.phi_bootstrap is not None:
+            return self._averaged(self.tasks, self.training)
         adapted = self.training or self.adaptation(self.model, self.tasks, dict(self.phi))
         return AdaptedTasks(self.model, self.tasks, self._phis(), adapted)
+
+    def _averaged(self, tasks: Tasks, known: Adapted | None = None) -> AdaptedTasks:
+        """What tasks conclude, averaged over φ*_b."""
+        phis, exact = dict(self.phi_bootstrap or {}), self.adaptation
+        assert isinstance(exact, Conjugate)
+        moments = known or Adapted(*exact.moments(self.model, tasks, phis))
+        return AdaptedTasks(self.model, tasks, phis, moments, mixture_of=exact)
 
     @property
     def theta(self) -> Any:
@@ -235,13 +249,16 @@ class Fit:
         Returns
         -------
         AdaptedTasks
-            ``theta``, ``covariance``, ``draws`` and ``predict``.
+            ``theta``, ``covariance``, ``draws`` and ``predict``; averaged over ``phi_bootstrap``
+            where the fit has it, otherwise of a point φ at that point.
         """
         tasks = self.model.tasks(new_tasks)
         check_columns(tasks, self.tasks)
         self.model.likelihood.check(tasks)
         if tasks.outcome is None:
             raise InputError(f"the new tasks hold no outcome {tasks.labels.outcome!r}")
+        if self.phi_bootstrap is not None:
+            return self._averaged(tasks)
         if self.phi_draws is None:
             adapted = self.adaptation(self.model, tasks, dict(self.phi))
             announce(adapted.remarks)
@@ -264,9 +281,12 @@ class Fit:
         self.model.likelihood.check(found)
         if found.outcome is None:
             raise InputError(f"the new tasks hold no outcome {found.labels.outcome!r}")
+        info = self.info
+        if self.info.get("intervals", "plain") != "plain" and self.phi_bootstrap is None:
+            info = self.info | {"intervals": "plain"}  # the wider ones are of the training tasks
         return replace(
-            self, tasks=found, training=None, theta_draws=None, sample_stats={}, evidence=None,
-            log_posterior=None, no_evidence="phi was learned from other tasks",
+            self, tasks=found, info=info, training=None, theta_draws=None, sample_stats={},
+            evidence=None, log_posterior=None, no_evidence="phi was learned from other tasks",
         )  # fmt: skip
 
     def predict(self, data: Any = None, *, target: str | None = None) -> Prediction:

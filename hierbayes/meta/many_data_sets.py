@@ -201,7 +201,11 @@ class _Search:
     def _evaluated(self, many: ManyProblems, x: np.ndarray) -> tuple[np.ndarray, ...]:
         found, unit = many.profiles(self.root(x), self.rows, self.columns), self.unit[self.rows]
         loss = np.where(np.isfinite(found.loss), found.loss, np.inf)
-        return loss, found.slope * unit[:, None], found.hessian * unit[:, None, None] * unit[:, None]
+        return (
+            loss,
+            found.slope * unit[:, None],
+            found.hessian * unit[:, None, None] * unit[:, None],
+        )
 
     def zero(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """No variance at all: the least where a search from afar ends in a worse minimum."""
@@ -223,11 +227,16 @@ class _Search:
             after, slope_after, hessian_after = self._evaluated(many, trial)
             # near the minimum rounding decides about the value: the slope still knows
             settled = decrement < 1e-11 * np.maximum(1.0, np.abs(loss))
-            good = (after <= loss) | (settled & (after <= loss + 1e-10 * np.maximum(1, np.abs(loss))))
+            good = (after <= loss) | (
+                settled & (after <= loss + 1e-10 * np.maximum(1, np.abs(loss)))
+            )
             length = np.abs(step).max(0) / np.maximum(0.1, np.abs(x).max(0))
             finished = (good & (length * share < 1e-8)) | (share < 1e-9)
             x, loss = np.where(good, trial, x), np.where(good, after, loss)
-            slope, hessian = np.where(good, slope_after, slope), np.where(good, hessian_after, hessian)
+            slope, hessian = (
+                np.where(good, slope_after, slope),
+                np.where(good, hessian_after, hessian),
+            )
             share = np.where(good, np.minimum(1.0, 4 * share), 0.25 * share)
             ends[:, active], losses[active] = x, loss
             done[active[finished]] = True
@@ -258,9 +267,7 @@ class _Search:
         return np.where(free, trial, root)
 
 
-def _newton(
-    x: np.ndarray, slope: np.ndarray, hessian: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _newton(x: np.ndarray, slope: np.ndarray, hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Newton's step (K, B), uphill directions turned, no longer than Λ; and its decrement (B,)."""
     h = np.moveaxis(hessian, -1, 0)
     bad = ~np.isfinite(h).all((1, 2))
