@@ -30,8 +30,7 @@ class ManyProfiles(NamedTuple):
     """Minus the profiled evidence of every data set, and what Λ implies; data sets last.
 
     ``loss`` (B,), ``slope`` (K, B), ``hessian`` (K, K, B) in Λ's entries; ``effects`` (P, B) of
-    the whitened columns, ``sigma`` (B,); ``pull`` Λᵀ RᵀV⁻¹r (d, J, B) and ``ratio`` B = RΛ's
-    posterior precision matrix less one, ΛᵀRᵀRΛ (d, d, J, B).
+    the whitened columns; ``sigma`` (B,).
     """
 
     loss: np.ndarray
@@ -135,18 +134,12 @@ class ManyProblems:
         """b = (μ_free, Γ, β) (P, B) from the whitened effects."""
         return np.linalg.solve(self.whitener, effects) if len(effects) else effects
 
-    def posteriors(self, root: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """θ_j given y, Λ and the best b: E[θ] less its prior mean (d, J, B), sd (d, J, B)."""
-        w = self._white(root)
-        design = np.einsum("iejb,ecb->icjb", w.x, root)  # W R Λ
-        moved = np.einsum("icjb,ijb->cjb", design, w.residual)
-        mean = np.einsum("dcb,cjb->djb", root, moved)
-        # Λ (I − Λᵀ Rᵀ V⁻¹ R Λ) Λᵀ = Λ (I + ΛᵀRᵀRΛ)⁻¹ Λᵀ
-        plain = np.einsum("iej,ecb->icjb", self.x, root)
-        inner = np.einsum("icjb,idjb->jbcd", plain, plain) + np.eye(len(root))
-        spread = np.linalg.inv(inner)
-        variance = np.einsum("dcb,jbce,deb->djb", root, spread, root)
-        return mean, sigma * np.sqrt(np.maximum(variance, 0.0))
+    def posteriors(
+        self, root: np.ndarray, effects: np.ndarray, sigma: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """:func:`posteriors` of every data set at its own Λ, whitened effects and σ."""
+        residual = self.y - np.einsum("ipj,pb->ijb", self.fixed, effects - self.centre)
+        return posteriors(self.x, residual, root, sigma)
 
     def _white(self, root: np.ndarray) -> _White:
         d, num_fixed = self.x.shape[0], self.fixed.shape[1]
@@ -179,6 +172,23 @@ class ManyProblems:
         return _White(x, scaled, residual, squares, log_det, log_gram, effects)
 
 
+def posteriors(
+    x: np.ndarray, residual: np.ndarray, root: np.ndarray, sigma: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """θ_j's posterior mean less its prior mean, and its standard deviation, each (d, J, B).
+
+    ``x`` (d, d, J); ``residual`` (d, J, B) of y at the prior mean; ``root`` Λ (d, d, B) and
+    ``sigma`` (B,), at which Σ = σ² Λ Λᵀ.
+    """
+    design = np.einsum("iej,ecb->icjb", x, root)
+    precision = np.einsum("icjb,idjb->jbcd", design, design) + np.eye(len(root))
+    spread = np.linalg.inv(precision)  # of θ = Λz: I + Λᵀ RᵀR Λ ≥ I, whatever Λ
+    pull = np.einsum("icjb,ijb->jbc", design, residual)
+    mean = np.einsum("dcb,jbce,jbe->djb", root, spread, pull, optimize=True)
+    variance = np.einsum("dcb,jbce,deb->djb", root, spread, root, optimize=True)
+    return mean, sigma * np.sqrt(np.maximum(variance, 0.0))
+
+
 class _White(NamedTuple):
     """Of every data set: W R (d, d, J, B), F (d, P, J, B), r (d, J, B), Q, Σ log|V|, log|G|, b."""
 
@@ -191,18 +201,16 @@ class _White(NamedTuple):
     effects: np.ndarray
 
 
-def _whitened(variance: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _whitened(variance: Any, columns: Any) -> tuple[np.ndarray, np.ndarray]:
     """C⁻¹ columns (d, W, J, B), C the Cholesky factor of (d, d, J, B), and Σ_j log|V| (B,)."""
-    d = len(variance)
-    if d <= UNROLL_UP_TO:
+    if len(variance) <= UNROLL_UP_TO:
         white, pivots = eliminate(variance, columns)
-        rows = np.stack([w / np.sqrt(p) for w, p in zip(white, pivots, strict=True)])
-        return rows, sum(np.log(p).sum(0) for p in pivots)
-    with float64():  # by LAPACK, all tasks and data sets on one axis
-        flat = [a.reshape(*a.shape[:2], -1) for a in (variance, columns)]
-        white, pivots = eliminate(*flat)
-        parts = [np.asarray(w) / np.sqrt(np.asarray(p))
-                 for w, p in zip(white, pivots, strict=True)]  # fmt: skip
-        log_det = sum(np.log(np.asarray(p)) for p in pivots)
-    rows = np.stack(parts).reshape(columns.shape)
-    return rows, log_det.reshape(variance.shape[2:]).sum(0)
+    else:  # by LAPACK, all tasks and data sets on one axis
+        with float64():
+            flat: list[Any] = [a.reshape(*a.shape[:2], -1) for a in (variance, columns)]
+            white, pivots = eliminate(flat[0], flat[1])
+            white = [np.asarray(w).reshape(columns.shape[1:]) for w in white]
+            pivots = [np.asarray(p).reshape(variance.shape[2:]) for p in pivots]
+    squares = np.stack([np.asarray(p) for p in pivots])
+    rows = np.stack([np.asarray(w) for w in white])
+    return rows / np.sqrt(squares)[:, None], np.log(squares).sum((0, 1))

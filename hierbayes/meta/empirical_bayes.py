@@ -109,8 +109,9 @@ def empirical_bayes(
     -------
     Fit
         ``phi`` = φ̂, ``theta`` the posterior means at φ̂ (or as ``intervals`` has them),
-        ``standard_errors`` of μ, Γ and β by generalised least squares and of τ and σ from the Hessian of the profiled criterion (where
-        tasks are not Gaussian all from the Hessian of the criterion),
+        ``standard_errors`` of μ, Γ and β by generalised least squares and of τ and σ from the
+        Hessian of the profiled criterion (where tasks are not Gaussian all from the Hessian of the
+        criterion),
         ``log_evidence`` the maximised criterion with all constants (lme4's ``logLik``; under
         "map" the ml value at φ̂, with ``log_posterior`` beside it). ``info["remarks"]`` names
         tasks that only the prior holds, with outcomes all alike or separated.

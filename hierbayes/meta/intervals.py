@@ -72,7 +72,7 @@ def check_intervals(
                 '"reml", intervals="kass-steffey", or full_bayes'
             )
     if intervals == "morris":
-        _normal_means(model, tasks)
+        normal_means(model, tasks)
 
 
 def widened(
@@ -106,7 +106,7 @@ def widened(
             )
         return Widened(found, remarks, many.phi)
     if intervals == "morris":
-        mean, variance = morris(*_normal_means(model, tasks))
+        mean, variance = morris(*normal_means(model, tasks))
         return Widened(Adapted(mean[:, None], variance[:, None, None]))
     return Widened(training)
 
@@ -139,25 +139,28 @@ def draws_of_mixture(
     size, count = num_chains * num_draws, len(next(iter(phis.values())))
     which = rng.permutation(np.resize(np.arange(count), size))
     some = {name: value[which] for name, value in phis.items()}
-    drawn = adaptation.draws(model, tasks, some, int(rng.integers(2**63)))
+    key: Any = int(rng.integers(2**63))
+    drawn = adaptation.draws(model, tasks, some, key)
     return drawn.reshape(num_chains, num_draws, *drawn.shape[1:])
 
 
 def morris(y: np.ndarray, variance: float) -> tuple[np.ndarray, np.ndarray]:
-    r"""Morris's posterior means and variances of normal means y_j ~ N(θ_j, V), each (J,).
+    r"""Morris's posterior means and variances of normal means y_j ~ N(θ_j, V), each (…, J).
 
     Reference: Morris (1983), JASA 78(381); Carlin and Louis (2000), section 3.5.
     """
-    num = len(y)
-    away = y - y.mean()
-    total = max(float((away**2).sum()) / (num - 1), variance)  # V + τ̂², τ̂² of REML
+    num = y.shape[-1]
+    centre = y.mean(-1, keepdims=True)
+    away = y - centre
+    total = (away**2).sum(-1, keepdims=True) / (num - 1)
+    total = np.maximum(total, variance)  # V + τ̂², with τ̂² of REML
     shrinkage = (num - 3) / (num - 1) * variance / total
-    mean = (1 - shrinkage) * y + shrinkage * y.mean()
+    mean = (1 - shrinkage) * y + shrinkage * centre
     spread = variance * (1 - (num - 1) / num * shrinkage)
     return mean, spread + 2 / (num - 3) * shrinkage**2 * away**2
 
 
-def _normal_means(model: HierarchicalModel, tasks: Tasks) -> tuple[np.ndarray, float]:
+def normal_means(model: HierarchicalModel, tasks: Tasks) -> tuple[np.ndarray, float]:
     """(y_j, V) of tasks that are normal means with one known variance; others are refused."""
     shape = model.shape(tasks)
     stats = statistics(tasks)

@@ -108,6 +108,7 @@ def maximise_many(
     *,
     reml: bool,
     starts: tuple[Any, ...] = STARTS,
+    tolerance: float = 1e-8,
     progress: str | None = None,
 ) -> ManyEstimates:
     """φ̂ of type-II maximum likelihood or REML of every data set.
@@ -121,6 +122,8 @@ def maximise_many(
     reml : bool
     starts : tuple
         Where Λ starts: multiples of the identity in units of a row's noise, or roots (d, d).
+    tolerance : float
+        Relative length of the Newton step in Λ that ends the search.
     progress : str, optional
         Name of a progress bar.
 
@@ -142,7 +145,8 @@ def maximise_many(
     with bar, np.errstate(all="ignore"):
         for first in range(0, many.num_sets, at_once):
             part = many.take(slice(first, first + at_once))
-            found.append(_estimates(part, stats, shape, unit, starts))
+            search = _Search(part, *positions(shape.blocks), unit, tolerance)
+            found.append(_estimates(search, stats, shape, starts))
             bar.update(part.num_sets)
     phi = {n: np.concatenate([f.phi[n] for f in found]) for n in found[0].phi}
     rest = [np.concatenate([getattr(f, n) for f in found])
@@ -151,10 +155,9 @@ def maximise_many(
 
 
 def _estimates(
-    many: ManyProblems, stats: Statistics, shape: Shape, unit: np.ndarray, starts: tuple[Any, ...]
+    search: _Search, stats: Statistics, shape: Shape, starts: tuple[Any, ...]
 ) -> ManyEstimates:
-    rows, columns = positions(shape.blocks)
-    search = _Search(many, rows, columns, unit)
+    many, rows, columns = search.many, search.rows, search.columns
     runs = [search.run(search.start(start)) for start in starts]
     runs.append(search.zero())
     losses = np.stack([loss for _, loss, _ in runs])
@@ -164,7 +167,7 @@ def _estimates(
     converged = np.stack([done for _, _, done in runs])[best, every]
     root = search.snapped(x, losses[best, every], converged)
     profile = many.profiles(root, rows, columns)
-    mean, sd = many.posteriors(root, profile.sigma)
+    mean, sd = many.posteriors(root, profile.effects, profile.sigma)
     covariance = np.einsum("dcb,ecb->bde", root, root) * profile.sigma[:, None, None] ** 2
     phi = _phi(shape, many.fixed_effects(profile.effects).T, covariance, profile.sigma)
     location = phi["mu"][:, None, :]
@@ -176,6 +179,7 @@ def _estimates(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
 class _Search:
     """Damped Newton steps on Λ's entries in ``unit``s, of all data sets side by side.
 
@@ -183,8 +187,11 @@ class _Search:
     τ̂ = 0, zero is an ordinary minimum.
     """
 
-    def __init__(self, many: ManyProblems, rows: Any, columns: Any, unit: np.ndarray):
-        self.many, self.rows, self.columns, self.unit = many, rows, columns, unit
+    many: ManyProblems
+    rows: np.ndarray
+    columns: np.ndarray
+    unit: np.ndarray
+    tolerance: float
 
     def start(self, start: Any) -> np.ndarray:
         if np.ndim(start) == 2:
@@ -231,7 +238,7 @@ class _Search:
                 settled & (after <= loss + 1e-10 * np.maximum(1, np.abs(loss)))
             )
             length = np.abs(step).max(0) / np.maximum(0.1, np.abs(x).max(0))
-            finished = (good & (length * share < 1e-8)) | (share < 1e-9)
+            finished = (good & (length * share < self.tolerance)) | (share < 1e-9)
             x, loss = np.where(good, trial, x), np.where(good, after, loss)
             slope, hessian = (
                 np.where(good, slope_after, slope),
@@ -270,7 +277,7 @@ class _Search:
 def _newton(x: np.ndarray, slope: np.ndarray, hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Newton's step (K, B), uphill directions turned, no longer than Λ; and its decrement (B,)."""
     h = np.moveaxis(hessian, -1, 0)
-    bad = ~np.isfinite(h).all((1, 2))
+    bad: Any = ~np.isfinite(h).all((1, 2))
     h = np.where(bad[:, None, None], np.eye(h.shape[-1]), h)
     values, vectors = np.linalg.eigh(h)
     values = np.abs(values)
