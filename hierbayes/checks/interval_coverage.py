@@ -19,12 +19,21 @@ from scipy import special, stats
 from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.evidence.many import posteriors
 from hierbayes.fit import Fit
-from hierbayes.meta.intervals import bootstrapped, check_intervals, morris, normal_means
-from hierbayes.meta.many_data_sets import ManyEstimates, maximise_many, simulated
+from hierbayes.meta.intervals import check_intervals, morris, normal_means
+from hierbayes.meta.many_data_sets import (
+    ManyEstimates,
+    maximise_many,
+    prior_means,
+    simulated,
+    simulated_at,
+)
 from hierbayes.numerics import as_rng, float64
 from hierbayes.statistics import Statistics
 
 SIMULATED = ("plain", "bootstrap", "morris")
+
+TOGETHER = 20
+"""Data sets whose bootstraps run side by side."""
 
 
 def interval_coverage(
@@ -119,36 +128,35 @@ def _bootstrap_ranks(
     """Share of each data set's mixture over φ*_b that lies below its θ, (B, J, d)."""
     from tqdm.auto import tqdm
 
-    ranks = np.empty(theta.shape)
-    bar = tqdm(range(len(theta)), desc="bootstrap of data sets", leave=False, delay=2.0,
+    model, shape, num_sets = fit.model, fit.model.shape(fit.tasks), len(theta)
+    reml, below = fit.info["criterion"] == "reml", np.empty(theta.shape)
+    bar = tqdm(range(0, num_sets, TOGETHER), desc="bootstrap of data sets", leave=False, delay=2.0,
                disable=not sys.stderr.isatty())  # fmt: skip
-    for k in bar:
-        one = {name: value[k] for name, value in many.phi.items()}
-        again = bootstrapped(
-            fit.model, fit.tasks, one, num_bootstrap, rng, reml=fit.info["criterion"] == "reml"
-        )
-        mean, sd = posteriors_at(fit, drawn, drawn.y[..., k], again.phi)
-        away = theta[k] - mean
+    for first in bar:
+        which = np.repeat(np.arange(first, min(first + TOGETHER, num_sets)), num_bootstrap)
+        phis = {name: value[which] for name, value in many.phi.items()}
+        again = maximise_many(simulated_at(model, fit.tasks, phis, rng)[0], shape, reml=reml)
+        mean, sd = _posteriors_at(fit, drawn, drawn.y[..., which], again.phi)
+        away = theta[which] - mean
         with np.errstate(divide="ignore", invalid="ignore"):
-            below = np.where(sd > 0, special.ndtr(away / sd), away > 0)
-        ranks[k] = below.mean(0)
-    return ranks
+            share = np.where(sd > 0, special.ndtr(away / sd), away > 0)
+        each = share.reshape(-1, num_bootstrap, *theta.shape[1:])
+        below[first : first + len(each)] = each.mean(1)
+    return below
 
 
-def posteriors_at(
+def _posteriors_at(
     fit: Fit, drawn: Statistics, y: np.ndarray, phis: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard deviations (S, J, d) of one data set's θ at S values of φ."""
+    """Means and standard deviations (B, J, d) of θ, each y of ``y`` (m, J, B) at its own φ."""
     d = drawn.num_coef
     sigma = np.asarray(phis.get("sigma", np.ones(len(phis["mu"]))))
     with float64():
         root = np.asarray(fit.model.prior.scale_tril(dict(phis))) / sigma[:, None, None]
-    location = np.repeat(phis["mu"][:, None], drawn.num_tasks, axis=1)
-    if "gamma" in phis:
-        location = location + np.einsum("sdq,qj->sjd", phis["gamma"], drawn.task_predictors)
-    residual = y[:d, :, None] - np.einsum("idj,sjd->ijs", drawn.x[:d], location)
+    location = prior_means(phis, drawn.task_predictors)
+    residual = y[:d] - np.einsum("idj,bjd->ijb", drawn.x[:d], location)
     if "beta" in phis:
-        residual = residual - np.einsum("ipj,sp->ijs", drawn.z[:d], phis["beta"])
+        residual = residual - np.einsum("ipj,bp->ijb", drawn.z[:d], phis["beta"])
     mean, sd = posteriors(drawn.x[:d], residual, np.moveaxis(root, 0, -1), sigma)
     return location + mean.transpose(2, 1, 0), sd.transpose(2, 1, 0)
 

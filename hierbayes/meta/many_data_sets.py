@@ -59,26 +59,45 @@ def simulated(
     rng: np.random.Generator,
 ) -> tuple[Statistics, np.ndarray]:
     """Statistics of data sets drawn under φ, their ``y`` (m, J, B), and the θ (B, J, d) in them."""
-    stats = statistics(tasks)
+    phis = {n: np.broadcast_to(v, (num_sets, *np.shape(v))) for n, v in phi.items()}
+    return simulated_at(model, tasks, phis, rng)
+
+
+def simulated_at(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phis: Mapping[str, np.ndarray],
+    rng: np.random.Generator,
+) -> tuple[Statistics, np.ndarray]:
+    """:func:`simulated`, each data set under a φ of its own: ``phis`` by name, (B, …)."""
+    stats, num_sets = statistics(tasks), len(phis["mu"])
     m, d, num_tasks = stats.x.shape
     p = stats.z.shape[1]
     with float64():
-        location = np.asarray(model.prior.location(dict(phi), tasks.task_predictors))
-        root = np.asarray(model.prior.scale_tril(dict(phi)))
+        root = np.asarray(model.prior.scale_tril(dict(phis)))
     white = rng.standard_normal((num_sets, num_tasks, d))
-    theta = location + white @ root.T
+    theta = prior_means(phis, stats.task_predictors) + white @ np.swapaxes(root, 1, 2)
     # a task of n rows leaves noise in n rows of its triangle, the rest of it in the last
     present = np.arange(m - 1)[:, None] < stats.num_rows
     noise = rng.standard_normal((m, num_tasks, num_sets))
     noise[:-1] *= present[:, :, None]
     left = np.maximum(stats.num_rows - d - p, 0)
-    noise[-1] = np.sqrt(rng.chisquare(np.maximum(left, 1), (num_sets, num_tasks)).T)
+    if left.any():
+        noise[-1] = np.sqrt(rng.chisquare(np.maximum(left, 1), (num_sets, num_tasks)).T)
     noise[-1] *= (left > 0)[:, None]
-    y = float(phi.get("sigma", 1.0)) * noise
+    y = noise * np.asarray(phis.get("sigma", 1.0))
     y += np.einsum("mdj,bjd->mjb", stats.x, theta)
     if p:
-        y += (stats.z * np.asarray(phi["beta"])[:, None]).sum(1)[..., None]
+        y += np.einsum("mpj,bp->mjb", stats.z, phis["beta"])
     return replace(stats, y=y), theta
+
+
+def prior_means(phis: Mapping[str, np.ndarray], task_predictors: np.ndarray) -> np.ndarray:
+    """μ + Γ w_j of every data set and task, (B, J, d), from (q, J) task predictors."""
+    means = np.repeat(phis["mu"][:, None], task_predictors.shape[1], axis=1)
+    if "gamma" in phis:
+        means = means + np.einsum("bdq,qj->bjd", phis["gamma"], task_predictors)
+    return means
 
 
 def of_outcomes(tasks: Tasks, outcomes: np.ndarray) -> Statistics:
@@ -170,9 +189,7 @@ def _estimates(
     mean, sd = many.posteriors(root, profile.effects, profile.sigma)
     covariance = np.einsum("dcb,ecb->bde", root, root) * profile.sigma[:, None, None] ** 2
     phi = _phi(shape, many.fixed_effects(profile.effects).T, covariance, profile.sigma)
-    location = phi["mu"][:, None, :]
-    if "gamma" in phi:
-        location = location + np.einsum("bdq,qj->bjd", phi["gamma"], stats.task_predictors)
+    location = prior_means(phi, stats.task_predictors)
     return ManyEstimates(
         phi, -profile.loss, converged & np.isfinite(profile.loss),
         location + mean.transpose(2, 1, 0), sd.transpose(2, 1, 0),
