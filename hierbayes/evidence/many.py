@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.evidence.profile import ProfileProblem
@@ -207,8 +208,8 @@ def _whitened(variance: Any, columns: Any) -> tuple[np.ndarray, np.ndarray]:
         white, pivots = eliminate(variance, columns)
     else:  # by LAPACK, all tasks and data sets on one axis
         with float64():
-            flat: list[Any] = [a.reshape(*a.shape[:2], -1) for a in (variance, columns)]
-            white, pivots = eliminate(flat[0], flat[1])
+            flat = [jnp.asarray(a.reshape(*a.shape[:2], -1)) for a in (variance, columns)]
+            white, pivots = eliminate(*flat)
             white = [np.asarray(w).reshape(columns.shape[1:]) for w in white]
             pivots = [np.asarray(p).reshape(variance.shape[2:]) for p in pivots]
     squares = np.stack([np.asarray(p) for p in pivots])

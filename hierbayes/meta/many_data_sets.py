@@ -33,6 +33,9 @@ NUMBERS_AT_ONCE = 100_000
 
 MOST_STEPS = 100
 
+AWAY = 0.3
+"""Length of the first step off a saddle, in units of a row's noise."""
+
 STARTS = (1.0, 0.2)
 """Λ's diagonal, in units of a row's noise, as in :func:`maximise_likelihood`."""
 
@@ -292,14 +295,20 @@ class _Search:
 
 
 def _newton(x: np.ndarray, slope: np.ndarray, hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Newton's step (K, B), uphill directions turned, no longer than Λ; and its decrement (B,)."""
+    """Newton's step (K, B), uphill directions turned, no longer than Λ; and its decrement (B,).
+
+    A column of Λ that is next to zero has next to no slope, though more variance would help:
+    directions of negative curvature are followed at least :data:`AWAY`.
+    """
     h = np.moveaxis(hessian, -1, 0)
     bad: Any = ~np.isfinite(h).all((1, 2))
     h = np.where(bad[:, None, None], np.eye(h.shape[-1]), h)
     values, vectors = np.linalg.eigh(h)
+    saddle = values < -1e-8 * np.abs(values).max(-1, keepdims=True)
     values = np.abs(values)
     values = np.maximum(values, 1e-10 * values.max(-1, keepdims=True) + 1e-300)
     along = np.einsum("bki,kb->bi", vectors, np.where(bad, 0.0, slope)) / values
+    along = np.where(saddle, np.copysign(np.maximum(np.abs(along), AWAY), along), along)
     step = -np.einsum("bki,bi->kb", vectors, along)
     most = np.maximum(1.0, np.abs(x).max(0))
     step *= np.minimum(1.0, most / np.maximum(np.abs(step).max(0), 1e-300))
