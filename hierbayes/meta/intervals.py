@@ -68,8 +68,8 @@ def check_intervals(
             )
         if criterion == "map":
             raise NotApplicable(
-                f'intervals="{intervals}" has no place for a prior on phi: use criterion="ml" or '
-                '"reml", intervals="kass-steffey", or full_bayes'
+                f'intervals="{intervals}" goes with criterion="ml" or "reml", and not with "map": it '
+                'has no place for a prior on phi; use intervals="kass-steffey", or full_bayes'
             )
     if intervals == "morris":
         normal_means(model, tasks)
