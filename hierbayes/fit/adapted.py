@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hierbayes.adaptation import Adaptation, Adapted
+from hierbayes.adaptation import Adaptation, Adapted, Conjugate
 from hierbayes.errors import InputError, listing
 from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
@@ -124,6 +124,19 @@ class AdaptedTasks:
             means[s] = np.einsum("ik,ik->i", one.mean[of_row], x)
             variances[s] = quadratic(x, one.covariance[of_row])
         return finish("known task", self.model, rows, self.phis, means, variances)
+
+
+def averaged(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phis: dict[str, np.ndarray],
+    adaptation: Adaptation,
+    known: Adapted | None = None,
+) -> AdaptedTasks:
+    """What Gaussian tasks conclude, averaged over φ_b; ``known`` are its moments, if they are."""
+    assert isinstance(adaptation, Conjugate)
+    moments = known or Adapted(*adaptation.moments(model, tasks, phis))
+    return AdaptedTasks(model, tasks, phis, moments, mixture_of=adaptation)
 
 
 POINT_DRAWS = 200

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpyro.distributions as dist
 from hierbayes.adaptation import (
     Adaptation,
     Adapted,
-    Conjugate,
     GradientSteps,
     LeastSquares,
     MaximumLikelihood,
@@ -24,6 +23,7 @@ from hierbayes.fit import datatree as trees
 from hierbayes.fit.adapted import (
     POINT_DRAWS,
     AdaptedTasks,
+    averaged,
     check_columns,
     finish,
     locations,
@@ -31,6 +31,7 @@ from hierbayes.fit.adapted import (
     quadratic,
 )
 from hierbayes.fit.prediction import Prediction
+from hierbayes.fit.when_read import WhenRead
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, float64, to_numpy
 from hierbayes.priors.assembled import Assembled
@@ -38,24 +39,6 @@ from hierbayes.priors.singular import SingularNormal
 from hierbayes.tasks import Tasks
 
 TARGETS = ("known", "new", "population")
-
-
-class WhenRead:
-    """A field of an array, or of a function that makes it, which is called when first read."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.place = f"_{name}"
-
-    def __get__(self, fit: Any, owner: type | None = None) -> Any:
-        if fit is None:
-            return None  # the field's default
-        value = fit.__dict__.get(self.place)
-        if callable(value):
-            value = fit.__dict__[self.place] = value()
-        return value
-
-    def __set__(self, fit: Any, value: np.ndarray | Callable[[], np.ndarray] | None) -> None:
-        fit.__dict__[self.place] = value
 
 
 @dataclass(frozen=True)
@@ -115,16 +98,10 @@ class Fit:
             draws = self.theta_draws.reshape(-1, *self.theta_draws.shape[2:])
             return AdaptedTasks(self.model, self.tasks, self._phis(), _moments(draws), draws)
         if self.phi_bootstrap is not None:
-            return self._averaged(self.tasks, self.training)
+            phis = self.phi_bootstrap
+            return averaged(self.model, self.tasks, phis, self.adaptation, self.training)
         adapted = self.training or self.adaptation(self.model, self.tasks, dict(self.phi))
         return AdaptedTasks(self.model, self.tasks, self._phis(), adapted)
-
-    def _averaged(self, tasks: Tasks, known: Adapted | None = None) -> AdaptedTasks:
-        """What tasks conclude, averaged over φ*_b."""
-        phis, exact = dict(self.phi_bootstrap or {}), self.adaptation
-        assert isinstance(exact, Conjugate)
-        moments = known or Adapted(*exact.moments(self.model, tasks, phis))
-        return AdaptedTasks(self.model, tasks, phis, moments, mixture_of=exact)
 
     @property
     def theta(self) -> Any:
@@ -258,7 +235,7 @@ class Fit:
         if tasks.outcome is None:
             raise InputError(f"the new tasks hold no outcome {tasks.labels.outcome!r}")
         if self.phi_bootstrap is not None:
-            return self._averaged(tasks)
+            return averaged(self.model, tasks, self.phi_bootstrap, self.adaptation)
         if self.phi_draws is None:
             adapted = self.adaptation(self.model, tasks, dict(self.phi))
             announce(adapted.remarks)

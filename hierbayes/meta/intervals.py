@@ -68,7 +68,7 @@ def check_intervals(
             )
         if criterion == "map":
             raise NotApplicable(
-                f'intervals="{intervals}" goes with criterion="ml" or "reml", and not with "map": it '
+                f'intervals="{intervals}" goes with criterion="ml" or "reml", not with "map": it '
                 'has no place for a prior on phi; use intervals="kass-steffey", or full_bayes'
             )
     if intervals == "morris":
