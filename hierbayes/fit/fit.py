@@ -75,7 +75,7 @@ class Fit:
     adaptation: Adaptation
     training: Adapted | None = None
     phi_draws: dict[str, np.ndarray] | None = None
-    theta_draws: WhenRead = WhenRead()
+    theta_draws: WhenRead = WhenRead()  # noqa: RUF009
     sample_stats: dict[str, np.ndarray] = field(default_factory=dict)
     standard_errors: dict[str, np.ndarray] = field(default_factory=dict)
     evidence: float | None = None
