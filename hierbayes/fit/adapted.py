@@ -115,11 +115,12 @@ class AdaptedTasks:
                 means += self.draws[:, of_row, k] * rows.predictors[:, k]
             return finish("known task", self.model, rows, self.phis, means, 0.0)
         if self.adapted.normals is not None:
-            some, of = np.unique(of_row, return_inverse=True)
-            centres, spreads = self.adapted.normals(some)
-            means = np.einsum("sik,ik->si", centres[:, of], rows.predictors)
-            variance = quadratic(rows.predictors[None], spreads[:, of])
-            return finish("known task", self.model, rows, self.phis, means, variance)
+            centres, spreads = self.adapted.normals(found)
+            means = np.einsum("sik,ik->si", centres[:, rows.task_of_row], rows.predictors)
+            variance = quadratic(rows.predictors[None], spreads[:, rows.task_of_row])
+            one_phi = len(next(iter(self.phis.values()))) == 1
+            drawn = functools.partial(_mixed_thetas, centres, spreads, one_phi)
+            return finish("known task", self.model, rows, self.phis, means, variance, None, drawn)
         means = np.einsum("ik,ik->i", self.adapted.mean[of_row], rows.predictors)[None]
         variance, drawn = None, None
         if self.adapted.covariance is not None:
@@ -136,6 +137,23 @@ class AdaptedTasks:
 def _normal_thetas(own: Adapted, at: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """θ of every task from its normal posterior, whichever draw of φ."""
     return own.draw(rng, len(at))
+
+
+def _mixed_thetas(
+    centres: np.ndarray,
+    spreads: np.ndarray,
+    one_phi: bool,
+    at: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """θ of every task from its mixture of normals: all of one φ, or each task by itself."""
+    size, num_tasks, _ = centres.shape
+    which = rng.integers(size, size=(len(at), num_tasks)) if one_phi else at[:, None]
+    task = np.arange(num_tasks)
+    values, vectors = np.linalg.eigh(spreads)
+    roots = vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :]
+    white = rng.standard_normal((len(at), num_tasks, centres.shape[2]))
+    return centres[which, task] + np.einsum("njkl,njl->njk", roots[which, task], white)
 
 
 POINT_DRAWS = 200

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hierbayes.adaptation import Adaptation, Adapted, GradientSteps, Quadrature, equivalent_prior
+from hierbayes.adaptation import (
+    Adaptation,
+    Adapted,
+    Conjugate,
+    GradientSteps,
+    Quadrature,
+    equivalent_prior,
+)
 from hierbayes.errors import InputError, announce, listing
 from hierbayes.evidence.over_draws import log_evidence_over_draws
 from hierbayes.fit.adapted import AdaptedTasks, check_columns, phis_of
@@ -84,6 +91,9 @@ def adapt(
     tasks = read_new(fit, new_tasks, after)
     if implied:
         return _implied(fit, tasks)
+    if fit.phi_bootstrap is not None:
+        said = (LEFT_POINT.format(num_tasks=fit.tasks.num_tasks),)
+        return replace(averaged(fit.model, tasks, fit.phi_bootstrap, fit.adaptation), remarks=said)
     phis = phis_of(fit.phi, fit.phi_draws)
     if fit.phi_draws is None:
         adapted = fit.adaptation(fit.model, tasks, dict(fit.phi))
@@ -109,6 +119,9 @@ def on(fit: Fit, new_tasks: Any, update_phi: bool, seed: Any) -> Fit:
         log_posterior=None, no_evidence="phi was learned from other tasks",
     )  # fmt: skip
     if fit.phi_draws is None:
+        if fit.info.get("intervals", "plain") != "plain" and fit.phi_bootstrap is None:
+            # the wider ones are of the training tasks
+            return replace(bare, info=fit.info | {"intervals": "plain"})
         return bare
     new = adapt(fit, tasks, None, update_phi, implied=False, seed=seed)
     lead = next(iter(fit.phi_draws.values())).shape[:2]
@@ -196,6 +209,30 @@ def _implied(fit: Fit, tasks: Tasks) -> AdaptedTasks:
     return AdaptedTasks(
         fit.model, tasks, phis_of(fit.phi, fit.phi_draws), adapted, remarks=tuple(said)
     )
+
+
+def averaged(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phis: dict[str, np.ndarray],
+    adaptation: Adaptation,
+    known: Adapted | None = None,
+) -> AdaptedTasks:
+    """What Gaussian tasks conclude, averaged over φ_b; ``known`` are its moments, if they are."""
+    assert isinstance(adaptation, Conjugate)
+    moments = known or Adapted(*adaptation.moments(model, tasks, phis))
+
+    def normals(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        some, size = tasks.take(positions), len(next(iter(phis.values())))
+        at = [adaptation(model, some, {n: v[b] for n, v in phis.items()}) for b in range(size)]
+        return np.stack([one.mean for one in at]), np.stack([_spread(one) for one in at])
+
+    return AdaptedTasks(model, tasks, phis, replace(moments, normals=normals))
+
+
+def _spread(adapted: Adapted) -> np.ndarray:
+    assert adapted.covariance is not None
+    return adapted.covariance
 
 
 def theta_under(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,33 +22,16 @@ from hierbayes.fit.adapted import (
     check_columns,
     phis_of,
 )
-from hierbayes.fit.adapting import moments_of
+from hierbayes.fit.adapting import averaged, moments_of
 from hierbayes.fit.learned_prior import learned_prior, learned_priors
 from hierbayes.fit.prediction import Prediction
 from hierbayes.fit.targets import predict_unseen
+from hierbayes.fit.when_read import WhenRead
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors.learned import LearnedPrior
 from hierbayes.tasks import Tasks
 
 TARGETS = ("known", "new", "population")
-
-
-class WhenRead:
-    """A field of an array, or of a function that makes it, which is called when first read."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.place = f"_{name}"
-
-    def __get__(self, fit: Any, owner: type | None = None) -> Any:
-        if fit is None:
-            return None  # the field's default
-        value = fit.__dict__.get(self.place)
-        if callable(value):
-            value = fit.__dict__[self.place] = value()
-        return value
-
-    def __set__(self, fit: Any, value: np.ndarray | Callable[[], np.ndarray] | None) -> None:
-        fit.__dict__[self.place] = value
 
 
 @dataclass(frozen=True)
@@ -73,6 +56,9 @@ class Fit:
         By name of φ, where the method gives them; NaN with a reason in ``warnings``.
     info : dict
         Settings and ``seconds``; ``remarks``, sentences on what is sound but worth knowing.
+    phi_bootstrap : dict or None
+        By name the φ*_b, each (B, …), over which θ's posterior is averaged: of
+        :func:`empirical_bayes` with ``intervals="bootstrap"``.
     """
 
     method: str
@@ -82,7 +68,7 @@ class Fit:
     adaptation: Adaptation
     training: Adapted | None = None
     phi_draws: dict[str, np.ndarray] | None = None
-    theta_draws: WhenRead = WhenRead()
+    theta_draws: WhenRead = WhenRead()  # noqa: RUF009
     sample_stats: dict[str, np.ndarray] = field(default_factory=dict)
     standard_errors: dict[str, np.ndarray] = field(default_factory=dict)
     evidence: float | None = None
@@ -90,6 +76,7 @@ class Fit:
     log_posterior: float | None = None
     warnings: tuple[str, ...] = ()
     info: dict[str, Any] = field(default_factory=dict)
+    phi_bootstrap: dict[str, np.ndarray] | None = None
 
     def __repr__(self) -> str:
         names = ", ".join(f"{n}={_short(v)}" for n, v in self.phi.items() if np.size(v) <= 4)
@@ -102,9 +89,11 @@ class Fit:
         """The training tasks under the learned prior."""
         if self.theta_draws is not None and self.phi_draws is not None:
             draws = self.theta_draws.reshape(-1, *self.theta_draws.shape[2:])
-            return AdaptedTasks(
-                self.model, self.tasks, phis_of(self.phi, self.phi_draws), moments_of(draws), draws
-            )
+            phis = phis_of(self.phi, self.phi_draws)
+            return AdaptedTasks(self.model, self.tasks, phis, moments_of(draws), draws)
+        if self.phi_bootstrap is not None:
+            phis = self.phi_bootstrap
+            return averaged(self.model, self.tasks, phis, self.adaptation, self.training)
         adapted = self.training or self.adaptation(self.model, self.tasks, dict(self.phi))
         return AdaptedTasks(self.model, self.tasks, phis_of(self.phi, self.phi_draws), adapted)
 

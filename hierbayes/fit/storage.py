@@ -164,6 +164,7 @@ def load(
         log_posterior=described["log_posterior"],
         warnings=tuple(described["warnings"]),
         info=described["info"],
+        phi_bootstrap=_prefixed(arrays, "bootstrap.") or None,
     )
 
 
@@ -242,6 +243,7 @@ def _arrays(fit: Fit) -> Any:
 
     arrays = {f"phi.{name}": value for name, value in fit.phi.items()}
     arrays |= {f"se.{name}": value for name, value in fit.standard_errors.items()}
+    arrays |= {f"bootstrap.{name}": v for name, v in (fit.phi_bootstrap or {}).items()}
     if fit.training is not None:
         moments = {n: v for n, v in vars(fit.training).items() if isinstance(v, np.ndarray)}
         arrays |= {f"training.{name}": value for name, value in moments.items()}

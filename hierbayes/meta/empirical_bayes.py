@@ -28,7 +28,9 @@ from hierbayes.fit import Fit
 from hierbayes.likelihoods import LastLayer
 from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS, maximise_approximate
 from hierbayes.meta.episodic import on_episodes
+from hierbayes.meta.expected_coverage import remarks_on_coverage
 from hierbayes.meta.inner_loop import refuse_idle
+from hierbayes.meta.intervals import Intervals, check_intervals, draws_of_mixture, widened
 from hierbayes.meta.last_layer import maximise_evidence_of_features
 from hierbayes.meta.marginal import maximise_likelihood
 from hierbayes.meta.mixture_mode import maximise_mixture
@@ -53,6 +55,8 @@ def empirical_bayes(
     criterion: Literal["ml", "reml", "map"] = "ml",
     evidence: Literal["auto", "exact", "laplace", "quadrature"] = "auto",
     *,
+    intervals: Intervals = "plain",
+    num_bootstrap: int = 200,
     num_draws: int = 1000,
     num_chains: int = 4,
     seed: int | jax.Array = 0,
@@ -89,8 +93,20 @@ def empirical_bayes(
         Laplace's approximation, which is biased for small tasks: up to three coefficients a
         warning says by how much, beyond them nothing does. "auto" is exact where that can be,
         quadrature up to two coefficients, Laplace beyond; ``info["evidence"]`` says which.
+    intervals : "plain", "kass-steffey", "bootstrap" or "morris"
+        Which posterior of θ_j: its mean, covariance, draws and predictions for known tasks.
+        "plain" is p(θ_j | D_j, φ̂), which takes φ̂ for known and is too narrow with few tasks, far
+        too narrow with τ̂ near zero; a warning says what its 95 % intervals are expected to cover.
+        "kass-steffey" adds to the covariance what φ̂'s covariance adds to the mean, by the delta
+        method ("ml" and "map"; at τ̂ = 0 nothing of τ, and a warning says so). "bootstrap"
+        averages p(θ_j | D_j, φ*_b) over ``num_bootstrap`` refits φ*_b to data simulated under φ̂
+        (Gaussian tasks, "ml" and "reml"); so does :meth:`Fit.adapt`. "morris" is Morris's closed
+        form for normal means of equal known variance (his τ̂ is REML's). φ̂ and what is said of
+        new tasks stay as they are.
+    num_bootstrap : int
+        Refits of the bootstrap, kept as ``fit.phi_bootstrap``.
     num_draws, num_chains : int
-        Draws of θ given φ̂ in the DataTree.
+        Draws of θ in the DataTree.
     seed : int or JAX key
         For these draws; on episodes for weights and tasks.
     optimiser, num_meta_steps, progress, **outer_loop
@@ -102,9 +118,10 @@ def empirical_bayes(
     Returns
     -------
     Fit
-        ``phi`` = φ̂, ``theta`` the posterior means at φ̂, ``standard_errors`` of μ, Γ and β by
-        generalised least squares and of τ and σ from the Hessian of the profiled criterion (where
-        tasks are not Gaussian all from the Hessian of the criterion),
+        ``phi`` = φ̂, ``theta`` the posterior means at φ̂ (or as ``intervals`` has them),
+        ``standard_errors`` of μ, Γ and β by generalised least squares and of τ and σ from the
+        Hessian of the profiled criterion (where tasks are not Gaussian all from the Hessian of the
+        criterion),
         ``log_evidence`` the maximised criterion with all constants (lme4's ``logLik``; under
         "map" the ml value at φ̂, with ``log_posterior`` beside it). ``info["remarks"]`` names
         tasks that only the prior holds, with outcomes all alike or separated.
@@ -118,6 +135,11 @@ def empirical_bayes(
     ----------
     Bates et al. (2015), Fitting linear mixed-effects models using lme4, JSS 67(1).
     Chung et al. (2013), A nondegenerate penalized likelihood estimator, Psychometrika 78(4).
+    Kass and Steffey (1989), Approximate Bayesian inference in conditionally independent
+    hierarchical models (parametric empirical Bayes models), JASA 84(407).
+    Laird and Louis (1987), Empirical Bayes confidence intervals based on bootstrap samples,
+    JASA 82(399).
+    Morris (1983), Parametric empirical Bayes inference: theory and applications, JASA 78(381).
 
     Examples
     --------
@@ -128,6 +150,14 @@ def empirical_bayes(
     >>> fit = hb.empirical_bayes(model, tasks)
     >>> round(float(fit.phi["tau"][0]), 3), round(fit.log_evidence, 2)
     (0.324, -1081.83)
+
+    Few tasks, and a posterior that counts what they leave open of φ:
+
+    >>> schools = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+    ...                           known_se="se")
+    >>> wider = hb.empirical_bayes(*schools, intervals="bootstrap")
+    >>> bool(wider.phi["tau"] == 0), bool((wider.adapted.sd > 3).all())
+    (True, True)
     """
     started = time.perf_counter()
     given = {"optimiser": optimiser, "num_meta_steps": num_meta_steps, "progress": progress}
@@ -144,6 +174,8 @@ def empirical_bayes(
             )
         if criterion != "ml":
             raise InputError(f'criterion must be "ml" on episodes, found {criterion!r}')
+        if intervals != "plain":
+            raise NotApplicable(f'intervals must be "plain" on episodes, found {intervals!r}')
         return maximise_evidence_of_features(model, tasks, {**outer_loop, **given, "seed": seed})
     refuse_idle({**outer_loop, **given}, "empirical_bayes")
     tasks = model.tasks(tasks)
@@ -153,9 +185,10 @@ def empirical_bayes(
         if not (isinstance(value, (int, np.integer)) and value >= 1):
             raise InputError(f"{name} must be a positive integer, found {value!r}")
     model.check(tasks, learns_prior=True)
+    check_intervals(intervals, num_bootstrap, model, tasks, criterion)
     integral = chosen_evidence(model, tasks, evidence, criterion)
     resolved = resolve_for_mode(model, tasks) if criterion == "map" else model.resolve(tasks)
-    info: dict[str, Any] = {"criterion": criterion, "evidence": integral}
+    info: dict[str, Any] = {"criterion": criterion, "evidence": integral, "intervals": intervals}
     adaptation: Adaptation = Conjugate() if model.prior.gaussian else MixedScales()
     more: list[str] = []
     if integral != "exact":
@@ -171,14 +204,27 @@ def empirical_bayes(
         optimum = maximise_posterior(resolved, tasks)
     else:
         optimum = maximise_likelihood(resolved, tasks, reml=criterion == "reml")
-    training = adaptation(resolved, tasks, optimum.phi)
+    found = widened(
+        intervals, resolved, tasks, optimum.phi, adaptation,
+        adaptation(resolved, tasks, optimum.phi),
+        criterion=criterion, num_nodes=info.get("num_nodes", 1), num_bootstrap=num_bootstrap,
+        seed=seed,
+    )  # fmt: skip
+    training, mixed = found.training, found.phi_bootstrap
     draws = None
     if num_chains * num_draws * training.mean.size <= LARGEST_THETA:
         draws = functools.partial(_draws, training, seed, num_chains, num_draws)
         if isinstance(adaptation, MixedScales):
             given = (adaptation, resolved, tasks, optimum.phi, seed, num_chains, num_draws)
             draws = functools.partial(_mixed_draws, *given)
-    remarks = _remarks(tasks, optimum.phi, resolved.scales(tasks).spread)
+        if mixed is not None:
+            assert isinstance(adaptation, Conjugate)
+            draws = functools.partial(draws_of_mixture, adaptation, resolved, tasks, mixed, seed,
+                                      num_chains, num_draws)  # fmt: skip
+    spread = resolved.scales(tasks).spread
+    remarks = [*found.remarks, *_remarks(tasks, optimum.phi, spread, intervals)]
+    if intervals in ("plain", "kass-steffey"):
+        remarks += _remarks_on_intervals(resolved, tasks, optimum.phi, criterion, intervals)
     return Fit(
         "empirical Bayes", resolved, tasks, optimum.phi, adaptation, training,
         theta_draws=draws, standard_errors=optimum.standard_errors,
@@ -187,6 +233,7 @@ def empirical_bayes(
         info=info | {"num_draws": num_draws, "num_chains": num_chains,
                      "remarks": separation.remark(tasks, resolved.likelihood),
                      "seconds": time.perf_counter() - started},
+        phi_bootstrap=mixed,
     )  # fmt: skip
 
 
@@ -247,14 +294,15 @@ def _mixed_draws(
     return drawn.reshape(num_chains, num_draws, *drawn.shape[1:])
 
 
-def _remarks(tasks: Tasks, phi: dict[str, np.ndarray], spread: float) -> list[str]:
+def _remarks(tasks: Tasks, phi: dict[str, np.ndarray], spread: float, intervals: str) -> list[str]:
     """What the estimate alone does not tell."""
     remarks = []
     zero = [c for c, tau in zip(tasks.coef, phi["tau"], strict=True) if tau == 0]
     if zero:
+        width = ", and intervals of theta have no width" if intervals == "plain" else ""
         remarks.append(
             f"tau is estimated as exactly 0 for {listing(zero)}: the tasks are taken to be "
-            "identical there, and intervals of theta have no width. With few tasks this is "
+            f"identical there{width}. With few tasks this is "
             'common and says little; full_bayes averages over tau, and criterion="map" with its '
             "default prior keeps it off the boundary"
         )
@@ -265,11 +313,26 @@ def _remarks(tasks: Tasks, phi: dict[str, np.ndarray], spread: float) -> list[st
             "evidence has no maximum there, and neither log_evidence nor the other estimates mean "
             "much"
         )
-    num_tasks = int((tasks.sizes > 0).sum())
-    if num_tasks < FEW_TASKS:
-        remarks.append(
-            f"only {num_tasks} tasks have rows: intervals at a point estimate of phi ignore its "
-            "uncertainty and cover too little (below 90 % instead of 95 %, far below where tau "
-            "is near 0); full_bayes accounts for it"
-        )
     return remarks
+
+
+def _remarks_on_intervals(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phi: dict[str, np.ndarray],
+    criterion: str,
+    intervals: str,
+) -> list[str]:
+    """Where a point estimate of φ makes intervals too narrow: by how much, where that is known."""
+    num_tasks = int((tasks.sizes > 0).sum())
+    gaussian = model.conjugate
+    if intervals == "plain" and gaussian and criterion != "map":
+        return remarks_on_coverage(model, tasks, phi, reml=criterion == "reml")
+    if num_tasks >= FEW_TASKS:
+        return []
+    ignored = "ignore its uncertainty" if intervals == "plain" else "count its curvature alone"
+    return [
+        f"only {num_tasks} tasks have rows: intervals at a point estimate of phi {ignored} "
+        "and cover too little (below 90 % instead of 95 %, far below where tau is near 0); "
+        "full_bayes accounts for it"
+    ]

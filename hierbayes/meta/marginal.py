@@ -62,10 +62,10 @@ def _laid_out(tasks: Tasks, shape: Shape) -> tuple[Curved | Plain, np.ndarray]:
     """The evidence of these tasks, and the unit of each coefficient's τ / σ."""
     stats = placed_statistics(tasks)
     problem = profile_problem(stats, shape, reml=False, known_noise=False)
-    return around(problem), _units(stats)
+    return around(problem), relative_units(stats)
 
 
-def _units(stats: Statistics) -> np.ndarray:
+def relative_units(stats: Statistics) -> np.ndarray:
     """The standard deviation of a coefficient that matches the noise of one row, (d,)."""
     squares, rows = (stats.x**2).sum(axis=(0, 2)), stats.num_rows.sum()
     return 1.0 / np.sqrt(np.asarray(squares) / np.asarray(rows))

@@ -13,6 +13,7 @@ Reference: Kass and Steffey (1989), Journal of the American Statistical Associat
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,6 +31,12 @@ from hierbayes.meta.information import observed_information
 from hierbayes.meta.layout_of_phi import FLAT
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
+from hierbayes.tasks import Tasks
+
+REML_HAS_NONE = (
+    'criterion="reml" integrates mu and beta out: what their estimates add to theta is '
+    'in no information matrix here; fit with criterion="ml" or "map", or by full_bayes'
+)
 
 
 def theta_standard_errors(fit: Fit) -> Any:
@@ -38,7 +45,8 @@ def theta_standard_errors(fit: Fit) -> Any:
     .. math:: \operatorname{se}(\theta_j)^2 = \operatorname{diag}\!\left[V_j
               + G_j I^{-1} G_j^\top\right]
 
-    ``fit.adapted.sd`` is the square root of the first term alone, which takes φ̂ for the truth.
+    ``fit.adapted.sd`` is the square root of the first term alone, which takes φ̂ for the truth,
+    unless the fit was asked for wider ``intervals``; with ``"kass-steffey"`` it is this.
     I is the observed information of φ̂ in coordinates inside their bounds, so that the second term
     leaves out what lies at τ̂ = 0 or at correlations of ±1: there, and with few tasks in any case,
     full Bayes is wider still.
@@ -76,20 +84,40 @@ def theta_standard_errors(fit: Fit) -> Any:
     """
     num_nodes = _nodes(fit)
     phi = {name: np.asarray(value) for name, value in fit.phi.items()}
+    more = covariance_by_phi(
+        fit.model, fit.tasks, phi, num_nodes, with_belief=fit.info["criterion"] == "map"
+    )
+    plain = fit.adapted.adapted
+    if fit.info.get("intervals", "plain") != "plain":  # which count it already, or otherwise
+        plain = fit.adaptation(fit.model, fit.tasks, phi)
+    variance = np.diagonal(np.asarray(plain.covariance) + more, axis1=1, axis2=2)
+    variance = np.where(plain.identified, np.maximum(variance, 0.0), np.nan)
+    return label(np.sqrt(variance), fit.tasks, ("task", "coef"), "theta_se")
+
+
+def covariance_by_phi(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phi: Mapping[str, np.ndarray],
+    num_nodes: int,
+    *,
+    with_belief: bool,
+) -> np.ndarray:
+    """G_j I⁻¹ G_jᵀ of every task (J, d, d); NaN where the evidence is not concave at φ̂.
+
+    ``num_nodes`` and ``with_belief`` as in :func:`~.information.observed_information`.
+    """
     with float64():
-        known = observed_information(
-            fit.model, fit.tasks, phi, num_nodes, with_belief=fit.info["criterion"] == "map"
-        )
-        plain = fit.model.without_encoder()
+        known = observed_information(model, tasks, phi, num_nodes, with_belief=with_belief)
+        plain = model.without_encoder()
         slopes = np.asarray(_slopes(plain, known.around, num_nodes))[known.inside]
     values, vectors = np.linalg.eigh(known.hessian)
     if values.size and not values[0] > FLAT * values[-1]:
-        more = np.full(fit.adapted.adapted.mean.shape, np.nan)
-    else:  # (p, d, J) by the information's root, one squared sum a coefficient
-        white = np.einsum("pq,pkj->qkj", vectors / np.sqrt(values), slopes)
-        more = (white**2).sum(0).T
-    variance = fit.adapted.sd.values**2 + more
-    return label(np.sqrt(variance), fit.tasks, ("task", "coef"), "theta_se")
+        d = len(tasks.coef)
+        return np.full((tasks.num_tasks, d, d), np.nan)
+    # (p, d, J) by the information's root, one sum of squares a task
+    white = np.einsum("pq,pkj->qkj", vectors / np.sqrt(values), slopes)
+    return np.einsum("qkj,qlj->jkl", white, white)
 
 
 def _nodes(fit: Fit) -> int:
@@ -109,10 +137,7 @@ def _nodes(fit: Fit) -> int:
     if not isinstance(fit.adaptation, Conjugate | Laplace | Quadrature):
         raise NotApplicable("features that are learned have no observed information")
     if fit.info["criterion"] == "reml":
-        raise InputError(
-            'criterion="reml" integrates mu and beta out: what their estimates add to theta is '
-            'in no information matrix here; fit with criterion="ml" or "map", or by full_bayes'
-        )
+        raise InputError(REML_HAS_NONE)
     return fit.adaptation.num_nodes if isinstance(fit.adaptation, Quadrature) else 1
 
 

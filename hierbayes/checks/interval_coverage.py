@@ -1,0 +1,202 @@
+r"""How often intervals of empirical Bayes cover θ_j in data sets of one design.
+
+.. math:: P\left(\theta_j \in C_j(D)\right), \qquad \theta_j \sim p(\theta \mid \varphi),\quad
+          D_j \sim p(D_j \mid \theta_j, \varphi)
+
+on average over tasks and data sets: empirical Bayes coverage.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from scipy import special, stats
+
+from hierbayes.errors import InputError, NotApplicable, listing
+from hierbayes.evidence.many import posteriors
+from hierbayes.fit import Fit
+from hierbayes.meta.intervals import check_intervals, morris, normal_means
+from hierbayes.meta.many_data_sets import (
+    ManyEstimates,
+    maximise_many,
+    prior_means,
+    simulated,
+    simulated_at,
+)
+from hierbayes.numerics import as_rng, float64
+from hierbayes.statistics import Statistics
+
+SIMULATED = ("plain", "bootstrap", "morris")
+
+TOGETHER = 20
+"""Data sets whose bootstraps run side by side."""
+
+
+def interval_coverage(
+    fit: Fit,
+    intervals: Sequence[str] = ("plain",),
+    *,
+    phi: Mapping[str, Any] | None = None,
+    level: float = 0.95,
+    num_data_sets: int = 1000,
+    num_bootstrap: int = 200,
+    seed: int | jax.Array = 0,
+) -> Any:
+    r"""Coverage of θ's intervals over data sets simulated from a fit, or from a φ of your own.
+
+    Each data set has the fit's tasks with other θ and other outcomes; φ is estimated from it anew,
+    by the fit's criterion, and its intervals are asked whether they hold the θ that made it.
+
+    Parameters
+    ----------
+    fit : Fit
+        By :func:`~hierbayes.empirical_bayes` of Gaussian tasks, with ``criterion`` "ml" or "reml".
+    intervals : sequence of "plain", "bootstrap" and "morris"
+        As in :func:`~hierbayes.empirical_bayes`. Those of the bootstrap run between quantiles of
+        the mixture, and take ``num_bootstrap`` refits a data set.
+    phi : mapping, optional
+        Values by name that take the place of the fit's: ``{"tau": [1.0]}``. With τ̂ = 0 there is
+        no spread to simulate: give one.
+    level : float
+        Nominal coverage.
+    num_data_sets, num_bootstrap : int
+    seed : int or JAX key
+
+    Returns
+    -------
+    Dataset
+        ``coverage`` (intervals, coef), averaged over data sets and tasks that have rows, and its
+        Monte-Carlo ``standard_error``, data sets as units.
+
+    Raises
+    ------
+    InputError
+        Of fits by other methods or criteria, and where the intervals cannot be had.
+
+    Examples
+    --------
+    >>> import hierbayes as hb
+    >>> model, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+    ...                                known_se="se")
+    >>> fit = hb.empirical_bayes(model, tasks, "reml")
+    >>> found = hb.checks.interval_coverage(fit, phi={"tau": [5.0]})
+    >>> bool(found.coverage.sel(intervals="plain", coef="Intercept") < 0.7)
+    True
+    """
+    import xarray as xr
+
+    names = (intervals,) if isinstance(intervals, str) else tuple(intervals)
+    _check(fit, names, level, num_data_sets, num_bootstrap)
+    model, tasks, reml = fit.model, fit.tasks, fit.info["criterion"] == "reml"
+    under = _merged(fit, phi or {})
+    rng = as_rng(seed)
+    drawn, theta = simulated(model, tasks, under, num_data_sets, rng)
+    many = maximise_many(drawn, model.shape(tasks), reml=reml, progress="data sets")
+    z = special.ndtri((1 + level) / 2)
+    with_rows, found = tasks.sizes > 0, {}
+    for name in names:
+        if name == "plain":
+            inside = np.abs(theta - many.mean) <= z * many.sd
+        elif name == "morris":
+            _, variance = normal_means(model, tasks)
+            mean, spread = morris((drawn.y[0] / drawn.x[0, 0][:, None]).T, variance)
+            inside = np.abs(theta - mean[..., None]) <= z * np.sqrt(spread)[..., None]
+        else:
+            below = _bootstrap_ranks(fit, drawn, theta, many, num_bootstrap, rng)
+            inside = np.abs(2 * below - 1) <= level
+        found[name] = inside[:, with_rows].mean(1)
+    shares = np.stack([found[name] for name in names])
+    dims, coords = ("intervals", "coef"), {"intervals": list(names), "coef": list(tasks.coef)}
+    error = stats.sem(shares, axis=1)
+    return xr.Dataset(
+        {"coverage": (dims, shares.mean(1)), "standard_error": (dims, error)}, coords=coords
+    )
+
+
+def _bootstrap_ranks(
+    fit: Fit,
+    drawn: Statistics,
+    theta: np.ndarray,
+    many: ManyEstimates,
+    num_bootstrap: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Share of each data set's mixture over φ*_b that lies below its θ, (B, J, d)."""
+    from tqdm.auto import tqdm
+
+    model, shape, num_sets = fit.model, fit.model.shape(fit.tasks), len(theta)
+    reml, below = fit.info["criterion"] == "reml", np.empty(theta.shape)
+    bar = tqdm(range(0, num_sets, TOGETHER), desc="bootstrap of data sets", leave=False, delay=2.0,
+               disable=not sys.stderr.isatty())  # fmt: skip
+    for first in bar:
+        which = np.repeat(np.arange(first, min(first + TOGETHER, num_sets)), num_bootstrap)
+        phis = {name: value[which] for name, value in many.phi.items()}
+        again = maximise_many(simulated_at(model, fit.tasks, phis, rng)[0], shape, reml=reml)
+        mean, sd = _posteriors_at(fit, drawn, drawn.y[..., which], again.phi)
+        away = theta[which] - mean
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where(sd > 0, special.ndtr(away / sd), away > 0)
+        each = share.reshape(-1, num_bootstrap, *theta.shape[1:])
+        below[first : first + len(each)] = each.mean(1)
+    return below
+
+
+def _posteriors_at(
+    fit: Fit, drawn: Statistics, y: np.ndarray, phis: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations (B, J, d) of θ, each y of ``y`` (m, J, B) at its own φ."""
+    d = drawn.num_coef
+    sigma = np.asarray(phis.get("sigma", np.ones(len(phis["mu"]))))
+    with float64():
+        root = np.asarray(fit.model.prior.scale_tril(dict(phis))) / sigma[:, None, None]
+    location = prior_means(phis, drawn.task_predictors)
+    residual = y[:d] - np.einsum("idj,bjd->ijb", drawn.x[:d], location)
+    if "beta" in phis:
+        residual = residual - np.einsum("ipj,bp->ijb", drawn.z[:d], phis["beta"])
+    mean, sd = posteriors(drawn.x[:d], residual, np.moveaxis(root, 0, -1), sigma)
+    return location + mean.transpose(2, 1, 0), sd.transpose(2, 1, 0)
+
+
+def _merged(fit: Fit, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    unknown = [name for name in given if name not in fit.phi]
+    if unknown:
+        raise InputError(
+            f"phi holds {listing(unknown)}, which this fit has not; it has {listing(list(fit.phi))}"
+        )
+    merged = {name: np.asarray(value, float) for name, value in fit.phi.items()}
+    for name, value in given.items():
+        if np.shape(value) != merged[name].shape:
+            raise InputError(
+                f"phi[{name!r}] must have shape {merged[name].shape}, found {np.shape(value)}"
+            )
+        merged[name] = np.asarray(value, float)
+    if (merged["tau"] == 0).any():
+        raise InputError(
+            "tau is 0 in this fit: data sets without spread between tasks say nothing of intervals "
+            'of theta; give a tau to simulate under, phi={"tau": [...]}'
+        )
+    return merged
+
+
+def _check(
+    fit: Fit, names: tuple[str, ...], level: float, num_data_sets: Any, num_bootstrap: Any
+) -> None:
+    if fit.method != "empirical Bayes" or fit.info.get("criterion") not in ("ml", "reml"):
+        raise NotApplicable(
+            'interval_coverage is of empirical_bayes with criterion="ml" or "reml", found '
+            f"{fit.method} with criterion {fit.info.get('criterion')!r}"
+        )
+    if not fit.model.conjugate:
+        raise NotApplicable("interval_coverage simulates Gaussian tasks of a Gaussian prior only")
+    if not names or not set(names) <= set(SIMULATED):
+        raise InputError(f"intervals must be among {listing(SIMULATED)}, found {listing(names)}")
+    if not 0 < level < 1:
+        raise InputError(f"level must lie between 0 and 1, found {level!r}")
+    if not (isinstance(num_data_sets, (int, np.integer)) and num_data_sets >= 2):
+        raise InputError(f"num_data_sets must be an integer of at least 2, found {num_data_sets!r}")
+    for name in names:
+        check_intervals(name, num_bootstrap, fit.model, fit.tasks, fit.info["criterion"])

@@ -1,0 +1,220 @@
+r"""Posteriors of θ_j that count what is not known of φ̂.
+
+.. math::
+
+    \text{plain:}\quad & p(\theta_j \mid D_j, \hat\varphi) \\
+    \text{kass-steffey:}\quad & N\!\left(m_j,\; V_j + G_j I(\hat\varphi)^{-1} G_j^\top\right) \\
+    \text{bootstrap:}\quad & \textstyle\frac1B \sum_b p(\theta_j \mid D_j, \varphi^*_b), \qquad
+        \varphi^*_b = \hat\varphi(D^*_b), \quad D^*_b \sim p(D \mid \hat\varphi) \\
+    \text{morris:}\quad & N\!\left((1 - \hat B) y_j + \hat B \bar y,\;
+        V (1 - \tfrac{J-1}{J} \hat B) + \tfrac{2}{J-3} \hat B^2 (y_j - \bar y)^2\right)
+
+with B̂ = (J − 3)/(J − 1) · V / (V + τ̂²). References: Kass and Steffey (1989), JASA 84(407); Laird
+and Louis (1987), Empirical Bayes confidence intervals based on bootstrap samples, JASA 82(399), of
+type III; Morris (1983), Parametric empirical Bayes inference, JASA 78(381).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+
+from hierbayes.adaptation import Adaptation, Adapted, Conjugate
+from hierbayes.errors import InputError, NotApplicable, listing
+from hierbayes.meta.many_data_sets import maximise_many, simulated
+from hierbayes.meta.theta_errors import REML_HAS_NONE, covariance_by_phi
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import as_rng
+from hierbayes.statistics import statistics
+from hierbayes.tasks import Tasks
+
+Intervals = Literal["plain", "kass-steffey", "bootstrap", "morris"]
+
+FEWEST_FOR_MORRIS = 4
+
+EQUAL = 1e-9
+"""Relative difference up to which variances count as equal: they are sums of rows' precisions."""
+
+
+@dataclass(frozen=True)
+class Widened:
+    """θ's posterior, what to say of it, and the φ*_b (B, …) where it is a mixture over them."""
+
+    training: Adapted
+    remarks: list[str] = field(default_factory=list)
+    phi_bootstrap: dict[str, np.ndarray] | None = None
+
+
+def check_intervals(
+    intervals: str, num_bootstrap: Any, model: HierarchicalModel, tasks: Tasks, criterion: str
+) -> None:
+    """Refuse what these intervals cannot be had of, before any computation."""
+    if intervals not in get_args(Intervals):
+        known = listing(list(get_args(Intervals)))
+        raise InputError(f"intervals must be one of {known}, found {intervals!r}")
+    if not (isinstance(num_bootstrap, (int, np.integer)) and num_bootstrap >= 2):
+        raise InputError(f"num_bootstrap must be an integer of at least 2, found {num_bootstrap!r}")
+    if intervals != "plain":
+        model.require_gaussian_prior(
+            f'intervals="{intervals}"', "it counts what phi leaves open of a Gaussian one",
+            "use full_bayes",
+        )  # fmt: skip
+    if intervals == "kass-steffey" and criterion == "reml":
+        raise InputError(REML_HAS_NONE)
+    if intervals in ("bootstrap", "morris"):
+        if not model.likelihood.gaussian_in_theta:
+            raise NotApplicable(
+                f'intervals="{intervals}" is for Gaussian tasks; use intervals="kass-steffey", or '
+                "full_bayes"
+            )
+        if criterion == "map":
+            raise NotApplicable(
+                f'intervals="{intervals}" goes with criterion="ml" or "reml", not with "map": it '
+                'has no place for a prior on phi; use intervals="kass-steffey", or full_bayes'
+            )
+    if intervals == "morris":
+        normal_means(model, tasks)
+
+
+def widened(
+    intervals: str,
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phi: Mapping[str, np.ndarray],
+    adaptation: Adaptation,
+    training: Adapted,
+    *,
+    criterion: str,
+    num_nodes: int,
+    num_bootstrap: int,
+    seed: int | jax.Array,
+) -> Widened:
+    """θ's posterior under ``intervals``, from the plain one at φ̂."""
+    if intervals == "kass-steffey":
+        return _kass_steffey(model, tasks, phi, training, num_nodes, with_belief=criterion == "map")
+    if intervals == "bootstrap":
+        assert isinstance(adaptation, Conjugate)
+        many = bootstrapped(
+            model, tasks, phi, num_bootstrap, as_rng(seed), reml=criterion == "reml"
+        )
+        found = Adapted(*adaptation.moments(model, tasks, many.phi))
+        lost = int((~many.converged).sum())
+        remarks = []
+        if lost > 0.05 * num_bootstrap:
+            remarks.append(
+                f"{lost} of {num_bootstrap} refits of the bootstrap ended before a maximum: the "
+                "data hardly determine the prior's spread; use full_bayes"
+            )
+        return Widened(found, remarks, many.phi)
+    if intervals == "morris":
+        mean, variance = morris(*normal_means(model, tasks))
+        return Widened(Adapted(mean[:, None], variance[:, None, None]))
+    return Widened(training)
+
+
+def bootstrapped(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phi: Mapping[str, np.ndarray],
+    num_bootstrap: int,
+    rng: np.random.Generator,
+    *,
+    reml: bool,
+) -> Any:
+    """φ*_b of data sets simulated under φ̂, by the same criterion."""
+    stats, _ = simulated(model, tasks, phi, num_bootstrap, rng)
+    return maximise_many(stats, model.shape(tasks), reml=reml, progress="bootstrap")
+
+
+def draws_of_mixture(
+    adaptation: Conjugate,
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phis: dict[str, np.ndarray],
+    seed: int | jax.Array,
+    num_chains: int,
+    num_draws: int,
+) -> np.ndarray:
+    """Exact draws of θ (chain, draw, task, coef), from one φ*_b after another in random order."""
+    (rng,) = as_rng(seed).spawn(1)  # not the numbers of the bootstrap's own data sets
+    size, count = num_chains * num_draws, len(next(iter(phis.values())))
+    which = rng.permutation(np.resize(np.arange(count), size))
+    some = {name: value[which] for name, value in phis.items()}
+    key: Any = int(rng.integers(2**63))
+    drawn = adaptation.draws(model, tasks, some, key)
+    return drawn.reshape(num_chains, num_draws, *drawn.shape[1:])
+
+
+def morris(y: np.ndarray, variance: float) -> tuple[np.ndarray, np.ndarray]:
+    r"""Morris's posterior means and variances of normal means y_j ~ N(θ_j, V), each (…, J).
+
+    Reference: Morris (1983), JASA 78(381); Carlin and Louis (2000), section 3.5.
+    """
+    num = y.shape[-1]
+    centre = y.mean(-1, keepdims=True)
+    away = y - centre
+    total = (away**2).sum(-1, keepdims=True) / (num - 1)
+    total = np.maximum(total, variance)  # V + τ̂², with τ̂² of REML
+    shrinkage = (num - 3) / (num - 1) * variance / total
+    mean = (1 - shrinkage) * y + shrinkage * centre
+    spread = variance * (1 - (num - 1) / num * shrinkage)
+    return mean, spread + 2 / (num - 3) * shrinkage**2 * away**2
+
+
+def normal_means(model: HierarchicalModel, tasks: Tasks) -> tuple[np.ndarray, float]:
+    """(y_j, V) of tasks that are normal means with one known variance; others are refused."""
+    shape = model.shape(tasks)
+    stats = statistics(tasks)
+    found = ""
+    if len(shape.coef) > 1:
+        found = f"the coefficients {listing(shape.coef)}"
+    elif shape.shared or shape.task_predictors or not all(shape.free_mean):
+        found = "other fixed effects than the mean of one coefficient"
+    elif "sigma" in shape.parameters:
+        found = "a noise that is not known"
+    elif tasks.num_tasks < FEWEST_FOR_MORRIS:
+        found = f"{tasks.num_tasks} tasks, where {FEWEST_FOR_MORRIS} are the fewest"
+    else:
+        precision = stats.x[0, 0] ** 2
+        if precision.min() < (1 - EQUAL) * precision.max():
+            found = "tasks whose own estimates have different variances"
+    if found:
+        raise NotApplicable(
+            'intervals="morris" is for normal means: one coefficient, its mean the only fixed '
+            f'effect, known_se equal in all tasks; found {found}. Use intervals="bootstrap" or '
+            '"kass-steffey", or full_bayes'
+        )
+    return stats.y[0] / stats.x[0, 0], float(1 / stats.x[0, 0, 0] ** 2)
+
+
+def _kass_steffey(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phi: Mapping[str, np.ndarray],
+    training: Adapted,
+    num_nodes: int,
+    *,
+    with_belief: bool,
+) -> Widened:
+    remarks = []
+    zero = [c for c, tau in zip(tasks.coef, phi["tau"], strict=True) if tau == 0]
+    if zero:
+        remarks.append(
+            f'intervals="kass-steffey" counts nothing of tau for {listing(zero)}: at the boundary '
+            "tau = 0 the delta method has no slope to go by, and the intervals stay too narrow; "
+            'use intervals="bootstrap", criterion="map" or full_bayes'
+        )
+    more = covariance_by_phi(model, tasks, phi, num_nodes, with_belief=with_belief)
+    if np.isnan(more).any():
+        remarks.append(
+            'intervals="kass-steffey" adds nothing here: the evidence is not concave at the '
+            "estimate, and phi has no covariance; the intervals are the plain ones. Use "
+            'intervals="bootstrap" or full_bayes'
+        )
+        return Widened(training, remarks)
+    assert training.covariance is not None
+    return Widened(replace(training, covariance=training.covariance + more), remarks)
