@@ -80,7 +80,7 @@ def row(num_tasks: int, tau2: float, num_sets: int, num_bootstrapped: int) -> di
     model, tasks = problem(num_tasks)
     phi = {"mu": np.zeros(1), "tau": np.array([np.sqrt(tau2)])}
     rng = np.random.default_rng([num_tasks, int(10 * tau2)])
-    stats, theta = simulated(model, tasks, phi, num_sets, rng)
+    stats, theta = simulated(tasks, phi, num_sets, rng)
     found: dict[str, Any] = {"J": num_tasks, "tau2": tau2}
     for name in ("ml", "reml"):
         many = maximise_many(stats, model.shape(tasks), reml=name == "reml")

@@ -21,6 +21,7 @@ from hierbayes.evidence.profile import profile, profile_problem
 from hierbayes.meta.many_data_sets import (
     maximise_many,
     of_outcomes,
+    prior_roots,
     simulated,
     simulated_at,
 )
@@ -130,7 +131,7 @@ def test_loss_and_its_derivatives(num_coef, reml, known_noise):
     model, tasks = ragged(12, num_coef, 7)
     shape, rng = model.shape(tasks), np.random.default_rng(1)
     phi = {"mu": np.ones(num_coef), "tau": np.ones(num_coef), "beta": np.ones(1), "sigma": 1.0}
-    stats, _ = simulated(model, tasks, phi | {"corr": np.eye(num_coef)}, 3, rng)
+    stats, _ = simulated(tasks, phi | {"corr": np.eye(num_coef)}, 3, rng)
     problem = profile_problem(stats, shape, reml=reml, known_noise=known_noise)
     many = ManyProblems.of(problem)
     rows, columns = positions(shape.blocks)
@@ -170,7 +171,7 @@ def test_normal_means_in_closed_form():
     data.loc[0, "y"] = 1.0
     model, tasks = hb.from_formula("y ~ 1 + (1 | g)", data, known_se="se")
     phi, num_sets = {"mu": np.zeros(1), "tau": np.ones(1)}, 4000
-    drawn, _ = simulated(model, tasks, phi, num_sets, np.random.default_rng(3))
+    drawn, _ = simulated(tasks, phi, num_sets, np.random.default_rng(3))
     y = drawn.y[0] / drawn.x[0, 0][:, None]
     squares = ((y - y.mean(0)) ** 2).sum(0)
     for reml in (False, True):
@@ -217,8 +218,8 @@ def test_simulated_statistics_have_the_moments_of_simulated_rows():
 
     Within 4.5 standard errors of 20,000 data sets, over 14 tasks of 0 to 9 rows.
     """
-    (model, tasks), phi = CASES["slopes"]
-    drawn, theta = simulated(model, tasks, phi, 20_000, np.random.default_rng(6))
+    (_, tasks), phi = CASES["slopes"]
+    drawn, theta = simulated(tasks, phi, 20_000, np.random.default_rng(6))
     stats = statistics(tasks)
     covariance = phi["corr"] * np.outer(phi["tau"], phi["tau"])
     for k in range(2):
@@ -234,9 +235,23 @@ def test_simulated_statistics_have_the_moments_of_simulated_rows():
 
 
 def test_each_data_set_under_its_own_phi():
-    (model, tasks), phi = CASES["slopes"]
+    (_, tasks), phi = CASES["slopes"]
     two = {n: np.stack([np.asarray(v), np.asarray(v)]) for n, v in phi.items()}
     two["mu"] = np.array([[0.0, 0.0], [1000.0, 0.0]])
-    _, theta = simulated_at(model, tasks, two, np.random.default_rng(0))
+    _, theta = simulated_at(tasks, two, np.random.default_rng(0))
     assert abs(theta[0, :, 0].mean()) < 10
     assert abs(theta[1, :, 0].mean() - 1000) < 10
+
+
+def test_roots_of_the_prior_without_compiling():
+    """Lower, L Lᵀ = diag(τ) R diag(τ), as the prior's own; correlations of 1 and τ = 0 included."""
+    corr = np.stack([np.eye(2), [[1.0, 0.6], [0.6, 1.0]], np.ones((2, 2))])
+    phis = {"tau": np.array([[1.0, 2.0], [0.5, 0.0], [3.0, 1.0]]), "corr": corr}
+    root = prior_roots(phis)
+    covariance = corr * phis["tau"][:, :, None] * phis["tau"][:, None]
+    close(root @ np.swapaxes(root, 1, 2), covariance, atol=1e-14)
+    assert (root[:, 0, 1] == 0).all()
+    with float64():
+        close(root, hb.priors.Gaussian().scale_tril(phis), rtol=1e-9, atol=1e-7)
+    alone = prior_roots({"tau": phis["tau"]})
+    close(alone @ np.swapaxes(alone, 1, 2), np.eye(2) * phis["tau"][:, None] ** 2)

@@ -24,10 +24,11 @@ from hierbayes.meta.many_data_sets import (
     ManyEstimates,
     maximise_many,
     prior_means,
+    prior_roots,
     simulated,
     simulated_at,
 )
-from hierbayes.numerics import as_rng, float64
+from hierbayes.numerics import as_rng
 from hierbayes.statistics import Statistics
 
 SIMULATED = ("plain", "bootstrap", "morris")
@@ -94,7 +95,7 @@ def interval_coverage(
     model, tasks, reml = fit.model, fit.tasks, fit.info["criterion"] == "reml"
     under = _merged(fit, phi or {})
     rng = as_rng(seed)
-    drawn, theta = simulated(model, tasks, under, num_data_sets, rng)
+    drawn, theta = simulated(tasks, under, num_data_sets, rng)
     many = maximise_many(drawn, model.shape(tasks), reml=reml, progress="data sets")
     z = special.ndtri((1 + level) / 2)
     with_rows, found = tasks.sizes > 0, {}
@@ -128,15 +129,15 @@ def _bootstrap_ranks(
     """Share of each data set's mixture over φ*_b that lies below its θ, (B, J, d)."""
     from tqdm.auto import tqdm
 
-    model, shape, num_sets = fit.model, fit.model.shape(fit.tasks), len(theta)
+    shape, num_sets = fit.model.shape(fit.tasks), len(theta)
     reml, below = fit.info["criterion"] == "reml", np.empty(theta.shape)
     bar = tqdm(range(0, num_sets, TOGETHER), desc="bootstrap of data sets", leave=False, delay=2.0,
                disable=not sys.stderr.isatty())  # fmt: skip
     for first in bar:
         which = np.repeat(np.arange(first, min(first + TOGETHER, num_sets)), num_bootstrap)
         phis = {name: value[which] for name, value in many.phi.items()}
-        again = maximise_many(simulated_at(model, fit.tasks, phis, rng)[0], shape, reml=reml)
-        mean, sd = _posteriors_at(fit, drawn, drawn.y[..., which], again.phi)
+        again = maximise_many(simulated_at(fit.tasks, phis, rng)[0], shape, reml=reml)
+        mean, sd = _posteriors_at(drawn, drawn.y[..., which], again.phi)
         away = theta[which] - mean
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where(sd > 0, special.ndtr(away / sd), away > 0)
@@ -146,13 +147,12 @@ def _bootstrap_ranks(
 
 
 def _posteriors_at(
-    fit: Fit, drawn: Statistics, y: np.ndarray, phis: Mapping[str, np.ndarray]
+    drawn: Statistics, y: np.ndarray, phis: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Means and standard deviations (B, J, d) of θ, each y of ``y`` (m, J, B) at its own φ."""
     d = drawn.num_coef
     sigma = np.asarray(phis.get("sigma", np.ones(len(phis["mu"]))))
-    with float64():
-        root = np.asarray(fit.model.prior.scale_tril(dict(phis))) / sigma[:, None, None]
+    root = prior_roots(phis) / sigma[:, None, None]
     location = prior_means(phis, drawn.task_predictors)
     residual = y[:d] - np.einsum("idj,bjd->ijb", drawn.x[:d], location)
     if "beta" in phis:

@@ -18,10 +18,9 @@ import numpy as np
 from hierbayes.errors import listing
 from hierbayes.evidence.many import ManyProblems
 from hierbayes.evidence.profile import profile_problem
-from hierbayes.meta.many_data_sets import maximise_many, simulated
+from hierbayes.meta.many_data_sets import maximise_many, prior_roots, simulated
 from hierbayes.meta.marginal import positions, relative_units
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64
 from hierbayes.statistics import statistics
 from hierbayes.tasks import Tasks
 
@@ -71,9 +70,8 @@ def expected_coverage(
     num = NUMBERS // (tasks.num_tasks * len(positions(shape.blocks)[0]) ** 2)
     rng = np.random.default_rng(0)
     under = {**phi, "tau": tau}
-    stats, theta = simulated(model, tasks, under, int(np.clip(num, FEWEST_SETS, MOST_SETS)), rng)
-    with float64():
-        root = np.asarray(model.prior.scale_tril(under)) / float(phi.get("sigma", 1.0))
+    stats, theta = simulated(tasks, under, int(np.clip(num, FEWEST_SETS, MOST_SETS)), rng)
+    root = prior_roots(under) / float(phi.get("sigma", 1.0))
     many = maximise_many(stats, shape, reml=reml, starts=(root,), tolerance=1e-3)
     inside = np.abs(theta - many.mean) <= Z * many.sd
     return Expected(inside[:, tasks.sizes > 0].mean((0, 1)), tau)
@@ -101,8 +99,7 @@ def _plausible(
     stats, shape = statistics(tasks), model.shape(tasks)
     relative = np.geomspace(0.01, 10.0, 100)
     sigma = float(phi.get("sigma", 1.0))
-    with float64():
-        root = np.asarray(model.prior.scale_tril(dict(phi))) / sigma
+    root = prior_roots(phi) / sigma
     roots = np.repeat(root[:, :, None], len(relative), axis=2)
     roots[which, which] = relative * relative_units(stats)[which]
     same = replace(stats, y=np.repeat(stats.y[..., None], len(relative), axis=2))

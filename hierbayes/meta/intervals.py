@@ -126,7 +126,7 @@ def bootstrapped(
     reml: bool,
 ) -> Any:
     """φ*_b of data sets simulated under φ̂, by the same criterion."""
-    stats, _ = simulated(model, tasks, phi, num_bootstrap, rng)
+    stats, _ = simulated(tasks, phi, num_bootstrap, rng)
     return maximise_many(stats, model.shape(tasks), reml=reml, progress="bootstrap")
 
 

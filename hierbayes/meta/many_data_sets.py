@@ -22,8 +22,6 @@ from hierbayes.evidence.many import ManyProblems
 from hierbayes.evidence.profile import profile_problem
 from hierbayes.meta.correlations import SINGULAR
 from hierbayes.meta.marginal import positions, relative_units
-from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.statistics import Statistics, row_scale, statistics
 from hierbayes.tasks import Tasks
@@ -55,7 +53,6 @@ class ManyEstimates:
 
 
 def simulated(
-    model: HierarchicalModel,
     tasks: Tasks,
     phi: Mapping[str, np.ndarray],
     num_sets: int,
@@ -63,11 +60,10 @@ def simulated(
 ) -> tuple[Statistics, np.ndarray]:
     """Statistics of data sets drawn under φ, their ``y`` (m, J, B), and the θ (B, J, d) in them."""
     phis = {n: np.broadcast_to(v, (num_sets, *np.shape(v))) for n, v in phi.items()}
-    return simulated_at(model, tasks, phis, rng)
+    return simulated_at(tasks, phis, rng)
 
 
 def simulated_at(
-    model: HierarchicalModel,
     tasks: Tasks,
     phis: Mapping[str, np.ndarray],
     rng: np.random.Generator,
@@ -76,10 +72,9 @@ def simulated_at(
     stats, num_sets = statistics(tasks), len(phis["mu"])
     m, d, num_tasks = stats.x.shape
     p = stats.z.shape[1]
-    with float64():
-        root = np.asarray(model.prior.scale_tril(dict(phis)))
     white = rng.standard_normal((num_sets, num_tasks, d))
-    theta = prior_means(phis, stats.task_predictors) + white @ np.swapaxes(root, 1, 2)
+    theta = prior_means(phis, stats.task_predictors)
+    theta = theta + white @ np.swapaxes(prior_roots(phis), 1, 2)
     # a task of n rows leaves noise in n rows of its triangle, the rest of it in the last
     present = np.arange(m - 1)[:, None] < stats.num_rows
     noise = rng.standard_normal((m, num_tasks, num_sets))
@@ -101,6 +96,18 @@ def prior_means(phis: Mapping[str, np.ndarray], task_predictors: np.ndarray) -> 
     if "gamma" in phis:
         means = means + np.einsum("bdq,qj->bjd", phis["gamma"], task_predictors)
     return means
+
+
+def prior_roots(phis: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Lower L with Σ = L Lᵀ of every φ, (…, d, d); Σ may be singular. Without JAX's compiling."""
+    tau = np.asarray(phis["tau"])
+    if "corr" not in phis:
+        return np.eye(tau.shape[-1]) * tau[..., None, :]
+    values, vectors = np.linalg.eigh(phis["corr"])
+    half = np.swapaxes(vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :], -1, -2)
+    upper = np.asarray(np.linalg.qr(half, mode="r"))
+    sign = np.where(np.einsum("...ii->...i", upper) < 0, -1.0, 1.0)
+    return tau[..., :, None] * np.swapaxes(sign[..., :, None] * upper, -1, -2)
 
 
 def of_outcomes(tasks: Tasks, outcomes: np.ndarray) -> Statistics:
