@@ -83,7 +83,8 @@ def empirical_bayes(
         as it is.
     evidence : "auto", "exact", "laplace" or "quadrature"
         How θ_j is integrated out. Gaussian tasks are exact; under a Student-t prior but for
-        one integral, which is right to 1e-10. Others take adaptive Gauss–Hermite quadrature, for up to three coefficients, with as many nodes as the evidence needs
+        one integral, which is right to 1e-10. Others take adaptive Gauss–Hermite
+        quadrature, for up to three coefficients, with as many nodes as the evidence needs
         (``info["num_nodes"]`` a dimension, estimated error ``info["evidence_error"]``), or
         Laplace's approximation, which is biased for small tasks: up to three coefficients a
         warning says by how much, beyond them nothing does. "auto" is exact where that can be,
