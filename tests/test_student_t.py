@@ -83,9 +83,7 @@ def integral_over_theta(
 @pytest.mark.parametrize("tau", [1e-3, 0.1, 1.0, 30.0, 1e5])
 @pytest.mark.parametrize("df", [1.0, 4.0, 30.0])
 def test_evidence_and_moments_are_the_integrals_over_theta(df, tau):
-    """Tolerance: 1e-10 of the evidence itself is promised; the sum of squares of y has 6 digits
-    before the point, so that the logarithm has about 1e-10 of rounding too.
-    """
+    """1e-10 of the evidence is promised, and rounding of a sum of squares of 10⁶ is as much."""
     phi = {"mu": np.array([0.2]), "tau": np.array([tau]), "sigma": np.array(0.7)}
     model = heavy(GAUSSIAN, df)
     found, adapted = Exact()(model, MEANS, phi), MixedScales()(model, MEANS, phi)
@@ -137,7 +135,8 @@ def test_two_coefficients_against_a_dense_grid(wide):
     """∫∫ p(D | θ) t(θ) dθ by the trapezoid rule in arcsinh of both whitened coordinates.
 
     sinh of a grid reaches e⁹ scales out, where a t₄ has e⁻³⁶ of its mass left, and the rule's error
-    falls exponentially with its step: 601 × 601 points agree with 401 × 401 to ten digits.
+    falls exponentially with its step. The coordinates are turned along the rows, which changes
+    nothing for a round t: rows that say nothing in one direction make a ridge along an axis.
     """
     tasks, phi = wide
     found, adapted = Exact()(STUDENT, tasks, phi), MixedScales()(STUDENT, tasks, phi)
@@ -151,7 +150,8 @@ def test_two_coefficients_against_a_dense_grid(wide):
     for j in range(4):
         one = tasks.take([j])
         location = phi["mu"] + phi["gamma"] @ one.task_predictors[0]
-        theta = location + z @ root.T
+        turn = np.linalg.svd(one.predictors @ root)[2] if one.num_rows else np.eye(2)
+        theta = location + z @ turn @ root.T
         logs = log_prior + log_cell
         for x, s, y in zip(one.predictors, one.shared, one.outcome, strict=True):
             logs = logs + stats.norm.logpdf(y, theta @ x + s @ phi["beta"], phi["sigma"])
@@ -201,8 +201,9 @@ def test_without_spread_it_is_complete_pooling(wide):
 
 
 def test_draws_have_the_moments(wide, rng):
-    """20,000 draws: means within four standard errors, covariances within 10 % of the sds'
-    product (a t₄ posterior of the task without rows has no fourth moment: it is left out).
+    """20,000 draws: means within four standard errors, covariances within 10 % of the variances.
+
+    A task without rows has t₄ as its posterior, no fourth moment, and a test of its own.
     """
     tasks, phi = wide
     adapted = MixedScales()(STUDENT, tasks, phi)
@@ -240,42 +241,33 @@ def test_moments_over_draws_of_phi_are_their_average(wide):
 
 
 def test_the_joint_density_is_the_programs_and_scipys(wide, rng):
+    """And the non-centred program's: log p(z, …) = log p(θ, …) + Σ log |L| for θ = m + L z."""
     tasks, phi = wide
-    theta = rng.normal(size=(4, 2))
+    z, other = rng.normal(size=(4, 2)), rng.normal(size=(4, 2))
     model = replace(STUDENT, hyperprior=hb.HyperPrior(corr=1.0)).resolve(tasks)
-    found = model.log_joint(phi, theta, tasks)
     with float64():
-        program = log_density(model.numpyro_program(tasks), (), {}, phi | {"theta": theta})[0]
-    close(found, float(program), rtol=1e-12)
+        root = np.asarray(model.prior.scale_tril(phi))
+        centres = np.asarray(model.prior.location(phi, tasks.task_predictors))
+        theta = centres + z @ root.T
+        centred, free = (model.numpyro_program(tasks, centred=c) for c in (True, False))
+        program = jax.jit(lambda t: log_density(centred, (), {}, phi | {"theta": t})[0])
+        found, moved = float(program(theta)), float(program(other))
+        in_z = float(jax.jit(lambda t: log_density(free, (), {}, phi | {"z": t})[0])(z))
+    close(model.log_joint(phi, theta, tasks), found, rtol=1e-12)
+    close(in_z, found + tasks.num_tasks * np.log(np.diag(root)).sum(), rtol=1e-12)
+
     # from one θ to another nothing moves but SciPy's t and the rows' normals
-    other = theta + 0.3
     scale = np.outer(phi["tau"], phi["tau"]) * phi["corr"]
-    centres = phi["mu"] + tasks.task_predictors @ phi["gamma"].T
 
     def by_hand(at: np.ndarray) -> float:
         total = sum(
             stats.multivariate_t.logpdf(t, m, scale, df=4.0)
-            for t, m in zip(at, centres, strict=True)
+            for t, m in zip(at, phi["mu"] + tasks.task_predictors @ phi["gamma"].T, strict=True)
         )
         f = (at[tasks.task_of_row] * tasks.predictors).sum(1) + tasks.shared @ phi["beta"]
         return total + stats.norm.logpdf(tasks.outcome, f, phi["sigma"]).sum()
 
-    expected = by_hand(theta) - by_hand(other)
-    close(found - model.log_joint(phi, other, tasks), expected, rtol=1e-9)
-
-
-def test_the_non_centred_program_has_the_same_density(wide, rng):
-    """log p(θ, …) + Σ log |L| = log p(z, …): the Jacobian of θ = m + L z."""
-    tasks, phi = wide
-    model = STUDENT.resolve(tasks)
-    z = rng.normal(size=(4, 2))
-    with float64():
-        root = np.asarray(model.prior.scale_tril(phi))
-        theta = np.asarray(model.prior.location(phi, tasks.task_predictors)) + z @ root.T
-        program = model.numpyro_program(tasks, centred=False)
-        found = float(log_density(program, (), {}, phi | {"z": z})[0])
-    volume = tasks.num_tasks * np.log(np.diag(root)).sum()
-    close(found, model.log_joint(phi, theta, tasks) + volume, rtol=1e-12)
+    close(found - moved, by_hand(theta) - by_hand(other), rtol=1e-9)
 
 
 def test_what_is_no_prior_is_refused():
@@ -308,8 +300,8 @@ def test_variance_factors_are_strata_of_the_mixture(df):
 
 @pytest.fixture(scope="module")
 def outlying() -> hb.Tasks:
-    """Thirty tasks, one of them 15 away: about 19 scales."""
-    return simulated(30, seed=1, outlier=15.0)
+    """Sixteen tasks, one of them 15 away: about 19 scales."""
+    return simulated(16, seed=1, outlier=15.0)
 
 
 @pytest.fixture(scope="module")
@@ -340,8 +332,9 @@ def test_empirical_bayes_is_at_scipys_maximum(schools):
 
 
 def test_the_maximum_is_stationary_and_its_errors_are_the_hessians(outlying, robust):
-    """Along each τ and σ, by values of the evidence alone: −∂² log p at φ̂, fixing nothing else
-    up to the inverse of the whole Hessian, which can only be wider.
+    """By values of the evidence alone, along μ, τ and σ one by one.
+
+    The error of one with the others held is 1/√(−∂² log p), which the whole inverse only widens.
     """
 
     def log_evidence(name: str, i: int, by: float) -> float:
@@ -367,7 +360,7 @@ def test_an_outlier_moves_the_gaussian_prior_and_not_the_student(outlying, robus
     assert robust.phi["tau"][0] < 1.1
     assert robust.log_evidence > plain.log_evidence + 10
     # and the others are shrunk as if it were not there
-    own = outlying.outcome.reshape(30, 5).mean(1)
+    own = outlying.outcome.reshape(16, 5).mean(1)
     assert abs(robust.phi["mu"][0] - np.median(own)) < abs(plain.phi["mu"][0] - np.median(own))
 
 
@@ -387,7 +380,7 @@ def test_predictions_are_of_the_mixture(outlying, robust):
 
 def test_the_posteriors_draws_are_in_the_tree(robust):
     draws = robust.datatree["posterior"]["theta"]
-    assert draws.sizes == {"chain": 2, "draw": 200, "task": 30, "coef": 2}
+    assert draws.sizes == {"chain": 2, "draw": 200, "task": 16, "coef": 2}
     sd = robust.adapted.sd.values
     gap = abs(draws.mean(("chain", "draw")).values - robust.theta.values)
     assert (gap < 5 * sd / np.sqrt(400)).all()
@@ -483,18 +476,25 @@ def test_the_evidence_of_full_bayes_is_the_integral(schools):
 
 
 def test_leaving_tasks_out_prefers_the_student_with_an_outlier(outlying, robust, sampled):
-    """The outlier alone costs the Gaussian prior more than 50 nats, full Bayes' too."""
+    """The outlier alone costs the Gaussian φ̂ more than 50 nats, and full Bayes more than 10."""
     by_t = hb.checks.leave_one_task_out(robust)["log_density"].sum()
     plain = hb.empirical_bayes(GAUSSIAN, outlying, num_draws=1, num_chains=1)
     assert by_t > hb.checks.leave_one_task_out(plain)["log_density"].sum() + 50
     full = hb.checks.leave_one_task_out(sampled)
-    assert (full["pareto_k"] < 0.7).all()
-    # refits at a point φ̂ and averages over φ differ by what φ's spread is worth, here a few nats
-    assert abs(full["log_density"].sum() - by_t) < 5
+    assert np.median(full["pareto_k"]) < 0.5
+    # a point φ̂ from fifteen tasks has tails too light, which averaging over φ mends
+    assert full["log_density"].sum() > by_t
+    normal = hb.full_bayes(GAUSSIAN, outlying, num_draws=500, num_chains=2, progress=False)
+    gaussian = hb.checks.leave_one_task_out(normal)["log_density"].sum()
+    assert full["log_density"].sum() > gaussian + 10
 
 
+@pytest.mark.slow
 def test_leaving_tasks_out_is_indifferent_without_one():
-    """Thirty Gaussian tasks: the difference is less than two of its standard errors."""
+    """Thirty Gaussian tasks: t₄ gains nothing, and loses less than 0.15 nats a task.
+
+    That is about what ∫ N log (N / t₄) costs in two dimensions at its best scale, 0.1 nats.
+    """
     tasks = simulated(30, seed=2)
     scores = [
         hb.checks.leave_one_task_out(
@@ -503,10 +503,11 @@ def test_leaving_tasks_out_is_indifferent_without_one():
         for model in (GAUSSIAN, STUDENT)
     ]
     gap = scores[1] - scores[0]
-    assert abs(gap.sum()) < 2 * gap.std() * np.sqrt(len(gap))
-    assert abs(gap.sum()) < 4
+    assert gap.sum() < 2 * gap.std() * np.sqrt(len(gap))
+    assert gap.mean() > -0.15
 
 
+@pytest.mark.slow
 def test_leaving_tasks_out_by_importance_is_the_refits(schools):
     """PSIS over φ's draws against full Bayes without the task, eight schools, within 0.1 nats.
 
@@ -561,6 +562,7 @@ def test_baselines_and_steps_do_not_ask_the_prior(outlying):
                       pooled.prior, dist.Delta)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_binary_tasks_go_by_nuts(tmp_path):
     """And say of new tasks that they cannot be adapted to."""
     rng = np.random.default_rng(4)

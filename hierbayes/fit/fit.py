@@ -32,10 +32,7 @@ from hierbayes.fit.adapted import (
 from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, float64, to_numpy
-from hierbayes.priors import StudentT
-from hierbayes.priors.assembled import Assembled
-from hierbayes.priors.singular import SingularNormal
-from hierbayes.priors.student_mixture import student_mixture
+from hierbayes.priors.mixture import mixture
 from hierbayes.tasks import Tasks
 
 TARGETS = ("known", "new", "population")
@@ -223,10 +220,7 @@ class Fit:
             root = np.asarray(self.model.prior.scale_tril(phis))
             location = self._location(phis, w)
         # outside the context: what the caller draws from it follows the caller's own flag
-        if isinstance(self.model.prior, StudentT):
-            df = self.model.prior.df
-            return [student_mixture(df, location[:, j], root) for j in range(len(w))]
-        return [_mixture(location[:, j], root) for j in range(len(w))]
+        return [mixture(self.model.prior, location[:, j], root) for j in range(len(w))]
 
     def adapt(self, new_tasks: Any, *, seed: int = 0) -> AdaptedTasks:
         """A(D_new; φ): what new tasks conclude under the learned prior, without refitting.
@@ -390,23 +384,6 @@ def _moments(draws: np.ndarray) -> Adapted:
     mean = draws.mean(0)
     centred = draws - mean
     return Adapted(mean, np.einsum("sji,sjk->jik", centred, centred) / (len(draws) - 1))
-
-
-def _mixture(locations: np.ndarray, roots: np.ndarray) -> dist.Distribution:
-    """Normals N(m_s, L_s L_sᵀ), equally weighted; a point in directions without variance."""
-    if len(roots) == 1:
-        spread = np.flatnonzero(np.any(roots[0] != 0, axis=1))
-        if not spread.size:
-            return dist.Delta(locations[0], event_dim=1)
-        root = roots[0][np.ix_(spread, spread)]
-        if np.linalg.matrix_rank(root) < len(spread):
-            return SingularNormal(locations[0], roots[0])
-        normal = dist.MultivariateNormal(locations[0][spread], scale_tril=root)
-        return normal if len(spread) == len(locations[0]) else Assembled(
-            [(normal, (spread,))], locations[0]
-        )  # fmt: skip
-    weights = dist.Categorical(probs=np.full(len(roots), 1 / len(roots)))
-    return dist.MixtureSameFamily(weights, dist.MultivariateNormal(locations, scale_tril=roots))
 
 
 def _short(value: Any) -> str:

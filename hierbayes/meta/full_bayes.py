@@ -91,8 +91,8 @@ def full_bayes(
         is, by quadrature (see :func:`empirical_bayes`), and drawn by short independence chains,
         which name the tasks where they do badly. Where fewer than 20 % of the proposals are
         accepted, NUTS samples the same density, and a warning says so. "nuts" samples φ and θ
-        jointly, non-centred; after it :meth:`Fit.adapt` draws new tasks' θ from Laplace posteriors, unless
-        tasks are Gaussian. "auto" collapses Gaussian tasks, and those of the other families with
+        jointly, non-centred; after it :meth:`Fit.adapt` draws new tasks' θ from Laplace posteriors,
+        unless tasks are Gaussian. "auto" collapses Gaussian tasks, and those of the other families with
         up to three coefficients; NUTS samples tasks with more, NumPyro programs,
         and tasks that are not Gaussian under a Student-t prior.
     num_draws, num_chains : int
