@@ -93,7 +93,8 @@ def full_bayes(
         accepted, NUTS samples the same density, and a warning says so. "nuts" samples φ and θ
         jointly, non-centred; after it :meth:`Fit.adapt` draws new tasks' θ from Laplace posteriors,
         unless tasks are Gaussian. "auto" collapses Gaussian tasks, and those of the other families
-        with up to three coefficients; NUTS samples tasks with more, NumPyro programs, and tasks that are not Gaussian under a Student-t prior.
+        with up to three coefficients; NUTS samples tasks with more, NumPyro programs, and tasks
+        that are not Gaussian under a Student-t prior.
     num_draws, num_chains : int
         Draws kept a chain, and chains. Above 50 million draws × tasks × coefficients θ is kept as
         mean and covariance, averaged over at least 200 draws of φ.
