@@ -72,14 +72,14 @@ def full_bayes(
         φ: no funnel, and draws next to independent. Of Gaussian tasks θ and the fixed effects (μ,
         Γ, β) are integrated out exactly and drawn from their exact conditional, at a cost that does
         not depend on the number of rows. Under a Student-t prior θ alone is integrated out of
-        Gaussian tasks, and φ sampled whole. Of others, with up to three coefficients, θ alone is,
-        by quadrature (see :func:`empirical_bayes`), and drawn by short independence chains, which
-        name the tasks where they do badly. Where fewer than 20 % of the proposals are accepted,
-        NUTS samples the same density, and a warning says so. "nuts" samples φ and θ jointly,
-        non-centred; after it :meth:`Fit.adapt` draws new tasks' θ from Laplace posteriors, unless
-        tasks are Gaussian. "auto" collapses Gaussian tasks, and those of the other families with
-        up to three coefficients; NUTS samples tasks with more, NumPyro programs,
-        and tasks that are not Gaussian under a Student-t prior.
+        Gaussian tasks, and φ sampled whole. Of others, with up to three coefficients, θ alone
+        is, by quadrature (see :func:`empirical_bayes`), and drawn by short independence chains,
+        which name the tasks where they do badly. Where fewer than 20 % of the proposals are
+        accepted, NUTS samples the same density, and a warning says so. "nuts" samples φ and θ
+        jointly, non-centred; after it :meth:`Fit.adapt` draws new tasks' θ from Laplace posteriors,
+        unless tasks are Gaussian. "auto" collapses Gaussian tasks, and those of the other families
+        with up to three coefficients; NUTS samples tasks with more, NumPyro programs, and tasks
+        that are not Gaussian under a Student-t prior.
     num_draws, num_chains : int
         Draws kept a chain, and chains. Above 50 million draws × tasks × coefficients θ is kept as
         mean and covariance, averaged over at least 200 draws of φ.
