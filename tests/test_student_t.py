@@ -584,10 +584,10 @@ def test_binary_tasks_go_by_nuts(tmp_path):
 
 @pytest.mark.slow
 def test_collapsed_and_joint_sampling_agree(outlying):
-    """4 × 4,000 draws of NUTS, non-centred, against the collapsed posterior's moments."""
+    """4 × 7,000 draws of NUTS, non-centred, against the collapsed posterior's moments."""
     fits = [
         hb.full_bayes(STUDENT, outlying, method, num_draws=draws, seed=5, progress=False)
-        for method, draws in (("collapsed", 10_000), ("nuts", 4_000))
+        for method, draws in (("collapsed", 10_000), ("nuts", 7_000))
     ]
     assert fits[0].phi_draws is not None
     posterior = fits[0].datatree["posterior"]

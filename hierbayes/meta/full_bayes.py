@@ -209,9 +209,11 @@ def full_bayes(
 
 def _adaptation(model: HierarchicalModel) -> Adaptation:
     """How tasks are adapted to given draws of φ."""
-    if not model.likelihood.gaussian_in_theta:
-        return Laplace() if model.prior.gaussian else NotOffered(NO_ADAPTATION)
-    return Conjugate() if model.prior.gaussian else MixedScales()
+    if model.conjugate:
+        return Conjugate()
+    if model.prior.gaussian:
+        return Laplace()
+    return MixedScales() if model.likelihood.gaussian_in_theta else NotOffered(NO_ADAPTATION)
 
 
 def _start(
