@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pandas as pd
 import pytest
 from assertions import close, refuses
@@ -308,3 +310,36 @@ def test_shares_of_ones_in_a_task_spread_as_its_theta_does():
     shares = fit.predict(target="new").draws(NUM_DRAWS, seed=1)[:, :40].mean(1)
     squares = (shares - first) ** 2
     assert abs(squares.mean() - expected) < 5 * squares.std() / np.sqrt(NUM_DRAWS)
+
+
+class Saturating(hb.likelihoods.Gaussian):
+    """y ~ N(tanh(x θ + z β + offset), σ²): curved in θ, and whole as it stands."""
+
+    gaussian_in_theta, linear = False, False
+
+    def location(self, theta, phi, task):
+        return jnp.tanh(super().location(theta, phi, task))
+
+
+@pytest.mark.parametrize("target", ["known", "new", "population"])
+def test_what_a_curved_likelihood_says_of_f_is_all_of_it(target):
+    """Shared effects and offsets stand inside f already; each draw of φ has its own."""
+    rng = np.random.default_rng(5)
+    tasks = hb.Tasks.from_dataframe(
+        pd.DataFrame({"who": list("aabbb"), "y": rng.normal(size=5), "z": rng.normal(size=5)}),
+        task="who", outcome="y", predictors=[], shared=["z"],
+    )  # fmt: skip
+    tasks = replace(tasks, slots={"offset": rng.normal(size=5)})
+    stated = hb.HyperPrior(sigma=dist.HalfNormal(1.0))
+    model = hb.HierarchicalModel(Saturating(), hb.priors.Gaussian(), stated).resolve(tasks)
+    lead = (2, 30)
+    theta = rng.normal(size=(*lead, 2, 1))
+    draws = {"mu": rng.normal(size=(*lead, 1)), "tau": np.full((*lead, 1), 1e-12),
+             "beta": rng.normal(size=(*lead, 1)), "sigma": np.full(lead, 0.3)}  # fmt: skip
+    phi = {name: value.mean((0, 1)) for name, value in draws.items()}
+    fit = hb.Fit("full Bayes", model, tasks, phi, Laplace(), None, draws, theta)
+    known = np.broadcast_to(draws["mu"][:, :, None], theta.shape)
+    level = (theta if target == "known" else known)[..., tasks.task_of_row, 0]
+    f = np.tanh(level + draws["beta"] * tasks.shared[:, 0] + tasks.slots["offset"])
+    # τ = 1e-12 moves a new task's θ by no more than that
+    close(fit.predict(target=target).mean, f.mean((0, 1)), rtol=1e-10, atol=1e-11)

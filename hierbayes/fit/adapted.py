@@ -102,7 +102,10 @@ class AdaptedTasks:
                     drawn = self.adapted.draw(np.random.default_rng(0), POINT_DRAWS)
                     thetas = drawn[:, found]
                 return outcomes("known task", self.model, rows, thetas, self.phis)
-            means = locations(self.model, thetas, point, rows)
+            if all(len(value) == 1 for value in self.phis.values()):
+                means = locations(self.model, thetas, point, rows)
+            else:
+                means = locations_by_draw(self.model, thetas, self.phis, rows)
             variance = 0.0 if draws is not None else None
             if self.adapted.spread is not None:
                 variance = self.adapted.spread(rows, found)[None]
@@ -185,6 +188,28 @@ def _locations(
     return jax.lax.map(one, thetas)
 
 
+def locations_by_draw(
+    model: HierarchicalModel, thetas: np.ndarray, phis: dict[str, np.ndarray], tasks: Tasks
+) -> np.ndarray:
+    """f (S, N, …) where it is curved in θ and has a φ of its own in every draw."""
+    rows, of_row = model.likelihood.arrange(tasks)
+    phis = {n: np.broadcast_to(v, (len(thetas), *v.shape[1:])) for n, v in phis.items()}
+    with float64():
+        found = np.asarray(_mapped(model.without_encoder(), thetas, phis, rows, of_row))
+    return found if of_row is not None else found[:, rows.mask]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mapped(
+    model: HierarchicalModel, thetas: Any, phis: dict[str, Any], rows: Task, of_row: Any
+) -> jax.Array:
+    def one(draw: Any) -> Any:
+        theta, phi = draw
+        return model.likelihood.locations(theta, phi, rows, of_row)
+
+    return jax.lax.map(one, (thetas, phis))
+
+
 def phis_of(
     phi: Mapping[str, np.ndarray], draws: dict[str, np.ndarray] | None
 ) -> dict[str, np.ndarray]:
@@ -236,9 +261,9 @@ def finish(
     if thetas is not None:
         size = max([len(means), *map(len, phis.values())])
         joint = JointDraws(model, rows, phis, size, thetas)
-    if "beta" in phis:
+    if model.likelihood.linear and "beta" in phis:  # where f is curved it is whole already
         means = means + phis["beta"] @ rows.shared.T
-    if "offset" in rows.slots:
+    if model.likelihood.linear and "offset" in rows.slots:
         means = means + rows.slots["offset"]
     phi = {name: np.asarray(v)[:, None] for name, v in phis.items() if np.ndim(v) == 1}
     if variance is None or not model.likelihood.linear:

@@ -9,19 +9,16 @@ The groups ``posterior_predictive``, ``prior`` and ``prior_predictive`` of a Dat
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from hierbayes.errors import listing
-from hierbayes.fit.adapted import locations, phis_of
+from hierbayes.fit.adapted import locations, locations_by_draw, phis_of
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64
 from hierbayes.priors.normality import improper
 from hierbayes.simulation import draw_phi, draw_theta, linear_location, outcomes_at
-from hierbayes.tasks import Task, Tasks
+from hierbayes.tasks import Tasks
 
 if TYPE_CHECKING:
     from hierbayes.fit.fit import Fit
@@ -118,27 +115,5 @@ def _drawn(
     elif all(len(value) == 1 for value in phis.values()):
         f = locations(model, thetas, first, tasks)
     else:
-        f = _locations_by_draw(model, thetas, phis, tasks)
+        f = locations_by_draw(model, thetas, phis, tasks)
     return outcomes_at(likelihood, f, phis, tasks, rng)
-
-
-def _locations_by_draw(
-    model: HierarchicalModel, thetas: np.ndarray, phis: dict[str, np.ndarray], tasks: Tasks
-) -> np.ndarray:
-    """f (S, N, …) where it is curved in θ and has a φ of its own in every draw."""
-    rows, of_row = model.likelihood.arrange(tasks)
-    phis = {n: np.broadcast_to(v, (len(thetas), *v.shape[1:])) for n, v in phis.items()}
-    with float64():
-        found = np.asarray(_mapped(model.without_encoder(), thetas, phis, rows, of_row))
-    return found if of_row is not None else found[:, rows.mask]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _mapped(
-    model: HierarchicalModel, thetas: Any, phis: dict[str, Any], rows: Task, of_row: Any
-) -> jax.Array:
-    def one(draw: Any) -> Any:
-        theta, phi = draw
-        return model.likelihood.locations(theta, phi, rows, of_row)
-
-    return jax.lax.map(one, (thetas, phis))

@@ -19,6 +19,7 @@ from hierbayes.fit.adapted import (
     POINT_DRAWS,
     finish,
     locations,
+    locations_by_draw,
     outcomes,
     phis_of,
     prior_locations,
@@ -88,7 +89,12 @@ def _widths(prior: Prior, size: int) -> np.ndarray:
 
 
 def _by_locations(fit: Fit, rows: Tasks, target: Unseen) -> Prediction:
-    """Where f is not linear in θ: from draws of θ around the point φ."""
+    """Where f is not linear in θ: from draws of θ, one for each draw of φ or around its point."""
+    if fit.phi_draws is not None:
+        phis = _phis(fit)
+        thetas = _around(fit, phis, rows, drawn=target == "new")
+        means = locations_by_draw(fit.model, thetas, phis, rows)
+        return finish(TITLES[target], fit.model, rows, phis, means, 0.0)
     mu = np.asarray(fit.phi["mu"])
     thetas = np.broadcast_to(mu, (1, rows.num_tasks, len(mu)))
     drawn = target == "new" and "tau" in fit.phi
@@ -108,13 +114,19 @@ def _by_outcomes(fit: Fit, rows: Tasks, target: Unseen) -> Prediction:
     drawn = target == "new" and "tau" in phis
     if drawn and fit.phi_draws is None:
         phis = {name: np.repeat(value, POINT_DRAWS, axis=0) for name, value in phis.items()}
-    with float64():
-        thetas = prior_locations(fit.model, phis, rows.task_predictors)
-        if drawn:
-            root = np.asarray(fit.model.prior.scale_tril(phis))
-            white = fit.model.prior.white_draws(np.random.default_rng(0), thetas.shape)
-            thetas = thetas + np.einsum("skl,sjl->sjk", root, white)
+    thetas = _around(fit, phis, rows, drawn=drawn)
     return outcomes(TITLES[target], fit.model, rows, thetas, phis)
+
+
+def _around(fit: Fit, phis: dict[str, np.ndarray], rows: Tasks, *, drawn: bool) -> np.ndarray:
+    """θ of new tasks (S, J, d): the prior's centre under each φ, or a draw around it."""
+    centres = prior_locations(fit.model, phis, rows.task_predictors)
+    if not drawn:
+        return centres
+    with float64():
+        root = np.asarray(fit.model.prior.scale_tril(phis))
+    white = fit.model.prior.white_draws(np.random.default_rng(0), centres.shape)
+    return centres + np.einsum("skl,sjl->sjk", root, white)
 
 
 def _phis(fit: Fit) -> dict[str, np.ndarray]:
