@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from hierbayes.adaptation.quadrature import Rule
 from hierbayes.adaptation.whitened import Stand, Whitened, after_newton, at_modes, climb
 from hierbayes.likelihoods import Likelihood
-from hierbayes.numerics import cholesky, log_diagonal_sum
+from hierbayes.numerics import cholesky, log_diagonal_sum, solve_lower
 from hierbayes.priors import Prior
 from hierbayes.rows import Rows, Whole
 
@@ -65,10 +65,19 @@ def log_evidence(
 def laplace_near(
     likelihood: Likelihood, prior: Prior, rows: Rows | Whole, phi: dict[str, Any], near: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Laplace's evidence of every task (J,), two Newton steps from ``near`` (d, J), and z there."""
+    """Laplace's evidence of every task (J,), two Newton steps from ``near`` (d, J).
+
+    Beside it what says how far from a mode the steps have ended: what a third would add to Ψ_j,
+    and where Ψ_j may bend upwards, what they have lost instead of gained; NaN off its domain.
+    """
     tasks = Whitened.at(likelihood, prior, rows, phi)
-    value, z = _laplace(tasks, near)
-    return value + tasks.rows.constant, z
+    z = after_newton(tasks, near)
+    at = tasks.bend(z)
+    factor = cholesky(at.curvature)
+    missed = 0.5 * (solve_lower(factor, at.slope) ** 2).sum(0)
+    if not likelihood.log_concave:
+        missed = jnp.maximum(missed, tasks.value(near) - at.value)
+    return at.value - log_diagonal_sum(factor) + tasks.rows.constant, missed
 
 
 def _laplace(tasks: Whitened, near: jax.Array) -> tuple[jax.Array, jax.Array]:
