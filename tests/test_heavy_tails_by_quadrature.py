@@ -126,7 +126,7 @@ def test_the_posterior_of_tau_is_that_of_tasks_known_exactly():
     """μ and τ given θ_j, the tasks' medians, right to 0.005: by NumPy alone, on a grid.
 
     σ = 0.012 beside τ changes τ's posterior by (0.005 / 0.8)² of itself; within four standard
-    errors of 2,000 draws, of which at least one in three counts; a normal sd has half of that error.
+    errors of 2,000 draws, of which at least one in three counts; a normal sd has half that error.
     """
     tasks = heavy()
     theta = np.array([np.median(part) for part in np.split(tasks.outcome, np.cumsum(SIZES)[:-1])])
