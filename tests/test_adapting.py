@@ -151,6 +151,24 @@ def test_what_new_rows_of_a_known_task_say_is_what_they_add(radon_rows):
     assert (np.abs(found.theta.values - whole.theta.values) < 4.5 * error).all()
 
 
+@pytest.mark.parametrize("county", ["ANOKA", "COOK"])
+def test_a_held_out_county_is_as_if_fitted_with_the_others(county):
+    """52 houses and 2, of level and floor: 4,000 draws on either side, counted as 2,000."""
+    model, tasks = hb.from_formula(
+        "log_radon ~ 1 + floor + (1 + floor | county)", hb.datasets.radon()
+    )
+    others = tasks.take(np.flatnonzero(tasks.names != county))
+    whole = hb.full_bayes(model, tasks, seed=1)
+    fit = hb.full_bayes(whole.model, others, seed=2)
+    found = fit.adapt(tasks[[county]])
+    assert "has learned" in found.remarks[0]
+    at = whole.tasks.labels.position(county)
+    sd = whole.adapted.sd.values[at]
+    error = sd * np.sqrt(2 / 2000)
+    assert (np.abs(found.theta.values[0] - whole.theta.values[at]) < 4 * error).all()
+    assert (np.abs(found.sd.values[0] / sd - 1) < 4 * np.sqrt(2 / 4000)).all()
+
+
 @pytest.fixture(scope="module")
 def radon_rows():
     model, tasks = hb.from_formula("log_radon ~ 1 + floor + (1 | county)", hb.datasets.radon())

@@ -433,18 +433,27 @@ def test_a_fit_comes_back_equal(which, request, train_and_test, tmp_path):
     np.testing.assert_array_equal(again.predict(test).mean, fit.predict(test).mean)
 
 
-def test_files_of_format_1_are_read(schools, tmp_path):
-    """Before the likelihood had a name a file held ``known_se`` in its place."""
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_older_formats_are_read(schools, tmp_path, version):
+    """Before the prior had a name a file held its arguments, before the likelihood ``known_se``."""
     hb.complete_pooling(schools.model, schools.tasks).save(tmp_path / "fit.nc")
     tree = xr.open_datatree(tmp_path / "fit.nc", engine="h5netcdf").load()
     tree.close()
     described = json.loads(tree["hierbayes"].attrs["fit"])
-    assert described["format"] == 2
-    del described["model"]["likelihood"]
-    described["format"], described["model"]["known_se"] = 1, True
+    assert described["format"] == 3
+    model = described["model"]
+    named = model.pop("prior")
+    assert named.pop("kind") == "Gaussian"
+    model |= named.get("settings", named)
+    if version == 1:
+        del model["likelihood"]
+        model["known_se"] = True
+    described["format"] = version
     tree["hierbayes"].attrs["fit"] = json.dumps(described)
     tree.to_netcdf(tmp_path / "old.nc", engine="h5netcdf")
-    assert hb.load(tmp_path / "old.nc").model.likelihood == hb.likelihoods.Gaussian(known_se=True)
+    found = hb.load(tmp_path / "old.nc").model
+    assert found.likelihood == hb.likelihoods.Gaussian(known_se=True)
+    assert found.prior == schools.model.prior
 
 
 # --------------------------------------------------------------- default priors and refusals
