@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -109,7 +110,7 @@ def test_weights_that_draws_cannot_carry_are_not_used(without_a, schools):
     far = replace(tasks[["A"]], outcome=np.array([1000.0]))
     with pytest.warns(hb.FitWarning, match="fit all tasks together"):
         found = without_a.adapt(far)
-    assert "stays as learned from the 7 tasks" in found.remarks[0]
+    assert "stays as learned from 7 tasks" in found.remarks[0]
     for name, values in without_a.phi_draws.items():
         np.testing.assert_array_equal(found.phis[name], values.reshape(-1, 1))
     rng = np.random.default_rng(0)
@@ -127,7 +128,7 @@ def test_weights_that_draws_cannot_carry_are_not_used(without_a, schools):
 def test_rows_that_were_learned_from_count_once(schools, without_a):
     _, tasks = schools
     again = without_a.adapt(tasks[["B", "C"]])
-    assert again.remarks == ()
+    assert "has learned from all of these rows before" in again.remarks[0]
     np.testing.assert_array_equal(again.phis["mu"], without_a.phi_draws["mu"].reshape(-1, 1))
     mixed = without_a.adapt(tasks[["B", "A"]], seed=5)
     alone = without_a.adapt(tasks[["A"]], seed=5)
@@ -175,6 +176,49 @@ def radon_rows():
     return model, *tasks.hold_out(0.5, seed=0)
 
 
+def test_a_fit_that_was_carried_to_new_tasks_knows_what_phi_has_learned(schools, without_a):
+    """Whichever way it went there, no row is weighed twice, and none is thought to be weighed."""
+    _, tasks = schools
+    both = without_a.on(tasks[["A"]], seed=3)
+    assert both.learned_from.num_tasks == 8
+    again = both.adapt(tasks[["A", "B", "C"]])
+    assert "before" in again.remarks[0]
+    np.testing.assert_array_equal(again.phis["mu"], both.phi_draws["mu"].reshape(-1, 1))
+    left = without_a.on(tasks[["A"]], update_phi=False)
+    assert left.learned_from.num_tasks == 7
+    found = left.adapt(tasks[["A"]], seed=3)
+    assert "too (Pareto" in found.remarks[0]
+    np.testing.assert_array_equal(
+        found.phis["mu"], without_a.adapt(tasks[["A"]], seed=3).phis["mu"]
+    )
+    far = quietly_on(without_a, replace(tasks[["A"]], outcome=np.array([1000.0])))
+    assert far.learned_from.num_tasks == 7
+    assert any("stays as learned" in said for said in far.warnings)
+    for check in (hb.checks.leave_one_task_out, hb.checks.leave_one_row_out):
+        with refuses("carried"):
+            check(both)
+    with refuses("carried", "hb.load(path).on(tasks)"):
+        both.save("nowhere.nc")
+
+
+def quietly_on(fit, tasks):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hb.FitWarning)
+        return fit.on(tasks)
+
+
+def test_namesakes_are_new_tasks(schools, without_a):
+    """School B with other numbers than the fit's is another school; so are default names."""
+    _, tasks = schools
+    other = replace(tasks[["B"]], outcome=np.array([20.0]))
+    named = replace(other, labels=replace(other.labels, names=np.array(["new"])))
+    found, plain = without_a.adapt(other, seed=4), without_a.adapt(named, seed=4)
+    np.testing.assert_array_equal(found.phis["tau"], plain.phis["tau"])
+    close(found.theta.values, plain.theta.values, rtol=1e-12)
+    assert "names of tasks that the fit knows" in found.remarks[0]
+    assert "has learned" in found.remarks[1]
+
+
 # ------------------------------------------------------------------------------ one by one
 
 
@@ -197,8 +241,6 @@ def test_the_order_in_which_rows_arrive_does_not_matter(learn, radon_rows):
 
 
 def quietly_fit(learn, model, tasks):
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", hb.FitWarning)
         return learn(model, tasks)
@@ -314,6 +356,10 @@ def test_weighing_turns_draws_of_one_law_into_draws_of_another():
     assert abs(chosen.mean() - 0.5) < 4 * error
     assert abs(chosen.std() - 1.0) < 4 * error
     assert not weigh(30.0 * x, rng).sound
+    for wrong in (np.nan, np.inf):
+        bent = 0.5 * x
+        bent[777] = wrong
+        assert not weigh(bent, rng).sound
     even = weigh(np.zeros(7), rng)
     assert even.sound
     np.testing.assert_array_equal(even.chosen, np.arange(7))

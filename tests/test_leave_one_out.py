@@ -13,6 +13,7 @@ import warnings
 
 import arviz_stats
 import numpy as np
+import pandas as pd
 import pytest
 from assertions import close, refuses
 from conftest import QUICK, Problem, quietly
@@ -387,3 +388,30 @@ def test_scores_of_rows_say_nothing_where_they_are_sound(radon_ml):
         found = leave_one_row_out(radon_ml)
     assert np.isfinite(found["log_density"]).all()
     assert 0 < found["se"] < 0.1
+
+
+def test_a_draw_without_a_number_is_not_passed_over():
+    """One NaN among 2,000 draws of a unit, and the unit has no score."""
+    from hierbayes.checks.importance import leave_one_out
+
+    values = np.random.default_rng(0).normal(size=(4, 500, 3))
+    values[1, 7, 0] = np.nan
+    values[:, :, 2] = -1.5
+    found = leave_one_out(values, 1.0)
+    for part in (found.log_density, found.pareto_k, found.error):
+        assert np.isnan(part[0])
+        assert np.isfinite(part[1:]).all()
+    assert found.log_density[2] == -1.5
+
+
+def test_a_refit_integrates_as_the_fit_did():
+    from hierbayes.checks.leave_one_task_out import _refit
+
+    rng = np.random.default_rng(1)
+    model, tasks = hb.from_formula(
+        "y ~ 1 + (1 | g)",
+        pd.DataFrame({"g": np.repeat(np.arange(12), 8), "y": rng.integers(0, 2, 96)}),
+        family="bernoulli",
+    )
+    fit = hb.empirical_bayes(model, tasks, evidence="laplace")
+    assert _refit(fit, tasks.take(range(10))).info["evidence"] == "laplace"

@@ -278,3 +278,14 @@ def test_compare_on_new_tasks_says_the_same(fits, unseen):
         close(table[column], ours[column], rtol=1e-12)
     close(table.loc["MAML", "difference"], ours.loc["MAML", "difference"], rtol=1e-9)
     close(table.loc["MAML", "difference_se"], ours.loc["MAML", "difference_se"], rtol=1e-9)
+
+
+def test_an_impossible_row_costs_its_fit_everything():
+    """A density of zero is a score, not the lack of one."""
+    tasks = hb.Tasks.from_arrays([(np.ones((2, 1)), [0.0, 1.0])] * 3)
+    scores = {"a": -np.ones(6), "b": np.array([-0.5, -0.5, -np.inf, -0.5, -0.5, -0.5])}
+    table = hb.checks.score_differences(scores, tasks, by="row")
+    assert table.attrs["reference"] == "a"
+    assert table.loc["b", "log_density"] == -np.inf
+    assert table.loc["b", "difference"] == -np.inf
+    assert table.loc["b", "rows"] == 6

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hierbayes.calibration.gathered import FULL_BAYES, Gathered
+from hierbayes.calibration.gathered import FULL_BAYES, SAMPLER, Gathered
 from hierbayes.calibration.result import Calibration
 from hierbayes.checks.coverage import METHODS, Method
 from hierbayes.checks.draws import Sampler
@@ -150,6 +150,10 @@ def _read_methods(methods: Any, sampler: Sampler | None) -> tuple[bool, dict[str
         for name, method in methods.items():
             if not callable(method):
                 raise InputError(f"methods[{name!r}] is no function of (model, tasks, seed)")
+        if sampler is not None and SAMPLER in methods:
+            raise InputError(
+                f"methods holds {SAMPLER!r}, which sampler= is called: name it otherwise"
+            )
         return sampler is not None, dict(methods)
     names = [methods] if isinstance(methods, str) else list(methods)
     known = {_plain(name): name for name in (FULL_BAYES, *METHODS)}

@@ -24,7 +24,7 @@ from hierbayes.fit import Fit
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
 
-FULL_BAYES = "full Bayes"
+FULL_BAYES, SAMPLER = "full Bayes", "sampler"
 
 HOPELESS = 20
 """Data sets that may be refused before any was accepted."""
@@ -42,6 +42,7 @@ class Gathered:
     ):  # fmt: skip
         self.model, self.num_draws, self.rng = model, num_draws, rng
         self.sampler, self.by_interval = sampler, by_interval
+        self.label = FULL_BAYES if sampler is None else SAMPLER
         self.thinning = 1 if sampler is not None else AT_FIRST
         self.ranks: dict[str, list[int]] = {}
         self.covered: dict[str, list[np.ndarray]] = {}
@@ -56,7 +57,7 @@ class Gathered:
         """One data set, by every method; ``phi`` and ``theta`` with a leading axis of one."""
         seed = int(self.rng.integers(2**31))
         if not np.isfinite(tasks.outcome).all():
-            names = [FULL_BAYES] * ranked + list(self.by_interval)
+            names = [self.label] * ranked + list(self.by_interval)
             for name in names:
                 self._refuse(name, "counts whose rate lies beyond 1e15")
             return
@@ -72,16 +73,18 @@ class Gathered:
     def _rank(self, tasks: Tasks, phi: dict[str, np.ndarray], theta: np.ndarray, seed: int) -> None:
         own = self.sampler is None
         sampler = self.sampler or full_bayes_sampler(self.num_draws * self.thinning)
-        found = self._fitted(FULL_BAYES, sampler, tasks, seed)
+        found = self._fitted(self.label, sampler, tasks, seed)
         if found is None:
             return
         draws = Draws.of(found, phi, theta)
         if own and self.thinning < AT_FIRST and not surely_independent(found):
             # these data make a harder posterior than the pilots': more draws for those that remain
             more = full_bayes_sampler(self.num_draws * AT_FIRST)
-            found = self._fitted(FULL_BAYES, more, tasks, seed)
+            found = self._fitted(self.label, more, tasks, seed)
+            if found is None:
+                return
             draws = Draws.of(found, phi, theta)
-        self._note(FULL_BAYES, found)
+        self._note(self.label, found)
         if own and len(self._needed) < PILOTS:
             self._needed.append(needed_thinning(self.model, tasks, draws))
             if len(self._needed) == PILOTS:
@@ -96,7 +99,7 @@ class Gathered:
         for label, r in rank({n: v[1:] for n, v in values.items()}, truth, self.rng).items():
             self.ranks.setdefault(label, []).append(r)
         covered = covered_by_draws(theta[0], draws.thetas, self.rng)
-        self.covered.setdefault(FULL_BAYES, []).append(covered)
+        self.covered.setdefault(self.label, []).append(covered)
 
     def _fitted(self, name: str, method: Sampler, tasks: Tasks, seed: int) -> Any:
         """What the method makes of the tasks; None where it refuses them."""
@@ -118,15 +121,17 @@ class Gathered:
 
     def refuse_hopeless(self, num: int) -> None:
         """Stop where nothing has been accepted."""
-        if self.accepted or num < HOPELESS:
-            return
+        if not self.accepted and num >= HOPELESS:
+            self._refuse_all(num)
+
+    def _refuse_all(self, num: int) -> None:
         why = next(iter(self.refused.values()))[0]
         raise InputError(f"the model refused each of the first {num} simulated data sets: {why}")
 
     def remarks(self, num: int) -> list[str]:
         """What to know, in sentences."""
         if not self.accepted:
-            self.refuse_hopeless(max(num, HOPELESS))
+            self._refuse_all(num)
         remarks = []
         for name, why in self.refused.items():
             more = (

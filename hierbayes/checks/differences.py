@@ -110,7 +110,9 @@ def score_differences(
     chosen = max(known, key=lambda label: known[label]) if reference is None else reference
     rows = {}
     for label, found in each.items():
-        gap = score(arrays[label] - arrays[chosen], tasks, units[label], per)
+        with np.errstate(invalid="ignore"):  # an outcome that both hold for impossible
+            apart = arrays[label] - arrays[chosen]
+        gap = score(apart, tasks, units[label], per)
         rows[label] = {
             "log_density": found.mean, "log_density_se": found.error, "difference": gap.mean,
             "difference_se": gap.error, "rows": found.rows, "tasks": found.tasks,
@@ -122,7 +124,7 @@ def score_differences(
 
 def score(values: np.ndarray, tasks: Tasks, by: str, per: Per = "row") -> Score:
     """The mean of scores by row or by task, over those that are numbers."""
-    known = np.isfinite(values)
+    known = ~np.isnan(values)
     if by == "row":
         of_row = tasks.task_of_row[known]
         totals = np.bincount(of_row, values[known], tasks.num_tasks)
@@ -132,7 +134,9 @@ def score(values: np.ndarray, tasks: Tasks, by: str, per: Per = "row") -> Score:
     if not sizes.any():
         return Score(float("nan"), float("nan"), 0, 0)
     rows, held = int(sizes.sum()), int((sizes > 0).sum())
-    return Score(*mean_of_totals(totals, sizes if per == "row" else sizes > 0), rows, held)
+    with np.errstate(invalid="ignore"):  # −∞ has no standard error
+        mean, error = mean_of_totals(totals, sizes if per == "row" else sizes > 0)
+    return Score(mean, error, rows, held)
 
 
 def _unit(label: str, values: np.ndarray, tasks: Tasks, by: str | None) -> str:

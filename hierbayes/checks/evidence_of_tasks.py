@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from hierbayes.errors import NotApplicable
 from hierbayes.evidence.over_draws import log_evidence_over_draws
 from hierbayes.fit import Fit
 from hierbayes.fit.adapted import phis_of
-from hierbayes.fit.adapting import num_nodes
+from hierbayes.fit.updating import num_nodes
 from hierbayes.meta.without_one import WithoutOne
 from hierbayes.tasks import Tasks
 
@@ -25,6 +26,15 @@ def evidence_of(fit: Fit, tasks: Tasks) -> np.ndarray:
         tasks = fit.model.likelihood.design(tasks, {k: np.asarray(v) for k, v in fit.phi.items()})
     found = log_evidence_over_draws(fit.model, tasks, phis, num_nodes(fit))
     return np.where(tasks.sizes > 0, found, 0.0)
+
+
+def refuse_carried(fit: Fit, what: str) -> None:
+    """Refuse a fit whose φ was learned from other tasks than its own: nothing can be left out."""
+    if fit.learned is not None:
+        raise NotApplicable(
+            f"{what} asks of the tasks that phi was learned from, and this fit was carried to "
+            "others: ask it of the fit itself, or use new_task_scores"
+        )
 
 
 def integrated(fit: Fit, tasks: Tasks) -> WithoutOne:

@@ -35,9 +35,11 @@ def leave_one_out(values: np.ndarray, efficiency: float) -> LeftOut:
     dims = ("chain", "draw", "unit")
     size, num_units = values.shape[0] * values.shape[1], values.shape[2]
     # where the draws agree there is nothing to weigh, and ArviZ finds no tail
-    moving = np.ptp(values, axis=(0, 1)) > 0
-    log_density = values[0, 0].copy()
-    pareto_k, error = np.zeros(num_units), np.zeros(num_units)
+    lost = ~np.isfinite(values).all((0, 1))
+    moving = (np.ptp(np.where(lost, 0.0, values), axis=(0, 1)) > 0) & ~lost
+    log_density = np.where(lost, np.nan, values[0, 0])
+    pareto_k = np.where(lost, np.nan, np.zeros(num_units))
+    error = pareto_k.copy()
     if not moving.any():
         return LeftOut(log_density, pareto_k, error, float(min(1 - 1 / np.log10(size), 0.7)))
     y = xr.DataArray(values[:, :, moving], dims=dims)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hierbayes.adaptation import PointAdaptation
+from hierbayes.checks.evidence_of_tasks import refuse_carried
 from hierbayes.checks.importance import leave_one_out, relative_efficiency
 from hierbayes.checks.scores import mean_over_tasks
 from hierbayes.errors import InputError, NotApplicable, announce, listing
@@ -86,6 +87,7 @@ def leave_one_row_out(fit: Fit) -> dict[str, Any]:
     (-1.164, ('row',))
     """
     tasks, gaussian = fit.tasks, fit.model.conjugate
+    refuse_carried(fit, "leave_one_row_out")
     if isinstance(fit.adaptation, PointAdaptation) or "tau" not in fit.phi:
         raise NotApplicable(
             f"{fit.method} gives no posterior of theta to take a row out of: use full_bayes or "

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from hierbayes.adaptation import LeastSquares, MaximumLikelihood
-from hierbayes.checks.evidence_of_tasks import evidence_of, integrated
+from hierbayes.checks.evidence_of_tasks import evidence_of, integrated, refuse_carried
 from hierbayes.checks.importance import leave_one_out, relative_efficiency
 from hierbayes.errors import FitWarning, InputError, announce, listing
 from hierbayes.fit import Fit
@@ -73,6 +73,7 @@ def leave_one_task_out(fit: Fit, refit: bool = False) -> dict[str, Any]:
     """
     if isinstance(fit.adaptation, LeastSquares | MaximumLikelihood):
         raise InputError("no pooling learns nothing about tasks that it has not seen")
+    refuse_carried(fit, "leave_one_task_out")
     if fit.phi_draws is not None:
         return _importance(fit, refit)
     gaussian = fit.model.likelihood.gaussian_in_theta
@@ -114,7 +115,10 @@ def _refit(fit: Fit, tasks: Tasks) -> Fit:
         settings = _kept(fit, "method", "num_draws", "num_chains", "num_warmup", "target_accept")
         return full_bayes(fit.model, tasks, progress=False, **settings)
     if fit.method == "empirical Bayes":
-        return empirical_bayes(fit.model, tasks, fit.info["criterion"], num_draws=1, num_chains=1)
+        evidence = "auto" if fit.info["evidence"] == "exact" else fit.info["evidence"]
+        return empirical_bayes(
+            fit.model, tasks, fit.info["criterion"], evidence, num_draws=1, num_chains=1
+        )
     if fit.method == "complete pooling":
         return complete_pooling(fit.model, tasks)
     if fit.method == "MAML":

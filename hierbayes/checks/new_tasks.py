@@ -38,8 +38,9 @@ def new_task_scores(
             p(\varphi \mid D_{1..J})\, d\varphi
             - \log \int p(D_j^{s} \mid \varphi)\, p(\varphi \mid D_{1..J})\, d\varphi
 
-    φ is learned from the training tasks; of a new task its own support is all that is added, so
-    that under full Bayes the draws of φ are weighted by p(D_j^s | φ), task by task. At a point φ̂
+    φ is learned from the training tasks, and of a new task its own support is all that is added: in
+    the joint density the draws of φ are weighted by p(D_j^s | φ), task by task; row by row they are
+    as they were learned, and the support moves θ_j alone. At a point φ̂
     both integrals are the evidence there, and the difference is log ∫ p(D^q | θ) p(θ | D^s, φ̂) dθ.
     Methods that adapt a point θ̂_j (MAML, Reptile, iMAML) predict rows independently of one another:
     their joint density is the product over rows.
@@ -59,8 +60,8 @@ def new_task_scores(
     -------
     DataFrame
         A row a fit. Row by row: ``log_density``, the mean over query rows of the log predictive
-        density after ``fit.adapt(support)``, ``difference`` to the reference on the rows that both
-        predict, and ``rmse``. Task by task: ``joint``, the mean over tasks of
+        density after ``fit.adapt(support, update_phi=False)``, ``difference`` to the reference on
+        the rows that both predict, and ``rmse``. Task by task: ``joint``, the mean over tasks of
         log p(D_j^q | D_j^s), and ``joint_difference``; NaN of methods that give no joint density
         of rows. Each with a standard error over tasks, ``…_se``. ``rows`` and ``tasks`` scored, and
         ``left_out``, rows that the fit cannot predict. ``attrs["reference"]``.
@@ -93,7 +94,7 @@ def new_task_scores(
     joint, parts = {}, {}
     for label, fit in named.items():
         given, asked = _matched(fit, support, query, say=not parts)
-        predictions[label] = fit.adapt(given).predict(asked)
+        predictions[label] = fit.adapt(given, update_phi=False).predict(asked)
         parts[label] = asked
         joint[label] = joint_log_density(fit, given, asked, predictions[label])
     first_label, held = next(iter(parts.items()))
@@ -109,7 +110,9 @@ def new_task_scores(
     for label, found in predictions.items():
         of_rows = root_mean_square(found)
         of_tasks = score(joint[label], held, "task", "task")
-        gap = score(joint[label] - joint[chosen], held, "task", "task")
+        with np.errstate(invalid="ignore"):  # −∞ of both
+            apart = joint[label] - joint[chosen]
+        gap = score(apart, held, "task", "task")
         more = {
             "rmse": of_rows.get("rmse", np.nan), "rmse_se": of_rows.get("rmse_se", np.nan),
             "joint": of_tasks.mean, "joint_se": of_tasks.error,

@@ -22,13 +22,13 @@ from hierbayes.adaptation import (
     Adapted,
     Conjugate,
     GradientSteps,
-    Quadrature,
+    NotOffered,
     equivalent_prior,
 )
-from hierbayes.errors import InputError, announce, listing
-from hierbayes.evidence.over_draws import log_evidence_over_draws
+from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.fit.adapted import AdaptedTasks, check_columns, phis_of
-from hierbayes.fit.weighing import HOPELESS, largest_k, weigh
+from hierbayes.fit.updating import Updated, updated
+from hierbayes.fit.weighing import largest_k
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, as_rng
 from hierbayes.tasks import Tasks
@@ -45,20 +45,10 @@ FEWEST_FOR_MOMENTS, MOMENTS_OF = 200, 20_000_000
 
 With so many tasks φ is known so well that its own spread hardly shows in θ's."""
 
-FIRST_LOOK = 100
-"""Draws of φ on which weights are tried before they are asked of all."""
-
-UPDATED = "phi has learned from the rows of the new tasks too (Pareto k = {k:.2f})"
 LEFT_POINT = "phi is a point, as learned from the {num_tasks} tasks of the fit: it is not updated"
 LEFT_ASKED = (
     "phi is as learned from the {num_tasks} tasks of the fit: update_phi=False leaves what the new "
     "rows say about it unused"
-)
-LEFT_FAR = (
-    "the new tasks say more about phi than weights on its draws can carry (Pareto k {k}, at most "
-    "{most:.2f} is sound): phi stays as learned from the {num_tasks} tasks of the fit. For a phi "
-    "that has learned from them too, fit all tasks together; update_phi=False says that this is "
-    "as wanted"
 )
 
 
@@ -92,23 +82,33 @@ def adapt(
     if implied:
         return _implied(fit, tasks)
     if fit.phi_bootstrap is not None:
-        said = (LEFT_POINT.format(num_tasks=fit.tasks.num_tasks),)
+        said = (LEFT_POINT.format(num_tasks=fit.learned_from.num_tasks),)
         return replace(averaged(fit.model, tasks, fit.phi_bootstrap, fit.adaptation), remarks=said)
     phis = phis_of(fit.phi, fit.phi_draws)
     if fit.phi_draws is None:
         adapted = fit.adaptation(fit.model, tasks, dict(fit.phi))
         announce(adapted.remarks, stacklevel=4)
-        said = (*adapted.remarks, LEFT_POINT.format(num_tasks=fit.tasks.num_tasks))
+        said = (*adapted.remarks, LEFT_POINT.format(num_tasks=fit.learned_from.num_tasks))
         return AdaptedTasks(fit.model, tasks, phis, adapted, remarks=said)
+    return _over_draws(fit, tasks, phis, update_phi, seed)[0]
+
+
+def _over_draws(
+    fit: Fit, tasks: Tasks, phis: dict[str, np.ndarray], update_phi: bool, seed: Any
+) -> tuple[AdaptedTasks, bool]:
+    """What tasks conclude under draws of φ, and whether these have learned from their rows."""
+    if isinstance(fit.adaptation, NotOffered):
+        raise NotApplicable(fit.adaptation.reason)
     rng = as_rng(seed)
-    said, k = LEFT_ASKED.format(num_tasks=fit.tasks.num_tasks), np.nan
+    left = LEFT_ASKED.format(num_tasks=fit.learned_from.num_tasks)
+    found = Updated(phis, np.nan, (left,), False)
     if update_phi:
-        phis, k, said = _updated(fit, tasks, phis, rng)
+        found = updated(fit, tasks, phis, rng)
     key = as_key(int(rng.integers(2**31)))
-    draws, moments = theta_under(fit.adaptation, fit.model, tasks, phis, key)
+    draws, moments = theta_under(fit.adaptation, fit.model, tasks, found.phis, key)
     adapted = moments or moments_of(draws)
-    remarks = (said,) if said else ()
-    return AdaptedTasks(fit.model, tasks, phis, adapted, draws, remarks, k)
+    new = AdaptedTasks(fit.model, tasks, found.phis, adapted, draws, found.remarks, found.pareto_k)
+    return new, found.learned
 
 
 def on(fit: Fit, new_tasks: Any, update_phi: bool, seed: Any) -> Fit:
@@ -117,13 +117,16 @@ def on(fit: Fit, new_tasks: Any, update_phi: bool, seed: Any) -> Fit:
     bare = replace(
         fit, tasks=tasks, training=None, theta_draws=None, sample_stats={}, evidence=None,
         log_posterior=None, no_evidence="phi was learned from other tasks",
+        learned=fit.learned_from,
     )  # fmt: skip
     if fit.phi_draws is None:
         if fit.info.get("intervals", "plain") != "plain" and fit.phi_bootstrap is None:
             # the wider ones are of the training tasks
             return replace(bare, info=fit.info | {"intervals": "plain"})
         return bare
-    new = adapt(fit, tasks, None, update_phi, implied=False, seed=seed)
+    new, learned = _over_draws(fit, tasks, phis_of(fit.phi, fit.phi_draws), update_phi, seed)
+    fresh = not_among(tasks, fit.learned_from)
+    far = new.pareto_k > largest_k(len(next(iter(new.phis.values()))))
     lead = next(iter(fit.phi_draws.values())).shape[:2]
 
     def by_chain(values: np.ndarray) -> np.ndarray:
@@ -134,53 +137,10 @@ def on(fit: Fit, new_tasks: Any, update_phi: bool, seed: Any) -> Fit:
         phi_draws={name: by_chain(value) for name, value in new.phis.items()},
         theta_draws=None if new.draws is None else by_chain(new.draws),
         training=new.adapted if new.draws is None else None,
+        learned=joined(fit.learned_from, fresh) if learned else fit.learned_from,
+        warnings=(*fit.warnings, *new.remarks) if far else fit.warnings,
+        info=fit.info | {"about_phi": new.remarks, "pareto_k": new.pareto_k},
     )  # fmt: skip
-
-
-def _updated(
-    fit: Fit, tasks: Tasks, phis: dict[str, np.ndarray], rng: np.random.Generator
-) -> tuple[dict[str, np.ndarray], float, str]:
-    """Draws of φ given the new rows too, Pareto's k̂, and what to say; each row counts once."""
-    size = len(next(iter(phis.values())))
-    fresh = not_among(tasks, fit.tasks)
-    fresh = fresh.take(np.flatnonzero(fresh.sizes > 0))
-    if fresh.num_tasks == 0:
-        return phis, np.nan, ""
-    known = [at for name in fresh.names.tolist()
-             if (at := fit.tasks.labels.position(name)) is not None]  # fmt: skip
-    learned = fit.tasks.take(known)
-
-    def log_weights(positions: np.ndarray) -> np.ndarray:
-        """log p(D_new | D_1..J, φ): of a task that φ knows, what its new rows add to the old."""
-        some = {name: value[positions] for name, value in phis.items()}
-        nodes = num_nodes(fit)
-        ahead = joined(learned, fresh) if known else fresh
-        found = log_evidence_over_draws(fit.model, ahead, some, nodes).sum(1)
-        if known:
-            found = found - log_evidence_over_draws(fit.model, learned, some, nodes).sum(1)
-        return found
-
-    def left(k: str) -> str:
-        message = LEFT_FAR.format(k=k, most=largest_k(size), num_tasks=fit.tasks.num_tasks)
-        announce([message], stacklevel=6)
-        return message
-
-    first = log_weights(np.unique(np.linspace(0, size - 1, FIRST_LOOK).astype(int)))
-    if not np.isfinite(first).all() or first.std() > HOPELESS:
-        return phis, np.inf, left("not to be had")
-    found = weigh(log_weights(np.arange(size)), rng)
-    if not found.sound:
-        return phis, found.pareto_k, left(f"{found.pareto_k:.2f}")
-    phis = {name: value[found.chosen] for name, value in phis.items()}
-    even = np.isnan(found.pareto_k)
-    return phis, found.pareto_k, "" if even else UPDATED.format(k=found.pareto_k)
-
-
-def num_nodes(fit: Fit) -> int | None:
-    """Nodes a dimension of the evidence that the fit itself used; None where it used none."""
-    if isinstance(fit.adaptation, Quadrature):
-        return fit.adaptation.num_nodes
-    return 1 if fit.info.get("evidence") == "laplace" else None
 
 
 def _implied(fit: Fit, tasks: Tasks) -> AdaptedTasks:
@@ -205,7 +165,7 @@ def _implied(fit: Fit, tasks: Tasks) -> AdaptedTasks:
             f"the steps imply no posterior of task(s) {listing(tasks.names[none].tolist(), 3)}"
         )
     adapted = Adapted(found.posterior_mean, covariance, remarks=tuple(said))
-    said.append(LEFT_POINT.format(num_tasks=fit.tasks.num_tasks))
+    said.append(LEFT_POINT.format(num_tasks=fit.learned_from.num_tasks))
     return AdaptedTasks(
         fit.model, tasks, phis_of(fit.phi, fit.phi_draws), adapted, remarks=tuple(said)
     )

@@ -56,6 +56,8 @@ class Fit:
         By name of φ, where the method gives them; NaN with a reason in ``warnings``.
     info : dict
         Settings and ``seconds``; ``remarks``, sentences on what is sound but worth knowing.
+    learned : Tasks or None
+        What φ has learned from, where that is not ``tasks``; see ``learned_from``.
     phi_bootstrap : dict or None
         By name the φ*_b, each (B, …), over which θ's posterior is averaged: of
         :func:`empirical_bayes` with ``intervals="bootstrap"``.
@@ -77,12 +79,18 @@ class Fit:
     warnings: tuple[str, ...] = ()
     info: dict[str, Any] = field(default_factory=dict)
     phi_bootstrap: dict[str, np.ndarray] | None = None
+    learned: Tasks | None = None
 
     def __repr__(self) -> str:
         names = ", ".join(f"{n}={_short(v)}" for n, v in self.phi.items() if np.size(v) <= 4)
         return f"Fit({self.method!r}, {self.tasks.num_tasks} tasks, {names})"
 
     # --------------------------------------------------------------- estimates
+
+    @property
+    def learned_from(self) -> Tasks:
+        """The tasks that φ has learned from: the fit's own, unless it was carried :meth:`on`."""
+        return self.tasks if self.learned is None else self.learned
 
     @functools.cached_property
     def adapted(self) -> AdaptedTasks:

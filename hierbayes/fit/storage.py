@@ -64,6 +64,11 @@ def save(fit: Fit, path: Any) -> None:
             f"a fit by {fit.method} cannot be saved whole; fit.datatree.to_netcdf(path) keeps its "
             "draws and estimates"
         )
+    if fit.learned is not None:
+        raise InputError(
+            "this fit was carried to other tasks: save the one that learned phi, and ask "
+            "hb.load(path).on(tasks) for this one again"
+        )
     described, encoder_table = _describe(fit)
     # draws of data can be drawn again, and the same ones are
     read = fit.__dict__.get("datatree")

@@ -21,15 +21,16 @@ HOPELESS = 6.0
 
 
 class Weighed(NamedTuple):
-    """Positions of the draws to keep (S,), and Pareto's k̂: NaN where the weights are even."""
+    """Positions of the draws to keep (S,), Pareto's k̂, NaN where the weights are even."""
 
     chosen: np.ndarray
     pareto_k: float
+    even: bool = False
 
     @property
     def sound(self) -> bool:
         """True where the weights are even, or their tail is one that draws can carry."""
-        return bool(np.isnan(self.pareto_k) or self.pareto_k <= largest_k(len(self.chosen)))
+        return self.even or bool(self.pareto_k <= largest_k(len(self.chosen)))
 
 
 def largest_k(num_draws: int) -> float:
@@ -40,8 +41,10 @@ def largest_k(num_draws: int) -> float:
 def weigh(log_weights: np.ndarray, rng: np.random.Generator) -> Weighed:
     """Systematic resampling by smoothed weights, in random order."""
     size = len(log_weights)
+    if np.isnan(log_weights).any() or np.isposinf(log_weights).any():
+        return Weighed(np.arange(size), np.inf)
     if np.ptp(log_weights) < EVEN:
-        return Weighed(np.arange(size), np.nan)
+        return Weighed(np.arange(size), np.nan, even=True)
     from arviz_stats.base import array_stats
 
     smoothed, k = array_stats.psislw(-log_weights)

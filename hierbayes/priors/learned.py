@@ -217,7 +217,8 @@ class LearnedPrior(dist.Distribution):
             return squares
         if self.df > 2:
             return squares * self.df / (self.df - 2)
-        return np.where(squares == 0, 0.0, np.copysign(np.inf, squares))
+        xp: Any = np if isinstance(squares, np.ndarray) else jnp
+        return xp.where(squares == 0, 0.0, xp.copysign(np.inf, squares))
 
     @property
     def covariance_matrix(self) -> Any:

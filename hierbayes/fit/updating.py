@@ -1,0 +1,105 @@
+r"""Draws of φ that learn from new tasks by weights, each row once.
+
+.. math:: w_s \propto \prod_{j\ \text{new}} p(D_j \mid \varphi_s)
+          \prod_{j\ \text{continued}} \frac{p(D_j, D_j^+ \mid \varphi_s)}{p(D_j \mid \varphi_s)}
+
+A task is continued where the rows given for it hold all those that φ has learned from, and more;
+rows that φ has learned from already weigh nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from hierbayes.adaptation import Quadrature
+from hierbayes.errors import announce, listing
+from hierbayes.evidence.over_draws import log_evidence_over_draws
+from hierbayes.fit.weighing import HOPELESS, largest_k, weigh
+from hierbayes.tasks import Tasks
+from hierbayes.tasks.joining import not_among
+
+if TYPE_CHECKING:
+    from hierbayes.fit.fit import Fit
+
+FIRST_LOOK = 100
+"""Draws of φ on which weights are tried before they are asked of all."""
+
+UPDATED = "phi has learned from the rows of the new tasks too (Pareto k = {k:.2f})"
+KNOWN_ROWS = (
+    "phi stays as it is: going by their numbers, it has learned from all of these rows before"
+)
+NAMESAKES = (
+    "task(s) {names} have names of tasks that the fit knows, but other rows: they are taken for "
+    "new tasks. If they are new rows of the same ones, say after=fit.adapted"
+)
+LEFT_FAR = (
+    "the new tasks say more about phi than weights on its draws can carry (Pareto k {k}, at most "
+    "{most:.2f} is sound): phi stays as learned from {num_tasks} tasks. For a phi that has learned "
+    "from them too, fit all tasks together; update_phi=False says that this is as wanted"
+)
+
+
+class Updated(NamedTuple):
+    """Draws of φ, Pareto's k̂ of their weights, what to say, and whether they have learned."""
+
+    phis: dict[str, np.ndarray]
+    pareto_k: float
+    remarks: tuple[str, ...]
+    learned: bool
+
+
+def updated(
+    fit: Fit, tasks: Tasks, phis: dict[str, np.ndarray], rng: np.random.Generator
+) -> Updated:
+    """Draws of φ given the new rows too, where weights can carry them."""
+    size = len(next(iter(phis.values())))
+    known = fit.learned_from
+    fresh = not_among(tasks, known)
+    news = np.flatnonzero(fresh.sizes > 0)
+    if not news.size:
+        return Updated(phis, np.nan, (KNOWN_ROWS,) if tasks.num_rows else (), False)
+    found_at = [known.labels.position(name) for name in tasks.names[news].tolist()]
+    places = np.array([-1 if at is None else at for at in found_at], int)
+    seen = tasks.sizes[news] - fresh.sizes[news]
+    old = np.where(places >= 0, known.sizes[places], 0)
+    continued = (old > 0) & (seen == old)
+    # of a continued task all rows are weighed, less the old ones; of any other its new rows
+    ahead = tasks.take(news[continued]), fresh.take(news[~continued])
+    behind = known.take(places[continued])
+    nodes, said = num_nodes(fit), []
+    if (namesakes := (old > 0) & ~continued).any():
+        said.append(NAMESAKES.format(names=listing(tasks.names[news[namesakes]].tolist(), 3)))
+
+    def log_weights(positions: np.ndarray) -> np.ndarray:
+        some = {name: value[positions] for name, value in phis.items()}
+        total = np.zeros(len(positions))
+        for part, sign in ((ahead[0], 1.0), (ahead[1], 1.0), (behind, -1.0)):
+            if part.num_tasks:
+                total += sign * log_evidence_over_draws(fit.model, part, some, nodes).sum(1)
+        return total
+
+    def left(k: float) -> Updated:
+        shown = f"= {k:.2f}" if np.isfinite(k) else "not to be had"
+        message = LEFT_FAR.format(k=shown, most=largest_k(size), num_tasks=known.num_tasks)
+        announce([message], stacklevel=6)
+        return Updated(phis, k, (*said, message), False)
+
+    first = log_weights(np.unique(np.linspace(0, size - 1, FIRST_LOOK).astype(int)))
+    if not np.isfinite(first).all() or first.std() > HOPELESS:
+        return left(np.inf)
+    found = weigh(log_weights(np.arange(size)), rng)
+    if not found.sound:
+        return left(found.pareto_k)
+    if not found.even:
+        said.append(UPDATED.format(k=found.pareto_k))
+    chosen = {name: value[found.chosen] for name, value in phis.items()}
+    return Updated(chosen, found.pareto_k, tuple(said), True)
+
+
+def num_nodes(fit: Fit) -> int | None:
+    """Nodes a dimension of the evidence that the fit itself used; None where it used none."""
+    if isinstance(fit.adaptation, Quadrature):
+        return fit.adaptation.num_nodes
+    return 1 if fit.info.get("evidence") == "laplace" else None
