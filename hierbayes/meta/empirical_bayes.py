@@ -189,6 +189,8 @@ def empirical_bayes(
     integral = chosen_evidence(model, tasks, evidence, criterion)
     resolved = resolve_for_mode(model, tasks) if criterion == "map" else model.resolve(tasks)
     info: dict[str, Any] = {"criterion": criterion, "evidence": integral, "intervals": intervals}
+    if intervals == "bootstrap":
+        info["num_bootstrap"] = int(num_bootstrap)
     adaptation: Adaptation = Conjugate() if model.prior.gaussian else MixedScales()
     more: list[str] = []
     if integral != "exact":
