@@ -99,6 +99,11 @@ def test_morris_is_refused_elsewhere(slopes, means):
         hb.empirical_bayes(*normal_means(Y, np.linspace(1, 2, 7)), intervals="morris")
     with refuses("3 tasks", "4"):
         hb.empirical_bayes(*normal_means(Y[:3]), intervals="morris")
+    model, tasks = means
+    with refuses("tasks without rows", "bootstrap"):
+        hb.empirical_bayes(model, tasks.keep_rows(np.arange(7) < 5), intervals="morris")
+    with refuses("3 tasks with rows", "4"):
+        hb.empirical_bayes(model, tasks.keep_rows(np.arange(7) < 3), intervals="morris")
     data = pd.DataFrame({"g": np.repeat(np.arange(7), 3), "y": np.arange(21.0)})
     with refuses("not known"):
         hb.empirical_bayes(*hb.from_formula("y ~ 1 + (1 | g)", data), intervals="morris")
@@ -209,10 +214,12 @@ def test_saved_and_loaded(intervals, means, tmp_path):
     close(again.predict().log_density(), fit.predict().log_density(), rtol=1e-12)
     close(again.theta_draws, fit.theta_draws, rtol=0)
     if intervals == "bootstrap":
+        assert again.info["num_bootstrap"] == 200
         assert list(again.phi_bootstrap) == list(fit.phi_bootstrap)
         close(again.phi_bootstrap["tau"], fit.phi_bootstrap["tau"], rtol=0)
     else:
         assert again.phi_bootstrap is None
+        assert "num_bootstrap" not in again.info
 
 
 # --------------------------------------------------------------------- Kass–Steffey
@@ -355,7 +362,7 @@ def test_interval_coverage_of_normal_means():
 
 def test_interval_coverage_refuses(means, slopes):
     zero = quietly(*normal_means(np.array([0.1, -0.1, 0.2, 0.0, -0.2])), **QUIET)
-    with refuses("tau is 0", "phi="):
+    with refuses("tau is 0 in this fit", "phi="):
         hb.checks.interval_coverage(zero)
     fit = quietly(*slopes, **QUIET)
     with refuses("morris", "'x'"):
@@ -366,6 +373,21 @@ def test_interval_coverage_refuses(means, slopes):
         hb.checks.interval_coverage(fit, phi={"nu": 3})
     with refuses("tau", "(2,)"):
         hb.checks.interval_coverage(fit, phi={"tau": [1.0]})
+    for name, value, words in (
+        ("tau", [1.0, -0.1], "negative"),
+        ("tau", [1.0, np.nan], "finite"),
+        ("mu", [np.inf, 0.0], "finite"),
+        ("sigma", 0.0, "positive"),
+        ("corr", [[1.0, 0.5], [0.1, 1.0]], "symmetric"),
+        ("corr", [[1.0, 0.5], [0.5, 2.0]], "diagonal"),
+        ("corr", [[1.0, 1.1], [1.1, 1.0]], "semidefinite"),
+    ):
+        with refuses(f"phi['{name}'] must", words):
+            hb.checks.interval_coverage(fit, phi={name: value})
+    with refuses("tau is 0 in the phi given"):
+        hb.checks.interval_coverage(fit, phi={"tau": [1.0, 0.0]})
+    singular = {"corr": np.ones((2, 2))}
+    assert hb.checks.interval_coverage(fit, phi=singular, num_data_sets=2).coverage.notnull().all()
     with refuses("map"):
         hb.checks.interval_coverage(quietly(*means, "map", **QUIET))
     with refuses("level"):
