@@ -28,8 +28,10 @@ from hierbayes.tasks import Tasks
 LOOKED_AT, MOST_TASKS = 50, 2000
 """Tasks below which coverage is computed whatever τ̂, and up to which it is where τ̂ is near 0."""
 
-MOST_PRODUCTS = 3e7
-"""Of d² numbers for each pair of Λ's entries, task and data set, up to which it is computed."""
+MOST_PRODUCTS, MOST_ENTRIES = 2e7, 15
+"""Products of a step (d² for each pair of Λ's entries, task and data set) and entries of Λ up to
+which it is computed: five correlated coefficients in thirty tasks. With more entries Newton's
+steps on them are many."""
 
 NUMBERS = 20_000
 """Data sets × tasks × pairs of Λ's entries: a few hundredths of a second."""
@@ -93,10 +95,11 @@ def _doubtful(tasks: Tasks, phi: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _quick(tasks: Tasks, shape: Shape) -> bool:
-    """Whether the simulation takes about a second at most."""
+    """Whether the simulation takes two seconds at most, or so."""
     num, d = int((tasks.sizes > 0).sum()), len(tasks.coef)
     size = len(positions(shape.blocks)[0])
-    return num <= MOST_TASKS and FEWEST_SETS * num * (d * size) ** 2 <= MOST_PRODUCTS
+    products = FEWEST_SETS * num * (d * size) ** 2
+    return num <= MOST_TASKS and size <= MOST_ENTRIES and products <= MOST_PRODUCTS
 
 
 def _plausible(
