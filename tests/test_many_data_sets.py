@@ -25,7 +25,7 @@ from hierbayes.meta.many_data_sets import (
     simulated,
     simulated_at,
 )
-from hierbayes.meta.marginal import positions
+from hierbayes.meta.marginal import maximise_likelihood, positions
 from hierbayes.numerics import float64
 from hierbayes.statistics import row_scale, statistics
 
@@ -161,6 +161,23 @@ def test_loss_and_its_derivatives(num_coef, reml, known_noise):
         bend = (at[0].slope - 8 * at[1].slope + 8 * at[2].slope - at[3].slope) / (12 * h)
         close(found.slope[k], slope, rtol=1e-7, atol=1e-8)
         close(found.hessian[k], bend, rtol=1e-7, atol=1e-8)
+
+
+def test_five_correlated_coefficients_as_one_at_a_time():
+    """Above four coefficients LAPACK factorises: the same maximum, tolerances as above."""
+    model, tasks = ragged(30, 5, 8)
+    root = 0.7 * np.eye(5) + 0.1
+    corr = root @ root.T
+    corr /= np.sqrt(np.outer(np.diag(corr), np.diag(corr)))
+    phi = {"mu": np.ones(5), "tau": np.full(5, 1.5), "beta": np.ones(1), "sigma": 0.5, "corr": corr}
+    y = outcomes(tasks, phi, 3, 5)
+    many = maximise_many(of_outcomes(tasks, y), model.shape(tasks), reml=False)
+    assert many.converged.all()
+    for b in range(3):
+        one = maximise_likelihood(model.resolve(tasks), replace(tasks, outcome=y[b]), reml=False)
+        close(many.log_evidence[b], one.log_evidence, rtol=1e-8)
+        for name, value in one.phi.items():
+            close(many.phi[name][b], value, rtol=1e-4, atol=1e-5)
 
 
 def test_normal_means_in_closed_form():

@@ -76,7 +76,8 @@ def interval_coverage(
     Raises
     ------
     InputError
-        Of fits by other methods or criteria, and where the intervals cannot be had.
+        Of fits by other methods or criteria, where the intervals cannot be had, and of values in
+        ``phi`` that no prior has.
 
     Examples
     --------
@@ -174,12 +175,34 @@ def _merged(fit: Fit, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
                 f"phi[{name!r}] must have shape {merged[name].shape}, found {np.shape(value)}"
             )
         merged[name] = np.asarray(value, float)
+        fault = _fault(name, merged[name])
+        if fault:
+            raise InputError(f"phi[{name!r}] must {fault}, found {np.asarray(value).tolist()}")
     if (merged["tau"] == 0).any():
+        where = "in the phi given" if "tau" in given else "in this fit"
         raise InputError(
-            "tau is 0 in this fit: data sets without spread between tasks say nothing of intervals "
+            f"tau is 0 {where}: data sets without spread between tasks say nothing of intervals "
             'of theta; give a tau to simulate under, phi={"tau": [...]}'
         )
     return merged
+
+
+def _fault(name: str, value: np.ndarray) -> str:
+    """What a value of φ must be and is not."""
+    if not np.isfinite(value).all():
+        return "be finite"
+    if name == "tau" and (value < 0).any():
+        return "not be negative"
+    if name == "sigma" and not (value > 0).all():
+        return "be positive"
+    if name == "corr":
+        if not np.allclose(value, value.T, rtol=0, atol=1e-9):
+            return "be symmetric"
+        if not np.allclose(np.diag(value), 1.0, rtol=0, atol=1e-9):
+            return "have ones on its diagonal"
+        if np.linalg.eigvalsh(value)[0] < -1e-9:
+            return "be positive semidefinite, as correlations are"
+    return ""
 
 
 def _check(

@@ -20,11 +20,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.evidence.profile import ProfileProblem
-from hierbayes.numerics import UNROLL_UP_TO, eliminate, float64
+from hierbayes.numerics import UNROLL_UP_TO, eliminate
 
 
 class ManyProfiles(NamedTuple):
@@ -206,12 +205,10 @@ def _whitened(variance: Any, columns: Any) -> tuple[np.ndarray, np.ndarray]:
     """C⁻¹ columns (d, W, J, B), C the Cholesky factor of (d, d, J, B), and Σ_j log|V| (B,)."""
     if len(variance) <= UNROLL_UP_TO:
         white, pivots = eliminate(variance, columns)
-    else:  # by LAPACK, all tasks and data sets on one axis
-        with float64():
-            flat = [jnp.asarray(a.reshape(*a.shape[:2], -1)) for a in (variance, columns)]
-            white, pivots = eliminate(*flat)
-            white = [np.asarray(w).reshape(columns.shape[1:]) for w in white]
-            pivots = [np.asarray(p).reshape(variance.shape[2:]) for p in pivots]
-    squares = np.stack([np.asarray(p) for p in pivots])
-    rows = np.stack([np.asarray(w) for w in white])
-    return rows / np.sqrt(squares)[:, None], np.log(squares).sum((0, 1))
+        squares, rows = np.stack(pivots), np.stack(white)
+        return rows / np.sqrt(squares)[:, None], np.log(squares).sum((0, 1))
+    # by LAPACK through NumPy: JAX would compile for every number of data sets
+    root = np.linalg.cholesky(np.moveaxis(variance, (0, 1), (-2, -1)))
+    white = np.linalg.solve(root, np.moveaxis(columns, (0, 1), (-2, -1)))
+    log_det = 2 * np.log(np.einsum("...ii->...i", root)).sum(-1).sum(0)
+    return np.ascontiguousarray(np.moveaxis(white, (-2, -1), (0, 1))), log_det

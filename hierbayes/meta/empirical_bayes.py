@@ -189,6 +189,8 @@ def empirical_bayes(
     integral = chosen_evidence(model, tasks, evidence, criterion)
     resolved = resolve_for_mode(model, tasks) if criterion == "map" else model.resolve(tasks)
     info: dict[str, Any] = {"criterion": criterion, "evidence": integral, "intervals": intervals}
+    if intervals == "bootstrap":
+        info["num_bootstrap"] = int(num_bootstrap)
     adaptation: Adaptation = Conjugate() if model.prior.gaussian else MixedScales()
     more: list[str] = []
     if integral != "exact":
@@ -224,7 +226,8 @@ def empirical_bayes(
     spread = resolved.scales(tasks).spread
     remarks = [*found.remarks, *_remarks(tasks, optimum.phi, spread, intervals)]
     if intervals in ("plain", "kass-steffey"):
-        remarks += _remarks_on_intervals(resolved, tasks, optimum.phi, criterion, intervals)
+        given = (resolved, tasks, optimum.phi, spread, criterion, intervals)
+        remarks += _remarks_on_intervals(*given)
     return Fit(
         "empirical Bayes", resolved, tasks, optimum.phi, adaptation, training,
         theta_draws=draws, standard_errors=optimum.standard_errors,
@@ -306,7 +309,7 @@ def _remarks(tasks: Tasks, phi: dict[str, np.ndarray], spread: float, intervals:
             'common and says little; full_bayes averages over tau, and criterion="map" with its '
             "default prior keeps it off the boundary"
         )
-    if "sigma" in phi and phi["sigma"] < 1e-6 * spread:
+    if _without_noise(phi, spread):
         remarks.append(
             f"sigma is estimated as {float(phi['sigma']):.2g}, next to nothing beside the "
             "outcome's spread: the coefficients explain the rows almost without an error, the "
@@ -316,10 +319,16 @@ def _remarks(tasks: Tasks, phi: dict[str, np.ndarray], spread: float, intervals:
     return remarks
 
 
+def _without_noise(phi: dict[str, np.ndarray], spread: float) -> bool:
+    """Whether σ̂ is next to nothing beside the outcome's spread."""
+    return "sigma" in phi and bool(phi["sigma"] < 1e-6 * spread)
+
+
 def _remarks_on_intervals(
     model: HierarchicalModel,
     tasks: Tasks,
     phi: dict[str, np.ndarray],
+    spread: float,
     criterion: str,
     intervals: str,
 ) -> list[str]:
@@ -327,6 +336,8 @@ def _remarks_on_intervals(
     num_tasks = int((tasks.sizes > 0).sum())
     gaussian = model.conjugate
     if intervals == "plain" and gaussian and criterion != "map":
+        if _without_noise(phi, spread):
+            return []  # an estimate that is none has no coverage
         return remarks_on_coverage(model, tasks, phi, reml=criterion == "reml")
     if num_tasks >= FEW_TASKS:
         return []

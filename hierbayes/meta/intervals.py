@@ -169,15 +169,17 @@ def normal_means(model: HierarchicalModel, tasks: Tasks) -> tuple[np.ndarray, fl
     """(y_j, V) of tasks that are normal means with one known variance; others are refused."""
     shape = model.shape(tasks)
     stats = statistics(tasks)
-    found = ""
+    found, with_rows = "", tasks.sizes > 0
     if len(shape.coef) > 1:
         found = f"the coefficients {listing(shape.coef)}"
     elif shape.shared or shape.task_predictors or not all(shape.free_mean):
         found = "other fixed effects than the mean of one coefficient"
     elif "sigma" in shape.parameters:
         found = "a noise that is not known"
-    elif tasks.num_tasks < FEWEST_FOR_MORRIS:
-        found = f"{tasks.num_tasks} tasks, where {FEWEST_FOR_MORRIS} are the fewest"
+    elif with_rows.sum() < FEWEST_FOR_MORRIS:
+        found = f"{with_rows.sum()} tasks with rows, where {FEWEST_FOR_MORRIS} are the fewest"
+    elif not with_rows.all():
+        found = "tasks without rows"
     else:
         precision = stats.x[0, 0] ** 2
         if precision.min() < (1 - EQUAL) * precision.max():
