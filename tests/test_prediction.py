@@ -343,3 +343,13 @@ def test_what_a_curved_likelihood_says_of_f_is_all_of_it(target):
     f = np.tanh(level + draws["beta"] * tasks.shared[:, 0] + tasks.slots["offset"])
     # τ = 1e-12 moves a new task's θ by no more than that
     close(fit.predict(target=target).mean, f.mean((0, 1)), rtol=1e-10, atol=1e-11)
+
+
+def test_a_component_without_a_mean_stands_at_its_median():
+    """One of three with one degree of freedom: its centre takes part, its spread is endless."""
+    found = prediction(
+        stats.t(np.array([[1.0], [5.0], [9.0]]), np.array([[4.0], [1.0], [1.0]])), [0.0]
+    )
+    close(found.mean, [2.0], rtol=1e-12)
+    assert found.sd[0] == np.inf
+    assert np.isfinite(found.interval(0.9)).all()

@@ -54,8 +54,8 @@ def log_evidence_over_draws(
             found = _of_gaussian_tasks(placed_statistics(tasks), model.prior, phis)
             return gathered(found, tasks.num_tasks, axis=1)
         model.require_gaussian_prior(
-            "the evidence of tasks that are not Gaussian", "it is not offered there",
-            "take priors.Gaussian()",
+            "the evidence of tasks that are not Gaussian (for leave_one_task_out, for adapt)",
+            "it is not offered there", "take priors.Gaussian()",
         )  # fmt: skip
         rows = rows_of(tasks, model.likelihood)
         nodes = NODES.get(len(tasks.coef), 1) if num_nodes is None else num_nodes

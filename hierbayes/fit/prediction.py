@@ -105,8 +105,16 @@ class Prediction:
 
     @property
     def means(self) -> np.ndarray:
-        """Means of the components (S, N), rows task by task."""
-        return self._numbers("mean").mean()
+        """Means of the components (S, N), rows task by task.
+
+        The median where a component has no mean: of Student-t with one degree of freedom or less.
+        """
+        parts = self._numbers("mean")
+        with np.errstate(invalid="ignore"):
+            means = parts.mean()
+        if np.isfinite(means).all():
+            return means
+        return np.where(np.isfinite(means), means, parts.ppf(0.5))
 
     @property
     def sds(self) -> np.ndarray:
@@ -128,7 +136,10 @@ class Prediction:
         Not in the order of a DataFrame given to ``predict``: see :class:`Prediction`.
         """
         parts = self._numbers("standard deviation")
-        return self._known(np.sqrt(parts.var().mean(0) + self.means.var(0)))
+        with np.errstate(invalid="ignore"):
+            within = parts.var()
+        within = np.where(np.isnan(within), np.inf, within)  # SciPy's, of what has no mean
+        return self._known(np.sqrt(within.mean(0) + self.means.var(0)))
 
     def _known(self, values: np.ndarray) -> np.ndarray:
         return np.where(self.unidentified, np.nan, values)
