@@ -191,7 +191,7 @@ def test_an_exact_sampler_passes(passed):
 
 def test_an_exact_samplers_intervals_cover_what_they_say(passed):
     """Within four standard errors over data sets, which must be small to mean something."""
-    found = passed.coverage.loc["full Bayes"]
+    found = passed.coverage.loc["sampler"]
     assert (found["data_sets"] == 300).all()
     assert (found["se"] < 0.02).all()
     assert (np.abs(found["coverage"] - found.index) < 4 * found["se"]).all()
@@ -310,7 +310,7 @@ def test_data_that_the_model_refuses_are_counted_and_told():
 
     with pytest.warns(hb.FitWarning, match="of 60 simulated data sets, which are left out"):
         found = hb.check_calibration(model, tasks, 60, sampler=checked)
-    refused = found.info["refused"]["full Bayes"]
+    refused = found.info["refused"]["sampler"]
     assert refused > 0
     assert len(found.ranks["mu[x0]"]) == 60 - refused
     assert "there is nothing to learn from a constant" in found.warnings[0]
@@ -349,6 +349,7 @@ def test_draws_that_are_none_are_refused(returned, words):
         ({"num_simulations": 0}, ("num_simulations must be a positive integer",)),
         ({"num_draws": 1.5}, ("num_draws must be a positive integer",)),
         ({"level": 2.0}, ("level must lie between 0 and 1",)),
+        ({"methods": {"sampler": print}, "sampler": print}, ("'sampler'", "name it otherwise")),
         ({"methods": "full Bays"}, ("no method 'full Bays'", "did you mean 'full Bayes'?")),
         ({"methods": []}, ("name at least one method",)),
         ({"methods": {"mine": 3}}, ("methods['mine'] is no function",)),
@@ -395,7 +396,7 @@ def test_intervals_of_empirical_bayes_and_maml():
     table = found.coverage
     low = table.loc[("empirical Bayes", 0.95)]
     assert low["coverage"] + 4 * low["se"] < 0.95
-    assert table.loc[("full Bayes", 0.95), "coverage"] > low["coverage"]
+    assert table.loc[("sampler", 0.95), "coverage"] > low["coverage"]
     alone = hb.check_calibration(
         MEANS, SCHOOLS, 25, methods={"alone": lambda m, t, s: hb.no_pooling(m, t)}
     )
