@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -162,14 +162,27 @@ def _draws(stats: Statistics, prior: Prior, phis: dict[str, Any], white: jax.Arr
 def _moments(stats: Statistics, prior: Prior, phis: dict[str, Any]) -> Any:
     """Mean and covariance of every θ_j over the S values of φ, without keeping draws."""
 
-    def add(sums: Any, phi: dict[str, Any]) -> tuple[Any, None]:
+    def at(phi: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         mean, root = posterior(stats, prior, phi)
-        spread = jnp.einsum("ikj,lkj->jil", root, root)
-        return (sums[0] + mean.T, sums[1] + spread + mean.T[:, :, None] * mean.T[:, None]), None
+        return mean.T, jnp.einsum("ikj,lkj->jil", root, root)
 
-    d, num_tasks = stats.num_coef, stats.num_tasks
+    return averaged_moments(at, phis, stats.num_tasks, stats.num_coef)
+
+
+def averaged_moments(
+    at: Callable[[dict[str, Any]], tuple[jax.Array, jax.Array]],
+    phis: dict[str, Any],
+    num_tasks: int,
+    num_coef: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Mean (J, d) and covariance (J, d, d) of the mixture over φ of what ``at(phi)`` gives."""
+
+    def add(sums: Any, phi: dict[str, Any]) -> tuple[Any, None]:
+        mean, spread = at(phi)
+        return (sums[0] + mean, sums[1] + spread + mean[:, :, None] * mean[:, None]), None
+
     size = jax.tree.leaves(phis)[0].shape[0]
-    zero = (jnp.zeros((num_tasks, d)), jnp.zeros((num_tasks, d, d)))
+    zero = (jnp.zeros((num_tasks, num_coef)), jnp.zeros((num_tasks, num_coef, num_coef)))
     (first, second), _ = jax.lax.scan(add, zero, phis)
     mean = first / size
     return mean, second / size - mean[:, :, None] * mean[:, None]

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation.base import Adaptation, Adapted
+from hierbayes.adaptation.conjugate import averaged_moments
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_rng, float64, matmul, matvec
 from hierbayes.priors import Prior, StudentT
@@ -168,16 +169,10 @@ def _moments_of(stats: Statistics, prior: StudentT, phi: dict[str, Any]) -> tupl
 def _average(stats: Statistics, prior: StudentT, phis: dict[str, Any]) -> tuple[Any, Any]:
     """Mean and covariance of every θ_j over the S values of φ."""
 
-    def add(sums: Any, phi: dict[str, Any]) -> tuple[Any, None]:
-        mean, covariance = _moments_of(stats, prior, phi)
-        return (sums[0] + mean, sums[1] + covariance + mean[:, :, None] * mean[:, None]), None
+    def at(phi: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        return _moments_of(stats, prior, phi)
 
-    d, num_tasks = stats.num_coef, stats.num_tasks
-    size = jax.tree.leaves(phis)[0].shape[0]
-    zero = (jnp.zeros((num_tasks, d)), jnp.zeros((num_tasks, d, d)))
-    (first, second), _ = jax.lax.scan(add, zero, phis)
-    mean = first / size
-    return mean, second / size - mean[:, :, None] * mean[:, None]
+    return averaged_moments(at, phis, stats.num_tasks, stats.num_coef)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3))

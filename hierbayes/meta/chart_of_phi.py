@@ -16,7 +16,7 @@ import numpy as np
 
 from hierbayes.likelihoods import Likelihood
 from hierbayes.meta.optimum import Optimum
-from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units
+from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units, fixed_by_name
 from hierbayes.meta.supports import LINES, lines_of
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors import Prior
@@ -44,19 +44,6 @@ class Around(NamedTuple):
     unit: Any
 
 
-def _named(shape: Shape, b: Any) -> dict[str, Any]:
-    """b by name; pinned means are zero."""
-    d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
-    places = np.flatnonzero(shape.free_mean)
-    count = len(places)
-    named = {"mu": jnp.zeros(d).at[places].set(b[:count])}
-    if q:
-        named["gamma"] = b[count : count + d * q].reshape(d, q)
-    if p:
-        named["beta"] = b[len(b) - p :]
-    return named
-
-
 def phi_and_density(made: Made, around: Around, x: Any) -> tuple[dict[str, Any], Any]:
     """φ at x, and the log of its density there."""
     shape, how = made.shape, made.beliefs
@@ -69,7 +56,8 @@ def phi_and_density(made: Made, around: Around, x: Any) -> tuple[dict[str, Any],
         total = total + jnp.log(LINES[kind].slope(phi[name]))
         total = total + jnp.sum(beliefs[name].log_prob(phi[name]))
         at += 1
-    phi |= _named(shape, around.centre + around.unit * x[at:])
+    b = around.centre + around.unit * x[at:]
+    phi |= fixed_by_name(shape.free_mean, len(shape.shared), len(shape.task_predictors), b)
     for name in ("mu", "gamma", "beta"):
         if name in phi and name in beliefs:
             support: Any = beliefs[name].support

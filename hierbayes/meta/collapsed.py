@@ -32,7 +32,7 @@ from hierbayes.evidence.integrated import (
     integrated_problem,
     least_squares,
 )
-from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units
+from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units, fixed_by_name
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import one_behind, solve_upper, to_numpy
 from hierbayes.priors.hyperprior import Shape
@@ -91,14 +91,7 @@ class Structure:
     def fixed(self, b: jax.Array) -> dict[str, jax.Array]:
         """b by name; pinned means are zero."""
         free, p, q = self._names_do_not_matter()
-        d, count = len(free), sum(free)
-        places = np.flatnonzero(free)
-        named = {"mu": jnp.zeros(d).at[places].set(b[:count])}
-        if q:
-            named["gamma"] = b[count : count + d * q].reshape(d, q)
-        if p:
-            named["beta"] = b[len(b) - p :]
-        return named
+        return fixed_by_name(free, p, q, b)
 
     def flat(self, values: dict[str, np.ndarray]) -> np.ndarray:
         """b from arrays by name."""

@@ -132,3 +132,16 @@ def _log_prob_of_factor(belief: dist.Distribution, factor: jax.Array) -> jax.Arr
     to_factor: Any = CorrMatrixCholeskyTransform()
     corr = factor @ factor.T
     return jnp.asarray(belief.log_prob(corr)) - to_factor.log_abs_det_jacobian(corr, factor)
+
+
+def fixed_by_name(
+    free_mean: tuple[bool, ...], num_shared: int, num_task_predictors: int, b: jax.Array
+) -> dict[str, jax.Array]:
+    """The fixed effects b = (μ_free, Γ, β) by name; pinned means are zero."""
+    d, count = len(free_mean), sum(free_mean)
+    named = {"mu": jnp.zeros(d).at[np.flatnonzero(free_mean)].set(b[:count])}
+    if num_task_predictors:
+        named["gamma"] = b[count : count + d * num_task_predictors].reshape(d, num_task_predictors)
+    if num_shared:
+        named["beta"] = b[len(b) - num_shared :]
+    return named
