@@ -8,7 +8,6 @@ import shutil
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from hierbayes import meta
 from hierbayes.comparison import Comparison, compare
 from hierbayes.datasets import CATALOGUE
-from hierbayes.errors import FitWarning, InputError, NotApplicable, suggestion
+from hierbayes.errors import InputError, NotApplicable, overhearing, suggestion
 from hierbayes.fit import Fit
 from hierbayes.formula import from_formula
 from hierbayes.model import HierarchicalModel
@@ -219,8 +218,7 @@ class _Data:
         held, kept = held & ~moved, kept | moved
         if not held.any():
             return model, tasks, None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FitWarning)  # dropped rows: said of the whole table
+        with overhearing():  # dropped rows: said of the whole table
             model, again = self.build(self.frame[kept])
             return model, again, again.encode(self.frame[held], missing=self.missing)
 
@@ -366,10 +364,9 @@ class _Colleague:
     """Says on stderr what is being done, and collects the fits' warnings until it is done."""
 
     def __enter__(self) -> _Colleague:
-        self.catcher = warnings.catch_warnings(record=True)
-        self.caught = self.catcher.__enter__()
+        self.listening = overhearing()
+        self.heard = self.listening.__enter__()
         self.said = 0
-        warnings.simplefilter("always", FitWarning)
         return self
 
     def timed(self, label: str, work: Callable[[], Any]) -> Any:
@@ -385,15 +382,14 @@ class _Colleague:
         return result
 
     def pass_on(self) -> None:
-        """Say the warnings that have come since the last time; deprecations are not the user's."""
-        for warning in self.caught[self.said :]:
-            if not issubclass(warning.category, (DeprecationWarning, FutureWarning)):
-                _say(f"  warning: {warning.message}")
-        self.said = len(self.caught)
+        """Say the warnings that have come since the last time."""
+        for warning in self.heard[self.said :]:
+            _say(f"  warning: {warning}")
+        self.said = len(self.heard)
 
     def __exit__(self, *details: Any) -> None:
         self.pass_on()
-        self.catcher.__exit__(*details)
+        self.listening.__exit__(*details)
 
 
 def _say(message: str) -> None:

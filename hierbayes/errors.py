@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 
@@ -20,12 +22,34 @@ class FitWarning(UserWarning):
     """What a careful colleague would say about a fit; also kept in ``fit.warnings``."""
 
 
+_HEARD: ContextVar[list[str] | None] = ContextVar("hierbayes_heard", default=None)
+"""Who listens to :func:`announce` in this thread; None where warnings go to Python."""
+
+
 def announce(messages: Iterable[str], stacklevel: int = 3) -> tuple[str, ...]:
     """Issue each message as a :class:`FitWarning` and return them as a tuple."""
-    messages = tuple(messages)
+    messages, heard = tuple(messages), _HEARD.get()
+    if heard is not None:
+        heard.extend(messages)
+        return messages
     for message in messages:
         warnings.warn(message, FitWarning, stacklevel=stacklevel)
     return messages
+
+
+@contextmanager
+def overhearing() -> Iterator[list[str]]:
+    """What is announced inside goes to the list alone: whoever says it otherwise, or once.
+
+    Python's own filters belong to the whole process: ``warnings.catch_warnings`` in two threads at
+    once leaves those of one of them behind for good.
+    """
+    heard: list[str] = []
+    token = _HEARD.set(heard)
+    try:
+        yield heard
+    finally:
+        _HEARD.reset(token)
 
 
 def listing(items: Sequence[object], limit: int = 5) -> str:

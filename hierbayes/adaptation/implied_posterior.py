@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from hierbayes.adaptation.base import Adaptation, Adapted
 from hierbayes.adaptation.equivalence import equivalent_prior
 from hierbayes.adaptation.implied import EquivalentPrior
-from hierbayes.errors import FitWarning
+from hierbayes.errors import overhearing
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
 
@@ -39,8 +38,7 @@ class ImpliedPosterior(Adaptation):
 
     def prior(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> EquivalentPrior:
         """The prior of each task under which the steps are a MAP estimate."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FitWarning)  # they travel in the messages
+        with overhearing():  # they travel in the messages
             return equivalent_prior(
                 model, tasks, phi, self.num_steps, self.step_size, loss=self.loss
             )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +24,7 @@ from hierbayes.calibration.gathered import FULL_BAYES, SAMPLER, Gathered
 from hierbayes.calibration.result import Calibration
 from hierbayes.checks.coverage import METHODS, Method
 from hierbayes.checks.draws import Sampler
-from hierbayes.errors import FitWarning, InputError, announce, suggestion
+from hierbayes.errors import InputError, announce, overhearing, suggestion
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_rng
 from hierbayes.simulation import draw_outcomes, draw_phi, draw_theta, refuse_without_outcomes
@@ -120,8 +119,7 @@ def check_calibration(
     from tqdm.auto import tqdm
 
     shown = sys.stderr.isatty() if progress is None else progress
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FitWarning)  # of each fit; counted instead
+    with overhearing():  # of each fit; counted instead
         bar = tqdm(
             range(num_simulations), desc="calibration", disable=not shown, leave=False, delay=2.0
         )

@@ -10,6 +10,7 @@ import numpy as np
 from hierbayes.checks.quantities import quantities
 from hierbayes.errors import InputError, listing
 from hierbayes.fit import Fit
+from hierbayes.fit.effective import ess
 from hierbayes.meta import full_bayes
 from hierbayes.meta.full_bayes import LONG_STAY, SURE
 from hierbayes.model import HierarchicalModel
@@ -101,12 +102,6 @@ def surely_independent(fit: Fit) -> bool:
 
 def needed_thinning(model: HierarchicalModel, tasks: Tasks, draws: Draws) -> float:
     """Draws of one chain that are worth an independent one, of the worst quantity."""
-    import arviz_stats
-
     found = quantities(model, tasks, draws.phis, draws.thetas)
-    sizes = [
-        float(arviz_stats.ess(values[None], method="mean"))
-        for values in found.values()
-        if np.ptp(values) > 0
-    ]
+    sizes = [float(ess(values[None], "mean")) for values in found.values() if np.ptp(values) > 0]
     return len(draws.thetas) / min(sizes, default=1.0) - SPARE

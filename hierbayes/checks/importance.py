@@ -11,11 +11,13 @@ the average can be trusted.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from scipy.special import logsumexp
+
+from hierbayes.fit.effective import ess, statistics
 
 
 class LeftOut(NamedTuple):
@@ -29,7 +31,6 @@ class LeftOut(NamedTuple):
 
 def leave_one_out(values: np.ndarray, efficiency: float) -> LeftOut:
     """From log p(y_i | y_{−i}, φ_s) of every draw and unit, (chain, draw, U)."""
-    import arviz_stats
     import xarray as xr
 
     dims = ("chain", "draw", "unit")
@@ -40,25 +41,23 @@ def leave_one_out(values: np.ndarray, efficiency: float) -> LeftOut:
     log_density = np.where(lost, np.nan, values[0, 0])
     pareto_k = np.where(lost, np.nan, np.zeros(num_units))
     error = pareto_k.copy()
+    good_k = float(min(1 - 1 / np.log10(size), 0.7)) if size > 1 else 0.7
     if not moving.any():
-        return LeftOut(log_density, pareto_k, error, float(min(1 - 1 / np.log10(size), 0.7)))
+        return LeftOut(log_density, pareto_k, error, good_k)
     y = xr.DataArray(values[:, :, moving], dims=dims)
-    tree = xr.DataTree.from_dict({"log_likelihood": xr.Dataset({"y": y})})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # k̂ is returned and judged by the caller
-        found: Any = arviz_stats.loo(tree, pointwise=True, reff=efficiency)
-    log_density[moving], pareto_k[moving] = found.elpd_i.values, found.pareto_k.values
-    log_weights = found.log_weights.transpose(*dims).values
+    # what arviz_stats.loo computes, without its warning: k̂ is judged by the caller
+    found, shapes = statistics().psislw(y, r_eff=efficiency, dim=["chain", "draw"])
+    log_weights = found.transpose(*dims).values
+    log_density[moving] = logsumexp(values[:, :, moving] + log_weights, axis=(0, 1))
+    pareto_k[moving] = shapes.values
     away = np.exp(values[:, :, moving] - log_density[moving]) - 1.0
     variance = (np.exp(2 * log_weights) * away**2).sum((0, 1)) / efficiency
     error[moving] = np.sqrt(variance)
-    return LeftOut(log_density, pareto_k, error, float(found.good_k))
+    return LeftOut(log_density, pareto_k, error, good_k)
 
 
 def relative_efficiency(draws: Mapping[str, np.ndarray]) -> float:
     """Effective draws of φ over draws, from (chain, draw, …) arrays; 1 of a single chain."""
-    import arviz_stats
-
     chains, size = next(iter(draws.values())).shape[:2]
     if chains == 1:
         return 1.0
@@ -66,7 +65,5 @@ def relative_efficiency(draws: Mapping[str, np.ndarray]) -> float:
     for values in draws.values():
         flat = values.reshape(chains, size, -1)
         moving = flat[:, :, np.ptp(flat, axis=(0, 1)) > 0]  # a correlation matrix's diagonal stays
-        sizes += [
-            float(arviz_stats.ess(column, method="mean")) for column in moving.T.swapaxes(1, 2)
-        ]
+        sizes += ess(moving, "mean").tolist()
     return float(np.mean(sizes) / (chains * size)) if sizes else 1.0

@@ -11,7 +11,6 @@ else with nodes enough for up to three coefficients, and Laplace's approximation
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ from scipy.special import logsumexp
 from hierbayes.adaptation import LeastSquares, MaximumLikelihood
 from hierbayes.checks.evidence_of_tasks import evidence_of, integrated, refuse_carried
 from hierbayes.checks.importance import leave_one_out, relative_efficiency
-from hierbayes.errors import FitWarning, InputError, announce, listing
+from hierbayes.errors import InputError, announce, listing, overhearing
 from hierbayes.fit import Fit
 from hierbayes.meta import complete_pooling, empirical_bayes, full_bayes, imaml, maml, reptile
 from hierbayes.meta.own_parameters import over_all
@@ -100,8 +99,7 @@ def _refits(fit: Fit, positions: Iterable[int]) -> Iterator[tuple[int, Fit | Inp
     )  # fmt: skip
     for j in bar:
         rest = fit.tasks.take(np.delete(np.arange(fit.tasks.num_tasks), j))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FitWarning)  # said once, of the fit to all tasks
+        with overhearing():  # said once, of the fit to all tasks
             try:
                 without: Fit | InputError = _refit(fit, rest)
             except InputError as refusal:

@@ -8,24 +8,20 @@ import numpy as np
 
 from hierbayes.checks.gaussians import LEVELS, coverage, kl_divergence, wasserstein
 from hierbayes.fit import Fit, Prediction
+from hierbayes.fit.effective import ess
 
 
 class Reference:
     """The full posterior's moments of every task, and how well the draws tell them."""
 
     def __init__(self, posterior: Fit):
-        import arviz_stats
-        import xarray as xr
-
         theta = posterior.theta_draws
         assert theta is not None
         adapted = posterior.adapted.adapted
         assert adapted.covariance is not None
         self.mean, self.covariance = adapted.mean, adapted.covariance
         self.draws = theta.reshape(-1, *theta.shape[2:])
-        data = xr.Dataset({"theta": (("chain", "draw", "task", "coef"), theta)})
-        effective: Any = arviz_stats.ess(data)
-        self.ess = np.asarray(effective["theta"].values).min(1)
+        self.ess = ess(theta, "bulk").min(1)
         self.num_coef = theta.shape[-1]
 
 

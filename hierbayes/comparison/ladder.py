@@ -12,7 +12,6 @@ place of the normal at its mode), the third averages over φ.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ from hierbayes.adaptation import (
 )
 from hierbayes.adaptation.implied_posterior import ImpliedPosterior
 from hierbayes.adaptation.step_length import largest_curvature
-from hierbayes.errors import FitWarning, InputError
+from hierbayes.errors import InputError, overhearing
 from hierbayes.fit import Fit
 from hierbayes.meta import empirical_bayes
 from hierbayes.meta.diagnostics import remarks
@@ -75,8 +74,7 @@ def build_ladder(
     )  # fmt: skip
     gaussian = model.likelihood.gaussian_in_theta
     if point is None and gaussian:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FitWarning)  # they are in the fit that is returned
+        with overhearing():  # they are in the fit that is returned
             point = empirical_bayes(model, tasks, num_draws=num_draws, num_chains=num_chains)
     learned = posterior if point is None else point
     centre = {k: np.asarray(start.phi[k]) for k in _CENTRE if k in start.phi}

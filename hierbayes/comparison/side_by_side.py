@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from hierbayes.adaptation import GradientSteps
 from hierbayes.checks import held_out_scores, leave_one_task_out, theta_differences
 from hierbayes.checks.differences import score
 from hierbayes.comparison.report import write_report
-from hierbayes.errors import FitWarning, InputError
+from hierbayes.errors import InputError, overhearing
 from hierbayes.fit import Fit, Prediction
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.tasks import Tasks
@@ -246,8 +245,7 @@ def _by_task(
     for label, fit in fits.items():
         num_rows = fit.tasks.num_rows
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FitWarning)  # a note says it
+            with overhearing():  # a note says it
                 result = leave_one_task_out(fit)
         except InputError as error:
             rows[label], pointwise[label] = {}, np.full(fit.tasks.num_tasks, np.nan)

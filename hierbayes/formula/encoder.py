@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -300,14 +299,16 @@ class _Spec:
             parsed: Any = Formula(text)  # type: ignore[abstract]
             refuse_code(parsed, parts, known)
             matrix = parsed.get_model_matrix(table, context={}, na_action="ignore", output="numpy")
-        spec: Any = matrix.model_spec
+            spec: Any = matrix.model_spec
+            new_data.refuse_unseen_levels(spec, table, parts.text, table)
         # treatment-coded and full dummies of one level are the same column: name them alike
         names = tuple(name.replace("[T.", "[") for name in spec.column_names)
         made = cls(spec, names)
         return made, made._finite(matrix)
 
     def matrix(self, table: Any, parts: Parts, known: Sequence[str], training: Any) -> np.ndarray:
-        with _formulaic_errors(str(self.spec.formula), parts, known, (table, training)):
+        with _formulaic_errors(str(self.spec.formula), parts, known):
+            new_data.refuse_unseen_levels(self.spec, table, parts.text, training)
             matrix = self.spec.get_model_matrix(table, context={})
         return self._finite(matrix)
 
@@ -325,36 +326,21 @@ class _Spec:
 
 
 class _formulaic_errors:
-    """Formulaic's errors and warnings as sentences that point into the user's formula."""
+    """Formulaic's errors as sentences that point into the user's formula."""
 
-    def __init__(
-        self, piece: str, parts: Parts, known: Sequence[str], tables: tuple[Any, Any] | None = None
-    ):
-        self.piece, self.parts, self.known, self.tables = piece, parts, known, tables
-        self.caught = warnings.catch_warnings()
+    def __init__(self, piece: str, parts: Parts, known: Sequence[str]):
+        self.piece, self.parts, self.known = piece, parts, known
+        self.quiet = np.errstate(all="ignore")  # log(0): refused by name afterwards
 
     def __enter__(self) -> None:
-        from formulaic.errors import DataMismatchWarning
-
-        self.caught.__enter__()
-        warnings.simplefilter("error", DataMismatchWarning)
-        warnings.simplefilter("ignore", RuntimeWarning)  # log(0): refused by name afterwards
+        self.quiet.__enter__()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from formulaic.errors import DataMismatchWarning, FormulaicError
+        from formulaic.errors import FormulaicError
 
-        self.caught.__exit__(kind, error, trace)
+        self.quiet.__exit__(kind, error, trace)
         if error is None or isinstance(error, InputError):
             return
-        if isinstance(error, DataMismatchWarning):
-            unseen = None
-            if self.tables is not None:
-                unseen = new_data.unseen_categories(self.tables[0], self.parts.text, self.tables[1])
-            raise InputError(
-                f"new data hold categories that the training data did not: {unseen or error}; "
-                "nothing was learned of them: leave these rows out, or learn from data that "
-                "hold them"
-            ) from error
         if isinstance(error, (FormulaicError, SyntaxError, NameError, TypeError, ValueError)):
             raise self._translated(error) from error
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from hierbayes.errors import InputError, listing, suggestion
 from hierbayes.tasks.frames import Frame
 
@@ -66,6 +68,30 @@ def unseen_categories(table: Any, text: str, training: Any) -> str | None:
         if new:
             found.append(f"{listing(new)} in column {column!r} (known there: {listing(known)})")
     return "; ".join(found) or None
+
+
+def refuse_unseen_levels(spec: Any, table: Any, text: str, training: Any) -> None:
+    """Refuse values outside the levels that a term was encoded with.
+
+    Formulaic would encode them as zeros, with a warning that only filters of the whole process
+    could turn into an error.
+    """
+    from formulaic.materializers import FormulaMaterializer
+
+    evaluator: Any = FormulaMaterializer.for_data(table)(table, context={})
+    levels = {e: s["categories"] for e, (_, s) in spec.encoder_state.items() if "categories" in s}
+    factors = {f.expr: f for term in spec.formula for f in term.factors}
+    for expression, known in levels.items():
+        values = evaluator._evaluate_factor(factors[expression], spec, set()).values
+        there = {*known}
+        new = [v for v in dict.fromkeys(np.asarray(values).tolist()) if v not in there]
+        if new:
+            unseen = unseen_categories(table, text, training)
+            found = unseen or f"{listing(new)} in {expression} (known there: {listing(known)})"
+            raise InputError(
+                f"new data hold categories that the training data did not: {found}; nothing was "
+                "learned of them: leave these rows out, or learn from data that hold them"
+            )
 
 
 def is_numeric(values: Any) -> bool:

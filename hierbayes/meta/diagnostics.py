@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from hierbayes.fit.datatree import correlation_pairs, dataset
+from hierbayes.fit.effective import statistics
 from hierbayes.tasks import Tasks
 
 LARGEST_RHAT = 1.01
@@ -77,14 +78,14 @@ def _diagnostics(
         variables["theta"] = judged
     results: list[dict[str, float]] = []
     for measure in (
-        lambda a: arviz_stats.rhat(a),
-        lambda a: arviz_stats.ess(a, method="bulk"),
-        lambda a: arviz_stats.ess(a, method="tail"),
+        lambda a: arviz_stats.rhat(a.to_dataset(name="a"))["a"],
+        lambda a: statistics().ess(a, method="bulk"),
+        lambda a: statistics().ess(a, method="tail"),
     ):
         values: dict[str, float] = {}
         for name, array in variables.items():
             moving = array.std(("chain", "draw")).values > 0
-            flat: Any = measure(array.to_dataset(name=name))[name].values
+            flat: Any = measure(array).values
             for index in np.argwhere(np.atleast_1d(moving)):
                 at = tuple(index) if np.ndim(flat) else ()
                 labels = [str(array[d].values[i]) for d, i in zip(array.dims[2:], at, strict=True)]

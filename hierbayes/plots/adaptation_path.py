@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from hierbayes.adaptation.arguments import read_phi, read_tasks
 from hierbayes.adaptation.descent import Descent
 from hierbayes.adaptation.discrepancy import WORST
 from hierbayes.adaptation.implied import described
-from hierbayes.errors import FitWarning, InputError, listing, suggestion
+from hierbayes.errors import InputError, listing, overhearing, suggestion
 from hierbayes.fit import Fit
 from hierbayes.model import HierarchicalModel
 from hierbayes.plots.ellipse import ellipse
@@ -88,8 +87,7 @@ def adaptation_path(
     pair = _pair(tasks, coef)
     found = read_phi(model, tasks, phi, sigma, beta)
     spread = None if posterior is None else _posterior(posterior, tasks, pair)
-    with warnings.catch_warnings():  # the picture itself says what they say
-        warnings.simplefilter("ignore", FitWarning)
+    with overhearing():  # the picture itself says what they say
         prior = equivalent_prior(model, tasks, found, num_steps, step_size)
     prior = prior[tasks.names[0]]
     assert isinstance(prior.method, Descent)

@@ -6,13 +6,12 @@ sees NumPy arrays only.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hierbayes.errors import FitWarning, InputError, listing, suggestion
+from hierbayes.errors import InputError, announce, listing, suggestion
 
 if TYPE_CHECKING:
     import narwhals.stable.v1 as nw
@@ -199,11 +198,8 @@ def complete_rows(columns: dict[str, np.ndarray], missing: Missing) -> np.ndarra
     keep = ~np.any([np.isnan(v) for v in columns.values()], axis=0)
     if not keep.any():
         raise InputError(f"no complete row is left; missing values (NaN): {found}")
-    warnings.warn(
-        f"dropped {(~keep).sum()} of {len(keep)} rows with missing values ({found})",
-        FitWarning,
-        stacklevel=4,
-    )
+    dropped = f"dropped {(~keep).sum()} of {len(keep)} rows with missing values ({found})"
+    announce([dropped], stacklevel=5)
     return keep
 
 
