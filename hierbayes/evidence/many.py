@@ -81,6 +81,27 @@ class ManyProblems:
             np.asarray(problem.whitener), problem.reml, problem.known_noise,
         )  # fmt: skip
 
+    def losses(self, root: np.ndarray) -> np.ndarray:
+        """Minus the profiled evidence (B,) at Λ (d, d, B); of one data set at as many Λ as given.
+
+        Infinite where it is no number.
+        """
+        with np.errstate(all="ignore"):
+            try:
+                w = self._white(root)
+            except np.linalg.LinAlgError:
+                return np.full(root.shape[-1], np.inf)
+            loss, _ = self._loss(w)
+        return np.where(np.isfinite(loss), loss, np.inf)
+
+    def _loss(self, w: _White) -> tuple[np.ndarray, np.ndarray]:
+        """Minus the profiled evidence and σ, each (B,)."""
+        total = self.num_rows - len(w.effects) * self.reml
+        squares = w.squares if self.known_noise else total
+        sigma = np.ones_like(w.squares) if self.known_noise else np.sqrt(w.squares / total)
+        loss = total * np.log(2 * np.pi * sigma**2) + squares
+        return 0.5 * (loss + w.log_det + w.log_gram * self.reml) - self.log_scale, sigma
+
     def take(self, which: Any) -> ManyProblems:
         """Some of the data sets, by position."""
         squares, toward, gram = self.below
@@ -116,18 +137,12 @@ class ManyProblems:
                 log_det_2 += 2 * np.einsum("ipkjb,ipljb->klb", moved_f, moved_f)
                 log_det_2 -= np.einsum("pqkb,pqlb->klb", gram_1, gram_1)
                 log_det_2 -= both * np.einsum("pkjb,pljb->klb", by_f, by_f)
-        log_det = w.log_det + w.log_gram * self.reml
-        if self.known_noise:
-            sigma = np.ones_like(w.squares)
-            loss = total * np.log(2 * np.pi) + w.squares + log_det
-            slope, hessian = squares_1 + log_det_1, squares_2 + log_det_2
-        else:
-            sigma = np.sqrt(w.squares / total)
-            loss = total * (1 + np.log(2 * np.pi * sigma**2)) + log_det
+        loss, sigma = self._loss(w)
+        slope, hessian = squares_1 + log_det_1, squares_2 + log_det_2
+        if not self.known_noise:
             share = squares_1 / w.squares
             slope = total * share + log_det_1
             hessian = total * (squares_2 / w.squares - share[:, None] * share[None]) + log_det_2
-        loss = 0.5 * loss - self.log_scale
         return ManyProfiles(loss, 0.5 * slope, 0.5 * hessian, w.effects + self.centre, sigma)
 
     def fixed_effects(self, effects: np.ndarray) -> np.ndarray:
@@ -143,20 +158,21 @@ class ManyProblems:
 
     def _white(self, root: np.ndarray) -> _White:
         d, num_fixed = self.x.shape[0], self.fixed.shape[1]
-        shape = (*self.x.shape[2:], self.num_sets)
+        shape = (*self.x.shape[2:], root.shape[-1])
         design = np.einsum("iej,ecb->icjb", self.x, root)
         variance = np.einsum("icjb,ecjb->iejb", design, design)
         variance += np.eye(d)[:, :, None, None]
         wide = np.concatenate([self.x, self.fixed], axis=1)[..., None]
         wide = np.broadcast_to(wide, (*wide.shape[:2], *shape))
-        wide = np.concatenate([wide, self.y[:, None]], axis=1)
+        y = np.broadcast_to(self.y[:, None], (d, 1, *shape))
+        wide = np.concatenate([wide, y], axis=1)
         white, log_det = _whitened(variance, wide)
         x, fixed, y = white[:, :d], white[:, d:-1], white[:, -1]
         squares_below, toward_below, gram_below = self.below
         if not num_fixed:
             squares = (y**2).sum((0, 1)) + squares_below
-            none = np.zeros((0, self.num_sets))
-            return _White(x, fixed, y, squares, log_det, np.zeros(self.num_sets), none)
+            none = np.zeros((0, root.shape[-1]))
+            return _White(x, fixed, y, squares, log_det, np.zeros(root.shape[-1]), none)
         gram = np.einsum("ipjb,iqjb->bpq", fixed, fixed) + gram_below
         toward = np.einsum("ipjb,ijb->pb", fixed, y) + toward_below
         inverse = np.linalg.inv(np.linalg.cholesky(gram))  # (B, P, P), C⁻¹ with C Cᵀ = G

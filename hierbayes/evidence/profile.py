@@ -83,7 +83,8 @@ def _whiten_on_host(
 ) -> tuple[np.ndarray, np.ndarray]:
     columns = stats.fixed_columns(free_mean)
     num_fixed = columns.shape[1]
-    whitener = triangle(np.moveaxis(columns, 1, -1).reshape(-1, num_fixed))
+    num_rows = columns.shape[0] * columns.shape[2]
+    whitener = triangle(np.moveaxis(columns, 1, -1).reshape(num_rows, num_fixed))
     white = np.empty_like(columns)
     for i in range(num_fixed):  # forward substitution, column by column
         known = sum((whitener[k, i] * white[:, k] for k in range(i)), start=np.zeros(()))

@@ -29,9 +29,10 @@ LOOKED_AT, MOST_TASKS = 50, 2000
 """Tasks below which coverage is computed whatever τ̂, and up to which it is where τ̂ is near 0."""
 
 MOST_PRODUCTS, MOST_ENTRIES = 2e7, 15
-"""Products of a step (d² for each pair of Λ's entries, task and data set) and entries of Λ up to
-which it is computed: five correlated coefficients in thirty tasks. With more entries Newton's
-steps on them are many."""
+"""Products of a step (d² for each pair of Λ's entries, task and data set; as many as there are
+pairs of fixed effects for each coefficient, task and data set) and entries of Λ up to which it is
+computed: five correlated coefficients in thirty tasks, thirty shared columns in two hundred. With
+more entries Newton's steps on them are many."""
 
 NUMBERS = 20_000
 """Data sets × tasks × pairs of Λ's entries: a few hundredths of a second."""
@@ -98,7 +99,8 @@ def _quick(tasks: Tasks, shape: Shape) -> bool:
     """Whether the simulation takes two seconds at most, or so."""
     num, d = int((tasks.sizes > 0).sum()), len(tasks.coef)
     size = len(positions(shape.blocks)[0])
-    products = FEWEST_SETS * num * (d * size) ** 2
+    fixed = sum(shape.free_mean) + d * len(shape.task_predictors) + len(shape.shared)
+    products = FEWEST_SETS * max(num * (d * size) ** 2, (num * d + fixed) * fixed**2)
     return num <= MOST_TASKS and size <= MOST_ENTRIES and products <= MOST_PRODUCTS
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from hierbayes.evidence.many import ManyProblems
 from hierbayes.evidence.profile import profile_problem
 from hierbayes.meta.correlations import SINGULAR
+from hierbayes.meta.first_look import look
 from hierbayes.meta.marginal import positions, relative_units
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.statistics import Statistics, row_scale, statistics
@@ -33,9 +34,6 @@ MOST_STEPS = 100
 
 AWAY = 0.3
 """Length of the first step off a saddle, in units of a row's noise."""
-
-STARTS = (1.0, 0.2)
-"""Λ's diagonal, in units of a row's noise, as in :func:`maximise_likelihood`."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ def maximise_many(
     shape: Shape,
     *,
     reml: bool,
-    starts: tuple[Any, ...] = STARTS,
+    starts: tuple[Any, ...] | None = None,
     tolerance: float = 1e-8,
     progress: str | None = None,
 ) -> ManyEstimates:
@@ -149,8 +147,9 @@ def maximise_many(
     shape : Shape
         Of the model: ``model.shape(tasks)``.
     reml : bool
-    starts : tuple
-        Where Λ starts: multiples of the identity in units of a row's noise, or roots (d, d).
+    starts : tuple, optional
+        Where Λ starts: multiples of the identity in units of a row's noise, or roots (d, d); the
+        best of a grid, for each data set, where none are given.
     tolerance : float
         Relative length of the Newton step in Λ that ends the search.
     progress : str, optional
@@ -184,11 +183,11 @@ def maximise_many(
 
 
 def _estimates(
-    search: _Search, stats: Statistics, shape: Shape, starts: tuple[Any, ...]
+    search: _Search, stats: Statistics, shape: Shape, starts: tuple[Any, ...] | None
 ) -> ManyEstimates:
     many, rows, columns = search.many, search.rows, search.columns
-    runs = [search.run(search.start(start)) for start in starts]
-    runs.append(search.zero())
+    begin = [look(many, shape.blocks).root] if starts is None else map(search.start, starts)
+    runs = [search.run(search.entries(root)) for root in begin] + [search.zero()]
     losses = np.stack([loss for _, loss, _ in runs])
     best = np.nanargmin(np.where(np.isfinite(losses), losses, np.inf), axis=0)
     every = np.arange(many.num_sets)
@@ -221,11 +220,11 @@ class _Search:
     tolerance: float
 
     def start(self, start: Any) -> np.ndarray:
-        if np.ndim(start) == 2:
-            x = (start / self.unit[:, None])[self.rows, self.columns]
-        else:
-            x = np.where(self.rows == self.columns, float(start), 0.0)
-        return np.repeat(x[:, None], self.many.num_sets, axis=1)
+        root = start if np.ndim(start) == 2 else np.diag(float(start) * self.unit)
+        return np.repeat(root[:, :, None], self.many.num_sets, axis=2)
+
+    def entries(self, root: np.ndarray) -> np.ndarray:
+        return (root / self.unit[:, None, None])[self.rows, self.columns]
 
     def root(self, x: np.ndarray) -> np.ndarray:
         root = np.zeros((len(self.unit), len(self.unit), x.shape[1]))

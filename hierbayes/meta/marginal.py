@@ -7,20 +7,25 @@ whose diagonal may reach zero: Λ is where τ = 0 is an ordinary point (see
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hierbayes.evidence.curved import Curved, Plain, PlainAt, around, with_criterion
+from hierbayes.evidence.many import ManyProblems
 from hierbayes.evidence.nearby import Nearby
 from hierbayes.evidence.profile import profile_problem
 from hierbayes.meta.correlations import HELD, SINGULAR, at_the_boundary
+from hierbayes.meta.first_look import Blocks, look, sample_of
 from hierbayes.meta.optimum import (
+    Minimum,
     Near,
     Optimum,
     ValueAndSlope,
     curvature,
     descend,
+    highest,
     minimise,
     polish,
 )
@@ -31,7 +36,8 @@ from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.kept import kept
 
-Blocks = tuple[tuple[int, ...], ...]
+SURELY = 20.0
+"""How much higher a sample of the tasks has to stand than at Λ = 0 for that not to be tried."""
 
 
 def maximise_likelihood(model: HierarchicalModel, tasks: Tasks, *, reml: bool) -> Optimum:
@@ -39,10 +45,11 @@ def maximise_likelihood(model: HierarchicalModel, tasks: Tasks, *, reml: bool) -
     shape = model.shape(tasks)
     known_noise = "sigma" not in shape.parameters
     with float64():
-        evidence, scale = _laid_out(tasks, shape)
+        evidence, seen, whole = _laid_out(tasks, shape)
         evidence = with_criterion(evidence, reml=reml, known_noise=known_noise)
-        found = _best_root(evidence, shape, scale)
-        root = _snap(evidence, found.root, found.value, scale)
+        seen = replace(seen, reml=reml, known_noise=known_noise)
+        found = _best_root(evidence, shape, seen, whole=whole)
+        root = _snap(evidence, found.root, found.value, found.scale)
         nearby = evidence.at(root)
         best = nearby.profile
         sigma = float(best.sigma)
@@ -58,11 +65,10 @@ def maximise_likelihood(model: HierarchicalModel, tasks: Tasks, *, reml: bool) -
 
 
 @kept
-def _laid_out(tasks: Tasks, shape: Shape) -> tuple[Curved | Plain, np.ndarray]:
-    """The evidence of these tasks, and the unit of each coefficient's τ / σ."""
-    stats = placed_statistics(tasks)
-    problem = profile_problem(stats, shape, reml=False, known_noise=False)
-    return around(problem), relative_units(stats)
+def _laid_out(tasks: Tasks, shape: Shape) -> tuple[Curved | Plain, ManyProblems, bool]:
+    """The evidence of these tasks, and what of them is looked at first: whether it is all."""
+    problem = profile_problem(placed_statistics(tasks), shape, reml=False, known_noise=False)
+    return around(problem), *sample_of(problem)
 
 
 def relative_units(stats: Statistics) -> np.ndarray:
@@ -82,17 +88,25 @@ class _Found(NamedTuple):
     root: np.ndarray
     value: float
     problem: str | None
+    scale: np.ndarray
 
 
-def _best_root(evidence: Curved | Plain, shape: Shape, scale: np.ndarray) -> _Found:
+def _best_root(
+    evidence: Curved | Plain, shape: Shape, seen: ManyProblems, *, whole: bool
+) -> _Found:
     rows, columns = positions(shape.blocks)
-    unit = scale[rows]
     diagonal = rows == columns
+    first = look(seen, shape.blocks)
+    scale, size = first.unit, len(first.unit)
+    unit = scale[rows]
 
     def unpacked(scaled: np.ndarray) -> np.ndarray:
-        root = np.zeros((len(scale), len(scale)))
+        root = np.zeros((size, size))
         root[rows, columns] = scaled * unit
         return root
+
+    def packed(root: np.ndarray) -> np.ndarray:
+        return root[rows, columns] / unit
 
     def criterion_of(evidence: Curved | Plain) -> tuple[ValueAndSlope, Near]:
         def near(x: np.ndarray) -> ValueAndSlope:
@@ -108,35 +122,43 @@ def _best_root(evidence: Curved | Plain, shape: Shape, scale: np.ndarray) -> _Fo
 
     value_and_slope, near = criterion_of(evidence)
     lower = np.where(diagonal, 0.0, -np.inf)
-    starts = [np.where(diagonal, s, 0.0) for s in (1.0, 0.2)]
 
-    best = None
-    if isinstance(evidence, Curved):
-        # Newton steps on ever more tasks: a sample's maximum lies a few standard errors off
-        chunks = evidence.num_chunks
-        samples = [evidence.sample(n) for n in (chunks // 64, chunks // 8) if n >= 4]
-        ends = starts[:1] if samples else list(starts)
-        for some, near_some in map(criterion_of, samples or [evidence]):
-            ends = [descend(some, x, lower, near_some) for x in ends]
-            ends = [min(ends, key=lambda x: some(x)[0])]
-        best = polish(value_and_slope, ends[0], lower, near)
-    # Where a bound is near, or nothing was found, the search is done with more patience.
-    if best is None or best.problem is not None or (best.x[diagonal] < 0.01).any():
-        best = minimise(value_and_slope, starts, lower, near)
-    # A zero column of Λ is always stationary; where more variance would help, it is no maximum.
-    for _ in range(len(scale)):
-        flat = diagonal & (best.x <= 1e-8)
-        if not flat.any():
-            break
-        stuck = np.zeros_like(flat)
-        stuck[flat] = np.diag(curvature(near(best.x), best.x, flat)) < -1e-8
-        if not stuck.any():
-            break
-        again = minimise(value_and_slope, [np.where(stuck, 0.3, best.x)], lower, near)
-        if not again.value < best.value:
-            break
-        best = again
-    return _Found(unpacked(best.x), best.value, best.problem)
+    def climbed(start: np.ndarray) -> Minimum:
+        best = None
+        if isinstance(evidence, Curved):
+            # Newton steps on ever more tasks: a sample's maximum lies a few standard errors off
+            chunks = evidence.num_chunks
+            samples = [evidence.sample(n) for n in (chunks // 64, chunks // 8) if n >= 4]
+            end = start
+            for some, near_some in map(criterion_of, samples or [evidence]):
+                end = descend(some, end, lower, near_some)
+            best = polish(value_and_slope, end, lower, near)
+        # Where a bound is near, or nothing was found, the search is done with more patience.
+        if best is None or best.problem is not None or (np.abs(best.x[diagonal]) < 0.01).any():
+            best = minimise(value_and_slope, [start], lower, near)
+        # A zero column of Λ is always stationary; where more variance would help, it is no maximum.
+        for _ in range(size):
+            flat = diagonal & (best.x <= 1e-8)
+            if not flat.any():
+                break
+            stuck = np.zeros_like(flat)
+            stuck[flat] = np.diag(curvature(near(best.x), best.x, flat)) < -1e-8
+            if not stuck.any():
+                break
+            again = minimise(value_and_slope, [np.where(stuck, 0.3, best.x)], lower, near)
+            if not again.value < best.value:
+                break
+            best = again
+        return best
+
+    rivals: list[np.ndarray] = []
+    if not whole or first.at_zero[0] < first.loss[0] + SURELY:
+        rivals.append(np.zeros(len(rows)))
+    best = highest(climbed, packed(first.root[:, :, 0]), rivals, value_and_slope)
+    if whole and size > 1:
+        again = look(seen, shape.blocks, unpacked(best.x)).root[:, :, 0]
+        best = highest(climbed, best, [packed(again)], value_and_slope)
+    return _Found(unpacked(best.x), best.value, best.problem, scale)
 
 
 def _snap(

@@ -12,6 +12,13 @@ ValueAndSlope = Callable[[np.ndarray], tuple[float, np.ndarray]]
 Near = Callable[[np.ndarray], ValueAndSlope]
 
 
+FAILED = (
+    "the search for a maximum has failed: no point was found where the criterion's slope vanishes "
+    "and that is better than complete pooling; the estimates are those of the best point that was "
+    "seen, and their standard errors mean nothing"
+)
+
+
 @dataclass(frozen=True)
 class Optimum:
     """A learned φ̂ and what is known about it."""
@@ -30,6 +37,29 @@ class Minimum:
     x: np.ndarray
     value: float
     problem: str | None
+
+
+def highest(
+    climb: Callable[[np.ndarray], Minimum],
+    start: np.ndarray | Minimum,
+    rivals: list[np.ndarray],
+    value_and_slope: ValueAndSlope,
+) -> Minimum:
+    """What ``climb`` finds from ``start``, or from whichever rival is better than what it found.
+
+    A criterion may have several optima: rivals are points that no answer may be worse than, the
+    boundary first of all, and the start of another criterion.
+    """
+    best = start if isinstance(start, Minimum) else climb(start)
+    for rival in rivals:
+        value = value_and_slope(rival)[0]
+        if not np.isfinite(value) or best.value <= value + 1e-9 * max(1.0, abs(value)):
+            continue
+        again = climb(rival)
+        if not again.value <= value + 1e-9 * max(1.0, abs(value)):
+            again = Minimum(rival, value, FAILED)
+        best = again
+    return best
 
 
 def minimise(
