@@ -144,7 +144,7 @@ def _fit(args: argparse.Namespace) -> int:
             args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
             fit.save(args.out)
             _say(f"saved to {args.out}")
-        print(fit.summary().to_string())
+        print(fit.summary([*fit.phi, "theta"]).to_string())
     return EXIT_OK
 
 

@@ -138,13 +138,14 @@ def test_the_prior_is_a_distribution_or_says_why_not(made):
 
 
 def test_summary_is_a_table(made):
-    table = made.fit.summary()
-    assert isinstance(table, pd.DataFrame)
+    of_phi, table = made.fit.summary(), made.fit.summary("theta")
+    assert isinstance(of_phi, pd.DataFrame)
+    assert not of_phi.index.str.startswith("theta").any()
     first = "theta[AITKIN, Intercept]"
     assert first in table.index
     estimate = table.loc[first, "mean" if "mu" in made.promise.draws else "estimate"]
     close(estimate, made.fit.theta.sel(task="AITKIN", coef="Intercept"), rtol=1e-9)
-    assert ("mu[Intercept]" in table.index) == ("mu" in made.fit.phi)
+    assert ("mu[Intercept]" in of_phi.index) == ("mu" in made.fit.phi)
 
 
 # ---------------------------------------------------------------------- DataTree

@@ -71,7 +71,7 @@ def test_morris_by_hand(means):
     variance = v * (1 - 6 / 7 * b) + 0.5 * b**2 * (Y - Y.mean()) ** 2
     close(fit.adapted.sd.values[:, 0], np.sqrt(variance))
     assert fit.info["intervals"] == "morris"
-    close(fit.summary()["se"].filter(like="theta"), np.sqrt(variance))
+    close(fit.summary("theta")["se"], np.sqrt(variance))
     close(fit.predict().sd, np.sqrt(variance + v))
     drawn = fit.datatree["posterior"]["theta"].values
     monte_carlo(drawn[:, :, 2, 0], float(fit.theta[2, 0]), float(np.sqrt(variance[2])))

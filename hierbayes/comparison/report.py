@@ -136,7 +136,6 @@ def _priors(comparison: Comparison) -> str:
     columns = {}
     for label, fit in comparison.fits.items():
         summary = fit.summary()
-        summary = summary[~summary.index.str.startswith("theta[")]
         estimate, spread = ("mean", "sd") if "mean" in summary else ("estimate", "se")
         columns[label] = {
             name: _with_spread(row[estimate], row[spread]) for name, row in summary.iterrows()

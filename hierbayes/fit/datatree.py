@@ -105,7 +105,7 @@ def _point_estimate(fit: Fit) -> Any:
     values = {**fit.phi, "theta": adapted.adapted.mean}
     tree = dataset(values, fit.tasks)
     for name, se in fit.standard_errors.items():
-        tree[f"{name}_se"] = (DIMS.get(name, ()), np.asarray(se))
+        tree[f"{name}_se"] = (_dims(name, np.ndim(se)), np.asarray(se))
     if adapted.adapted.covariance is not None:
         tree["theta_sd"] = adapted.sd
         if fit.theta_draws is None:
@@ -116,9 +116,15 @@ def _point_estimate(fit: Fit) -> Any:
 
 
 def dataset(values: dict[str, Any], tasks: Tasks, lead: tuple[str, ...] = ()) -> Any:
-    """Arrays by name as a Dataset with labelled dimensions."""
+    """Arrays by name as a Dataset with labelled dimensions.
+
+    θ stands first. ArviZ's summary stacks values in the order in which the Dataset meets its
+    dimensions, and labels them in each variable's own: after μ (coef) it would turn θ (task, coef)
+    round.
+    """
     import xarray as xr
 
+    values = {name: values[name] for name in sorted(values, key=lambda name: name != "theta")}
     coords: dict[str, Any] = {
         "task": tasks.names,
         "coef": list(tasks.coef),
@@ -142,7 +148,7 @@ def _dims(name: str, ndim: int) -> tuple[str, ...]:
     """Names of an array's dimensions: a step size may be one number, or one a coefficient."""
     if name == "step_size":
         return ("coef",) * ndim
-    return DIMS.get(name, ())
+    return DIMS.get(name, tuple(f"{name}_dim_{i}" for i in range(ndim)))
 
 
 def correlation_pairs(corr: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from hierbayes.fit.adapted import (
 from hierbayes.fit.adapting import averaged, moments_of
 from hierbayes.fit.learned_prior import learned_prior, learned_priors
 from hierbayes.fit.prediction import Prediction
+from hierbayes.fit.summary import summary
 from hierbayes.fit.targets import predict_unseen
 from hierbayes.fit.when_read import WhenRead
 from hierbayes.model import HierarchicalModel
@@ -131,6 +132,10 @@ class Fit:
         adds ``prior`` and ``prior_predictive``: 500 draws of φ, θ and the training rows before any
         data. Why one of these is not there say the tree's ``attrs``, ``no_posterior_predictive``
         and ``no_prior_predictive``. Counts are integers, drawn at rates of up to 1e15.
+
+        ``theta`` (task, coef) stands first in its groups, and should in ``var_names`` too: where a
+        variable with fewer of its dimensions is named before it, ``arviz_stats.summary`` (0.8 to
+        1.3) gives θ's values to the wrong labels. :meth:`summary` takes names in any order.
         """
         return trees.build(self)
 
@@ -146,40 +151,43 @@ class Fit:
         draws = {**(self.phi_draws or {}), "theta": self.theta_draws}
         return trees.log_likelihood(self, draws, by)
 
-    def summary(self, var_names: list[str] | None = None, errors: Any = None) -> Any:
-        """φ and θ as a pandas DataFrame, a row each.
+    def summary(
+        self, var_names: str | Sequence[str] | None = None, errors: Mapping[str, Any] | None = None
+    ) -> Any:
+        """φ, or what is named of φ and θ, as a pandas DataFrame, a row an entry.
 
-        Under full Bayes ArviZ's summary (mean, sd, interval, ESS, R̂); elsewhere ``estimate`` and
-        ``se`` (for θ the posterior standard deviation, or what ``errors``, by name, has in its
-        place: ``{"theta": hb.checks.theta_standard_errors(fit)}``).
+        Parameters
+        ----------
+        var_names : str or sequence of str, optional
+            Names of φ, and ``"theta"`` for the parameters of every task; all of φ by default.
+        errors : mapping, optional
+            Standard errors by name in the place of the fit's own:
+            ``{"theta": hb.checks.theta_standard_errors(fit)}``.
+
+        Returns
+        -------
+        DataFrame
+            Rows ``mu[Intercept]``, ``corr[Intercept, days]``, ``theta[308, days]``: the task, then
+            the coefficient. Names that would not tell two rows apart stand in quotes,
+            ``theta['a, b', 'c']``. Under full Bayes ArviZ's columns (mean, sd, interval, ESS, R̂,
+            some milliseconds for each θ); elsewhere ``estimate`` and ``se``, of θ the posterior
+            standard deviation.
+
+        Raises
+        ------
+        InputError
+            For names that φ does not hold.
+
+        Examples
+        --------
+        >>> import hierbayes as hb
+        >>> model, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+        ...                                known_se="se")
+        >>> fit = hb.empirical_bayes(model, tasks, "reml")
+        >>> fit.summary().index.tolist(), fit.summary("theta").index[0]
+        (['mu[Intercept]', 'tau[Intercept]'], 'theta[A, Intercept]')
         """
-        import pandas as pd
-
-        if self.phi_draws is not None:
-            import arviz_stats
-
-            tree = self.datatree.posterior.to_dataset()
-            if "corr" in tree:  # the diagonal is constant: no diagnostics are to be had of it
-                tree = tree.drop_vars("corr").assign(trees.correlation_pairs(tree["corr"]))
-            if var_names is not None and "corr" in var_names:
-                pairs = [str(n) for n in tree.data_vars if str(n).startswith("corr[")]
-                var_names = [n for n in var_names if n != "corr"] + pairs
-            settings: Any = {"var_names": var_names, "round_to": "none"}
-            return arviz_stats.summary(tree, **settings)
-        rows = {}
-        estimates = trees.dataset({**self.phi, "theta": self.adapted.adapted.mean}, self.tasks)
-        errors = {**self.standard_errors, "theta": self.adapted.sd.values, **(errors or {})}
-        for name, values in estimates.items():
-            if var_names is not None and name not in var_names:
-                continue
-            se = np.broadcast_to(errors.get(str(name), np.nan), values.shape)
-            for index in np.ndindex(values.shape):
-                labels = [str(values[d].values[i]) for d, i in zip(values.dims, index, strict=True)]
-                if name == "corr" and index[0] >= index[1]:
-                    continue
-                key = f"{name}[{', '.join(labels)}]" if labels else str(name)
-                rows[key] = (float(values.values[index]), float(se[index]))
-        return pd.DataFrame.from_dict(rows, orient="index", columns=["estimate", "se"])
+        return summary(self, var_names, errors)
 
     # --------------------------------------------------------- use on new tasks
 
@@ -288,9 +296,9 @@ class Fit:
     def save(self, path: Any) -> None:
         """Write the fit, its data and its model to one NetCDF file, whole or not at all.
 
-        ArviZ reads the file too (``arviz_base.from_netcdf``); :func:`hierbayes.load` gives the
-        fit back. Predictive draws are not written, for their size: the loaded fit's ``datatree``
-        draws the same ones again.
+        ArviZ reads the file too (``arviz_base.convert_to_datatree``); :func:`hierbayes.load` gives
+        the fit back. Predictive draws are not written, for their size: the ``datatree`` of the
+        loaded fit draws the same ones again.
         """
         from hierbayes.fit.storage import save
 

@@ -59,8 +59,8 @@ def theta_standard_errors(fit: Fit) -> Any:
     Returns
     -------
     DataArray (task, coef)
-        NaN where the evidence is not concave at φ̂. As ``fit.summary(errors={"theta": …})`` they
-        stand in the summary in the place of posterior standard deviations.
+        NaN where the evidence is not concave at φ̂. As ``fit.summary("theta", errors={"theta": …})``
+        they stand in the summary in the place of posterior standard deviations.
 
     Raises
     ------
