@@ -20,7 +20,7 @@ from hierbayes.comparison import Comparison, compare
 from hierbayes.datasets import CATALOGUE
 from hierbayes.errors import InputError, NotApplicable, overhearing, suggestion
 from hierbayes.fit import Fit
-from hierbayes.formula import from_formula
+from hierbayes.formula import FAMILIES, from_formula
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
 
@@ -118,7 +118,21 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--formula", help='for example "y ~ 1 + x + (1 + x | group)"; needed for a CSV file'
     )
+    parser.add_argument(
+        "--family", choices=list(FAMILIES), metavar="FAMILY",
+        help=f"distribution of the outcome, of {', '.join(FAMILIES)} (gaussian)",
+    )  # fmt: skip
     parser.add_argument("--known-se", metavar="COLUMN", help="column of known standard errors")
+    parser.add_argument(
+        "--exposure", metavar="COLUMN", help="column of exposures of counts: time, area, population"
+    )
+    parser.add_argument(
+        "--offset", metavar="COLUMN", help="column of offsets of the linear predictor"
+    )
+    parser.add_argument(
+        "--weights", metavar="COLUMN",
+        help="column of weights: of precisions for gaussian, else of each row's log likelihood",
+    )  # fmt: skip
     parser.add_argument("--drop-missing", action="store_true", help="leave incomplete rows out")
     parser.add_argument("--draws", type=int, default=1000, help="draws a chain, and warm-up (1000)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
@@ -193,12 +207,12 @@ class _Data:
 
     frame: Any
     formula: str
-    known_se: str | None
+    columns: dict[str, str | None]
     missing: Any
 
     def build(self, frame: Any = None) -> tuple[HierarchicalModel, Tasks]:
         return from_formula(
-            self.formula, self.frame if frame is None else frame, known_se=self.known_se,
+            self.formula, self.frame if frame is None else frame, **self.columns,
             missing=self.missing,
         )  # fmt: skip
 
@@ -236,11 +250,16 @@ def _read(args: argparse.Namespace) -> _Data:
     import pandas as pd
 
     missing = "drop" if args.drop_missing else "raise"
+    columns = {
+        "family": args.family, "known_se": args.known_se, "exposure": args.exposure,
+        "offset": args.offset, "weight": args.weights,
+    }  # fmt: skip
     if args.data in CATALOGUE:
         known = CATALOGUE[args.data]
         same = args.formula is None
-        se = args.known_se or (known.known_se if same else None)
-        return _Data(known.load(), args.formula or known.formula, se, missing)
+        if same and args.known_se is None:
+            columns["known_se"] = known.known_se
+        return _Data(known.load(), args.formula or known.formula, columns, missing)
     path = Path(args.data)
     if not path.is_file():
         near = suggestion(args.data, list(CATALOGUE))
@@ -255,7 +274,7 @@ def _read(args: argparse.Namespace) -> _Data:
         raise InputError(f"{path.name} cannot be read as CSV: {error}") from error
     if frame.empty:
         raise InputError(f"{path.name} has a header but no rows")
-    return _Data(frame, args.formula, args.known_se, missing)
+    return _Data(frame, args.formula, columns, missing)
 
 
 # ------------------------------------------------------------------------ writing

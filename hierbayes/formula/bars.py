@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from hierbayes.errors import InputError, listing
 
 _OPENING, _CLOSING = "([{", ")]}"
+MAX_LENGTH = 10_000
+"""Characters of a formula."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,7 @@ class FormulaError(InputError):
 
 def split(text: str) -> Parts:
     """Split ``y ~ fixed + (terms | group) + …`` without reading what lies between the bars."""
-    if not isinstance(text, str):
-        raise InputError(f"a formula is a string, found {type(text).__name__}")
-    depth = _depths(text)
+    depth = depths(text)
     tildes = [i for i, c in enumerate(text) if c == "~" and depth[i] == 0]
     if len(tildes) != 1:
         raise FormulaError(
@@ -76,12 +76,21 @@ def split(text: str) -> Parts:
     return Parts(text, outcome, joined.removeprefix("+ ") or "1", tuple(bars), groups[0])
 
 
-def _depths(text: str) -> list[int]:
+def depths(text: str) -> list[int]:
     """How many brackets are open at each character; quoted text counts as two deeper."""
+    if not isinstance(text, str):
+        raise InputError(f"a formula is a string, found {type(text).__name__}")
+    if len(text) > MAX_LENGTH:
+        raise InputError(
+            f"a formula of {len(text)} characters is too long: {MAX_LENGTH} at most; give the "
+            "columns shorter names, or put several into a transformed one"
+        )
     depth, stack, quote, quote_start = [], [], "", 0
     for i, c in enumerate(text):
         if quote:
             depth.append(len(stack) + 2)
+            if c == quote == "`" and i == quote_start + 1:
+                raise FormulaError(text, i, "these backticks hold no name")
             quote = "" if c == quote else quote
         elif c in "'\"`":
             quote, quote_start = c, i
@@ -121,7 +130,15 @@ def _terms(text: str, start: int, depth: list[int]) -> list[tuple[int, int, str]
 
 def _bar(text: str, begin: int, end: int, depth: list[int]) -> Bar | None:
     """The bar in text[begin:end], or None where there is none."""
-    inner = [i for i in range(begin, end) if text[i] == "|" and depth[i] == 1]
+    inner, outermost, in_code = [], begin, False
+    for i in range(begin, end):
+        if depth[i] == 0 and text[i] in _OPENING:  # braces and calls hold code, no bars
+            before = text[outermost:i].strip()[-1:]
+            in_code = text[i] != "(" or before.isidentifier() or before.isdigit()
+        elif depth[i] == 0 and text[i] in _CLOSING:
+            outermost = i
+        elif text[i] == "|" and depth[i] == 1 and not in_code:
+            inner.append(i)
     if not inner:
         outside = [i for i in range(begin, end) if text[i] == "|" and depth[i] == 0]
         if outside:
@@ -140,11 +157,21 @@ def _bar(text: str, begin: int, end: int, depth: list[int]) -> Bar | None:
         raise FormulaError(text, first, "terms are missing before the bar; write (1 | group)")
     if not group:
         raise FormulaError(text, last + 1, "the grouping column is missing after the bar")
-    group = group.strip("`")
-    if any(c in group for c in "/:*+()"):
+    quoted, group = is_quoted(group), unquoted(group)
+    if not quoted and any(c in group for c in "/:*+()"):
         raise FormulaError(
             text, last + 1,
             f"the grouping factor {group!r} is not one column: nested and crossed factors are "
             "not supported yet; make one column that names the tasks",
         )  # fmt: skip
     return Bar(terms, group, len(inner) == 2, opening)
+
+
+def is_quoted(name: str) -> bool:
+    """Whether a name stands in backticks, all of it."""
+    return len(name) > 2 and name[0] == name[-1] == "`" and "`" not in name[1:-1]
+
+
+def unquoted(name: str) -> str:
+    """A column's name without the backticks around it."""
+    return name[1:-1] if is_quoted(name) else name

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from hierbayes import priors
-from hierbayes.errors import InputError, listing, suggestion
+from hierbayes.errors import InputError, announce, listing
 from hierbayes.formula import new_data
 from hierbayes.formula.bars import Bar, FormulaError, Parts, split
-from hierbayes.formula.families import check_exposure, likelihood_of, slot, successes_of_trials
-from hierbayes.formula.safety import refuse_code
+from hierbayes.formula.encoded import Encoded
+from hierbayes.formula.families import (
+    check_exposure,
+    hint_of_family,
+    likelihood_of,
+    slot,
+    successes_of_trials,
+)
+from hierbayes.formula.names import Names
+from hierbayes.formula.terms import Terms, read_terms, refuse_wide, under_our_names
 from hierbayes.likelihoods import Likelihood
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors import HyperPrior
 from hierbayes.tasks import Labels, Tasks
-from hierbayes.tasks.frames import Frame, Missing, complete_rows
+from hierbayes.tasks.frames import Frame, Missing, column_name, column_names, complete_rows
 from hierbayes.tasks.reading import assemble
 
 
@@ -56,7 +63,10 @@ def from_formula(
         Distribution of the outcome, with its usual link: "gaussian" (identity, the default),
         "bernoulli" and "binomial" (logit; the default for ``p(successes, trials)``), "poisson",
         "negative_binomial" and "gamma" (log), "student_t" (identity); or a likelihood of
-        :mod:`hierbayes.likelihoods`.
+        :mod:`hierbayes.likelihoods`. Without one, an outcome of zeros and ones, and one that looks
+        like a count (whole numbers, none below 0, with a zero among them or with a mean under 20
+        and a variance of at least 0.7 of it), is fitted as Gaussian with a warning that names the
+        family that is probably meant; ``family="gaussian"`` says that it is not.
     hyperprior : HyperPrior, optional
         p(φ); defaults are weakly informative and scaled to the data.
     known_se : str, optional
@@ -91,6 +101,7 @@ def from_formula(
     (('Intercept', 'floor'), ('log_uranium',))
     """
     formula, trials = successes_of_trials(formula)
+    known_se, offset, weight, exposure = map(column_name, (known_se, offset, weight, exposure))
     likelihood = likelihood_of(family, known_se is not None, trials)
     parts = split(formula)
     frame = Frame(data)
@@ -98,8 +109,10 @@ def from_formula(
         check_exposure(likelihood, offset)
     named = dict(known_se=known_se, offset=offset, weight=weight, trials=trials, exposure=exposure)
     slots = tuple((name, column) for name, column in named.items() if column is not None)
-    encoder = FormulaEncoder(parts, slots, tuple(task_predictors))
+    encoder = FormulaEncoder(parts, slots, column_names(task_predictors))
     tasks = encoder.fit(frame, missing)
+    if family is None and known_se is None and trials is None:
+        announce(hint_of_family(parts.outcome, tasks.outcome))
     correlated, zero_mean = encoder.structure()
     model = HierarchicalModel(
         likelihood,
@@ -114,12 +127,15 @@ def from_formula(
 class FormulaEncoder:
     """Remembers how the formula's terms were encoded in the training data.
 
-    ``specs`` holds formulaic's model specifications, of the outcome, the fixed part and each bar.
+    ``terms`` holds the checked terms of the outcome, the fixed part and each bar, ``specs``
+    formulaic's model specifications of them.
     """
 
     parts: Parts
     slots: tuple[tuple[str, str], ...] = ()
     task_predictors: tuple[str, ...] = ()
+    names: Names = field(default_factory=Names, repr=False)
+    terms: tuple[Terms, ...] = field(default=(), repr=False)
     specs: list[Any] = field(default_factory=list, repr=False)
     training: Any = field(default=None, repr=False)
 
@@ -149,16 +165,14 @@ class FormulaEncoder:
         frame.require([parts.group], "grouping column")
         frame.require([c for _, c in self.slots], "column")
         frame.require(self.task_predictors, "task predictor")
-        outcome_columns = _columns_in(parts.outcome, frame.columns)
-        with_outcome = training or self._has_outcome(outcome_columns, frame)
-        terms = [parts.fixed, *(bar.terms for bar in parts.bars)]
+        if training:
+            self._read(frame.columns)
+        outcome_terms, *terms = self.terms
+        with_outcome = training or set(outcome_terms.columns) <= set(frame.columns)
+        read = [*terms, outcome_terms] if with_outcome else terms
+        used = list(dict.fromkeys(c for term in read for c in term.columns))
         if not training:
-            read = [*terms, parts.outcome] if with_outcome else terms
-            learned = list(self.training.columns)
-            needed = dict.fromkeys(c for term in read for c in _columns_in(term, learned))
-            new_data.check_new_columns(frame, list(needed), self.training)
-        used = list(dict.fromkeys(c for term in terms for c in _columns_in(term, frame.columns)))
-        used += outcome_columns if with_outcome else []
+            new_data.check_new_columns(frame, used, self.training)
         for column in used:
             new_data.refuse_spoiled_numbers(frame, column)
         numeric = [c for c in used if frame.is_numeric(c)]
@@ -194,23 +208,17 @@ class FormulaEncoder:
             ),
         )  # fmt: skip
 
-    def _has_outcome(self, columns: list[str], frame: Frame) -> bool:
-        needed = _columns_in(self.parts.outcome, list(self.specs[0].required_columns))
-        return set(needed) <= set(columns) if needed else set(columns) <= set(frame.columns)
-
     def _matrices(
         self, frame: Frame, used: list[str], training: bool, with_outcome: bool
     ) -> list[Any]:
         """The outcome (N,) and one matrix a part, by training or remembered transforms."""
         table = frame.to_pandas(used)
         if training:
-            outcome_columns = _columns_in(self.parts.outcome, frame.columns)
-            first, *rest = self._learn(table, frame.columns, outcome_columns)
+            first, *rest = self._learn(new_data.with_used_categories(table))
             return [self._one_column(first), *rest]
         table = new_data.without_idle_categories(table, self.training)
-        context = (self.parts, frame.columns, self.training)
-        first = self.specs[0].matrix(table, *context) if with_outcome else None
-        rest = [spec.matrix(table, *context) for spec in self.specs[1:]]
+        first = self._encoded(0, table) if with_outcome else None
+        rest = [self._encoded(i, table) for i in range(1, len(self.terms))]
         return [None if first is None else self._one_column(first), *rest]
 
     def _one_column(self, outcome: np.ndarray) -> np.ndarray:
@@ -221,18 +229,46 @@ class FormulaEncoder:
             )
         return outcome[:, 0]
 
-    def _learn(
-        self, table: Any, known: Sequence[str], outcome_columns: Sequence[str]
-    ) -> list[np.ndarray]:
+    def _read(self, columns: Sequence[str]) -> None:
+        """Check every part of the formula, before anything of it is evaluated."""
+        parts, self.names = self.parts, Names.beside(columns)
+        outcome = read_terms(parts.outcome, parts, columns, self.names, intercept=False)
+        others = {
+            term: read_terms(term, parts, columns, self.names)
+            for term in (parts.fixed, *(bar.terms for bar in parts.bars))
+        }
+        self.terms = (outcome, others[parts.fixed], *(others[bar.terms] for bar in parts.bars))
+
+    def _learn(self, table: Any) -> list[np.ndarray]:
         """Let formulaic encode every part of the formula once, and keep what it learned."""
-        parts = self.parts
-        terms = [parts.fixed, *(bar.terms for bar in parts.bars)]
-        outcome, first = _Spec.fit(f"0 + {parts.outcome}", parts.outcome, table, parts, known)
-        fitted = {term: _Spec.fit(term, term, table, parts, known) for term in terms}
-        self.specs = [replace(outcome, required_columns=tuple(outcome_columns))]
-        self.specs += [fitted[term][0] for term in terms]
+        _, fixed, *bars = self.terms
+        refuse_wide(self.parts, [fixed], self.names, table, "shared")
+        refuse_wide(self.parts, bars, self.names, table, "varying")
+        ours = under_our_names(table, self.names)
+        fitted: dict[int, tuple[Encoded, np.ndarray]] = {}  # bars may share what they read
+        for terms in self.terms:
+            if id(terms) not in fitted:
+                fitted[id(terms)] = Encoded.fit(terms, ours, self.parts, self.names)
+        self.specs = [fitted[id(terms)][0] for terms in self.terms]
         self.training = table
-        return [first, *(fitted[term][1] for term in terms)]
+        self._refuse_alike()
+        return [fitted[id(terms)][1] for terms in self.terms]
+
+    def _refuse_alike(self) -> None:
+        """Two columns of one name are one coefficient: refuse those that are not the same."""
+        meant: dict[str, str] = {}
+        for spec in self.specs[1:]:
+            for name, made in zip(spec.names, spec.made, strict=True):
+                if meant.setdefault(name, made) != made:
+                    raise InputError(
+                        f"two different columns of the model are called {name!r}: one of them is "
+                        f"the column {name!r} of the data, or a category with such a name; "
+                        "rename it"
+                    )
+
+    def _encoded(self, i: int, table: Any) -> np.ndarray:
+        """A part of new rows, by what was learned of the training rows."""
+        return self.specs[i].matrix(table, self.terms[i], self.parts, self.names, self.training)
 
     def to_plain(self) -> tuple[dict[str, Any], Any]:
         """The encoder as JSON and its training columns as a Dataset, from which it learns again."""
@@ -242,7 +278,7 @@ class FormulaEncoder:
             "formula": self.parts.text,
             "slots": self.slots,
             "task_predictors": self.task_predictors,
-            "outcome_columns": self.specs[0].required_columns,
+            "outcome_columns": self.terms[0].columns,
             "columns": list(self.training.columns),
             "categories": {},
         }
@@ -273,104 +309,12 @@ class FormulaEncoder:
                 table[column] = values
         slots = tuple((name, column) for name, column in plain["slots"])
         encoder = cls(split(plain["formula"]), slots, tuple(plain["task_predictors"]))
-        encoder._learn(pd.DataFrame(table), plain["columns"], plain["outcome_columns"])
+        encoder._read(plain["columns"])
+        encoder._learn(pd.DataFrame(table))
         return encoder
 
     def _names(self, i: int) -> list[str]:
         return list(self.specs[i].names)
-
-
-@dataclass(frozen=True)
-class _Spec:
-    """One part of the formula as formulaic encoded it."""
-
-    spec: Any
-    names: tuple[str, ...]
-    required_columns: tuple[str, ...] = ()
-
-    @classmethod
-    def fit(
-        cls, text: str, shown: str, table: Any, parts: Parts, known: Sequence[str]
-    ) -> tuple[_Spec, np.ndarray]:
-        """The part as encoded in the training data, and its columns there."""
-        from formulaic import Formula
-
-        with _formulaic_errors(shown, parts, known):
-            parsed: Any = Formula(text)  # type: ignore[abstract]
-            refuse_code(parsed, parts, known)
-            matrix = parsed.get_model_matrix(table, context={}, na_action="ignore", output="numpy")
-            spec: Any = matrix.model_spec
-            new_data.refuse_unseen_levels(spec, table, parts.text, table)
-        # treatment-coded and full dummies of one level are the same column: name them alike
-        names = tuple(name.replace("[T.", "[") for name in spec.column_names)
-        made = cls(spec, names)
-        return made, made._finite(matrix)
-
-    def matrix(self, table: Any, parts: Parts, known: Sequence[str], training: Any) -> np.ndarray:
-        with _formulaic_errors(str(self.spec.formula), parts, known):
-            new_data.refuse_unseen_levels(self.spec, table, parts.text, training)
-            matrix = self.spec.get_model_matrix(table, context={})
-        return self._finite(matrix)
-
-    def _finite(self, matrix: Any) -> np.ndarray:
-        values = np.asarray(matrix, dtype=np.float64)
-        for i, name in enumerate(self.names):
-            bad = ~np.isfinite(values[:, i])
-            if bad.any():
-                raise InputError(
-                    f"the term {name!r} is NaN or infinite in {bad.sum()} row(s), the first "
-                    f"{int(np.flatnonzero(bad)[0])} (counting from 0), though its columns are "
-                    "finite; a log of zero perhaps"
-                )
-        return values
-
-
-class _formulaic_errors:
-    """Formulaic's errors as sentences that point into the user's formula."""
-
-    def __init__(self, piece: str, parts: Parts, known: Sequence[str]):
-        self.piece, self.parts, self.known = piece, parts, known
-        self.quiet = np.errstate(all="ignore")  # log(0): refused by name afterwards
-
-    def __enter__(self) -> None:
-        self.quiet.__enter__()
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from formulaic.errors import FormulaicError
-
-        self.quiet.__exit__(kind, error, trace)
-        if error is None or isinstance(error, InputError):
-            return
-        if isinstance(error, (FormulaicError, SyntaxError, NameError, TypeError, ValueError)):
-            raise self._translated(error) from error
-
-    def _translated(self, error: BaseException) -> InputError:
-        message = str(error)
-        unknown = re.search(r"NameError: (?:name )?[`'](\w+)[`']", message)
-        if unknown:
-            name = unknown.group(1)
-            return FormulaError(
-                self.parts.text, max(self.parts.text.find(name), 0),
-                f"{name!r} is neither a column nor a known function; "
-                f"{suggestion(name, self.known)}",
-            )  # fmt: skip
-        marked = re.search(r"⧛\x1b\[[\d;]*m(.*?)\x1b", message, re.DOTALL)
-        place = self.parts.text.find(self.piece.removeprefix("0 + "))
-        if marked:
-            line = message.splitlines()[-1]
-            inside = max(line.find("⧛"), 0)
-            place = max(place, 0) + inside
-        problem = re.sub(r"\x1b\[[\d;]*m|[⧛⧚]", "", message).splitlines()[0]
-        return FormulaError(self.parts.text, max(place, 0), problem)
-
-
-def _columns_in(text: str, columns: Sequence[str]) -> list[str]:
-    """The columns whose names occur in a piece of formula, bare or in backticks."""
-    quoted = re.findall(r"`([^`]+)`", text)
-    bare = re.findall(
-        r"(?<![\w.])[^\W\d]\w*(?!\w)", re.sub(r"`[^`]*`|'[^']*'|\"[^\"]*\"", " ", text)
-    )
-    return [c for c in columns if c in quoted or c in bare]
 
 
 def _columns(columns: dict[str, np.ndarray], names: Sequence[str], num_rows: int) -> np.ndarray:

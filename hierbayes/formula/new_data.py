@@ -11,6 +11,9 @@ import numpy as np
 from hierbayes.errors import InputError, listing, suggestion
 from hierbayes.tasks.frames import Frame
 
+NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
+"""Each character has one place in it, so that no text takes long to refuse."""
+
 
 def check_new_columns(frame: Frame, needed: Sequence[str], training: Any) -> None:
     """Refuse rows that lack a column that is needed, or hold another kind of values in it.
@@ -52,16 +55,21 @@ def without_idle_categories(table: Any, training: Any) -> Any:
     return table.assign(**idle)
 
 
-def unseen_categories(table: Any, text: str, training: Any) -> str | None:
+def with_used_categories(table: Any) -> Any:
+    """The table, its columns of categories without those that no row has, as lme4 reads them."""
+    used = {c: table[c].cat.remove_unused_categories() for c in table if hasattr(table[c], "cat")}
+    return table.assign(**used)
+
+
+def unseen_categories(table: Any, training: Any, categories: Sequence[str]) -> str | None:
     """Which column holds which categories that the training data did not; None if none does.
 
-    Categories are the values of columns that are no numbers, and of numbers inside ``C(…)``.
+    Categories are the values of columns that are no numbers, and of ``categories``: of numbers
+    inside ``C(…)``.
     """
     found = []
     for column in table.columns:
-        if is_numeric(training[column]) and not re.search(
-            rf"(?<![\w.])C\(\s*`?{re.escape(column)}`?\s*[,)]", text
-        ):
+        if is_numeric(training[column]) and column not in categories:
             continue
         known = known_categories(training[column])
         new = [v for v in dict.fromkeys(table[column].tolist()) if v not in known]
@@ -70,15 +78,19 @@ def unseen_categories(table: Any, text: str, training: Any) -> str | None:
     return "; ".join(found) or None
 
 
-def refuse_unseen_levels(spec: Any, table: Any, text: str, training: Any) -> None:
-    """Refuse values outside the levels that a term was encoded with.
+class UnseenLevels(Exception):
+    """Values outside the levels that a term was encoded with."""
+
+
+def refuse_unseen_levels(spec: Any, table: Any, context: Any) -> None:
+    """Raise :class:`UnseenLevels` where the table holds values that a term has no levels for.
 
     Formulaic would encode them as zeros, with a warning that only filters of the whole process
     could turn into an error.
     """
     from formulaic.materializers import FormulaMaterializer
 
-    evaluator: Any = FormulaMaterializer.for_data(table)(table, context={})
+    evaluator: Any = FormulaMaterializer.for_data(table)(table, context=context)
     levels = {e: s["categories"] for e, (_, s) in spec.encoder_state.items() if "categories" in s}
     factors = {f.expr: f for term in spec.formula for f in term.factors}
     for expression, known in levels.items():
@@ -86,12 +98,7 @@ def refuse_unseen_levels(spec: Any, table: Any, text: str, training: Any) -> Non
         there = {*known}
         new = [v for v in dict.fromkeys(np.asarray(values).tolist()) if v not in there]
         if new:
-            unseen = unseen_categories(table, text, training)
-            found = unseen or f"{listing(new)} in {expression} (known there: {listing(known)})"
-            raise InputError(
-                f"new data hold categories that the training data did not: {found}; nothing was "
-                "learned of them: leave these rows out, or learn from data that hold them"
-            )
+            raise UnseenLevels(f"{listing(new)} in {expression} (known there: {listing(known)})")
 
 
 def is_numeric(values: Any) -> bool:
@@ -114,8 +121,8 @@ def refuse_spoiled_numbers(frame: Frame, column: str) -> None:
     if frame.is_numeric(column) or frame.is_categorical(column):
         return
     values = frame.distinct_strings(column)
-    numbers = [v for v in values if re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", v)]
-    others = [v for v in values if v not in numbers]
+    numbers = [v for v in values if NUMBER.fullmatch(v.strip())]
+    others = [v for v in values if not NUMBER.fullmatch(v.strip())]
     if len(numbers) > 2 and len(numbers) >= len(values) / 2:
         besides = f", beside {listing(others, 3)}" if others else ""
         raise InputError(

@@ -35,11 +35,15 @@ class Frame:
         except DuplicateError as error:
             raise InputError(f"the DataFrame has columns of the same name: {error}") from error
         self.columns: list[str] = [str(c) for c in self.native.columns]
+        odd = any(type(c) is not str for c in self.native.columns)
         if len(set(self.columns)) < len(self.columns):
             twice = sorted({c for c in self.columns if self.columns.count(c) > 1})
             raise InputError(f"the DataFrame has columns of the same name: {listing(twice)}")
         if self.native.shape[0] == 0:
             raise InputError("the DataFrame has no rows")
+        if odd:  # a pivoted table's columns are numbers: called by their text everywhere
+            renamed: Any = nw.to_native(self.native)
+            self.native = nw.from_native(renamed.set_axis(self.columns, axis=1), eager_only=True)
         self.rows = np.arange(len(self)) if rows is None else rows
 
     def __len__(self) -> int:
@@ -62,13 +66,13 @@ class Frame:
         if not (dtype.is_numeric() or dtype == nw.Boolean):
             values = series.drop_nulls().to_numpy()
             if dtype in (nw.Object, nw.Unknown) and _all_numbers(values):
-                return _with_nan(series.to_list())
+                return _with_nan(_values(series))
             raise InputError(
                 f"column {column!r} holds {_kind(values)} where numbers belong, for example "
                 f"{_first_non_number(values)!r}; convert it, or use from_formula, which encodes "
                 "categories"
             )
-        return _with_nan(series.to_list()) if series.null_count() else _float(series)
+        return _with_nan(_values(series)) if series.null_count() else _float(series)
 
     def groups(self, column: str) -> tuple[np.ndarray, np.ndarray]:
         """``(names, index)``: the values that occur in a complete column, and each row's number.
@@ -80,7 +84,7 @@ class Frame:
         series = self.native[column]
         if series.dtype.is_integer() or series.dtype == nw.String:
             return _numbered(series)
-        values = series.to_list()
+        values = _values(series)
         number: dict[Any, int] = {}
         if series.dtype in (nw.Categorical, nw.Enum):
             used = set(values)
@@ -97,8 +101,8 @@ class Frame:
         if not series.null_count() and (series.dtype.is_integer() or series.dtype == nw.String):
             return np.zeros(len(series), dtype=bool)
         if series.dtype.is_float():
-            return np.isnan(_with_nan(series.to_list()) if series.null_count() else _float(series))
-        values = series.to_list()
+            return np.isnan(_with_nan(_values(series)) if series.null_count() else _float(series))
+        values = _values(series)
         return np.array([v is None or v != v for v in values], dtype=bool)
 
     def is_numeric(self, column: str) -> bool:
@@ -120,7 +124,7 @@ class Frame:
 
     def distinct_strings(self, column: str) -> list[str]:
         """The different values of a column, as strings, in order of first occurrence."""
-        return list(dict.fromkeys(str(v) for v in self.native[column].to_list() if v is not None))
+        return list(dict.fromkeys(str(v) for v in _values(self.native[column]) if v is not None))
 
     def to_pandas(self, columns: Sequence[str]) -> Any:
         """Some columns as a pandas DataFrame; categories keep their order."""
@@ -133,7 +137,7 @@ class Frame:
                 table[column] = self.numbers(column)
                 continue
             # categories are compared as text, so that they come back from a file as they were
-            text = [None if v is None else str(v) for v in series.to_list()]
+            text = [None if v is None else str(v) for v in _values(series)]
             if self.is_categorical(column):
                 order = [str(c) for c in series.cat.get_categories().to_list()]
                 table[column] = pd.Categorical(text, categories=order)
@@ -201,6 +205,25 @@ def complete_rows(columns: dict[str, np.ndarray], missing: Missing) -> np.ndarra
     dropped = f"dropped {(~keep).sum()} of {len(keep)} rows with missing values ({found})"
     announce([dropped], stacklevel=5)
     return keep
+
+
+def _values(series: nw.Series[Any]) -> list[Any]:
+    """Values as Python has them, None where there is none, whatever the DataFrame writes there."""
+    values = series.to_list()
+    if not series.null_count():
+        return values
+    nulls = series.is_null().to_list()
+    return [None if null else value for value, null in zip(values, nulls, strict=True)]
+
+
+def column_name(column: Any) -> Any:
+    """A column's name as text, as :class:`Frame` knows it; None stays None."""
+    return column if column is None else str(column)
+
+
+def column_names(columns: Any) -> tuple[str, ...]:
+    """Names of several columns as text; a single one may be given by itself."""
+    return tuple(map(str, (columns,) if isinstance(columns, (str, int)) else columns))
 
 
 def _float(series: nw.Series[Any]) -> np.ndarray:
