@@ -17,7 +17,6 @@ from hierbayes.likelihoods.over_normal import averaged
 from hierbayes.likelihoods.poisson import LARGEST, exponential, log_rate
 from hierbayes.tasks import Tasks
 
-
 FAR = 30.0
 """Of f above log y: from there on nothing cancels."""
 
