@@ -94,6 +94,11 @@ class ManyProblems:
             loss, _ = self._loss(w)
         return np.where(np.isfinite(loss), loss, np.inf)
 
+    def estimates(self, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Whitened effects (P, B) and σ (B,) at Λ (d, d, B)."""
+        w = self._white(root)
+        return w.effects + self.centre, self._loss(w)[1]
+
     def _loss(self, w: _White) -> tuple[np.ndarray, np.ndarray]:
         """Minus the profiled evidence and σ, each (B,)."""
         total = self.num_rows - len(w.effects) * self.reml

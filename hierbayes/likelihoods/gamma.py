@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jax.scipy.special import gammaln
 
+from hierbayes.likelihoods.deviance import shortfall, stirling
 from hierbayes.likelihoods.generalised import GeneralisedLinear, mean_offset
 from hierbayes.likelihoods.over_normal import averaged
 from hierbayes.likelihoods.poisson import LARGEST, exponential
@@ -66,15 +66,14 @@ class Gamma(GeneralisedLinear):
     def kernel(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
     ) -> Any:
-        """−α (f + y e^−f)."""
+        """−α (f + y e^−f), less what it is at its maximum."""
         del slots
-        return -phi["shape"] * (location + outcome * jnp.exp(-location))
+        return -phi["shape"] * shortfall(jnp.log(outcome) - location)
 
     def base(self, phi: dict[str, Any], slots: dict[str, Any], outcome: Any) -> Any:
-        """α log α + (α − 1) log y − log Γ(α)."""
+        """α log α − α − log Γ(α) − log y."""
         del slots
-        a = phi["shape"]
-        return a * jnp.log(a) + (a - 1) * jnp.log(outcome) - gammaln(a)
+        return stirling(phi["shape"]) - jnp.log(outcome)
 
     def predictive(
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]

@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jax.scipy.special import gammaln
 
 from hierbayes.likelihoods.bernoulli import softplus
+from hierbayes.likelihoods.deviance import count_peak, stirling
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.over_normal import averaged
 from hierbayes.likelihoods.poisson import LARGEST, exponential, log_rate
 from hierbayes.tasks import Tasks
+
+FAR = 30.0
+"""Of f above log y: from there on nothing cancels."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,28 @@ class NegativeBinomial(GeneralisedLinear):
     def kernel(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
     ) -> Any:
-        """By softplus of the log odds f − log κ, which overflows nowhere."""
+        """y d − (y + κ) log(1 + y (e^d − 1) / (y + κ)) with d = f − log y: less its maximum.
+
+        Of no count, and where e^d is too large, by softplus of the log odds f − log κ.
+        """
         del slots
-        size = phi["concentration"]
+        size, some = phi["concentration"], jnp.where(outcome > 0, outcome, 1.0)
+        apart = location - jnp.log(some)
+        share = some / (some + size)
+        far = (outcome <= 0) | (apart > FAR)
+        near = jnp.where(far, 0.0, apart)
+        fallen = outcome * near - (outcome + size) * jnp.log1p(share * jnp.expm1(near))
         odds = location - jnp.log(size)
-        return outcome * odds - (outcome + size) * softplus(odds)
+        peak = outcome * (jnp.log(some) - jnp.log(size))
+        peak = peak + (outcome + size) * jnp.log1p(-jnp.where(outcome <= 0, 0.0, share))
+        plain = outcome * odds - (outcome + size) * softplus(odds) - peak
+        return jnp.where(far, plain, fallen)
 
     def base(self, phi: dict[str, Any], slots: dict[str, Any], outcome: Any) -> Any:
-        """log Γ(y + κ) − log Γ(κ) − log y!."""
+        """log Γ(y + κ) − log Γ(κ) − log y! and the kernel's maximum."""
         del slots
         size = phi["concentration"]
-        return gammaln(outcome + size) - gammaln(size) - gammaln(outcome + 1.0)
+        return count_peak(outcome) + stirling(size) - stirling(outcome + size)
 
     def predictive(
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jax.scipy.special import gammaln as jax_gammaln
 from scipy.special import gammaln
 
 from hierbayes.likelihoods.alike import Alike, columns_of, groups, merged
+from hierbayes.likelihoods.deviance import count_peak
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.over_normal import averaged
 from hierbayes.tasks import Tasks
@@ -67,17 +67,21 @@ class Poisson(GeneralisedLinear):
     def kernel(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
     ) -> Any:
-        """``y f − e^f``."""
+        """``y f − e^f``, less what it is at its maximum."""
+        return self.to_second_order(location, phi, slots, outcome)[0]
+
+    def base(self, phi: dict[str, Any], slots: dict[str, Any], outcome: Any) -> Any:
+        """y log y − y: the maximum of ``y f − e^f``."""
         del phi, slots
-        return outcome * location - jnp.exp(location)
+        return outcome * jnp.log(jnp.where(outcome > 0, outcome, 1.0)) - outcome
 
     def to_second_order(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
     ) -> tuple[Any, Any, Any]:
         """With one exponential a row."""
         del phi, slots
-        rate = jnp.exp(location)
-        return outcome * location - rate, outcome - rate, -rate
+        apart, beyond = _apart(location, outcome)
+        return outcome * apart - beyond, -beyond, -(outcome + beyond)
 
     def predictive(
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
@@ -122,6 +126,15 @@ class Poisson(GeneralisedLinear):
         return Alike(together, np.ones(together.num_rows), left - counted)
 
 
+def _apart(location: Any, count: Any) -> tuple[Any, Any]:
+    """d = f − log y and e^f − y; where y is none, 0 and e^f."""
+    none = count <= 0
+    some = jnp.where(none, 1.0, count)
+    apart = location - jnp.log(some)
+    beyond = some * jnp.expm1(apart)
+    return jnp.where(none, 0.0, apart), jnp.where(none, beyond + 1.0, beyond)
+
+
 def exponential(f: Any) -> Any:
     """e^f, kept away from zero and infinity, which distributions refuse as parameters."""
     return jnp.exp(jnp.clip(f, -LARGEST, LARGEST))
@@ -135,8 +148,9 @@ class LogPoisson(dist.Poisson):
         super().__init__(exponential(log_rate))
 
     def log_prob(self, value: Any) -> Any:
-        """``y f`` − e^f − log y!."""
-        return value * self.log_rate - jnp.exp(self.log_rate) - jax_gammaln(value + 1.0)
+        """``y f`` − e^f − log y!, as what it falls short of its maximum."""
+        apart, beyond = _apart(self.log_rate, value)
+        return value * apart - beyond + count_peak(value)
 
 
 def log_rate(tasks: Tasks) -> float:

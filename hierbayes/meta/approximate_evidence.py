@@ -16,14 +16,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes.adaptation.alone import determined
 from hierbayes.adaptation.quadrature import Rule, rule_of
-from hierbayes.errors import listing
+from hierbayes.errors import NotApplicable, listing
 from hierbayes.evidence.quadrature import log_evidence
+from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.better_evidence import AroundPhi, newton_shift
 from hierbayes.meta.correlations import held_entries
 from hierbayes.meta.layout_of_phi import Layout, belief_in, phi_at
-from hierbayes.meta.optimum import Optimum, ValueAndSlope, curvature, descend, polish
+from hierbayes.meta.optimum import (
+    Optimum,
+    ValueAndSlope,
+    curvature,
+    descend,
+    minimise,
+    polish,
+    unsettled,
+)
 from hierbayes.meta.posterior_mode import finite, off_the_boundary, pinned
+from hierbayes.meta.rough_start import rough_start
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.rows import Rows, Whole, rows_of
@@ -52,6 +63,13 @@ NEAR_ZERO = 0.01
 
 ENDLESS = 20.0
 """Units beyond which an effect that all tasks share is said to have no estimate."""
+
+LEAST_START = 0.1
+"""Half units of τ below which the search does not begin."""
+
+SURELY = 10.0
+"""Nats by which some spread is better than none, of tasks as if they were Gaussian, for complete
+pooling not to be looked at."""
 
 SAMPLE, LEAST_SAMPLE = 16, 2000
 """The search begins on every so-manieth task, where these are so many."""
@@ -132,6 +150,8 @@ def maximise_approximate(
         evidence = ApproximateEvidence(resolved, tasks, counts[0] if quadrature else 1)
         search = _Search(resolved, tasks, evidence, with_belief)
         vector = search.run()
+        if not for_draws:
+            search.refuse_endless(vector)
         if not quadrature:
             return search.finish(vector, np.nan, judged=judged)
         enough = max(LEAST_ENOUGH, ENOUGH * tasks.num_tasks)
@@ -185,18 +205,50 @@ class _Search:
         for a few per cent, and the slope is that of all tasks.
         """
         layout, lower = self.layout, self.layout.lower
-        start, around = self.first if near is None else near, None
-        if (sample := self._sample) is not None:
+        start, around, pooled = self.first if near is None else near, None, None
+        sample = self._sample
+        if near is None:
+            start, pooled = (self if sample is None else sample).begin()
+        if sample is not None:
             if near is None:
                 start = descend(
                     sample.value_and_slope, start, lower, lambda x: sample.value_and_slope
                 )
             around = sample._as_all
-        if near is not None or around is not None:
+        if pooled is None and (near is not None or around is not None):
             best = polish(self.value_and_slope, start, lower, around)
             if best.problem is None and (best.x[layout.at["tau"]] > NEAR_ZERO).all():
                 return best.x
-        return off_the_boundary(self.value_and_slope, [start], layout).x
+        rivals = None if pooled is None else [self.without_spread(pooled)]
+        return off_the_boundary(self.value_and_slope, [start], layout, rivals).x
+
+    def begin(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Where to start, and complete pooling where that may be better than any spread."""
+        start, layout = self.first, self.layout
+        rough = rough_start(self.model, self.tasks, layout.own)
+        if rough is None:
+            return start, None
+        better = layout.vector(rough.best, LEAST_START)
+        if self.value_and_slope(better)[0] < self.value_and_slope(start)[0]:
+            start = better
+        return start, layout.vector(rough.pooled, 0.0) if rough.gap < SURELY else None
+
+    def without_spread(self, vector: np.ndarray) -> np.ndarray:
+        """The best vector with every τ at zero."""
+        layout = self.layout
+        rest = np.ones(len(vector), bool)
+        rest[layout.at["tau"]] = rest[layout.at["corr"]] = False
+        full = np.where(rest, vector, 0.0)
+        if not rest.any():
+            return full
+
+        def value_and_slope(v: np.ndarray) -> tuple[float, np.ndarray]:
+            full[rest] = v
+            value, slope = self.value_and_slope(full)
+            return value, slope[rest]
+
+        full[rest] = minimise(value_and_slope, [vector[rest]], layout.lower[rest]).x
+        return full
 
     @functools.cached_property
     def _sample(self) -> _Search | None:
@@ -216,6 +268,23 @@ class _Search:
             return value / self.share, slope / self.share
 
         return value_and_slope
+
+    def refuse_endless(self, vector: np.ndarray) -> None:
+        """Refuse tasks whose evidence grows for ever with μ or τ, where the search has run off."""
+        likelihood, layout = self.model.likelihood, self.layout
+        if not (isinstance(likelihood, GeneralisedLinear) and likelihood.linear):
+            return
+        tau, mu = vector[layout.at["tau"]], vector[layout.at["mu"]] - self.first[layout.at["mu"]]
+        far = max(tau.max(), np.abs(mu).max(initial=0.0))
+        if far < ENDLESS / 2 or determined(self.tasks, likelihood).rows.any():
+            return
+        what = "mu" if tau.max() < ENDLESS / 2 else "tau"
+        raise NotApplicable(
+            f"the evidence has no maximum: the outcomes of every task are all alike, or separated "
+            f"by its predictors, so that it grows for ever as {what} goes to infinity; state a "
+            'prior that holds it, hyperprior=hb.HyperPrior(tau=…, mu=…), with criterion="map", or '
+            "use full_bayes"
+        )
 
     def nodes_for(
         self, vector: np.ndarray, counts: tuple[int, ...], enough: float
@@ -255,6 +324,9 @@ class _Search:
         hessian = curvature(self.value_and_slope, vector, inside)
         errors = layout.errors(inside, hessian, phi)
         log_density = -evidence.value_and_slope(vector)[0]
+        value, slope = self.value_and_slope(vector)
+        if (problem := unsettled(slope[inside], hessian, value)) is not None:
+            warnings.append(problem)
         if np.isnan(errors["mu"][layout.free]).any():
             flattest = np.linalg.eigh(hessian)[1][:, 0]
             entry = np.flatnonzero(inside)[np.abs(flattest).argmax()]

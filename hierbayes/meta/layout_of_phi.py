@@ -140,7 +140,7 @@ class Layout:
         """Standard errors from the inverse Hessian, NaN at the boundary or off a maximum."""
         se = np.full(self.size, np.nan)
         values = np.linalg.eigvalsh(hessian)
-        if values[0] > FLAT * values[-1]:
+        if values.size and values[0] > FLAT * values[-1]:
             se[inside] = np.sqrt(np.diag(np.linalg.inv(hessian)))
         se = se * self.units
         mu = np.zeros(len(self.shape.coef))

@@ -56,7 +56,8 @@ def maximise_mixture(resolved: HierarchicalModel, tasks: Tasks, *, with_belief: 
 
         starts = [layout.vector(start | {"tau": share * start["tau"]}, floor)
                   for share, floor in ((0.7, 0.5), (0.3, 0.1))]  # fmt: skip
-        best = off_the_boundary(value_and_slope, starts, layout)
+        pooled = layout.vector(start | {"tau": 0 * start["tau"]}, 0.0)
+        best = off_the_boundary(value_and_slope, starts, layout, [pooled])
         inside = best.x > layout.lower
         errors_at = curvature(value_and_slope, best.x, inside)
         phi = to_numpy(phi_at(layout, best.x))

@@ -99,7 +99,7 @@ def polish(
     x, value, slope = newton(value_and_slope, x, lower, near)
     free = ~((x <= lower) & (slope >= 0))
     hessian = curvature(value_and_slope if near is None else near(x), x, free)
-    return Minimum(x, float(value), _problem(slope[free], hessian, value))
+    return Minimum(x, float(value), unsettled(slope[free], hessian, value))
 
 
 def newton(
@@ -195,7 +195,11 @@ def curvature(value_and_slope: ValueAndSlope, x: np.ndarray, which: np.ndarray) 
     return 0.5 * (hessian + hessian.T)
 
 
-def _problem(slope: np.ndarray, hessian: np.ndarray, value: float) -> str | None:
+def unsettled(slope: np.ndarray, hessian: np.ndarray, value: float) -> str | None:
+    """What to say of a point off which a Newton step would still gain something; None of a maximum.
+
+    ``slope`` and ``hessian`` in the coordinates that are free.
+    """
     if not slope.size:
         return None
     if not (np.isfinite(slope).all() and np.isfinite(hessian).all()):

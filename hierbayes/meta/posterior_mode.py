@@ -19,7 +19,15 @@ from hierbayes.evidence.exact import log_evidence
 from hierbayes.meta.correlations import SINGULAR
 from hierbayes.meta.layout_of_phi import Layout, phi_at
 from hierbayes.meta.marginal import maximise_likelihood
-from hierbayes.meta.optimum import Minimum, Optimum, ValueAndSlope, curvature, descend, minimise
+from hierbayes.meta.optimum import (
+    Minimum,
+    Optimum,
+    ValueAndSlope,
+    curvature,
+    descend,
+    highest,
+    minimise,
+)
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.priors.hyperprior import Shape
@@ -32,6 +40,10 @@ TINY_RATE = 1e-8
 
 RAISED = 0.3
 """Units of τ to which one that has been found at zero is raised, to see whether it returns."""
+
+
+SIZES = (0.0, 1e-3, 1e-2, 0.1, 0.3, 3.0, 10.0, 100.0)
+"""Times the τ that was found, where another optimum is looked for."""
 
 
 TILTED = 0.5
@@ -74,7 +86,8 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
             return finite(float(value), np.asarray(gradient))
 
         starts = [layout.vector(start.phi, floor) for floor in (0.5, 0.1)]
-        best = off_the_boundary(value_and_slope, starts, layout)
+        pooled = layout.vector(start.phi | {"tau": 0 * start.phi["tau"]}, 0.0)
+        best = off_the_boundary(value_and_slope, starts, layout, [pooled])
         inside = best.x > layout.lower
         hessian = curvature(value_and_slope, best.x, inside)
         phi = to_numpy(phi_at(layout, best.x))
@@ -96,9 +109,50 @@ def finite(value: float, slope: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def off_the_boundary(
-    value_and_slope: ValueAndSlope, starts: list[np.ndarray], layout: Layout
+    value_and_slope: ValueAndSlope,
+    starts: list[np.ndarray],
+    layout: Layout,
+    rivals: list[np.ndarray] | None = None,
 ) -> Minimum:
     """The minimum, with a τ that is zero but for rounding exactly zero where that costs nothing.
+
+    ``rivals`` are points that it must not be worse than, beside those with one τ, or all, larger
+    or smaller; without any, no such are tried.
+    """
+
+    def climb(*starts: np.ndarray) -> Minimum:
+        return _climbed(value_and_slope, list(starts), layout)
+
+    best = climb(*starts)
+    if rivals is None:
+        return best
+    for _ in range(3):
+        others = [*rivals, *_other_sizes(best.x, layout)]
+        values = [value_and_slope(x)[0] for x in others]
+        rival = others[int(np.argmin(values))]
+        again = highest(climb, best, [rival], value_and_slope)
+        if again is best or not again.value < best.value - 1e-6 * max(1.0, abs(best.value)):
+            return again
+        best = again
+    return best
+
+
+def _other_sizes(x: np.ndarray, layout: Layout) -> list[np.ndarray]:
+    """The vector with each τ at other sizes, and with all of them together."""
+    tau = np.arange(len(x))[layout.at["tau"]]
+    size = np.where(x[tau] > 0, x[tau], 1.0)
+    places = [tau[[i]] for i in range(len(tau))] + ([tau] if len(tau) > 1 else [])
+    found = []
+    for which in places:
+        for share in SIZES:
+            moved = x.copy()
+            moved[which] = share * size[which - tau[0]]
+            found.append(moved)
+    return found
+
+
+def _climbed(value_and_slope: ValueAndSlope, starts: list[np.ndarray], layout: Layout) -> Minimum:
+    """From the best of the starts.
 
     τ = 0 is always stationary: a search that steps there stays, wherever the minimum is. From a τ
     that is raised again, damped Newton steps go to zero only where the way leads down; with a

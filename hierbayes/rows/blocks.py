@@ -66,10 +66,11 @@ class Rows:
         if "beta" in phi:
             for i in range(len(self.z)):
                 offset = offset + self.z[i] * phi["beta"][i]
-        base = likelihood.base(phi, self.slots, self.outcome)
+        counted = self if self.patterns is None else self.patterns
+        base = likelihood.base(phi, counted.slots, counted.outcome)
         constant = self.constant
         if base is not None:
-            constant = constant + self.by_task(self._weighed(base))
+            constant = constant + counted.by_task(counted._weighed(base))
         if self.patterns is None:
             slots = self.slots | {"offset": offset}
             return replace(self, z=self.z[:0], slots=slots, constant=constant)
