@@ -95,11 +95,6 @@ def test_the_reader_of_imports_sees_them(source, expected):
     assert violations("tasks", source, ROOMS) == expected
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_no_module_is_longer_than_400_lines(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
-
-
 def test_at_most_25_names_at_the_top_and_all_of_them_exist():
     names = hierbayes.__all__
     assert len(names) == len(set(names))
