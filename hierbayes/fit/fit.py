@@ -288,8 +288,8 @@ class Fit:
     def save(self, path: Any) -> None:
         """Write the fit, its data and its model to one NetCDF file, whole or not at all.
 
-        ArviZ reads the file too (``arviz_base.from_netcdf``); :func:`hierbayes.load` gives the
-        fit back. Predictive draws are not written, for their size: the loaded fit's ``datatree``
+        ArviZ and xarray read the file too (``xarray.open_datatree``); :func:`hierbayes.load` gives
+        the fit back, and refuses a file that was damaged or changed. A link keeps its target. Predictive draws are not written, for their size: the loaded fit's ``datatree``
         draws the same ones again.
         """
         from hierbayes.fit.storage import save
