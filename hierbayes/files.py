@@ -2,32 +2,86 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from hierbayes.errors import InputError
 
 
-@contextmanager
-def whole_file(path: Any) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its place when the block succeeds."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {str(path)!r}: the folder does not exist")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
+def write_whole(path: Any, data: bytes, *, new: bool = False) -> None:
+    """Write ``data`` to ``path``, whole or not at all: beside it first, then in its place.
+
+    A link keeps its target, into which the file goes; what is no file is refused. ``new``: with a
+    FileExistsError where something is there already.
+    """
+    path = checked_place(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
     temporary = Path(name)
     try:
-        yield temporary
+        with open(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        if new:
+            _only_where_nothing_is(temporary, path)
+        else:
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _only_where_nothing_is(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            raise FileExistsError(path) from None
+        os.replace(temporary, path)
+    else:
+        temporary.unlink()
+
+
+def checked_place(path: Any) -> Path:
+    """Where a file at ``path`` would lie; refused where a device or a folder is, or no folder."""
+    shown = repr(str(path))
+    real = Path(os.path.realpath(path))
+    if not real.parent.is_dir():
+        raise InputError(f"cannot write {shown}: the folder does not exist")
+    if real.exists() and not real.is_file():
+        kind = "a folder" if real.is_dir() else "no regular file (a device or a pipe)"
+        raise InputError(f"cannot write {shown}: it is {kind}; give the path of a file")
+    return real
+
+
+MARK = "hierbayes:sealed"
+"""Stands in every sealed file, so that one that has lost its seal is known from an old one."""
+
+_SEAL = b"\n" + MARK.encode() + b":sha256:"
+
+
+def sealed(data: bytes) -> bytes:
+    """``data`` and its SHA-256 behind it, where HDF5 does not look."""
+    return data + _SEAL + hashlib.sha256(data).hexdigest().encode() + b"\n"
+
+
+def unsealed(data: bytes) -> bytes | None:
+    """The content of a sealed file, None of one that never was; a ValueError where they differ."""
+    length = len(_SEAL) + 65
+    content, seal = data[:-length], data[-length:]
+    if seal.startswith(_SEAL):
+        if hashlib.sha256(content).hexdigest().encode() + b"\n" == seal[len(_SEAL) :]:
+            return content
+        raise ValueError("its checksum is not that of its content")
+    if MARK.encode() in data:
+        raise ValueError("it has lost its checksum")
+    return None
 
 
 _FOUND: dict[str, Any] = {}

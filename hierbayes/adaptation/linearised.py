@@ -52,27 +52,38 @@ class LinearisedSteps(GradientSteps):
         """
         adapted = super().__call__(model, tasks, phi)
 
-        def variance(rows: Tasks, positions: np.ndarray) -> np.ndarray:
-            support = tasks.take(positions)
-            blocks = model.likelihood.arrange_alike(rows)
-            values = np.zeros(rows.num_rows)
-            with arithmetic(model.likelihood.precision):
-                for at, (asked, _) in blocks:
-                    own = support.take(at)
-                    given = own.block(np.arange(len(at)), max(int(own.sizes.max()), 1))
-                    found = np.asarray(
-                        _variances(
-                            self, model.without_encoder(), dict(phi), adapted.mean[positions[at]],
-                            given, asked,
-                        )
-                    )  # fmt: skip
-                    for k, j in enumerate(at):
-                        n = int(rows.sizes[j])
-                        values[rows.starts[j] : rows.starts[j] + n] = found[k, :n]
-            scale = float(phi["sigma_query"]) / float(phi["sigma"]) if "sigma_query" in phi else 1.0
-            return scale**2 * values
+        # a partial of a method, for a function made here could not be pickled
+        spread = functools.partial(self._at_rows, model, tasks, dict(phi), adapted.mean)
+        return replace(adapted, spread=spread)
 
-        return replace(adapted, spread=variance)
+    def _at_rows(
+        self,
+        model: HierarchicalModel,
+        tasks: Tasks,
+        phi: dict[str, Any],
+        theta: np.ndarray,
+        rows: Tasks,
+        positions: np.ndarray,
+    ) -> np.ndarray:
+        """var f at rows of these tasks, the task of each by position."""
+        support = tasks.take(positions)
+        blocks = model.likelihood.arrange_alike(rows)
+        values = np.zeros(rows.num_rows)
+        with arithmetic(model.likelihood.precision):
+            for at, (asked, _) in blocks:
+                own = support.take(at)
+                given = own.block(np.arange(len(at)), max(int(own.sizes.max()), 1))
+                found = np.asarray(
+                    _variances(
+                        self, model.without_encoder(), phi, theta[positions[at]],
+                        given, asked,
+                    )
+                )  # fmt: skip
+                for k, j in enumerate(at):
+                    n = int(rows.sizes[j])
+                    values[rows.starts[j] : rows.starts[j] + n] = found[k, :n]
+        scale = float(phi["sigma_query"]) / float(phi["sigma"]) if "sigma_query" in phi else 1.0
+        return scale**2 * values
 
     def variance(
         self, model: HierarchicalModel, phi: dict[str, Any], theta: Any, given: Task, asked: Task

@@ -262,14 +262,8 @@ class MixedScales(Adaptation):
         with float64():
             found = _moments(placed_statistics(tasks), prior, phi)
             mean, covariance = gathered(found, tasks.num_tasks)
-
-        def normals(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            some = tasks.take(positions)
-            with float64():
-                strata = _strata(placed_statistics(some), prior, phi, STRATA)
-                return gathered(strata, some.num_tasks, axis=1)
-
-        return Adapted(mean, covariance, normals=normals)
+        # a partial, for a function made here could not be pickled
+        return Adapted(mean, covariance, normals=functools.partial(_some, tasks, prior, phi))
 
     def draws(
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: Any
@@ -316,3 +310,13 @@ class MixedScales(Adaptation):
 def _student(model: HierarchicalModel) -> StudentT:
     assert isinstance(model.prior, StudentT)
     return model.prior
+
+
+def _some(
+    tasks: Tasks, prior: StudentT, phi: dict[str, Any], positions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Equally likely normals of some tasks, of which the posterior is the mixture."""
+    some = tasks.take(positions)
+    with float64():
+        strata = _strata(placed_statistics(some), prior, phi, STRATA)
+        return gathered(strata, some.num_tasks, axis=1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hierbayes import plots
-from hierbayes.files import whole_file
+from hierbayes.files import write_whole
 
 if TYPE_CHECKING:
     from hierbayes.comparison.side_by_side import Comparison
@@ -46,9 +46,7 @@ _READING = {
 
 def write_report(comparison: Comparison, path: Any) -> None:
     """Write the report, whole or not at all."""
-    page = render(comparison)
-    with whole_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_whole(path, render(comparison).encode("utf-8"))
 
 
 def render(comparison: Comparison) -> str:

@@ -12,6 +12,7 @@ p(D_new | φ), what the new rows say about φ, as far as the draws can carry it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -182,12 +183,21 @@ def averaged(
     assert isinstance(adaptation, Conjugate)
     moments = known or Adapted(*adaptation.moments(model, tasks, phis))
 
-    def normals(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        some, size = tasks.take(positions), len(next(iter(phis.values())))
-        at = [adaptation(model, some, {n: v[b] for n, v in phis.items()}) for b in range(size)]
-        return np.stack([one.mean for one in at]), np.stack([_spread(one) for one in at])
-
+    normals = functools.partial(_normals, model, tasks, phis, adaptation)
     return AdaptedTasks(model, tasks, phis, replace(moments, normals=normals))
+
+
+def _normals(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phis: dict[str, np.ndarray],
+    adaptation: Conjugate,
+    positions: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The posterior of some tasks under each φ_b."""
+    some, size = tasks.take(positions), len(next(iter(phis.values())))
+    at = [adaptation(model, some, {n: v[b] for n, v in phis.items()}) for b in range(size)]
+    return np.stack([one.mean for one in at]), np.stack([_spread(one) for one in at])
 
 
 def _spread(adapted: Adapted) -> np.ndarray:

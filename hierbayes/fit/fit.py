@@ -296,9 +296,10 @@ class Fit:
     def save(self, path: Any) -> None:
         """Write the fit, its data and its model to one NetCDF file, whole or not at all.
 
-        ArviZ reads the file too (``arviz_base.convert_to_datatree``); :func:`hierbayes.load` gives
-        the fit back. Predictive draws are not written, for their size: the ``datatree`` of the
-        loaded fit draws the same ones again.
+        ArviZ and xarray read the file too (``arviz_base.convert_to_datatree``,
+        ``xarray.open_datatree``); :func:`hierbayes.load` gives the fit back, and refuses a file that
+        was damaged or changed. A link keeps its target. Predictive draws are not written, for their
+        size: the ``datatree`` of the loaded fit draws the same ones again.
         """
         from hierbayes.fit.storage import save
 

@@ -8,51 +8,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hierbayes import likelihoods, priors
 from hierbayes.adaptation import (
     Adaptation,
-    Adapted,
-    Conjugate,
-    GradientSteps,
-    Laplace,
-    LeastSquares,
-    MaximumLikelihood,
-    MixedScales,
-    NotOffered,
-    Proximal,
-    Quadrature,
 )
-from hierbayes.adaptation.implied_posterior import ImpliedPosterior
-from hierbayes.adaptation.linearised import LinearisedSteps
-from hierbayes.adaptation.variational import Variational
 from hierbayes.errors import InputError
-from hierbayes.files import whole_file
+from hierbayes.files import MARK, checked_place, sealed, unsealed, write_whole
+from hierbayes.fit import hdf5
 from hierbayes.fit.datatree import PREDICTIVE, build
 from hierbayes.fit.fit import Fit
+from hierbayes.fit.rebuilding import GROUP, KINDS, LIKELIHOODS, PRIORS, rebuilt
+from hierbayes.fit.stored import (
+    OPTIMISER,
+    NeedsMore,
+    entry,
+    field,
+)
 from hierbayes.formula import FormulaEncoder
-from hierbayes.likelihoods.neural import Neural
 from hierbayes.model import HierarchicalModel
-from hierbayes.priors.serialise import hyperprior_from_plain, hyperprior_to_plain
-from hierbayes.tasks import Labels, Tasks
-from hierbayes.tasks.frames import as_names
+from hierbayes.priors.serialise import hyperprior_to_plain
 from hierbayes.tasks.reading import ColumnReader
-from hierbayes.tasks.views import SLOTS
 
 if TYPE_CHECKING:
     import optax
 
-GROUP = "hierbayes"
-KINDS = (
-    Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, LinearisedSteps,
-    MaximumLikelihood, MixedScales, NotOffered, Proximal, Quadrature, Variational,
-)  # fmt: skip
-LIKELIHOODS = (
-    likelihoods.Bernoulli, likelihoods.Binomial, likelihoods.Gamma, likelihoods.Gaussian,
-    likelihoods.NegativeBinomial, likelihoods.Poisson, likelihoods.StudentT,
-)  # fmt: skip
-PRIORS = (priors.Gaussian, priors.StudentT)
-FORMAT = 3
-"""3 names the prior; 2 names the likelihood; 1 knew the Gaussian one alone, by its ``known_se``."""
+SECONDS = 20.0
+"""How long HDF5 may take for a file without a checksum, and 0.1 s more for each MB."""
+
+FORMAT = 4
+"""4 has a checksum behind it; 3 names the prior; 2 names the likelihood; 1 knew the Gaussian one
+alone, by its ``known_se``."""
 
 
 def save(fit: Fit, path: Any) -> None:
@@ -69,6 +53,7 @@ def save(fit: Fit, path: Any) -> None:
             "this fit was carried to other tasks: save the one that learned phi, and ask "
             "hb.load(path).on(tasks) for this one again"
         )
+    checked_place(path)
     described, encoder_table = _describe(fit)
     # draws of data can be drawn again, and the same ones are
     read = fit.__dict__.get("datatree")
@@ -78,8 +63,10 @@ def save(fit: Fit, path: Any) -> None:
     tree[GROUP] = xr.DataTree(_arrays(fit).assign_attrs(fit=json.dumps(described)))
     if encoder_table is not None:
         tree[f"{GROUP}/training"] = xr.DataTree(encoder_table)
-    with whole_file(path) as temporary:
-        tree.to_netcdf(temporary, engine="h5netcdf")
+    tree.attrs["note"] = f"{MARK}, the checksum of this file stands behind it"
+    # in memory, for HDF5 is C code that dies where a disk is full
+    memory = tree.to_netcdf(None, engine="h5netcdf")
+    write_whole(path, sealed(bytes(memory)))
 
 
 def load(
@@ -114,75 +101,49 @@ def load(
     >>> again.phi["mu"] == fit.phi["mu"]
     array([ True])
     """
-    import xarray as xr
-
-    if not Path(path).is_file():
-        raise InputError(f"there is no file {str(path)!r}")
+    text, arrays = _read(path)
     try:
-        with xr.open_datatree(path, engine="h5netcdf") as opened:
-            tree = opened.load()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r} is not a NetCDF file: {error}") from error
-    if GROUP not in tree.children or "fit" not in tree[GROUP].attrs:
-        raise InputError(f"{str(path)!r} is not a fit saved by hierbayes")
-    described = json.loads(tree[GROUP].attrs["fit"])
-    if described["format"] > FORMAT:
+        with field("hierbayes.fit"):
+            described = json.loads(text)
+            if not isinstance(described, dict):
+                raise InputError(f"expected an object, found {type(described).__name__}")
+            version = entry(described, "format", int)
+        if version > FORMAT:
+            raise InputError(
+                f"it was saved by a newer hierbayes (format {version}); upgrade to read it"
+            )
+        return rebuilt(described, arrays, model, inner_optimiser, version)
+    except NeedsMore as error:
+        raise InputError(str(error)) from None
+    except InputError as error:
         raise InputError(
-            f"{str(path)!r} was saved by a newer hierbayes (format {described['format']}); "
-            "upgrade to read it"
-        )
-    arrays = {str(name): value.values for name, value in tree[GROUP].data_vars.items()}
-    encoder = _encoder(described["encoder"], tree)
-    tasks = _tasks(tree, described["labels"], encoder)
-    if model is not None and isinstance(model.likelihood, Neural):
-        _check_network(model, arrays)
-    training = None
-    by_point = not described["phi_draws"]
-    mixed = described["adaptation"]["kind"] == MixedScales.__name__
-    if "training.mean" in arrays and not (mixed and by_point):  # made again, with its normals
-        training = Adapted(
-            arrays["training.mean"],
-            arrays.get("training.covariance"),
-            arrays.get("training.unidentified"),
-            arrays.get("training.absorbed"),
-        )
-    draws = {}
-    if "posterior" in tree.children:
-        draws = {str(n): v.values for n, v in tree["posterior"].data_vars.items()}
-    theta_draws = draws.pop("theta", None)
-    stats = {}
-    if "sample_stats" in tree.children:
-        stats = {str(n): v.values for n, v in tree["sample_stats"].data_vars.items()}
-    return Fit(
-        described["method"],
-        model or _model(described["model"], encoder),
-        tasks,
-        _prefixed(arrays, "phi."),
-        _adaptation(described["adaptation"], inner_optimiser),
-        training,
-        phi_draws={name: draws[name] for name in described["phi_draws"]} or None,
-        theta_draws=theta_draws,
-        sample_stats=stats,
-        standard_errors=_prefixed(arrays, "se."),
-        evidence=described["evidence"],
-        no_evidence=described["no_evidence"],
-        log_posterior=described["log_posterior"],
-        warnings=tuple(described["warnings"]),
-        info=described["info"],
-        phi_bootstrap=_prefixed(arrays, "bootstrap.") or None,
-    )
+            f"{str(path)!r} cannot be read as a fit: {error}; it is damaged, or was not written "
+            "by Fit.save"
+        ) from error
 
 
-def _check_network(model: HierarchicalModel, arrays: dict[str, np.ndarray]) -> None:
-    """Refuse a network that has other weights than those in the file."""
-    assert isinstance(model.likelihood, Neural)
-    weights = model.likelihood.weights
-    kept = arrays.get("phi.features", arrays["phi.mu"])
-    if kept.shape != (weights.size,):
+def _read(path: Any) -> tuple[str, hdf5.Arrays]:
+    """The JSON and the arrays of a file whose checksum is right, or that never had one."""
+    shown = repr(str(path))
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {shown}")
+    data = Path(path).read_bytes()
+    try:
+        content = unsealed(data)
+        if content is None:  # of an earlier format, or no fit at all
+            hdf5.refuse_what_hangs(str(path), SECONDS + len(data) / 1e7)
+        text, arrays = hdf5.read(data if content is None else content)
+    except hdf5.Damaged as error:
         raise InputError(
-            f"the file holds {kept.size} weights, but the model's network has {weights.size}; pass "
-            "the model that was fitted"
-        )
+            f"{shown} is not a NetCDF file, or damaged: {error}; take another copy"
+        ) from error
+    except ValueError as error:
+        raise InputError(
+            f"{shown} is damaged, or was changed since it was saved: {error}; take another copy"
+        ) from error
+    if text is None:
+        raise InputError(f"{shown} is not a fit saved by hierbayes")
+    return text, arrays
 
 
 def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:
@@ -206,6 +167,7 @@ def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:
     adaptation = fit.adaptation
     described = {
         "format": FORMAT,
+        "sealed": MARK,
         "method": fit.method,
         "model": model_json,
         "labels": {
@@ -218,6 +180,7 @@ def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:
         "encoder": encoder_json,
         "adaptation": {"kind": type(adaptation).__name__, "settings": _settings(adaptation)},
         "phi_draws": list(fit.phi_draws or {}),
+        "theta_draws": fit.theta_draws is not None,
         "evidence": fit.evidence,
         "no_evidence": fit.no_evidence,
         "log_posterior": fit.log_posterior,
@@ -225,10 +188,6 @@ def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:
         "info": fit.info,
     }
     return json.loads(json.dumps(described, default=_number)), table
-
-
-OPTIMISER = "an Optax optimiser"
-"""What stands in the file for an inner optimiser, a function that no file can keep."""
 
 
 def _settings(adaptation: Adaptation) -> dict[str, Any]:
@@ -258,83 +217,3 @@ def _arrays(fit: Fit) -> Any:
             for name, value in arrays.items()
         }
     )
-
-
-def _prefixed(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)}
-
-
-def _tasks(tree: Any, described: dict[str, Any], encoder: Any) -> Tasks:
-    data = tree["constant_data"]
-    num_rows, names = len(data["row"]), as_names(data["task"].values.tolist())
-
-    def matrix(name: str, length: int) -> np.ndarray:
-        return data[name].values if name in data else np.zeros((length, 0))
-
-    labels = Labels(
-        names,
-        tuple(described["coef"]),
-        tuple(described["shared"]),
-        tuple(described["task_predictors"]),
-        described["task"],
-        described["outcome"],
-        encoder,
-    )
-    return Tasks(
-        data["predictors"].values,
-        matrix("shared_predictors", num_rows),
-        matrix("task_predictors", len(names)),
-        tree["observed_data"]["y"].values.astype(np.float64),
-        {slot: data[slot].values for slot in SLOTS if slot in data},
-        data["starts"].values,
-        data["row"].values,
-        labels,
-    )
-
-
-def _encoder(described: dict[str, Any] | None, tree: Any) -> Any:
-    if described is None:
-        return None
-    if "reader" in described:
-        return ColumnReader(**{k: _tuples(v) for k, v in described["reader"].items()})
-    return FormulaEncoder.from_plain(described, tree[f"{GROUP}/training"].to_dataset())
-
-
-def _model(described: dict[str, Any] | None, encoder: Any) -> HierarchicalModel:
-    if described is None:
-        raise InputError("this fit's model holds functions: pass it, hb.load(path, model=…)")
-    settings = {"known_se": described["known_se"]} if "known_se" in described else {}
-    likelihood = described.get("likelihood", {"kind": "Gaussian", "settings": settings})
-    kinds = {kind.__name__: kind for kind in LIKELIHOODS}
-    return HierarchicalModel(
-        kinds[likelihood["kind"]](**likelihood["settings"]),
-        _prior(described),
-        hyperprior_from_plain(described["hyperprior"]),
-        encoder,
-    )
-
-
-def _prior(described: dict[str, Any]) -> priors.Prior:
-    """The prior of tasks; up to format 2 a Gaussian one, which had no name."""
-    names = ("correlated", "zero_mean")
-    prior = described.get("prior", {"kind": "Gaussian"})
-    settings = prior.get("settings", {name: described.get(name) for name in names})
-    kinds = {kind.__name__: kind for kind in PRIORS}
-    return kinds[prior["kind"]](**{name: _tuples(value) for name, value in settings.items()})
-
-
-def _adaptation(described: dict[str, Any], optimiser: Any) -> Adaptation:
-    kinds = {kind.__name__: kind for kind in KINDS}
-    settings = described["settings"]
-    if settings.get("optimiser") == OPTIMISER:
-        if optimiser is None:
-            raise InputError(
-                "this fit's inner loop had an Optax optimiser: pass it, "
-                "hb.load(path, …, inner_optimiser=…)"
-            )
-        settings = {**settings, "optimiser": optimiser}
-    return kinds[described["kind"]](**settings)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -146,18 +146,28 @@ def perceptron(
     if len(sizes) < 2 or min(sizes) < 1:
         raise InputError(f"sizes must be two or more positive numbers, found {list(sizes)}")
 
-    def init(key: Any) -> Any:
-        keys = jax.random.split(key, len(sizes) - 1)
-        shapes = zip(keys, sizes[:-1], sizes[1:], strict=True)
-        return [
-            {"w": jax.random.truncated_normal(k, -2.0, 2.0, (a, b)) / a**0.5, "b": jnp.zeros(b)}
-            for k, a, b in shapes
-        ]
+    # partials, for functions made here could not be pickled
+    # and JAX's functions by their names, for those do not find themselves where pickle looks
+    name, rooms = getattr(activation, "__name__", ""), {"numpy": jnp, "nn": jax.nn}
+    found = [room for room, m in rooms.items() if getattr(m, name, None) is activation]
+    chosen = (found[0], name) if found else activation
+    return functools.partial(_apply, chosen), functools.partial(_initial, sizes)
 
-    def apply(params: Any, x: Any) -> Any:
-        *hidden, last = params
-        for layer in hidden:
-            x = activation(x @ layer["w"] + layer["b"])
-        return x @ last["w"] + last["b"]
 
-    return apply, init
+def _initial(sizes: tuple[int, ...], key: Any) -> Any:
+    keys = jax.random.split(key, len(sizes) - 1)
+    shapes = zip(keys, sizes[:-1], sizes[1:], strict=True)
+    return [
+        {"w": jax.random.truncated_normal(k, -2.0, 2.0, (a, b)) / a**0.5, "b": jnp.zeros(b)}
+        for k, a, b in shapes
+    ]
+
+
+def _apply(activation: Any, params: Any, x: Any) -> Any:
+    if isinstance(activation, tuple):
+        room, name = activation
+        activation = getattr(jnp if room == "numpy" else jax.nn, name)
+    *hidden, last = params
+    for layer in hidden:
+        x = activation(x @ layer["w"] + layer["b"])
+    return x @ last["w"] + last["b"]

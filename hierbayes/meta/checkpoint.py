@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from hierbayes.errors import InputError
-from hierbayes.files import whole_file
+from hierbayes.files import checked_place, write_whole
 
 EVERY = 60.0
 """Seconds between two checkpoints."""
@@ -31,6 +32,8 @@ class Checkpoint:
             raise InputError(f"checkpoint: the folder of {str(path)!r} does not exist")
         if self.path is not None and self.path.is_dir():
             raise InputError(f"checkpoint: {str(path)!r} is a folder; give the path of a file")
+        if self.path is not None:
+            checked_place(self.path)
 
     def save(self, state: Any, counters: dict[str, Any], *, force: bool = False) -> None:
         """Write, if a minute has passed since the last time or it is forced."""
@@ -40,8 +43,9 @@ class Checkpoint:
             f"leaf.{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))
         }
         text = json.dumps({"run": self.described, "counters": counters})
-        with whole_file(self.path) as temporary, temporary.open("wb") as file:
-            np.savez(file, described=np.array(text), **leaves)
+        file = io.BytesIO()
+        np.savez(file, described=np.array(text), **leaves)
+        write_whole(self.path, file.getvalue())
         self._last = time.monotonic()
 
     def load(self, like: Any) -> tuple[Any, dict[str, Any]] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hierbayes.errors import InputError, listing
-from hierbayes.files import whole_file
+from hierbayes.files import write_whole
 
 if TYPE_CHECKING:
     from hierbayes.priors.learned import LearnedPrior
@@ -44,8 +44,7 @@ def write_json(prior: LearnedPrior, path: Any, num_components: int) -> str:
         ensure_ascii=False,
     )
     if path is not None:
-        with whole_file(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_whole(path, f"{text}\n".encode())
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints, transforms
 
-from hierbayes.errors import InputError
+from hierbayes.errors import InputError, listing
 from hierbayes.priors.hyperprior import HyperPrior
 
 _SUPPORTS = {
@@ -74,12 +75,33 @@ def _plain(belief: Any) -> Any:
     )
 
 
+MOST_NUMBERS = 1_000_000
+"""Entries of a belief up to which it is read: a file may be a stranger's."""
+
+
 def _restored(plain: Any) -> Any:
-    if plain is None or isinstance(plain, (int, float)):
+    if plain is None or (isinstance(plain, (int, float)) and not isinstance(plain, bool)):
         return plain
+    if not isinstance(plain, Mapping):
+        raise InputError(f"expected a distribution, found {type(plain).__name__}")
     if "mapping" in plain:
         return {name: _restored(value) for name, value in plain["mapping"].items()}
+    belief = _distribution(plain)
+    if not isinstance(belief, dist.Distribution):
+        raise InputError(f"{plain.get('kind')!r} is no distribution")
+    return belief
+
+
+def _distribution(plain: Mapping[str, Any]) -> Any:
     kind = plain["kind"]
+    shapes = [
+        plain.get("batch_shape", []),
+        *plain.get("shapes", []),
+        [plain.get("dimension", 1)] * 2,
+    ]
+    for shape in shapes:
+        if not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) > MOST_NUMBERS:
+            raise InputError(f"{kind} of shape {shape} is no belief about this model")
     if kind == "ImproperUniform":
         batch, event = plain["shapes"]
         return dist.ImproperUniform(_SUPPORTS[plain["support"]], tuple(batch), tuple(event))
@@ -92,20 +114,44 @@ def _restored(plain: Any) -> Any:
     if kind == "FoldedDistribution":
         return dist.FoldedDistribution(_restored(plain["base"]))
     if kind == "TransformedDistribution":
-        steps = [getattr(transforms, name)(**args) for name, args in plain["transforms"]]
+        steps = []
+        for name, arguments in plain["transforms"]:
+            if name not in _TRANSFORMS:
+                raise InputError(f"the transform {name!r} is not known here")
+            steps.append(getattr(transforms, name)(**_finite(arguments)))
         return dist.TransformedDistribution(_restored(plain["base"]), steps)
     if "bounds" in plain:
-        return dist.TruncatedDistribution(_restored(plain["base"]), **plain["bounds"])
-    return getattr(dist, kind)(**{k: np.asarray(v) for k, v in plain["parameters"].items()})
+        bounds: Any = _finite(plain["bounds"])
+        if not {*bounds} <= {"low", "high"}:
+            raise InputError(f"a truncated distribution has no bound {listing([*bounds])}")
+        return dist.TruncatedDistribution(_restored(plain["base"]), **bounds)
+    made = getattr(dist, kind, None)
+    if not (isinstance(made, type) and issubclass(made, dist.Distribution)):
+        raise InputError(f"{kind!r} is no distribution of numpyro.distributions")
+    parameters = _finite(plain["parameters"])
+    if {*parameters} != {*made.arg_constraints}:
+        raise InputError(f"{kind} takes {', '.join(made.arg_constraints)}")
+    return made(**parameters, validate_args=True)
+
+
+def _finite(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    found = {name: np.asarray(value) for name, value in parameters.items()}
+    for name, value in found.items():
+        if value.dtype.kind not in "fiu" or np.isnan(value).any() or not value.size:
+            raise InputError(f"{name} must be numbers, found {parameters[name]!r:.60}")
+    return found
+
+
+_TRANSFORMS = {
+    "PowerTransform": ["exponent"], "AffineTransform": ["loc", "scale"], "ExpTransform": [],
+}  # fmt: skip
 
 
 def _plain_transform(transform: Any) -> list[Any]:
-    arguments = {"PowerTransform": ["exponent"], "AffineTransform": ["loc", "scale"],
-                 "ExpTransform": []}  # fmt: skip
     name = type(transform).__name__
-    if name not in arguments:
+    if name not in _TRANSFORMS:
         raise InputError(f"a hyperprior transformed by {name} cannot be written to a file")
-    return [name, {a: _numbers(getattr(transform, a)) for a in arguments[name]}]
+    return [name, {a: _numbers(getattr(transform, a)) for a in _TRANSFORMS[name]}]
 
 
 def _innermost(support: Any) -> Any:

@@ -1,0 +1,227 @@
+"""From what a saved fit says to the fit, every part of it checked before it is believed."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+
+from hierbayes import likelihoods, priors
+from hierbayes.adaptation import (
+    Adaptation,
+    Conjugate,
+    GradientSteps,
+    Laplace,
+    LeastSquares,
+    MaximumLikelihood,
+    MixedScales,
+    NotOffered,
+    Proximal,
+    Quadrature,
+)
+from hierbayes.adaptation.implied_posterior import ImpliedPosterior
+from hierbayes.adaptation.linearised import LinearisedSteps
+from hierbayes.adaptation.variational import Variational
+from hierbayes.errors import InputError
+from hierbayes.fit import hdf5
+from hierbayes.fit.fit import Fit
+from hierbayes.fit.stored import (
+    OPTIMISER,
+    NeedsMore,
+    array,
+    check_draws,
+    check_phi,
+    entry,
+    field,
+    made,
+    names,
+    number,
+    read_tasks,
+    read_training,
+)
+from hierbayes.formula import FormulaEncoder
+from hierbayes.likelihoods.neural import Neural
+from hierbayes.model import HierarchicalModel
+from hierbayes.priors.hyperprior import HyperPrior
+from hierbayes.priors.serialise import hyperprior_from_plain
+from hierbayes.tasks import Tasks
+from hierbayes.tasks.reading import ColumnReader
+from hierbayes.tasks.views import SLOTS
+
+GROUP = "hierbayes"
+KINDS = (
+    Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, LinearisedSteps,
+    MaximumLikelihood, MixedScales, NotOffered, Proximal, Quadrature, Variational,
+)  # fmt: skip
+LIKELIHOODS = (
+    likelihoods.Bernoulli, likelihoods.Binomial, likelihoods.Gamma, likelihoods.Gaussian,
+    likelihoods.NegativeBinomial, likelihoods.Poisson, likelihoods.StudentT,
+)  # fmt: skip
+PRIORS = (priors.Gaussian, priors.StudentT)
+WHOLE = 4
+"""The format from which on a file names every setting."""
+
+
+def rebuilt(
+    described: dict[str, Any],
+    arrays: hdf5.Arrays,
+    model: HierarchicalModel | None,
+    optimiser: Any,
+    version: int,
+) -> Fit:
+    """The fit of a file; an InputError that names the field where it cannot be one."""
+    own = arrays.get(GROUP, {})
+    method = entry(described, "method", str)
+    with field("encoder"):
+        encoder = _encoder(
+            entry(described, "encoder", (dict, type(None))), arrays.get(f"{GROUP}/training", {})
+        )
+    tasks = read_tasks(arrays, entry(described, "labels", dict), encoder)
+    if isinstance(encoder, FormulaEncoder):
+        with field("labels"):
+            coef = [n for i in range(len(encoder.parts.bars)) for n in encoder._names(2 + i)]
+            named = (tuple(coef), encoder.task_predictors)
+            if (tasks.coef, tasks.labels.task_predictors) != named:
+                raise InputError(f"{tasks.coef} are not the formula's coefficients, {coef}")
+    elif encoder is None and f"{GROUP}/training" in arrays:
+        raise InputError("encoder: there is none, but columns that it has learned from")
+    phi = _prefixed(own, "phi.")
+    theirs = model is not None
+    if model is None:
+        with field("model"):
+            model = _model(described["model"], encoder, tasks, version)
+    elif isinstance(model.likelihood, Neural):
+        _check_network(model, own)
+    with field("phi"):
+        check_phi(phi, method, model, tasks, theirs)
+    draws = dict(arrays.get("posterior", {}))
+    theta_draws, stats = draws.pop("theta", None), arrays.get("sample_stats", {})
+    drawn = names(described, "phi_draws")
+    if version >= WHOLE and entry(described, "theta_draws", bool) != (theta_draws is not None):
+        raise InputError("posterior.theta: it is missing, or was never there")
+    with field("phi_draws"):
+        check_draws({n: draws[n] for n in drawn}, theta_draws, stats, phi, tasks, theirs)
+        if not {*drawn} <= {*phi} or {*drawn} != {*draws}:
+            raise InputError(f"{drawn} are not those in phi and the posterior, {tuple(draws)}")
+        if method == "full Bayes" and not drawn:
+            raise InputError("full Bayes has draws of phi, and there are none")
+    with field("adaptation"):
+        adaptation = _adaptation(entry(described, "adaptation", dict), optimiser, version)
+    errors, bootstrap = _prefixed(own, "se."), _prefixed(own, "bootstrap.")
+    for name in errors:
+        with field("standard_errors"):
+            array(errors, name, np.shape(phi[name]), finite=False)
+    for name in bootstrap:
+        with field("phi_bootstrap"):
+            size = len(next(iter(bootstrap.values())))
+            array(bootstrap, name, (size, *np.shape(phi[name])))
+    warnings = entry(described, "warnings", list)
+    with field("warnings"):
+        if not all(isinstance(w, str) for w in warnings):
+            raise InputError("expected sentences")
+    by_point = not drawn and isinstance(adaptation, MixedScales)  # made again, with its normals
+    with field("training"):
+        training = None if by_point else read_training(_prefixed(own, "training."), tasks)
+    return Fit(
+        method,
+        model,
+        tasks,
+        phi,
+        adaptation,
+        training,
+        phi_draws={name: draws[name] for name in drawn} or None,
+        theta_draws=theta_draws,
+        sample_stats=stats,
+        standard_errors=errors,
+        evidence=number(described, "evidence"),
+        no_evidence=entry(described, "no_evidence", str),
+        log_posterior=number(described, "log_posterior"),
+        warnings=tuple(warnings),
+        info=entry(described, "info", dict),
+        phi_bootstrap=bootstrap or None,
+    )
+
+
+def _check_network(model: HierarchicalModel, arrays: dict[str, np.ndarray]) -> None:
+    """Refuse a network that has other weights than those in the file."""
+    assert isinstance(model.likelihood, Neural)
+    weights = model.likelihood.weights
+    kept = arrays.get("phi.features", arrays["phi.mu"])
+    if kept.shape != (weights.size,):
+        raise InputError(
+            f"the file holds {kept.size} weights, but the model's network has {weights.size}; pass "
+            "the model that was fitted"
+        )
+
+
+def _prefixed(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)}
+
+
+def _encoder(described: dict[str, Any] | None, columns: dict[str, np.ndarray]) -> Any:
+    if described is None:
+        return None
+    if "reader" in described:
+        plain = {"kind": "ColumnReader", "settings": described["reader"]}
+        return made(plain, [ColumnReader], tuples=True, whole=True)
+    import xarray as xr
+
+    for name in ("task_predictors", "outcome_columns", "columns"):
+        names(described, name)
+    for slot in entry(described, "slots", list):
+        if not (isinstance(slot, list) and len(slot) == 2 and slot[0] in (*SLOTS, "exposure")):
+            raise InputError(f"slots: expected a slot and its column, found {slot!r:.60}")
+    if not {*entry(described, "categories", dict)} <= {*described["columns"]}:
+        raise InputError("categories: some are of no column")
+
+    training = {name: ("training_row", values) for name, values in columns.items()}
+    return FormulaEncoder.from_plain(described, xr.Dataset(training))
+
+
+def _model(described: Any, encoder: Any, tasks: Tasks, version: int) -> HierarchicalModel:
+    if described is None:
+        raise NeedsMore("this fit's model holds functions: pass it, hb.load(path, model=…)")
+    old: dict[str, Any] = {"kind": "Gaussian"}  # up to formats 1 and 2 it had no name
+    with field("likelihood"):
+        if version < 2:
+            described = {
+                "likelihood": old | {"settings": _some(described, "known_se")},
+                **described,
+            }
+        likelihood = made(described["likelihood"], LIKELIHOODS, whole=version >= WHOLE)
+    with field("prior"):
+        if version < 3:
+            settings = _some(described, "correlated", "zero_mean")
+            described = {"prior": old | {"settings": settings}, **described}
+        prior = made(described["prior"], PRIORS, tuples=True, whole=version >= WHOLE)
+    with field("hyperprior"):
+        beliefs = entry(described, "hyperprior", dict)
+        for f in fields(HyperPrior) if version >= WHOLE else ():
+            entry(beliefs, f.name, (dict, int, float, type(None)))
+        hyperprior = hyperprior_from_plain(beliefs)
+    model = HierarchicalModel(likelihood, prior, hyperprior, encoder)
+    if tasks.predictors.shape[1:] != (len(tasks.coef),):
+        raise InputError(f"{len(tasks.coef)} coefficients, predictors {tasks.predictors.shape}")
+    likelihood.check(tasks)
+    shape = model.shape(tasks)
+    with field("hyperprior"):
+        if hyperprior._is_resolved(shape):
+            hyperprior.distributions(shape)
+    return model
+
+
+def _some(described: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: described[name] for name in names if name in described}
+
+
+def _adaptation(described: dict[str, Any], optimiser: Any, version: int) -> Adaptation:
+    adaptation = made(described, KINDS, whole=version >= WHOLE)
+    if getattr(adaptation, "optimiser", None) == OPTIMISER:
+        if optimiser is None:
+            raise NeedsMore(
+                "this fit's inner loop had an Optax optimiser: pass it, "
+                "hb.load(path, …, inner_optimiser=…)"
+            )
+        return replace(adaptation, optimiser=optimiser)
+    return adaptation

@@ -1,0 +1,329 @@
+"""What a saved fit says, believed only as far as it is checked: a file may be a stranger's.
+
+Every doubt is an InputError that names the field.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, NoReturn
+
+import numpy as np
+
+from hierbayes.adaptation import Adapted
+from hierbayes.errors import InputError, listing
+from hierbayes.fit.datatree import DIMS
+from hierbayes.model import HierarchicalModel
+from hierbayes.tasks import Labels, Tasks
+from hierbayes.tasks.frames import as_names
+from hierbayes.tasks.views import SLOTS
+
+OPTIMISER = "an Optax optimiser"
+"""What stands in the file for an inner optimiser, a function that no file can keep."""
+
+MOST = {"num_steps": 1_000_000, "num_nodes": 1_000, "num_samples": 100_000}
+"""What a setting may be at most: beyond, a file would keep its reader computing for ever."""
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "loss": ("sum", "mean"),
+    "derivative": ("unrolled", "rematerialised", "first-order", "implicit"),
+    "spread": ("implied", "laplace"),
+    "optimiser": (None, OPTIMISER),
+    "proximal": (True, False),
+    "known_se": (True, False),
+    "intercept": (True, False),
+}
+
+LEARNS_ALL = ("empirical Bayes", "full Bayes")
+"""Methods whose φ holds everything that the model has."""
+
+
+class NeedsMore(InputError):
+    """What the file cannot hold, and the user has."""
+
+
+@contextmanager
+def field(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside is wrong with this field of the file."""
+    try:
+        yield
+    except NeedsMore:
+        raise
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    except Exception as error:  # a stranger's file raises whatever it likes
+        raise InputError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def refuse(problem: str) -> NoReturn:
+    """Say what is wrong with the field."""
+    raise InputError(problem)
+
+
+def entry(
+    described: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any = ...
+) -> Any:
+    """An entry of a mapping, of this kind."""
+    with field(name):
+        if name not in described:
+            refuse("it is missing")
+        value = described[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            refuse(f"found {type(value).__name__}, {_short(value)}")
+    return value
+
+
+def number(described: Mapping[str, Any], name: str) -> float | None:
+    """A finite number, or None."""
+    value = entry(described, name, (int, float, type(None)))
+    if value is not None and not math.isfinite(value):
+        with field(name):
+            refuse(f"expected a finite number, found {value}")
+    return value
+
+
+def names(described: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """A list of different strings."""
+    value = entry(described, name, list)
+    with field(name):
+        if not all(isinstance(v, str) for v in value):
+            refuse(f"expected strings, found {_short(value)}")
+        if len(set(value)) < len(value):
+            refuse(f"a name stands twice in {listing(value)}")
+    return tuple(value)
+
+
+def made(described: Any, kinds: Sequence[type], *, tuples: bool = False, whole: bool) -> Any:
+    """One of these dataclasses from its name and its settings, ``whole``: each of them."""
+    if not isinstance(described, dict):
+        refuse(f"expected a kind and its settings, found {_short(described)}")
+    kind = entry(described, "kind", str)
+    known = {k.__name__: k for k in kinds}
+    if kind not in known:
+        with field("kind"):
+            refuse(f"{kind!r} is not known here: {listing(sorted(known), 12)}")
+    settings = entry(described, "settings", dict)
+    own = {f.name for f in fields(known[kind])}
+    if whole and (missing := sorted(own - {*settings})):
+        with field(f"settings.{missing[0]}"):
+            refuse("it is missing")
+    for name, value in settings.items():
+        with field(f"settings.{name}"):
+            if name not in own:
+                refuse(f"{kind} has no such setting")
+            _check_setting(name, value)
+    return known[kind](**{n: _tuples(v) if tuples else v for n, v in settings.items()})
+
+
+def _check_setting(name: str, value: Any) -> None:
+    if name in CHOICES:
+        if not any(value is c or (isinstance(c, str) and value == c) for c in CHOICES[name]):
+            refuse(f"expected one of {CHOICES[name]}, found {_short(value)}")
+    elif name in MOST:
+        if not _is_number(value, int) or not 0 <= value <= MOST[name]:
+            refuse(f"expected a whole number of at most {MOST[name]}, found {_short(value)}")
+    elif name == "correlated":
+        if not isinstance(value, bool):
+            for group in value:
+                _check_names(group)
+    elif name in ("zero_mean", "predictors", "shared", "task_predictors"):
+        _check_names(value)
+    elif name in ("reason", "task", "outcome"):
+        if not isinstance(value, str):
+            refuse(f"expected a string, found {_short(value)}")
+    elif name == "slots":
+        for pair in value:
+            _check_names(pair)
+            if len(pair) != 2 or pair[0] not in (*SLOTS, "exposure"):
+                refuse(f"expected a slot and its column, found {_short(pair)}")
+    else:  # step_size, df and other numbers, one or one a coefficient
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and not (_is_number(one, float) and math.isfinite(one)):
+                refuse(f"expected a finite number, found {_short(one)}")
+            if name == "df" and one is not None and not one > 0:
+                refuse(f"expected a positive number, found {_short(one)}")
+
+
+def _check_names(value: Any) -> None:
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        refuse(f"expected a list of names, found {_short(value)}")
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    kinds = (int,) if kind is int else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+# ---------------------------------------------------------------------- arrays
+
+
+def array(
+    arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int | None, ...] | None = None,
+    *, finite: bool = True, whole: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """An array of numbers of this shape; None stands for any length."""
+    with field(name):
+        if name not in arrays:
+            refuse("it is missing")
+        values = arrays[name]
+        if values.dtype.kind not in ("iu" if whole else "iufb"):
+            refuse(f"expected {'whole ' if whole else ''}numbers, found {values.dtype}")
+        if shape is not None and not _fits(values.shape, shape):
+            refuse(f"expected the shape {_shown(shape)}, found {values.shape}")
+        if finite and values.dtype.kind == "f" and not np.isfinite(values).all():
+            refuse(f"{(~np.isfinite(values)).sum()} value(s) are NaN or infinite")
+    return values
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(found) == len(wanted) and all(
+        w is None or f == w for f, w in zip(found, wanted, strict=True)
+    )
+
+
+def _shown(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("…" if n is None else str(n) for n in shape) + ")"
+
+
+def read_tasks(
+    arrays: Mapping[str, Mapping[str, np.ndarray]], described: dict[str, Any], encoder: Any
+) -> Tasks:
+    """The tasks of the file; refused where their parts do not fit together."""
+    with field("labels"):
+        coef, shared = names(described, "coef"), names(described, "shared")
+        level = names(described, "task_predictors")
+        named = entry(described, "task", str), entry(described, "outcome", str)
+    with field("constant_data"):
+        data = arrays.get("constant_data", {})
+        outcome = array(arrays.get("observed_data", {}), "y", (None,))
+        num_rows = len(outcome)
+        with field("task"):
+            task_names = as_names(data["task"].tolist())
+        num_tasks = len(task_names)
+        x = array(data, "predictors")
+        if x.ndim < 2 or len(x) != num_rows:
+            raise InputError(f"predictors: {x.shape} do not fit {num_rows} outcomes")
+        for name, said in (("shared_predictors", shared), ("task_predictors", level)):
+            if name in data and not said:
+                raise InputError(f"{name}: the labels name no such columns")
+        z = array(data, "shared_predictors", (num_rows, len(shared))) if shared else None
+        w = array(data, "task_predictors", (num_tasks, len(level))) if level else None
+        tasks = Tasks(
+            x,
+            np.zeros((num_rows, 0)) if z is None else z,
+            np.zeros((num_tasks, 0)) if w is None else w,
+            outcome.astype(np.float64),
+            {slot: array(data, slot, (num_rows,)) for slot in SLOTS if slot in data},
+            array(data, "starts", (num_tasks + 1,), whole=True),
+            array(data, "row", (num_rows,), whole=True),
+            Labels(task_names, coef, shared, level, *named, encoder),
+        )
+    _check_tasks(tasks)
+    return tasks
+
+
+def _check_tasks(tasks: Tasks) -> None:
+    """Refuse tasks whose parts do not fit together."""
+    rows, count = tasks.num_rows, tasks.num_tasks
+    with field("constant_data.starts"):
+        steps = np.diff(tasks.starts)
+        if tasks.starts[0] != 0 or tasks.starts[-1] != rows or (steps < 0).any():
+            refuse(f"they do not cut {rows} rows into {count} tasks")
+    with field("constant_data.row"):
+        if rows and (int(tasks.rows.min()) < 0 or len(np.unique(tasks.rows)) < rows):
+            refuse("row numbers are negative, or stand twice")
+    with field("constant_data.task"):
+        if len({*map(str, tasks.names.tolist())}) < count:
+            refuse("task names stand twice")
+    for name in ("known_se", "weight", "trials"):
+        with field(f"constant_data.{name}"):
+            if name in tasks.slots and not (tasks.slots[name] > 0).all():
+                refuse("it must be positive")
+
+
+def check_phi(
+    phi: Mapping[str, np.ndarray], method: str, model: HierarchicalModel, tasks: Tasks, own: bool
+) -> None:
+    """Refuse a φ that is not this model's; ``own``: the model is the user's, not the file's."""
+    size = {
+        "coef": len(tasks.coef), "coef_bis": len(tasks.coef), "shared": len(tasks.labels.shared),
+        "task_predictor": len(tasks.labels.task_predictors),
+    }  # fmt: skip
+    for name in phi:
+        if own and name not in DIMS:
+            array(phi, name)
+        elif name == "step_size":
+            array(phi, name, () if phi[name].ndim == 0 else (size["coef"],))
+        elif not own or name == "corr":
+            array(phi, name, tuple(size.get(d) for d in DIMS.get(name, ())))
+    for name in ("tau", "sigma", "sigma_query"):
+        with field(name):
+            if name in phi and (phi[name] < 0).any():
+                refuse("a standard deviation is negative")
+    if "corr" in phi:
+        with field("corr"):
+            corr = phi["corr"]
+            unit = np.allclose(np.diag(corr), 1.0) and np.allclose(corr, corr.T)
+            if not unit or (np.linalg.eigvalsh(corr) < -1e-6).any():
+                refuse("it is no correlation matrix")
+    if method in LEARNS_ALL and not own:
+        shape = model.shape(tasks)
+        needed = ["mu", "tau", *shape.parameters]
+        needed += ["corr"] * shape.correlated + ["beta"] * bool(shape.shared)
+        needed += ["gamma"] * bool(shape.task_predictors)
+        for name in needed:
+            with field(name):
+                if name not in phi:
+                    refuse("it is missing")
+
+
+def check_draws(
+    draws: Mapping[str, np.ndarray], theta: np.ndarray | None, stats: Mapping[str, np.ndarray],
+    phi: Mapping[str, np.ndarray], tasks: Tasks, own: bool,
+) -> None:  # fmt: skip
+    """Refuse draws of other shapes than φ's and θ's, or of different numbers."""
+    known = {name: np.shape(value) for name, value in phi.items()}
+    if theta is not None:
+        draws, known = {**draws, "theta": theta}, {**known, "theta": theta.shape[2:]}
+        count, d = tasks.num_tasks, theta.shape[-1:] if own else (len(tasks.coef),)
+        if theta.ndim != 4 or theta.shape[2:] != (count, *d):
+            with field("posterior.theta"):
+                refuse(f"{theta.shape} are no draws (chain, draw) of {count} tasks")
+    lead: tuple[int, ...] | None = None
+    for where, some in (("posterior", draws), ("sample_stats", stats)):
+        for name, values in some.items():
+            with field(f"{where}.{name}"):
+                if values.ndim < 2 or 0 in values.shape[:2]:
+                    refuse(f"{values.shape} are no draws")
+                lead = lead or values.shape[:2]
+                rest = known.get(name, ()) if where == "posterior" else ()
+                if values.dtype.kind not in "biuf" or values.shape != (*lead, *rest):
+                    refuse(f"expected numbers of shape {(*lead, *rest)}, found {values.shape}")
+                if where == "posterior" and not np.isfinite(values).all():
+                    refuse("some draws are NaN or infinite")
+
+
+def read_training(moments: dict[str, np.ndarray], tasks: Tasks) -> Adapted | None:
+    """What the training tasks concluded, where the file has it."""
+    if not moments:
+        return None
+    mean = array(moments, "mean", (tasks.num_tasks, None))
+    count, d = mean.shape
+    square = {"covariance": (count, d, d), "unidentified": (count, d, d), "absorbed": (count, d)}
+    for name, shape in square.items():
+        if name in moments:
+            array(moments, name, shape, finite=False)
+    known: list[Any] = [moments.get(name) for name in square]
+    return Adapted(mean, *known)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
