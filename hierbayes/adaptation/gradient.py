@@ -20,7 +20,7 @@ import numpy as np
 
 from hierbayes.adaptation.base import Adapted, PointAdaptation
 from hierbayes.adaptation.descent import Descent
-from hierbayes.adaptation.implicit import with_implicit_slope
+from hierbayes.adaptation.implicit import Solved, how_solved, norm, with_implicit_slope
 from hierbayes.adaptation.step_length import bounded, check_step_size, overshooting
 from hierbayes.errors import listing
 from hierbayes.likelihoods.base import sum_by_task
@@ -91,9 +91,45 @@ class GradientSteps(PointAdaptation):
 
         An Optax optimiser, and the conjugate gradients of the implicit derivative.
         """
-        if self.optimiser is None and self.derivative != "implicit":
+        plain = self.optimiser is None and self.derivative != "implicit"
+        if plain or isinstance(model.likelihood, Neural):
             return model.likelihood.arrange(tasks)
         return tasks.block(np.arange(tasks.num_tasks), int(tasks.sizes.max(initial=1))), None
+
+    def how_solved(
+        self, model: HierarchicalModel, phi: dict[str, Any], support: Task, query: Task
+    ) -> tuple[Any, Solved]:
+        """How well the implicit derivative's two problems are solved, of tasks on a leading axis.
+
+        (J,) ‖∇Ψ(θ_K)‖ / ‖∇Ψ(θ_0)‖, what is left of the inner problem's slope; and how A x = b is
+        solved at θ_K for the slope b of the query rows' log density.
+        """
+        likelihood = model.likelihood
+        scored = likelihood.plug_in(phi)
+
+        def of_one(start: Any, given: Task, asked: Task) -> Any:
+            def value(theta: Any) -> Any:
+                return likelihood.log_likelihood(theta, phi, given).sum()
+
+            end = likelihood.tree(self._of_one(model, phi, start, given))
+            first = likelihood.tree(start)
+            tau = phi["tau"] if _is_number(phi["tau"]) else likelihood.tree(phi["tau"])
+            rise = self._rise(value, tau, first)
+            before, after = norm(rise(first)), norm(rise(end))
+            pull = jax.grad(lambda t: likelihood.log_likelihood(t, scored, asked).sum())(end)
+            share = jnp.where(before > 0, after / jnp.where(before > 0, before, 1.0), 0.0)
+            return share, how_solved(rise, end, pull)
+
+        return jax.vmap(of_one)(model.prior.location(phi, support.task_predictors), support, query)
+
+    def _rise(self, value: Any, tau: Any, start: Any) -> Any:
+        """∇Ψ in θ, of the log likelihood ``value`` under the prior around ``start``."""
+
+        def rise(theta: Any) -> Any:
+            uphill = jax.grad(value)(theta)
+            return jax.tree.map(jnp.subtract, uphill, _pull(tau, theta, start))
+
+        return rise if self.proximal else jax.grad(value)
 
     def path(self, model: HierarchicalModel, phi: dict[str, Any], task: Task) -> Any:
         """θ_0, …, θ_K (K + 1, d) of one task."""
@@ -129,12 +165,7 @@ class GradientSteps(PointAdaptation):
         per_weight = eta is not None and not _is_number(eta)
         share = count if self.loss == "mean" else 1.0
 
-        def rise(theta: Any) -> Any:
-            uphill = jax.grad(value)(theta)
-            if self.proximal:
-                pull = _pull(phi["tau"], theta, start)
-                uphill = jax.tree.map(jnp.subtract, uphill, pull)
-            return uphill
+        rise = self._rise(value, phi.get("tau"), start)
 
         def slope(theta: Any) -> Any:
             uphill = jax.tree.map(lambda g: g / share, rise(theta))
@@ -175,7 +206,8 @@ class GradientSteps(PointAdaptation):
         if self.optimiser is None:
             groups = model.likelihood.arrange_alike(tasks)
         else:
-            groups = [(positions, (block, None)) for positions, block in tasks.blocks()]
+            blocks = model.likelihood.blocks(tasks)
+            groups = [(positions, (block, None)) for positions, block in blocks]
         with arithmetic(model.likelihood.precision):
             plain = model.without_encoder()
             parts = [

@@ -14,6 +14,7 @@ approximation under N(φ, s₀ I).
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -67,12 +68,9 @@ class LinearisedSteps(GradientSteps):
     ) -> np.ndarray:
         """var f at rows of these tasks, the task of each by position."""
         support = tasks.take(positions)
-        blocks = model.likelihood.arrange_alike(rows)
         values = np.zeros(rows.num_rows)
         with arithmetic(model.likelihood.precision):
-            for at, (asked, _) in blocks:
-                own = support.take(at)
-                given = own.block(np.arange(len(at)), max(int(own.sizes.max()), 1))
+            for at, given, asked in _pairs(model, support, rows):
                 found = np.asarray(
                     _variances(
                         self, model.without_encoder(), phi, theta[positions[at]],
@@ -124,6 +122,20 @@ class LinearisedSteps(GradientSteps):
             left = 1 / (safe + 1 / prior)
         kept = jnp.where(fine, (left - prior) / safe, 0.0)
         return jnp.maximum(prior * (asked**2).sum(1) + along @ kept, 0.0)
+
+
+def _pairs(
+    model: HierarchicalModel, support: Tasks, rows: Tasks
+) -> Iterator[tuple[np.ndarray, Task, Task]]:
+    """(positions, support, rows) of tasks side by side, in groups."""
+    for at, asked in model.likelihood.blocks(rows):
+        own = support.take(at)
+        sizes = own.sizes
+        one_group = not model.likelihood.mixes_rows(own.predictors)
+        for size in [sizes.max()] if one_group else np.unique(sizes):
+            here = np.flatnonzero((sizes == size) | one_group)
+            given = own.block(here, max(int(size), 1))
+            yield at[here], given, jax.tree.map(lambda part, h=here: part[h], asked)
 
 
 def _jacobian(model: HierarchicalModel, phi: Any, theta: Any, task: Task) -> Any:

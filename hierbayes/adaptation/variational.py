@@ -71,7 +71,7 @@ class Variational(Adaptation):
         mean = np.array(np.broadcast_to(phi["mu"], (tasks.num_tasks, len(phi["mu"]))), float)
         log_sd = np.array(np.broadcast_to(np.log(phi["tau"]), mean.shape))
         with arithmetic(model.likelihood.precision):
-            for positions, block in tasks.blocks():
+            for positions, block in model.likelihood.blocks(tasks):
                 found = _steps(self, model.without_encoder(), dict(phi), block)
                 mean[positions], log_sd[positions] = (np.asarray(part) for part in found)
         white = np.random.default_rng(0).standard_normal((PREDICTIVE_DRAWS, 1, mean.shape[1]))

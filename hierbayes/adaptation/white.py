@@ -30,7 +30,10 @@ NUM_PROBES = 64
 
 @dataclass(frozen=True)
 class OneTask:
-    """The log likelihood of one task, its rows filled up to a power of two; in float64 only."""
+    """The log likelihood of one task, in float64 only.
+
+    Its rows are filled up to a power of two where they do not depend on one another.
+    """
 
     model: HierarchicalModel
     kind: Kind
@@ -42,7 +45,9 @@ class OneTask:
         model: HierarchicalModel, kind: Kind, phi: dict[str, Any], tasks: Tasks, j: int
     ) -> OneTask:
         """The task at position j, which must have rows."""
-        width = 1 << int(tasks.sizes[j] - 1).bit_length()
+        width = int(tasks.sizes[j])
+        if not model.likelihood.mixes_rows(tasks.predictors):
+            width = 1 << (width - 1).bit_length()
         rows = jax.tree.map(lambda values: values[0], tasks.block(np.array([j]), width))
         return OneTask(model, kind, phi, rows)
 

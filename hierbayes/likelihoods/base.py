@@ -187,6 +187,15 @@ class Likelihood(abc.ABC):
         """(positions of tasks, their rows arranged), in groups that need little filling up."""
         return [(np.arange(tasks.num_tasks), self.arrange(tasks))]
 
+    def blocks(self, tasks: Tasks) -> list[tuple[np.ndarray, Task]]:
+        """(positions of tasks, these side by side on a leading axis), for what sees tasks so."""
+        return tasks.blocks()
+
+    def mixes_rows(self, x: Any) -> bool:
+        """Whether f of a row like ``x`` depends on the task's other rows: none may fill up then."""
+        del x
+        return False
+
     def named(self, tasks: Tasks) -> Tasks:
         """The tasks with θ's coefficients named; they are the columns of X where f is linear."""
         return tasks

@@ -21,6 +21,7 @@ from hierbayes.likelihoods.neural import (
     refuse_extras,
     without_x,
 )
+from hierbayes.numerics import arithmetic
 from hierbayes.tasks import Task, Tasks
 
 
@@ -120,8 +121,14 @@ class LastLayer(Neural):
             return replace(tasks, predictors=np.zeros((0, d)))
         weights = np.asarray(phi["features"], dtype=self.dtype)
         x = np.asarray(tasks.predictors, dtype=self.dtype)
-        with jax.enable_x64(self.dtype == "float64"):
-            h = np.asarray(_features(self, weights, x), dtype=np.float64)
+        h = np.zeros((tasks.num_rows, self.num_features(x)))
+        with arithmetic(self.dtype):
+            for positions, block in self.blocks(replace(tasks, predictors=x)):
+                found = np.asarray(_features(self, weights, block.predictors), dtype=np.float64)
+                sizes = tasks.sizes[positions]
+                # rows of one task stand together, in the order of the block's
+                rows = np.repeat(tasks.starts[positions], sizes) + _within(sizes)
+                h[rows] = found[np.asarray(block.mask)]
         return replace(tasks, predictors=h)
 
     def check(self, tasks: Tasks) -> None:
@@ -133,7 +140,13 @@ class LastLayer(Neural):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _features(likelihood: LastLayer, weights: Any, x: Any) -> Any:
-    return likelihood.features({"features": weights}, x)
+    """h (J, n, d) of tasks side by side: apply sees one task at a time."""
+    return jax.vmap(lambda rows: likelihood.features({"features": weights}, rows))(x)
+
+
+def _within(sizes: np.ndarray) -> np.ndarray:
+    """0, …, n_j − 1 for each of some sizes, one after another."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 @functools.lru_cache(maxsize=64)

@@ -100,15 +100,6 @@ class Network(Neural):
         """θ (d,) of the pytree that ``apply`` takes."""
         return self.weights.vector(theta)
 
-    def arrange(self, tasks: Tasks) -> tuple[Task, None]:
-        """Tasks side by side, filled up to the longest: a network is run once for a task."""
-        width = int(tasks.sizes.max(initial=1))
-        return tasks.block(np.arange(tasks.num_tasks), width), None
-
-    def arrange_alike(self, tasks: Tasks) -> list[tuple[Any, tuple[Task, Any]]]:
-        """In power-of-two buckets; tasks without rows are in none."""
-        return [(positions, (block, None)) for positions, block in tasks.blocks()]
-
     def named(self, tasks: Tasks) -> Tasks:
         """The tasks with the weights' names in the place of their columns'."""
         if tasks.labels.coef is self.weights.names:

@@ -12,12 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
-from hierbayes.errors import InputError
+from hierbayes.errors import InputError, listing
 from hierbayes.likelihoods.base import Likelihood
 from hierbayes.likelihoods.categorical import Categorical
+from hierbayes.likelihoods.probing import (
+    WITHOUT_DRAWS,
+    asks_for_draws,
+    depends_on_other_rows,
+    draws,
+)
 from hierbayes.likelihoods.weights import Weights
 from hierbayes.numerics import arithmetic
-from hierbayes.tasks import Tasks
+from hierbayes.tasks import Task, Tasks, layout
 
 
 class Neural(Likelihood):
@@ -31,7 +37,7 @@ class Neural(Likelihood):
     @functools.cached_property
     def weights(self) -> Weights:
         """The network's weights as a vector and as the pytree that ``apply`` takes."""
-        if not callable(self.init):
+        if not _is_function(self.init):
             return Weights.like(self.init, self.dtype)
         try:
             drawn = jax.eval_shape(self.init, jax.random.key(0))
@@ -44,7 +50,7 @@ class Neural(Likelihood):
 
     def initial(self, key: Any) -> Any:
         """Weights to start from, a pytree in ``dtype``: drawn by ``init``, or as given."""
-        drawn = self.init(key) if callable(self.init) else self.init
+        drawn = self.init(key) if _is_function(self.init) else self.init
         return jax.tree.map(lambda x: jnp.asarray(x, dtype=self.dtype), drawn)
 
     @property
@@ -57,17 +63,63 @@ class Neural(Likelihood):
         rows = jax.ShapeDtypeStruct((num_rows, *np.shape(x)[1:]), jnp.dtype(self.dtype))
         try:
             with arithmetic(self.dtype):
-                out = jax.eval_shape(self.apply, self.weights.template, rows)
+                traced = jax.make_jaxpr(self.apply, return_shape=True)
+                jaxpr, out = traced(self.weights.template, rows)
         except Exception as error:
+            said = f"{type(error).__name__}: {_first_line(error)}".rstrip(".")
+            hint = f". {WITHOUT_DRAWS}" if asks_for_draws(said) else ""
             raise InputError(
-                f"apply does not take these tasks' rows: x of shape {rows.shape} gives "
-                f"{type(error).__name__}: {_first_line(error)}"
+                f"apply does not take these tasks' rows: x of shape {rows.shape} gives {said}{hint}"
             ) from error
         if not hasattr(out, "shape"):
             raise InputError(
                 f"apply must return one array, f of every row; it returns {type(out).__name__}"
             )
+        if draws(jaxpr):
+            raise InputError(
+                f"apply draws random numbers, as dropout and noise do. {WITHOUT_DRAWS}; what stays "
+                "as it was drawn once, draw outside of apply"
+            )
         return tuple(out.shape)
+
+    # ------------------------------------------------------- many tasks at once
+
+    def mixes_rows(self, x: Any) -> bool:
+        """Whether f of a row depends on the task's other rows, as under batch norm or attention.
+
+        Tried on rows like ``x`` (N, …), once for each shape of a row.
+        """
+        shape = np.shape(x)[1:]
+        if shape not in self._mixing:
+            self._mixing[shape] = depends_on_other_rows(self.apply, self.initial, x, self.dtype)
+        return self._mixing[shape]
+
+    @functools.cached_property
+    def _mixing(self) -> dict[tuple[int, ...], bool]:
+        return {}
+
+    def blocks(self, tasks: Tasks) -> list[tuple[np.ndarray, Task]]:
+        """(positions of tasks, these side by side), tasks without rows in none.
+
+        Tasks of one size, and whatever their sizes where rows depend on one another, as they are;
+        others filled up to powers of two.
+        """
+        exact = _of_one_size(tasks) or self.mixes_rows(tasks.predictors)
+        return layout.blocks(tasks, exact=exact)
+
+    def arrange(self, tasks: Tasks) -> tuple[Task, None]:
+        """Tasks side by side, filled up to the longest: a network is run once for a task.
+
+        Refused where tasks of several sizes would have to be filled up and rows depend on others.
+        """
+        if not _of_one_size(tasks) and self.mixes_rows(tasks.predictors):
+            refuse_filling(tasks.sizes)
+        width = int(tasks.sizes.max(initial=1))
+        return tasks.block(np.arange(tasks.num_tasks), width), None
+
+    def arrange_alike(self, tasks: Tasks) -> list[tuple[Any, tuple[Task, Any]]]:
+        """As :meth:`blocks`."""
+        return [(positions, (block, None)) for positions, block in self.blocks(tasks)]
 
     @property
     def discrete(self) -> bool:  # type: ignore[override]
@@ -105,8 +157,29 @@ class Neural(Likelihood):
         return self.outcome.units(tasks)
 
 
+def _of_one_size(tasks: Tasks) -> bool:
+    return len(np.unique(tasks.sizes[tasks.sizes > 0])) <= 1
+
+
+def refuse_filling(sizes: Any) -> None:
+    """Refuse tasks of these sizes for a network whose rows depend on one another."""
+    some = np.unique(np.asarray(sizes)[np.asarray(sizes) > 0])
+    raise InputError(
+        "what apply says of a row depends on the task's other rows (batch norm, or attention over "
+        f"them), and these tasks have {listing(some.tolist())} rows: side by side the shorter ones "
+        "would be filled up with rows that are not theirs. Give tasks of one size, or "
+        "hb.Episodes.from_tasks(tasks, shots=…, queries=…), which draws as many rows of each"
+    )
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
+
+
+def _is_function(init: Any) -> bool:
+    """Whether ``init`` makes weights; a module that holds some (Equinox's) can be called too."""
+    leaves = [] if isinstance(init, jax.tree_util.Partial) else jax.tree.leaves(init)
+    return callable(init) and not any(isinstance(x, (jax.Array, np.ndarray)) for x in leaves)
 
 
 def squeezed(f: Any, outcome: Likelihood) -> Any:

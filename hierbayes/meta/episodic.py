@@ -22,9 +22,9 @@ from hierbayes.adaptation import Adaptation
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.fit import Fit
 from hierbayes.likelihoods import LastLayer
-from hierbayes.likelihoods.neural import Neural
+from hierbayes.likelihoods.neural import Neural, refuse_filling
 from hierbayes.meta.inner_loop import check_counts
-from hierbayes.meta.training import Direction, Trained, settings, train
+from hierbayes.meta.training import Direction, Measure, Trained, settings, train
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic, to_numpy
 from hierbayes.tasks import Episodes, Task, Tasks
@@ -68,7 +68,9 @@ def source(model: HierarchicalModel, tasks: Any, query: float, held: int) -> tup
             raise InputError(
                 f"a prior cannot be learned from one task: found {tasks.num_tasks}; give more"
             )
-        return Episodes.from_tasks(tasks, query=query), model.tasks(tasks)
+        resplit = Episodes.from_tasks(tasks, query=query)
+        _refuse_filled(model, resplit, tasks)
+        return resplit, model.tasks(tasks)
     if query != SHARE:
         raise InputError("query is for a fixed set of tasks; episodes come with their query rows")
     if getattr(model.prior, "zero_mean", ()):
@@ -79,7 +81,14 @@ def source(model: HierarchicalModel, tasks: Any, query: float, held: int) -> tup
     names = np.array([f"sample {j}" for j in range(sample.num_tasks)])
     named = model.tasks(replace(sample, labels=replace(sample.labels, names=names)))
     model.likelihood.check(named)
+    _refuse_filled(model, tasks, named)
     return tasks, named
+
+
+def _refuse_filled(model: HierarchicalModel, episodes: Episodes, sample: Tasks) -> None:
+    """Refuse parts that are filled up, where rows would be mixed with those that fill up."""
+    if episodes.filled and model.likelihood.mixes_rows(sample.predictors):
+        refuse_filling(episodes.filled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,6 +214,7 @@ def run(
     described: dict[str, Any],
     start: Callable[[Any], Parameters] | None = None,
     precision: str | None = None,
+    measure: Measure | None = None,
 ) -> Trained:
     """Train with the settings given; ``start`` adds a method's own parameters."""
     chosen = settings(training, method)
@@ -212,7 +222,7 @@ def run(
     settled = {name: chosen[name] for name in kept}
     trained = train(
         direction, score, outer.start if start is None else start, episodes, chosen,
-        precision or outer.model.likelihood.precision, method, described | settled,
+        precision or outer.model.likelihood.precision, method, described | settled, measure,
     )  # fmt: skip
     trained.settings = settled | {"num_meta_steps": chosen["num_meta_steps"]}
     return trained

@@ -83,8 +83,11 @@ def imaml(
     num_steps, step_size, loss, derivative, inner_optimiser
         On episodes, where the maximum is approached by K = 16 gradient steps of 0.01 on the mean
         log posterior unless said otherwise; see :func:`maml`. ``derivative`` "implicit" by default:
-        conjugate gradients at the point reached, which keep no step. On a fixed set of tasks the
-        maximum is found by Newton's method and these are refused.
+        conjugate gradients at the point reached, until 1e-5 (float64: 1e-10) of their system is
+        left, which keep no step. They stop at a direction that bends upwards: there is no maximum.
+        What is left of the slope and of the system on held-out tasks is in ``info["history"]``
+        as ``inner_residual``, ``gradient_residual`` and ``not_a_maximum``, and warned of. On a
+        fixed set of tasks the maximum is found by Newton's method and these are refused.
     prior_precision : float, sequence by coefficient, or "learn"
         λ > 0, one for all coefficients or one each, in units of 1/θ²: the log likelihood is summed
         over a task's rows. "learn" learns log λ, a number a coefficient; on episodes one for all.

@@ -73,9 +73,21 @@ def maximise_predictive(
         "derivative": adaptation.derivative, "learn_step_size": learn_step_size, "sigma": sigma,
         "tau": tau, "query": query,
     }  # fmt: skip
+    implicit = adaptation.derivative == "implicit"
+
+    def residuals(parameters: Parameters, support: Task, asked: Task) -> dict[str, Any]:
+        left, solved = adaptation.how_solved(model, outer.phi(parameters), support, asked)
+        return {
+            "inner_residual": left.max(), "gradient_residual": solved.residual.max(),
+            "not_a_maximum": (~solved.definite).mean(),
+        }  # fmt: skip
+
     trained = run(
-        outer, ascent_of(objective), objective, episodes, training, method, described, start
-    )
+        outer, ascent_of(objective), objective, episodes, training, method, described, start,
+        measure=residuals if implicit else None,
+    )  # fmt: skip
+    if implicit:
+        trained.warnings += _unsolved(method, adaptation, trained.history)
     learned = "sigma" in model.likelihood.parameters()
     fit = finish(
         method, outer, adaptation, trained, sample, episodes, described, started,
@@ -86,6 +98,39 @@ def maximise_predictive(
     if "tau" in fit.phi:
         fit = replace(fit, phi={**fit.phi, "tau": np.full(len(sample.coef), fit.phi["tau"])})
     return fit
+
+
+SOLVED, SOLVED_SLOPE = 1e-2, 1e-3
+"""Of the inner problem's slope, and of the right-hand side of the gradient's system: what may be
+left for the gradient to be right to about as much."""
+
+
+def _unsolved(method: str, adaptation: GradientSteps, history: dict[str, list[float]]) -> list[str]:
+    """What to say where the implicit gradient is not that of a maximum, from held-out tasks."""
+    last = {name: values[-1] for name, values in history.items()}
+    said = []
+    if not last["inner_residual"] <= SOLVED:
+        said.append(
+            f"{method}: {adaptation.num_steps} inner steps do not reach the maximum whose "
+            f"derivative the outer loop takes: up to {last['inner_residual']:.2g} of the slope at "
+            f"phi is left at theta in held-out tasks, {SOLVED:g} being little. Take more "
+            'or longer steps, a larger prior_precision, or derivative="unrolled", that of the steps'
+        )
+    if last["not_a_maximum"] > 0:
+        said.append(
+            f"{method}: in {100 * last['not_a_maximum']:.2g} % of held-out tasks the log posterior "
+            "bends upwards somewhere at theta, which is no maximum there and has no implicit "
+            "gradient: conjugate gradients stop at that direction, and a share of up to "
+            f"{last['gradient_residual']:.2g} of their system is left. Take a larger "
+            'prior_precision or more steps, or derivative="unrolled"'
+        )
+    elif not last["gradient_residual"] <= SOLVED_SLOPE:
+        said.append(
+            f"{method}: conjugate gradients for the implicit gradient have not converged: a share "
+            f"of up to {last['gradient_residual']:.2g} of their system is left in held-out tasks. "
+            'Take a larger prior_precision, or dtype="float64" in the likelihood'
+        )
+    return said
 
 
 def query_deviation(adaptation: GradientSteps) -> Any:

@@ -39,6 +39,10 @@ Direction = Callable[[Any, Task, Task, Any], tuple[jax.Array, Any]]
 """(parameters, support, query, key) → (score of every task (B,), where to go, like parameters)."""
 
 
+Measure = Callable[[Any, Task, Task], dict[str, jax.Array]]
+"""(parameters, support, query) → numbers by name."""
+
+
 class OuterLoop(TypedDict, total=False):
     """Settings of the outer loop on episodes, of every method that learns from them.
 
@@ -150,14 +154,16 @@ def train(
     precision: str,
     method: str,
     described: dict[str, Any],
+    measure: Measure | None = None,
 ) -> Trained:
     """Follow ``direction`` from ``start(key)``; ``score`` (J,) judges held-out tasks.
 
     ``precision`` "float32" or "float64" is what everything is computed in; ``described`` tells
-    one run's checkpoint from another's.
+    one run's checkpoint from another's; ``measure`` is what else of the held-out tasks goes into
+    the history, numbers by name.
     """
     with arithmetic(precision):
-        return _Run(direction, score, start, episodes, chosen, method, described).go()
+        return _Run(direction, score, start, episodes, chosen, method, described, measure).go()
 
 
 class _Run:
@@ -172,6 +178,7 @@ class _Run:
         chosen: dict[str, Any],
         method: str,
         described: dict[str, Any],
+        measure: Measure | None,
     ) -> None:
         import optax
 
@@ -191,6 +198,7 @@ class _Run:
             jnp.asarray, _cast(episodes.batch(chosen["held_out"], self.held_key))
         )
         self.score = jax.jit(lambda p, held, key: score(p, held[0], held[1], key))
+        self.measure = jax.jit(measure if measure else lambda *_: {})
 
         def one(place: Any, state: Any) -> Any:
             (parameters, memory), scores, sound, chunk, key, first = state
@@ -297,7 +305,9 @@ class _Run:
             )
         score = float(np.mean(self.recent)) if self.recent else np.nan
         found = {"step": self.step, "score": score, "held_out": value}
-        history = {name: [*values, found[name]] for name, values in self.history.items()}
+        more = self.measure(self.carry[0], *self.held_out)
+        found |= {name: float(number) for name, number in more.items()}
+        history = {name: [*self.history.get(name, []), number] for name, number in found.items()}
         best = (self.best, self.best_score, self.since_best + 1)
         if value > self.best_score:
             best = (self.carry[0], value, 0)

@@ -55,6 +55,9 @@ class Episodes(abc.ABC):
     coef: tuple[str, ...] | None = None
     """Names of x's columns, where they have some."""
 
+    filled: tuple[int, ...] = ()
+    """Sizes of the tasks drawn, where they differ, so that parts are filled up to the longest."""
+
     # ---------------------------------------------------------------- ways in
 
     @staticmethod
@@ -197,13 +200,14 @@ class Sampled(Episodes):
     draw_one: Callable[[Any, Any], Episode]
     data: Any = None
     coef: tuple[str, ...] | None = None
+    filled: tuple[int, ...] = ()
 
     def with_rows(self, shots: int, queries: int | None = None) -> Sampled:
         """The same source with other numbers of rows in the two parts."""
         shots, queries = counts(shots=shots, queries=shots if queries is None else queries)
         one: Any = replace(self.draw_one, shots=shots, queries=queries)  # type: ignore[type-var]
         one.check(self.data)
-        return replace(self, draw_one=one)
+        return replace(self, draw_one=one, filled=())
 
     def many(self, data: Any, key: Any, num_tasks: int) -> Episode:
         """(support, query) of ``num_tasks`` tasks; pure."""

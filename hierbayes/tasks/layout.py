@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from hierbayes.tasks.container import Tasks
 
 
-def blocks(tasks: Tasks) -> list[tuple[np.ndarray, Task]]:
-    """See :meth:`Tasks.blocks`."""
-    sizes = tasks.sizes
-    width = np.where(sizes > 0, 2 ** np.ceil(np.log2(np.maximum(sizes, 1))), 0)
+def blocks(tasks: Tasks, *, exact: bool = False) -> list[tuple[np.ndarray, Task]]:
+    """See :meth:`Tasks.blocks`; ``exact``: a bucket a size, in which nothing is filled up."""
+    sizes = width = tasks.sizes
+    if not exact:
+        width = np.where(sizes > 0, 2 ** np.ceil(np.log2(np.maximum(sizes, 1))), 0)
     return [
         (positions := np.flatnonzero(width == w), block(tasks, positions, int(w)))
         for w in np.unique(width[width > 0])

@@ -44,10 +44,21 @@ def episodes_of_tasks(
     usable = np.flatnonzero(sizes >= 2)
     if not usable.size:
         raise InputError("no task has two rows, one for support and one for query")
-    width = int(sizes.max())
+    width, different = int(sizes.max()), np.unique(sizes[usable])
+    if shots is None and len(different) == 1:  # all parts are as long, and none is filled up
+        asked = _share(width, float(query))
+        one = _OneTask(width - asked, asked, float(query))
+    filled = tuple(different.tolist()) if one.shots is None else ()
     block = tasks.block(usable, width)
     data = {"x": block.predictors, "y": block.outcome, "sizes": sizes[usable].astype(np.int32)}
-    return Sampled(one, data, tasks.coef)
+    return Sampled(one, data, tasks.coef, filled)
+
+
+def _share(size: Any, query: float) -> Any:
+    """Rows of the query part, of a task with so many."""
+    if isinstance(size, int):
+        return int(np.clip(np.floor(query * size + 0.5), 1, size - 1))
+    return jnp.clip(jnp.floor(query * size + 0.5).astype(int), 1, size - 1)
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class _OneTask:
                 rows_of(x[: self.shots], y[: self.shots]),
                 rows_of(x[self.shots : end], y[self.shots : end]),
             )
-        asked = jnp.clip(jnp.floor(self.query * size + 0.5).astype(int), 1, size - 1)
+        asked = _share(size, self.query)
         place = jnp.arange(width)
         return rows_of(x, y, place < size - asked), rows_of(
             x, y, (place >= size - asked) & (place < size)
