@@ -9,6 +9,13 @@ r"""The posterior of a task that is not Gaussian, by quadrature around its mode.
 with Σ = L Lᵀ, z_q = z* + U t_q, A⁻¹ = U Uᵀ for A = −∇²Ψ_j(z*), and
 π_q ∝ w̄_q exp(Ψ_j(z_q) + ½ |t_q|²) from the nodes t and weights w̄ of Gauss and Hermite. Whitened by
 L, A ≥ I for log-concave families: τ → 0 is an ordinary point.
+
+Where few rows meet a wide prior the posterior is one-sided, a step of the likelihood times the
+prior's tail, and no grid as wide as the mode's curvature says covers both. There nodes stand on
+rays from the mode, r on each by Gauss and Legendre from the mode to where Ψ_j has fallen by 20:
+
+.. math:: \int e^{\Psi_j} = |U_j| \int_{\lVert u \rVert = 1} \int_0^{r_j(u)}
+          e^{\Psi_j(z^* + r U_j u)}\, r^{d-1}\, dr\, du
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ import numpy as np
 
 from hierbayes.adaptation.base import Adaptation, Adapted
 from hierbayes.adaptation.draws_of_theta import LEAST_MOVES, draws_given
-from hierbayes.adaptation.whitened import Whitened, at_modes, climb
+from hierbayes.adaptation.whitened import Stand, Whitened, at_modes, climb
 from hierbayes.errors import announce, listing
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import (
@@ -38,6 +45,16 @@ MOST_NODES = {1: 61, 2: 31**2, 3: 13**3}
 """Rows of a rule, by the number of dimensions."""
 
 
+ALONG = {2: 20, 3: 12}
+"""Nodes of a ray, by the number of dimensions; of one dimension half of all."""
+
+FALLEN = 20.0
+"""By how much Ψ_j has fallen where a ray ends: beyond lies e⁻²⁰ of the integral."""
+
+HALVINGS = 12
+"""Of the logarithm of a ray's length, to half a per cent."""
+
+
 class Rule(NamedTuple):
     """``count`` nodes ``places`` (Q, d) and log w̄ + ½ |t|² (Q,); rows beyond ``count`` are empty.
 
@@ -47,6 +64,60 @@ class Rule(NamedTuple):
     places: Any
     log_weights: Any
     count: Any
+
+    def around(self, tasks: Whitened, z: jax.Array) -> Stand:
+        """Where the nodes stand, from where a climb has ended."""
+        return at_modes(tasks, z)
+
+    def node(self, stand: Stand, q: Any) -> tuple[jax.Array, Any]:
+        """The q-th node z (d, J) and its log weight."""
+        return stand.node(jnp.asarray(self.places)[q]), jnp.asarray(self.log_weights)[q]
+
+
+class Rays(NamedTuple):
+    """``count`` nodes on rays from the mode: u (K, d), of each node its ray and its r (Q,).
+
+    r is a share of where its ray ends, in (0, 1).
+    """
+
+    directions: Any
+    ray: Any
+    radius: Any
+    log_weights: Any
+    count: Any
+
+    def around(self, tasks: Whitened, z: jax.Array) -> Stand:
+        """Where the nodes stand: the modes, and how far each ray goes, (K, J)."""
+        stand = at_modes(tasks, z)
+        far = jnp.sqrt(2 * FALLEN)
+        if (
+            not tasks.likelihood.log_concave
+        ):  # then −∇²Ψ ≥ I does not hold, and the prior's tail does
+            far = 2 * far + jnp.sqrt((stand.z**2).sum(0))
+
+        def reach(direction: Any) -> jax.Array:
+            along = stand.node(direction) - stand.z
+            most = jnp.log(far) - 0.5 * jnp.log((along**2).sum(0))
+
+            def halve(_: Any, ends: Any) -> Any:
+                low, high = ends
+                middle = 0.5 * (low + high)
+                value = tasks.value(stand.z + jnp.exp(middle) * along)
+                within = value > stand.base - FALLEN
+                return jnp.where(within, middle, low), jnp.where(within, high, middle)
+
+            least = jnp.full_like(most, jnp.log(1e-2))
+            return jnp.exp(jax.lax.fori_loop(0, HALVINGS, halve, (least, most))[1])
+
+        return stand._replace(reach=jax.lax.map(reach, jnp.asarray(self.directions)))
+
+    def node(self, stand: Stand, q: Any) -> tuple[jax.Array, Any]:
+        """The q-th node z (d, J) and its log weight (J,)."""
+        directions, ray = jnp.asarray(self.directions), jnp.asarray(self.ray)[q]
+        reach = stand.reach[ray]
+        along = stand.node(directions[ray]) - stand.z
+        z = stand.z + jnp.asarray(self.radius)[q] * reach * along
+        return z, jnp.asarray(self.log_weights)[q] + directions.shape[1] * jnp.log(reach)
 
 
 @functools.lru_cache(maxsize=64)
@@ -63,9 +134,47 @@ def grid(num_nodes: int, dimensions: int) -> Rule:
     return Rule(*padded, count)
 
 
-def rule_of(num_nodes: int, dimensions: int) -> Rule | None:
-    """The rule with so many nodes a dimension; None for one, which is Laplace's approximation."""
-    return None if num_nodes == 1 else grid(num_nodes, dimensions)
+@functools.lru_cache(maxsize=64)
+def rays(num_nodes: int, dimensions: int) -> Rays:
+    """Rays from the mode: of one dimension two; of two ``num_nodes``; of three a sphere's."""
+    if dimensions == 1:
+        directions, shares = np.array([[1.0], [-1.0]]), np.ones(2)
+        along = num_nodes // 2
+    else:
+        angle = 2 * np.pi * (np.arange(num_nodes) + 0.5) / num_nodes
+        directions = np.column_stack([np.cos(angle), np.sin(angle)])
+        shares = np.full(num_nodes, 2 * np.pi / num_nodes)
+        along = ALONG[dimensions]
+        if dimensions == 3:
+            height, w = np.polynomial.legendre.leggauss(num_nodes // 2)
+            level = np.sqrt(1 - height**2)
+            circle = level[:, None, None] * directions
+            up = np.broadcast_to(height[:, None, None], (*circle.shape[:2], 1))
+            directions = np.concatenate([circle, up], -1).reshape(-1, 3)
+            shares = np.outer(w, shares).ravel()
+    r, w = np.polynomial.legendre.leggauss(along)
+    r, w = 0.5 * (r + 1), 0.5 * w
+    ray = np.repeat(np.arange(len(shares)), along)
+    radius = np.tile(r, len(shares))
+    weights = np.outer(shares, w * r ** (dimensions - 1)).ravel()
+    log_weights = np.log(weights) - 0.5 * dimensions * np.log(2 * np.pi)
+    count = len(ray)
+    more = max(0, MOST_NODES[1] - 1 - count) if dimensions == 1 else 0
+    ray, radius, log_weights = (np.pad(a, (0, more)) for a in (ray, radius, log_weights))
+    return Rays(directions, ray, radius, log_weights, count)
+
+
+def nodes_of(num_nodes: int, dimensions: int) -> Rule | Rays:
+    """The rule with so many nodes a dimension.
+
+    An odd number is that of Gauss and Hermite's around the mode, an even one means rays from it.
+    """
+    return grid(num_nodes, dimensions) if num_nodes % 2 else rays(num_nodes, dimensions)
+
+
+def rule_of(num_nodes: int, dimensions: int) -> Rule | Rays | None:
+    """:func:`nodes_of`; None for one node, which is Laplace's approximation."""
+    return None if num_nodes == 1 else nodes_of(num_nodes, dimensions)
 
 
 class Nodes(NamedTuple):
@@ -77,16 +186,14 @@ class Nodes(NamedTuple):
 
 def around(tasks: Whitened, start: jax.Array, num_nodes: int) -> Nodes:
     """The nodes around every mode, with their weights."""
-    stand = at_modes(tasks, climb(tasks, start).z)
-    rule = grid(num_nodes, len(start))
+    rule = nodes_of(num_nodes, len(start))
+    stand = rule.around(tasks, climb(tasks, start).z)
 
-    def node(at: Any) -> tuple[jax.Array, jax.Array]:
-        place, log_weight = at
-        moved = stand.node(place)
+    def node(q: Any) -> tuple[jax.Array, jax.Array]:
+        moved, log_weight = rule.node(stand, q)
         return moved, tasks.value(moved) + log_weight
 
-    kept = (rule.places[: rule.count], rule.log_weights[: rule.count])
-    return Nodes(*jax.lax.map(node, jax.tree.map(jnp.asarray, kept)))
+    return Nodes(*jax.lax.map(node, jnp.arange(rule.count)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -107,11 +107,15 @@ def climb(tasks: Whitened, start: jax.Array) -> Climbed:
 
 
 class Stand(NamedTuple):
-    """Modes z* (d, J), the roots of A_j (d, d, J) and Ψ_j(z*) (J,), around which nodes stand."""
+    """Modes z* (d, J), the roots of A_j (d, d, J) and Ψ_j(z*) (J,), around which nodes stand.
+
+    ``reach`` (K, J) says how far rays from the modes go, where nodes stand on such.
+    """
 
     z: jax.Array
     factor: jax.Array
     base: jax.Array
+    reach: Any = None
 
     def node(self, place: jax.Array) -> jax.Array:
         """z* + U t (d, J)."""

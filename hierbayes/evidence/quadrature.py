@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hierbayes.adaptation.quadrature import Rule
-from hierbayes.adaptation.whitened import Stand, Whitened, after_newton, at_modes, climb
+from hierbayes.adaptation.quadrature import Rays, Rule
+from hierbayes.adaptation.whitened import Stand, Whitened, after_newton, climb
 from hierbayes.likelihoods import Likelihood
 from hierbayes.numerics import cholesky, log_diagonal_sum, solve_lower
 from hierbayes.priors import Prior
@@ -42,7 +42,7 @@ def log_evidence(
     rows: Rows | Whole,
     phi: dict[str, Any],
     start: jax.Array,
-    rule: Rule | None,
+    rule: Rule | Rays | None,
 ) -> Evidence:
     """The evidence of every task by the nodes of ``rule``; without one it is Laplace's.
 
@@ -55,8 +55,8 @@ def log_evidence(
     if rule is None:
         value, z = _laplace(tasks, found.z)
         return Evidence(value + tasks.rows.constant, jax.lax.stop_gradient(z), found.converged)
-    stand = at_modes(held, found.z)
-    rule = Rule(*map(jnp.asarray, rule))
+    stand = rule.around(held, found.z)
+    rule = jax.tree.map(jnp.asarray, rule)
     total: Any = _log_sum(likelihood, _moving(tasks), tasks.rows, stand, rule)
     value = stand.base + total - log_diagonal_sum(stand.factor)
     return Evidence(value + tasks.rows.constant, stand.z, found.converged)
@@ -105,13 +105,14 @@ def _values(likelihood: Likelihood, moving: Moving, rows: Rows | Whole, z: jax.A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _log_sum(
-    likelihood: Likelihood, moving: Moving, rows: Rows | Whole, stand: Stand, rule: Rule
+    likelihood: Likelihood, moving: Moving, rows: Rows | Whole, stand: Stand, rule: Rule | Rays
 ) -> jax.Array:
     """log Σ_q w̄_q exp(Ψ_j(z_q) − Ψ_j(z*) + ½ |t_q|²) of every task (J,), node after node."""
 
     def more(q: Any, total: jax.Array) -> jax.Array:
-        value = _values(likelihood, moving, rows, stand.node(rule.places[q]))
-        return total + jnp.exp(value - stand.base + rule.log_weights[q])
+        z, log_weight = rule.node(stand, q)
+        value = _values(likelihood, moving, rows, z)
+        return total + jnp.exp(value - stand.base + log_weight)
 
     return jnp.log(jax.lax.fori_loop(0, rule.count, more, jnp.zeros_like(stand.base)))
 
@@ -125,9 +126,9 @@ def _backward(likelihood: Likelihood, kept: Any, slope: jax.Array) -> Any:
     (moving, rows, stand, rule), found = kept
 
     def more(q: Any, total: Any) -> Any:
-        z = stand.node(rule.places[q])
+        z, log_weight = rule.node(stand, q)
         value, pull = jax.vjp(lambda m: _values(likelihood, m, rows, z), moving)
-        share = jnp.exp(value - stand.base + rule.log_weights[q] - found)
+        share = jnp.exp(value - stand.base + log_weight - found)
         return jax.tree.map(jnp.add, total, pull(slope * share)[0])
 
     none = jax.tree.map(jnp.zeros_like, moving)

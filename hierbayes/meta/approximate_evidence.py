@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation.alone import determined
-from hierbayes.adaptation.quadrature import Rule, rule_of
+from hierbayes.adaptation.quadrature import Rays, Rule, rule_of
 from hierbayes.errors import NotApplicable, listing
 from hierbayes.evidence.quadrature import log_evidence
 from hierbayes.likelihoods.generalised import GeneralisedLinear
@@ -40,8 +40,8 @@ from hierbayes.numerics import float64, to_numpy
 from hierbayes.rows import Rows, Whole, rows_of
 from hierbayes.tasks import Tasks
 
-NODES = {1: (5, 7, 11, 15, 21, 31, 41, 61), 2: (5, 7, 11, 15, 21, 31), 3: (3, 5, 7, 9, 13)}
-"""Numbers of nodes a dimension that are tried, by the number of coefficients."""
+NODES = {1: (5, 7, 11, 15, 21, 31, 40, 60), 2: (5, 7, 11, 15, 21, 31, 40), 3: (3, 5, 7, 9, 13, 20)}
+"""Numbers of nodes a dimension that are tried, by the number of coefficients; even ones on rays."""
 
 MOST_DIMENSIONS = 3
 """Coefficients up to which quadrature is offered."""
@@ -54,6 +54,15 @@ LEAST_ENOUGH = 1e-5
 
 FOR_DRAWS = 1e-2
 """The same where the evidence is sampled: a hundredth of a standard deviation at the most."""
+
+LARGE_ERROR = 0.05
+"""Of the summed log evidence, with the finest nodes that there are, that goes unremarked."""
+
+TOO_FEW_NODES = (
+    "the log evidence by quadrature is off by about {error:.2g} with the finest nodes that there "
+    "are: tasks' posteriors are far from normal, as where tau is large; "
+    'full_bayes(method="nuts") needs no quadrature'
+)
 
 LARGE_SHIFT = 0.25
 """Posterior standard deviations by which Laplace's approximation may move φ̂ unremarked."""
@@ -82,7 +91,7 @@ def _value_and_slope(
     vector: Any,
     rows: Rows | Whole,
     start: Any,
-    rule: Rule | None,
+    rule: Rule | Rays | None,
 ) -> Any:
     def minus(v: jax.Array) -> Any:
         found = log_evidence(model.likelihood, model.prior, rows, layout.phi(v), start, rule)
@@ -165,7 +174,8 @@ def maximise_approximate(
             evidence.num_nodes = used
             vector = search.run(vector)
         found = search.finish(vector, error, judged=False)
-        return replace(found, num_nodes=used)
+        remarks = [] if error <= LARGE_ERROR else [TOO_FEW_NODES.format(error=error)]
+        return replace(found, num_nodes=used, remarks=[*found.remarks, *remarks])
 
 
 @dataclass(frozen=True)
@@ -289,10 +299,14 @@ class _Search:
     def nodes_for(
         self, vector: np.ndarray, counts: tuple[int, ...], enough: float
     ) -> tuple[int, float]:
-        """The fewest nodes, from those in use, after which more change the evidence too little."""
-        before, counts = self.evidence.num_nodes, counts[counts.index(self.evidence.num_nodes) :]
+        """The fewest nodes, from those in use, after which more change the evidence too little.
+
+        Beside them that change; of the most that there are, what the last of them have changed.
+        """
+        before = self.evidence.num_nodes
+        first = min(counts.index(before), len(counts) - 2)
         values, used, error = [], before, np.nan
-        for count in counts:
+        for count in counts[first:]:
             self.evidence.num_nodes = count
             values.append(self.evidence.value_and_slope(vector)[0])
             if len(values) > 1:

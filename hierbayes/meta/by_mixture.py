@@ -100,6 +100,11 @@ class ByMixture:
         given = Given(to_numpy(self.stats), self.chart.around._replace(units=units))
         return lambda x, e: _point(self.made, given, x).log_density
 
+    def refine(self, units: Units, xs: np.ndarray) -> bool:
+        """The density is exact: nothing is to be refined."""
+        del units, xs
+        return False
+
     def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the log density at x and its slope, for a minimiser."""
         value, slope = _value_and_slope(self.made, self._given(units), x)

@@ -12,6 +12,10 @@ the curvature of log p(D_j | θ) at a mode θ*, known at one φ, a mode is expec
 which is right where log p(D_j | θ) is a parabola, however large or small τ is, and moved along a
 straight line by what that leaves. Points whose Newton steps do not reach a mode have the density
 itself in place of the rough one: a rough density of zero would keep the sampler out for good.
+
+How fine quadrature has to be is found at the mode, and judged again over draws of φ, the farthest
+among them, against a finer rule: where the difference of Σ log p̂ varies over them (a constant
+cancels) by more than ``LARGE_ERROR``, a finer rule takes over, on rays where it must.
 """
 
 from __future__ import annotations
@@ -25,15 +29,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation import Quadrature
-from hierbayes.adaptation.quadrature import Rule, grid
+from hierbayes.adaptation.quadrature import Rays, Rule, nodes_of
 from hierbayes.adaptation.whitened import Whitened, at_modes, climb
+from hierbayes.errors import listing
 from hierbayes.evidence.quadrature import laplace_near, log_evidence
-from hierbayes.meta.approximate_evidence import Integrated, maximise_approximate
+from hierbayes.meta.approximate_evidence import (
+    LARGE_ERROR,
+    NODES,
+    Integrated,
+    maximise_approximate,
+)
 from hierbayes.meta.chart_of_phi import Around, Chart, Made, phi_and_density
 from hierbayes.meta.collapsed import Point, in_batches
 from hierbayes.meta.scales_of_phi import Units
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import cholesky, matmul, matvec, solve_lower, solve_upper
+from hierbayes.numerics import (
+    cholesky,
+    log_diagonal_sum,
+    matmul,
+    matvec,
+    solve_lower,
+    solve_upper,
+)
 from hierbayes.rows import Rows, Whole, rows_of
 from hierbayes.tasks import Tasks
 
@@ -41,6 +58,18 @@ ROWS_AT_ONCE = 200_000
 """Points × rows of one compiled call: more than this leaves the processor's cache."""
 
 MOST_AT_ONCE = 1024
+
+FINEST_GRID = {1: 61, 2: 31, 3: 13}
+"""Nodes a dimension up to which a grid is held against a finer one; beyond, rays."""
+
+LEAST_JUDGED, MOST_JUDGED = 32, 256
+"""Draws of φ at which quadrature is judged."""
+
+WIDTHS = (4.0, 8.0, 16.0, 32.0)
+"""Widths of a mode from which other ones are climbed, either way along every axis."""
+
+APART, LEAST_SHARE = 3.0, np.log(1e-3)
+"""Widths between two modes, and the log of the mass of the lesser, from which on it counts."""
 
 FARTHEST = 1.0
 """How far the straight line may move a mode: beyond, it is no guide."""
@@ -79,7 +108,7 @@ class Given(NamedTuple):
 
     rows: Rows | Whole
     around: Around
-    rule: Rule
+    rule: Rule | Rays
     modes: Any
     known: Known | None
 
@@ -170,23 +199,48 @@ def _modes_near(made: Made, given: Given, x: Any) -> tuple[jax.Array, Known]:
     return stand.z, Known(x, parabola, jax.lax.map(drift, jnp.eye(len(x))))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _second_modes(made: Made, given: Given, x: Any) -> jax.Array:
+    """Log of the mass around the best other mode, beside that around the one in use, (J,)."""
+    phi, _ = phi_and_density(made, given.around, x)
+    tasks = Whitened.at(made.likelihood, made.prior, given.rows, phi)
+    stand = at_modes(tasks, climb(tasks, _expected(made, given, phi, x)).z)
+    d = len(stand.z)
+    log_mass = stand.base - log_diagonal_sum(stand.factor)
+
+    def other(place: Any) -> jax.Array:
+        near = climb(tasks, stand.node(place))
+        end = at_modes(tasks, near.z)
+        moved = matvec(jnp.swapaxes(stand.factor, 0, 1), end.z - stand.z)
+        mass = end.base - log_diagonal_sum(end.factor) - log_mass
+        there = near.converged & ((moved**2).sum(0) > APART**2) & ~jnp.isnan(mass)
+        return jnp.where(there, mass, -jnp.inf)
+
+    widths = jnp.asarray([sign * w for w in WIDTHS for sign in (1, -1)])
+    places = (widths[:, None, None] * jnp.eye(d)).reshape(-1, d)
+    return jax.lax.map(other, places).max(0)
+
+
 class ByQuadrature:
     """The posterior of φ with every θ_j integrated out by ``found``'s nodes; use it in float64.
 
-    ``found`` is the optimum of empirical Bayes, where the sampler starts.
+    ``found`` is the optimum of empirical Bayes, where the sampler starts. ``error`` is the largest
+    one, over draws of φ, of the log evidence less its median: :meth:`refine` finds it.
     """
 
-    num_white, exact, spread, has_rough = 0, True, False, True
+    num_white, exact, spread = 0, True, False
 
     def __init__(self, model: HierarchicalModel, tasks: Tasks, found: Integrated, modes: Any):
         self.chart = chart = Chart(model, tasks, found.optimum)
         self.made, self.proper, self.units = chart.made, chart.proper, chart.around.units
         self.num_coef, self.num_tasks = len(chart.made.shape.coef), tasks.num_tasks
-        self.num_nodes = found.num_nodes
+        self.num_nodes, self.error = found.num_nodes, found.error
+        self.names, self.bimodal = tasks.names, np.zeros(tasks.num_tasks, bool)
         self.rows = jax.tree.map(jnp.asarray, rows_of(tasks, model.likelihood))
         self.given = Given(
-            self.rows, chart.around, grid(found.num_nodes, self.num_coef), modes, None
+            self.rows, chart.around, nodes_of(found.num_nodes, self.num_coef), modes, None
         )
+        self.has_rough = found.num_nodes % 2 == 1
 
     @property
     def start(self) -> np.ndarray:
@@ -240,11 +294,90 @@ class ByQuadrature:
             log_density[far] = found(_point, xs[far]).log_density
         return Point(phi, log_density)
 
+    def refine(self, units: Units, xs: np.ndarray) -> bool:
+        """Hold the density against finer nodes at draws x; True where finer ones took over."""
+        some = self._judged(xs)
+        values: dict[int, np.ndarray] = {}
+
+        def error(count: int) -> float:
+            for nodes in (count, finer(count, self.num_coef)):
+                if nodes not in values:
+                    values[nodes] = self._values(units, some, nodes)
+            return spread(values[count], values[finer(count, self.num_coef)])
+
+        before, self.error = self.num_nodes, error(self.num_nodes)
+        for count in NODES[self.num_coef]:
+            if self.error <= LARGE_ERROR:
+                break
+            if count > self.num_nodes:
+                self.num_nodes, self.error = count, error(count)
+        if not self.made.likelihood.log_concave:
+            given = self.given.within(units)
+            for x in some[:: max(1, len(some) // 8)]:
+                share = np.asarray(_second_modes(self.made, given, x))
+                self.bimodal |= share > LEAST_SHARE
+        if self.num_nodes == before:
+            return False
+        self.given = self.given._replace(rule=nodes_of(self.num_nodes, self.num_coef))
+        self.has_rough = self.num_nodes % 2 == 1  # where rays are needed Laplace is no guide
+        return True
+
+    def _judged(self, xs: np.ndarray) -> np.ndarray:
+        """Draws evenly spread over the ranks of every τ, the smallest and the largest included."""
+        size = int(np.clip(self.at_once, LEAST_JUDGED, MOST_JUDGED)) // self.num_coef
+        ranks = np.unique(np.linspace(0, len(xs) - 1, max(2, size)).astype(int))
+        order = np.argsort(xs[:, : self.num_coef], axis=0)
+        return xs[np.unique(order[ranks])]
+
+    def _values(self, units: Units, xs: np.ndarray, num_nodes: int) -> np.ndarray:
+        given = self.given.within(units)._replace(rule=nodes_of(num_nodes, self.num_coef))
+        call = functools.partial(_points, _point, self.made, given)
+        return np.asarray(in_batches(call, (xs,), self.at_once).log_density)
+
+    @property
+    def doubt(self) -> str | None:
+        """Why draws of this density are not to be relied on, if they are not."""
+        if self.bimodal.any():
+            names = listing(self.names[self.bimodal].tolist(), 3)
+            return (
+                f"posteriors of {self.bimodal.sum()} tasks ({names}) have more than one mode, and "
+                "quadrature goes over one"
+            )
+        if self.error <= LARGE_ERROR:
+            return None
+        return (
+            f"the log evidence by quadrature is off by up to {self.error:.2g} over the draws of "
+            f"phi (at most {LARGE_ERROR} wanted) with the finest nodes that there are"
+        )
+
+
+def finer(num_nodes: int, dimensions: int) -> int:
+    """The rule that so many nodes are held against; of the finest, the next to the finest."""
+    last = FINEST_GRID[dimensions]
+    if num_nodes % 2 and num_nodes < last:
+        return min(2 * num_nodes + 3, last)
+    rays = [count for count in NODES[dimensions] if count % 2 == 0]
+    if num_nodes % 2:
+        return rays[0]
+    if dimensions == 1:
+        return rays[1 - rays.index(num_nodes)]
+    return num_nodes + 2 * (num_nodes // 5)
+
+
+def spread(values: np.ndarray, better: np.ndarray) -> float:
+    """The largest difference less the median one; infinite where one of the two is not finite."""
+    with np.errstate(invalid="ignore"):
+        gap = values - better
+    gap = gap[np.isfinite(values) | np.isfinite(better)]
+    if not (gap.size and np.isfinite(gap).all()):
+        return float("inf")
+    return float(np.abs(gap - np.median(gap)).max())
+
 
 def by_quadrature(
     model: HierarchicalModel, tasks: Tasks
 ) -> tuple[ByQuadrature, Quadrature, dict[str, Any]]:
-    """The density, how θ is drawn beside it, and what is worth knowing of both."""
+    """The density, how θ is drawn beside it, and what is worth knowing of both at the mode."""
     found = maximise_approximate(model, tasks, quadrature=True, with_belief=True, for_draws=True)
     target = ByQuadrature(model, tasks, found, found.modes)
     info = {"num_nodes": found.num_nodes, "evidence_error": found.error}

@@ -288,6 +288,11 @@ class Collapsed:
         found = _amplification(self._made_for, self._target(units), x)
         return float(found) < LARGEST_AMPLIFICATION
 
+    def refine(self, units: Units, xs: np.ndarray) -> bool:
+        """The density is exact: nothing is to be refined."""
+        del units, xs
+        return False
+
     def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the log density at (x, e = 0) and its slope, for a minimiser."""
         e = np.zeros(self.structure.num_fixed)

@@ -17,6 +17,7 @@ from hierbayes.meta.independence import (
     Weigh,
     fit_proposal,
     run_chains,
+    tail_share,
     thinning,
 )
 from hierbayes.meta.optimum import curvature
@@ -28,8 +29,37 @@ from hierbayes.numerics import as_key
 LEAST_ACCEPTANCE = 0.2
 """Share of accepted proposals below which NUTS takes over."""
 
+FAR = (0.0, 0.1, 0.3)
+"""Parts of a proposal that reach far, in the order in which they are tried."""
+
+LIGHT, TOO_LIGHT = 0.35, 0.7
+"""Pareto's k̂ of weights from which on a proposal has tails too light: more of it is to reach far,
+or, where no more can, NUTS takes over."""
+
+LEAST_TAIL = 0.1
+"""Share of the draws that must be effective beyond the quantiles 5 % and 95 %."""
+
+MOST_REFINEMENTS = 3
+"""Times that draws are made anew where they show the density itself to be too rough."""
+
 CHEAP = 20_000_000
 """Draws × tasks up to which densities are cheap enough to drop proposals between draws."""
+
+
+REFUSED = (
+    "independence Metropolis accepted {share:.0%} of its proposals (at least "
+    f"{LEAST_ACCEPTANCE:.0%} wanted)"
+)
+
+TAILS = (
+    "the proposals of independence Metropolis have tails too light for the posterior (Pareto's k "
+    "of their weights is {k:.2f}, " + f"at most {TOO_LIGHT} wanted)"
+)
+
+STUCK = (
+    "chains of independence Metropolis stay long in the tails (effective draws there are "
+    "{share:.0%} of all, " + f"at least {LEAST_TAIL:.0%} wanted)"
+)
 
 
 class Sampled(NamedTuple):
@@ -99,6 +129,10 @@ class Density(Protocol):
         """The density of one point (x, e), for JAX."""
         ...
 
+    def refine(self, units: Units, xs: np.ndarray) -> bool:
+        """Judge the density at draws x (n, k); True where it is another, and better, thereafter."""
+        ...
+
 
 def sample_collapsed(
     target: Density,
@@ -112,38 +146,69 @@ def sample_collapsed(
 ) -> Sampled:
     """Sample φ from its exact posterior."""
     located = locate(target)
-    size = len(located.mode)
     cheap = num_draws * num_chains * target.num_tasks <= CHEAP
     target.prepare(located.units, located.mode)
-    with _bar(progress, "full Bayes") as bar:
+    counts = dict(num_draws=num_draws, num_chains=num_chains)
+    for _ in range(MOST_REFINEMENTS):
+        with _bar(progress, "full Bayes") as bar:
+            chains, why = _independent(target, located, rng, bar, cheap=cheap, **counts)
+        if chains is not None:
+            xs, found = chains.points, _from_chains(target, chains)
+        else:
+            xs, found = _by_nuts(
+                target, located, rng, why, **counts, num_warmup=num_warmup,
+                target_accept=target_accept, progress=progress,
+            )  # fmt: skip
+        if not target.refine(located.units, xs.reshape(-1, xs.shape[-1])[:, : len(located.mode)]):
+            break
+    return found
 
-        def weighing(*, rough: bool) -> Weigh:
-            def weigh(points: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-                xs, es = points[:, :size], points[:, size:]
-                found = target.points(located.units, xs, es, bar.update, rough=rough)
-                return found.log_density, found.phi
 
-            return weigh
+def _independent(
+    target: Density, located: Located, rng: np.random.Generator, bar: Any, *,
+    num_draws: int, num_chains: int, cheap: bool,
+) -> tuple[Chains | None, str]:  # fmt: skip
+    """Chains whose proposals reach as far as the posterior does; else None, and why."""
+    size = len(located.mode)
 
-        start = Proposal(located.mode, located.root, target.num_white)
-        fitted = fit_proposal(weighing(rough=True), start, rng)
-        chains = None
-        if fitted.share > 0.01:
-            every = thinning(fitted.proposal.share) if cheap else 1
-            bar.reset(-(-num_chains * num_draws * every // target.at_once))
-            counts = dict(num_draws=num_draws, num_chains=num_chains, every=every)
-            dear = weighing(rough=False)
-            if target.has_rough:
-                chains = run_two_stages(weighing(rough=True), dear, fitted, rng, **counts)
-            else:
-                chains = run_chains(dear, fitted, rng, **counts)
-    if chains is not None and chains.acceptance >= LEAST_ACCEPTANCE:
-        return _from_chains(target, chains)
-    share = 0.0 if chains is None else chains.acceptance
-    return _by_nuts(
-        target, located, rng, share, num_draws=num_draws, num_chains=num_chains,
-        num_warmup=num_warmup, target_accept=target_accept, progress=progress,
-    )  # fmt: skip
+    def weighing(*, rough: bool) -> Weigh:
+        def weigh(points: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+            xs, es = points[:, :size], points[:, size:]
+            found = target.points(located.units, xs, es, bar.update, rough=rough)
+            return found.log_density, found.phi
+
+        return weigh
+
+    why = ""
+    for far in FAR:
+        start = Proposal(located.mode, located.root, target.num_white, far=far)
+        fitted = fit_proposal(weighing(rough=target.has_rough), start, rng)
+        if fitted.share <= 0.01:
+            why = REFUSED.format(share=fitted.share)
+            continue
+        weights = np.exp(fitted.log_weights - fitted.log_weights.max())
+        some = rng.choice(len(weights), len(weights), p=weights / weights.sum())
+        if target.refine(located.units, fitted.draws[some, :size]):
+            fitted = fit_proposal(weighing(rough=target.has_rough), start, rng)
+        every = thinning(fitted.proposal.share) if cheap else 1
+        bar.reset(-(-num_chains * num_draws * every // target.at_once))
+        counts = dict(num_draws=num_draws, num_chains=num_chains, every=every)
+        dear = weighing(rough=False)
+        if target.has_rough:
+            chains = run_two_stages(weighing(rough=True), dear, fitted, rng, **counts)
+        else:
+            chains = run_chains(dear, fitted, rng, **counts)
+        last = far == FAR[-1]
+        tails = tail_share(chains.points[..., :size])
+        if chains.acceptance < LEAST_ACCEPTANCE:
+            why = REFUSED.format(share=chains.acceptance)
+        elif chains.pareto_k > (TOO_LIGHT if last else LIGHT):
+            why = TAILS.format(k=chains.pareto_k)
+        elif tails < LEAST_TAIL:
+            why = STUCK.format(share=tails)
+        else:
+            return chains, ""
+    return None, why
 
 
 def locate(target: Density) -> Located:
@@ -183,6 +248,7 @@ def _from_chains(target: Density, chains: Chains) -> Sampled:
         "sampler": "independence",
         "acceptance": chains.acceptance,
         "longest_stay": chains.longest_stay,
+        "pareto_k": chains.pareto_k,
     }
     if not target.proper:
         return Sampled(draws, stats, None, [], info)
@@ -191,10 +257,10 @@ def _from_chains(target: Density, chains: Chains) -> Sampled:
 
 
 def _by_nuts(
-    target: Density, located: Located, rng: np.random.Generator, share: float, *,
+    target: Density, located: Located, rng: np.random.Generator, why: str, *,
     num_draws: int, num_chains: int, **settings: Any,
-) -> Sampled:  # fmt: skip
-    """NUTS in the coordinates that the Hessian makes round."""
+) -> tuple[np.ndarray, Sampled]:  # fmt: skip
+    """NUTS in the coordinates that the Hessian makes round: draws of x, and of φ."""
     size, units = len(located.mode), located.units
     num_white = 0 if target.exact else target.num_white
     absent = jnp.zeros(target.num_white - num_white)
@@ -216,13 +282,12 @@ def _by_nuts(
     phis = target.points(units, xs, white).phi
     draws = {n: v.reshape(num_chains, num_draws, *v.shape[1:]) for n, v in phis.items()}
     remark = (
-        f"independence Metropolis accepted {share:.0%} of its proposals (at least "
-        f"{LEAST_ACCEPTANCE:.0%} wanted), so phi was sampled by NUTS on the same collapsed "
-        "density; the result is as exact, only slower"
+        f"{why}, so phi was sampled by NUTS on the same collapsed density; the result is as exact, "
+        "only slower"
     )
     if target.spread:
         remark += ", and on one device of each process, not on those that the tasks are spread over"
-    return Sampled(draws, stats, None, [remark], {"sampler": "nuts"})
+    return xs, Sampled(draws, stats, None, [remark], {"sampler": "nuts"})
 
 
 def _bar(progress: bool | None, name: str) -> Any:

@@ -18,13 +18,21 @@ import numpy as np
 import numpyro
 from numpyro.distributions import biject_to
 
-from hierbayes.adaptation import Adaptation, Conjugate, Laplace, MixedScales, NotOffered, separation
+from hierbayes.adaptation import (
+    Adaptation,
+    Conjugate,
+    Laplace,
+    MixedScales,
+    NotOffered,
+    Quadrature,
+    separation,
+)
 from hierbayes.errors import InputError, announce
 from hierbayes.fit import Fit
 from hierbayes.fit.adapting import theta_under
 from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS
 from hierbayes.meta.by_mixture import ByMixture
-from hierbayes.meta.by_quadrature import by_quadrature
+from hierbayes.meta.by_quadrature import ByQuadrature, by_quadrature
 from hierbayes.meta.collapsed import Collapsed
 from hierbayes.meta.collapsed_sampling import sample_collapsed
 from hierbayes.meta.diagnostics import remarks as judged
@@ -134,6 +142,7 @@ def full_bayes(
     exact = resolved.likelihood.gaussian_in_theta
     normal = resolved.prior.gaussian
     integrable = exact or (normal and len(tasks.coef) <= MOST_DIMENSIONS)
+    asked = method
     if method == "auto":
         method = "collapsed" if integrable and resolved.likelihood.linear else "nuts"
     if method == "collapsed" and not (exact or normal):
@@ -148,6 +157,7 @@ def full_bayes(
             f'{len(tasks.coef)}: use method="nuts"'
         )
     adaptation: Any = _adaptation(resolved)
+    target: Any = None
     settings: dict[str, Any] = dict(
         num_draws=num_draws, num_chains=num_chains, num_warmup=num_warmup,
         target_accept=target_accept, progress=progress,
@@ -155,11 +165,12 @@ def full_bayes(
     training, evidence, remarks = None, None, []
     info: dict[str, Any] = {"method": method, "sampler": "nuts", **settings}
     key_theta: Any
+    draws: dict[str, np.ndarray] = {}
+    sample_stats: dict[str, np.ndarray] = {}
     with float64():
         if method == "collapsed":
             rng = as_rng(seed)  # NumPy's: of JAX's own each kind of draw would be compiled first
             key_theta = int(rng.integers(2**63))
-            target: Any = None
             if exact and not normal:
                 target = ByMixture(resolved, tasks)
             elif exact:
@@ -171,7 +182,16 @@ def full_bayes(
             draws, sample_stats, remarks = found.draws, found.sample_stats, list(found.remarks)
             info |= found.info
             evidence = found.log_evidence
-        else:
+        if isinstance(target, ByQuadrature):
+            adaptation = Quadrature(target.num_nodes)
+            info |= {"num_nodes": target.num_nodes, "evidence_error": target.error}
+            if target.doubt and asked == "auto":
+                remarks = [f"{target.doubt}: NUTS has sampled phi and theta jointly instead"]
+                method, adaptation, evidence = "nuts", _adaptation(resolved), None
+                info = {"method": method, "sampler": "nuts", **settings}
+            elif target.doubt:
+                remarks.append(f'{target.doubt}: use method="nuts"')
+        if method == "nuts":
             if tasks.sharding is not None:
                 remarks.append(
                     'method="nuts" samples all theta together, on one device of each process: of '

@@ -9,9 +9,13 @@ All proposals are drawn and weighed at once, so a chain costs no more than a bat
 
 The proposal q is a Student t, started at the mode with the inverse Hessian, then fitted in rounds
 to weighted draws of its own. The chain leaves p as it is whatever q is; how far q is from p shows
-in the acceptance rate. References: Tierney (1994), Markov chains for exploring posterior
+in the acceptance rate, and in the tail of w, whose shape is Pareto's k̂: where w has no bound, a
+chain of finite length misses the tails of p although it accepts nearly all. A part of q with the
+tails of a Cauchy bounds it. References: Tierney (1994), Markov chains for exploring posterior
 distributions, section 2.3.3; Cappé et al. (2008), Adaptive importance sampling in general mixture
-classes, Statistics and Computing 18.
+classes, Statistics and Computing 18; Hesterberg (1995), Weighted average importance sampling and
+defensive mixture distributions, Technometrics 37; Zhang and Stephens (2009), A new and efficient
+estimation method for the generalized Pareto distribution, Technometrics 51.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ from scipy.special import gammaln, logsumexp
 DEGREES_OF_FREEDOM = (5.0, 8.0)
 """Of the proposal: tails heavier than the target's; the heaviest until its draws say otherwise."""
 
+FAR_DF, FAR_SCALE = 1.0, 2.0
+"""Of the part of a proposal that reaches far: a Cauchy, so many times as wide as the rest."""
+
 PILOT = 1024
 """Draws of one round of fitting."""
 
@@ -37,6 +44,9 @@ better than the best before by the factor ``LEAST_GAIN``."""
 
 HEAVIEST = 2.0
 """Log of the largest weight, beside their mean, that a proposal with lighter tails may show."""
+
+EVEN = np.log(3.0)
+"""Log of the largest weight, beside their mean, up to which no tail is to be feared."""
 
 LEFT_BEHIND = 0.01
 """Part of the draws that may be the draw before, roughly."""
@@ -56,7 +66,8 @@ class Proposal:
     """A multivariate t, ``location`` (k,) and ``root`` (k, k), beside ``num_white`` white entries.
 
     The white entries are standard normal under target and proposal alike, so that neither density
-    counts them. ``share`` is what part of its draws is expected to be effective.
+    counts them. ``far`` is the part of the draws that a Cauchy of the same place is to make.
+    ``share`` is what part of its draws is expected to be effective.
     """
 
     location: np.ndarray
@@ -64,23 +75,37 @@ class Proposal:
     num_white: int = 0
     df: float = DEGREES_OF_FREEDOM[0]
     share: float = 0.0
+    far: float = 0.0
 
     def sample(self, rng: np.random.Generator, size: int) -> np.ndarray:
         """Draws (size, k + num_white)."""
         normal = rng.standard_normal((size, len(self.location)))
         stretch = np.sqrt(self.df / rng.chisquare(self.df, size))
+        if self.far:
+            heavy = FAR_SCALE * np.sqrt(FAR_DF / rng.chisquare(FAR_DF, size))
+            stretch = np.where(rng.random(size) < self.far, heavy, stretch)
         white = rng.standard_normal((size, self.num_white))
         # einsum, not BLAS: OpenBLAS's threads spin on after a call and hold XLA's up
         moved = np.einsum("nk,lk->nl", normal * stretch[:, None], self.root)
         return np.column_stack([self.location + moved, white])
 
     def log_prob(self, points: np.ndarray) -> np.ndarray:
-        """Log densities (n,) of the t at (n, k + num_white) points."""
-        k, df = len(self.location), self.df
+        """Log densities (n,) of the t, or the mixture, at (n, k + num_white) points."""
+        k = len(self.location)
         white = np.einsum("lk,nk->ln", np.linalg.inv(self.root), points[:, :k] - self.location)
-        constant = gammaln((df + k) / 2) - gammaln(df / 2) - 0.5 * k * np.log(df * np.pi)
+        squares = (white**2).sum(0)
         log_det = np.log(np.diag(self.root)).sum()
-        return constant - log_det - 0.5 * (df + k) * np.log1p((white**2).sum(0) / df)
+        near = _log_t(squares, self.df, k) - log_det
+        if not self.far:
+            return near
+        beyond = _log_t(squares / FAR_SCALE**2, FAR_DF, k) - log_det - k * np.log(FAR_SCALE)
+        return np.logaddexp(np.log1p(-self.far) + near, np.log(self.far) + beyond)
+
+
+def _log_t(squares: np.ndarray, df: float, size: int) -> np.ndarray:
+    """Log density of a standard t in so many dimensions, from squared distances."""
+    constant = gammaln((df + size) / 2) - gammaln(df / 2) - 0.5 * size * np.log(df * np.pi)
+    return constant - 0.5 * (df + size) * np.log1p(squares / df)
 
 
 class Fitted(NamedTuple):
@@ -100,7 +125,7 @@ class Chains:
 
     ``accepted`` is the share of proposals since the last draw, ``longest_stay`` the most proposals
     in a row that were not; ``log_normaliser`` is the target's, with its standard error, from the
-    same proposals.
+    same proposals, and ``pareto_k`` the shape of the tail of their weights.
     """
 
     points: np.ndarray
@@ -110,6 +135,7 @@ class Chains:
     longest_stay: int
     log_normaliser: float
     log_normaliser_se: float
+    pareto_k: float
 
     @property
     def acceptance(self) -> float:
@@ -213,8 +239,51 @@ def run_chains(
     return Chains(
         points[places], {name: value[places] for name, value in beside.items()}, values[places],
         accepted, longest_stay(moves), log_mean,
-        float(relative.std(ddof=1) / np.sqrt(len(fair))),
+        float(relative.std(ddof=1) / np.sqrt(len(fair))), pareto_k(fair),
     )  # fmt: skip
+
+
+def pareto_k(log_weights: np.ndarray) -> float:
+    """k̂ of the largest weights: below zero they have a bound, from ½ on no variance.
+
+    −1 where they are too few, or too even, to have a tail.
+    """
+    some = np.sort(log_weights[np.isfinite(log_weights)])
+    size = int(min(0.2 * len(some), 3 * np.sqrt(len(some))))
+    if size < 20 or some[-1] - logsumexp(some) + np.log(len(some)) < EVEN:
+        return -1.0
+    over = np.exp(some[-size - 1 :] - some[-1])
+    over = over[1:] - over[0]
+    if not over[size // 4] > 1e-12:
+        return np.inf
+    # Zhang and Stephens: the posterior mean of b = −k / scale over their grid of quantiles
+    grid = np.arange(1, 31 + int(np.sqrt(size))) - 0.5
+    b = 1 / over[-1] + (1 - np.sqrt((len(grid)) / grid)) / (3 * over[int(size / 4 + 0.5) - 1])
+    shapes = np.log1p(-b[:, None] * over).mean(1)
+    log_likelihood = size * (np.log(-b / shapes) - shapes - 1)
+    weights = np.exp(log_likelihood - logsumexp(log_likelihood))
+    k = np.log1p(-(weights @ b) * over).mean()
+    return float((size * k + 10 * 0.5) / (size + 10))  # a little towards ½, as in PSIS
+
+
+def tail_share(draws: np.ndarray) -> float:
+    """Effective draws over draws (chain, draw, k) beyond the quantiles 5 % and 95 %, the least.
+
+    By Geyer's initial positive sequence, of indicators.
+    """
+    chains, size = draws.shape[:2]
+    if size < 20:
+        return 1.0
+    ends = np.quantile(draws, [0.05, 0.95], axis=(0, 1))
+    beyond = np.concatenate([draws <= ends[0], draws >= ends[1]], axis=-1).astype(float)
+    centred = beyond - beyond.mean((0, 1))
+    spectrum = np.abs(np.fft.rfft(centred, 2 * size, axis=1)) ** 2
+    covariance = np.fft.irfft(spectrum, axis=1)[:, :size].mean(0)  # (draw, 2k)
+    moving = covariance[0] > 0
+    pairs = covariance[: size - size % 2, moving].reshape(size // 2, 2, -1).sum(1)
+    positive = np.cumprod(pairs > 0, axis=0)
+    times = 2 * (pairs * positive).sum(0) / covariance[0, moving] - 1
+    return float(1 / max(times.max(initial=1.0), 1 / (chains * size)))
 
 
 def longest_stay(moves: np.ndarray) -> int:

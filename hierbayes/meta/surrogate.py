@@ -15,7 +15,14 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import logsumexp
 
-from hierbayes.meta.independence import WARMUP, Chains, Fitted, Weigh, longest_stay
+from hierbayes.meta.independence import (
+    WARMUP,
+    Chains,
+    Fitted,
+    Weigh,
+    longest_stay,
+    pareto_k,
+)
 
 
 def run_two_stages(
@@ -71,10 +78,12 @@ def run_two_stages(
     log_ratio = float(gain[places].mean() - np.log(inverse.mean()))
     variance = np.exp(fair - log_mean).var(ddof=1) / len(fair)
     variance += inverse.var(ddof=1) / inverse.mean() ** 2 / max(len(inverse) - 1, 1)
+    # chains rest on draws of p̃, which the dear density weighs by p / p̃
+    dearer = gain[~np.isnan(gain)]
     return Chains(
         points[places], {name: value[places] for name, value in beside.items()},
         (values + gain)[places], moves[:, before:].astype(float), longest_stay(moves[:, before:]),
-        log_mean + log_ratio, float(np.sqrt(variance)),
+        log_mean + log_ratio, float(np.sqrt(variance)), max(pareto_k(fair), pareto_k(dearer)),
     )  # fmt: skip
 
 

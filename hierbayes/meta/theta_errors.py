@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation import Conjugate, Laplace, Quadrature
-from hierbayes.adaptation.quadrature import grid
+from hierbayes.adaptation.quadrature import rule_of
 from hierbayes.adaptation.whitened import after_newton, at_modes
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.fit import Fit
@@ -155,28 +155,27 @@ def _mean(model: HierarchicalModel, around: AroundPhi, num_nodes: int) -> Any:
     By quadrature with the nodes held where φ̂ has them. By Laplace the mode, which two Newton
     steps follow.
     """
-    stand = at_modes(around.tasks(model, around.vector), jnp.asarray(around.modes))
-    if num_nodes == 1:
+    rule = rule_of(num_nodes, len(around.modes))
+    here, near = around.tasks(model, around.vector), jnp.asarray(around.modes)
+    stand = at_modes(here, near) if rule is None else rule.around(here, near)
+    if rule is None:
 
         def mode(v: Any) -> jax.Array:
             tasks = around.tasks(model, v)
             return tasks.theta(after_newton(tasks, stand.z))
 
         return mode
-    places, log_weights, count = grid(num_nodes, len(stand.z))
 
     def posterior_mean(v: Any) -> jax.Array:
         tasks = around.tasks(model, v)
 
-        def add(sums: Any, node: Any) -> tuple[Any, None]:
-            place, log_weight = node
-            z = stand.node(place)
+        def add(sums: Any, q: Any) -> tuple[Any, None]:
+            z, log_weight = rule.node(stand, q)
             weight = jnp.exp(tasks.value(z) - stand.base + log_weight)
             return (sums[0] + weight, sums[1] + weight * z), None
 
         zero = (jnp.zeros_like(stand.base), jnp.zeros_like(stand.z))
-        rule = (jnp.asarray(places[:count]), jnp.asarray(log_weights[:count]))
-        total, first = jax.lax.scan(add, zero, rule)[0]
+        total, first = jax.lax.scan(add, zero, jnp.arange(rule.count))[0]
         return tasks.theta(first / total)
 
     return posterior_mean
