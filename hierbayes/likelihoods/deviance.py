@@ -1,4 +1,4 @@
-r"""Log densities as what they fall short of their largest value, so that large counts lose no digits.
+r"""Log densities by what they fall short of their largest value: large counts lose no digits.
 
 .. math:: y f - e^f = y \log y - y - y\,(e^d - 1 - d), \qquad d = f - \log y
 

@@ -64,7 +64,7 @@ def sample_of(problem: ProfileProblem) -> tuple[ManyProblems, bool]:
 
 def look(many: ManyProblems, blocks: Blocks, start: np.ndarray | None = None) -> Look:
     """The best of a grid of Λ for every data set; ``start`` (d, d), where one is known already."""
-    unit, num = _sizes(many.x)[1], many.num_sets
+    (sizes, unit), num = _sizes(many.x), many.num_sets
     shape = _shape(many.x, blocks)
     turned = replace(many, x=np.einsum("iej,ec->icj", many.x, shape))
     zero = np.zeros((len(unit), len(unit), num))
@@ -81,7 +81,8 @@ def look(many: ManyProblems, blocks: Blocks, start: np.ndarray | None = None) ->
     if max(map(len, blocks)) > 1:  # the τ themselves, of which some may be zero
         seen = _swept(many, blocks, seen)
     size = np.linalg.norm(seen.root, axis=1).mean(-1)
-    return Look(seen.root, seen.loss, at_zero, np.where(size > 0, size, unit))
+    least = 0.5 * np.array([own[0] for own in sizes])
+    return Look(seen.root, seen.loss, at_zero, np.where(size > least, size, unit))
 
 
 class _Seen(NamedTuple):
