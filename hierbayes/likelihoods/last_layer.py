@@ -21,6 +21,7 @@ from hierbayes.likelihoods.neural import (
     refuse_extras,
     without_x,
 )
+from hierbayes.numerics import arithmetic
 from hierbayes.tasks import Task, Tasks
 
 
@@ -120,7 +121,7 @@ class LastLayer(Neural):
             return replace(tasks, predictors=np.zeros((0, d)))
         weights = np.asarray(phi["features"], dtype=self.dtype)
         x = np.asarray(tasks.predictors, dtype=self.dtype)
-        with jax.enable_x64(self.dtype == "float64"):
+        with arithmetic(self.dtype):
             h = np.asarray(_features(self, weights, x), dtype=np.float64)
         return replace(tasks, predictors=h)
 
