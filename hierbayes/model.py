@@ -18,12 +18,14 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
-from hierbayes.errors import InputError, NotApplicable, listing
+from hierbayes import inputs
+from hierbayes.errors import InputError, NotApplicable, listing, suggestion
 from hierbayes.likelihoods import Likelihood
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.numerics import float64, triangle
 from hierbayes.priors import HyperPrior, Prior
+from hierbayes.priors.beliefs import refuse_negative
 from hierbayes.priors.elliptical import Elliptical
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.priors.scales import Scales
@@ -60,8 +62,17 @@ class HierarchicalModel:
     encoder: Encoder | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        kinds = {
+            "likelihood": (Likelihood, "a likelihood, for example hb.likelihoods.Gaussian()"),
+            "prior": (Prior, "a prior of tasks, for example hb.priors.Gaussian()"),
+            "hyperprior": (HyperPrior, "a HyperPrior"),
+        }
+        for name, (kind, what) in kinds.items():
+            inputs.instance(name, getattr(self, name), kind, what)
         stated = [*self.hyperprior.extra, *(["sigma"] if self.hyperprior.sigma else [])]
-        object.__setattr__(self, "likelihood", self.likelihood.bound(stated))
+        likelihood = self.likelihood.bound(stated)
+        _refuse_beliefs(self.hyperprior, likelihood)
+        object.__setattr__(self, "likelihood", likelihood)
 
     def tasks(self, data: Any) -> Tasks:
         """``data`` as Tasks: as it is, or a DataFrame through the model's formula."""
@@ -233,6 +244,26 @@ class HierarchicalModel:
                 numpyro.factor("y", each.sum())
 
         return program
+
+
+def _refuse_beliefs(hyperprior: HyperPrior, likelihood: Likelihood) -> None:
+    """Refuse priors of parameters that the likelihood has not, and negative ones of its own."""
+    own, kind = likelihood.parameters(), type(likelihood).__name__
+    for name, belief in hyperprior.extra.items():
+        if name not in own:
+            others = [n for n in own if n != "sigma"]
+            has = suggestion(name, others) if others else "it has no others"
+            raise InputError(
+                f"HyperPrior(extra=…) names {name!r}, which is no parameter of the {kind} "
+                f"likelihood; {has}"
+            )
+        if isinstance(likelihood, GeneralisedLinear):
+            refuse_negative(f"extra={{{name!r}: …}}", belief, "a positive parameter")
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model, before anything is asked of it."""
+    inputs.instance("model", model, HierarchicalModel, "a HierarchicalModel")
 
 
 _NOTHING = HyperPrior()

@@ -7,6 +7,7 @@ stand on the last axis, where XLA turns every line into one vectorised loop.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from hierbayes import inputs
 
 T = TypeVar("T")
 
@@ -25,13 +28,26 @@ LAPACK_UP_TO = 16
 
 
 def float64() -> Any:
-    """Context in which JAX computes in float64, whatever the user's flag says."""
-    return jax.enable_x64(True)
+    """Context in which JAX computes in float64, whatever the user's flags say."""
+    return arithmetic("float64")
 
 
-def arithmetic(precision: str) -> Any:
-    """Context in which JAX computes in "float32" or "float64", whatever the user's flag says."""
-    return jax.enable_x64(precision == "float64")
+@contextlib.contextmanager
+def arithmetic(precision: str) -> Iterator[None]:
+    """Context in which JAX computes in "float32" or "float64", whatever the user's flags say.
+
+    It promotes types and ranks as it does by default: what a user has forbidden of their own code
+    is not forbidden of this package's.
+    """
+    with jax.enable_x64(precision == "float64"), standard_promotion():
+        yield
+
+
+@contextlib.contextmanager
+def standard_promotion() -> Iterator[None]:
+    """Context in which JAX promotes types and ranks by default, in the precision that is set."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def to_numpy(tree: Any) -> Any:
@@ -61,19 +77,22 @@ def one_behind(values: Iterable[T]) -> Iterator[T]:
     yield from held
 
 
-def as_key(seed: int | jax.Array) -> jax.Array:
+def as_key(seed: Any) -> jax.Array:
     """A typed JAX key from an integer seed or a key (an old-style uint32 key too)."""
-    if isinstance(seed, (int, np.integer)):
-        return jax.random.key(int(seed))
+    seed = inputs.seed(seed)
+    if isinstance(seed, int):
+        with jax.enable_x64(True):  # in 32 bits 2**32 would be the same seed as 0
+            return jax.random.key(seed)
     if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         return seed
     return jax.random.wrap_key_data(seed)
 
 
-def as_rng(seed: int | jax.Array) -> np.random.Generator:
+def as_rng(seed: Any) -> np.random.Generator:
     """A NumPy generator from an integer seed or a JAX key."""
-    if isinstance(seed, (int, np.integer)):
-        return np.random.default_rng(int(seed))
+    seed = inputs.seed(seed)
+    if isinstance(seed, int):
+        return np.random.default_rng(seed)
     return np.random.default_rng(np.asarray(jax.random.key_data(as_key(seed))))
 
 

@@ -22,7 +22,7 @@ from hierbayes.likelihoods.categorical import ClassProbabilities
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.likelihoods.program import Program
-from hierbayes.model import HierarchicalModel
+from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import as_rng, float64
 from hierbayes.priors.drawing import draw
 from hierbayes.tasks import Tasks
@@ -73,6 +73,7 @@ def simulate(model: HierarchicalModel, tasks_like: Any, seed: int | jax.Array = 
     >>> theta.shape, simulated.outcome.shape
     ((8, 1), (8,))
     """
+    check_model(model)
     tasks, rng = model.tasks(tasks_like), as_rng(seed)
     refuse_without_outcomes(model, tasks)
     phis = draw_phi(model, tasks, 1, rng)

@@ -16,8 +16,8 @@ import hierbayes
 PACKAGE = Path(hierbayes.__file__).parent
 
 ROOMS = [
-    "errors", "files", "numerics", "sharding", "tasks", "statistics", "likelihoods", "rows",
-    "priors",
+    "errors", "inputs", "files", "numerics", "sharding", "tasks", "statistics", "likelihoods",
+    "rows", "priors",
     "model", "simulation", "formula", "adaptation", "evidence", "fit", "meta", "checks", "plots",
     "calibration", "comparison", "datasets", "cli",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation.descent import Descent, Flow, check_linear
 from hierbayes.errors import InputError, listing
 from hierbayes.model import HierarchicalModel
@@ -117,9 +118,7 @@ def read_fit(asked: Asked, *, flow: bool, loss: Any) -> Asked:
 
 
 def _loss(loss: Any) -> str:
-    if loss not in ("sum", "mean"):
-        raise InputError(f'loss must be "sum" or "mean", found {loss!r}')
-    return loss
+    return inputs.one_of("loss", loss, ("sum", "mean"))
 
 
 def read_method(
@@ -128,6 +127,7 @@ def read_method(
     """The first-order method asked for, whose coefficients must be fixed before the data."""
     import optax
 
+    nesterov = inputs.flag("nesterov", nesterov)
     if time is not None:
         rest = (step_size is None, optimiser is None, not momentum, not nesterov)
         if not (num_steps is None and all(rest)):
@@ -135,13 +135,13 @@ def read_method(
                 "time is for gradient flow, which has no steps: leave num_steps, step_size, "
                 "momentum, nesterov and optimiser out"
             )
-        return Flow(_positive("time", time))
-    if not (isinstance(num_steps, (int, np.integer)) and num_steps >= 1):
+        return Flow(inputs.positive("time", time))
+    if num_steps is None:
         raise InputError(
-            f"num_steps must be a positive integer, found {num_steps!r}; for gradient flow, the "
-            "limit of many small steps, pass time=… alone"
+            "num_steps must be a positive integer, found None; for gradient flow, the limit of "
+            "many small steps, pass time=… alone"
         )
-    num_steps = int(num_steps)
+    num_steps = inputs.count("num_steps", num_steps)
     if isinstance(step_size, optax.GradientTransformation):
         raise InputError("an Optax optimiser is passed as optimiser=…, in the place of step_size")
     if optimiser is not None:
@@ -157,33 +157,20 @@ def read_method(
     if step_size is None:
         raise InputError("pass step_size=…, in units of the summed log likelihood")
     if np.ndim(step_size) == 0:
-        sizes: Any = _positive("step_size", step_size)
+        sizes: Any = inputs.positive("step_size", step_size)
     else:
-        sizes = np.array([_positive("step_size", eta) for eta in step_size])
+        sizes = np.array([inputs.positive("step_size", eta) for eta in step_size])
         if sizes.shape != (num_steps,):
             raise InputError(
                 f"step_size holds {len(sizes)} values for {num_steps} steps; give one, or one a "
                 "step"
             )
-    try:
-        kept = float(momentum)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"momentum must be a number in [0, 1), found {momentum!r}") from error
-    if not 0 <= kept < 1:
+    kept = inputs.positive("momentum", momentum, or_zero=True)
+    if kept >= 1:
         raise InputError(f"momentum must lie in [0, 1), found {momentum}")
     if nesterov and not kept:
         raise InputError("nesterov=True needs a momentum to look ahead by; pass momentum=…")
     return Descent(num_steps, sizes, kept or None, nesterov)
-
-
-def _positive(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name} must be a positive number, found {value!r}") from error
-    if not (np.isfinite(number) and number > 0):
-        raise InputError(f"{name} must be positive, found {value!r}")
-    return number
 
 
 class Preconditioner(NamedTuple):

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.errors import InputError
 from hierbayes.numerics import float64
 
@@ -243,8 +244,7 @@ def implied_precision(curvature: Any, num_steps: int, step_size: Any) -> jax.Arr
     >>> float(implied_precision(4.0, 1, 0.1))  # 1 / η − λ
     6.0
     """
-    if not (isinstance(num_steps, (int, np.integer)) and num_steps >= 1):
-        raise InputError(f"num_steps must be a positive integer, found {num_steps!r}")
+    num_steps = inputs.count("num_steps", num_steps)
     if np.ndim(step_size) and np.shape(step_size) != (num_steps,):
         raise InputError(
             f"step_size has shape {np.shape(step_size)}; give one number, or one a step, "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation.arguments import (
     Asked,
     over_equal_rows,
@@ -36,7 +37,7 @@ from hierbayes.adaptation.judgement import NULL, judge
 from hierbayes.adaptation.matrix_free import LARGE, matrix_free_prior
 from hierbayes.adaptation.spectrum import linearise, respond, run
 from hierbayes.errors import InputError, announce, listing
-from hierbayes.model import HierarchicalModel
+from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
 
@@ -150,6 +151,9 @@ def equivalent_prior(
     >>> implied.posterior_mean.round(12).tolist()  # 4 / (4 + 6) of the way to the mean
     [0.8]
     """
+    check_model(model)
+    inputs.one_of("null", null, ("limit", "pinned"))
+    inputs.one_of("curvature", curvature, ("ggn", "hessian"))
     tasks, single = read_tasks(model, task)
     asked = Asked(phi, num_steps, step_size, preconditioner, optimiser, "sum")
     phi, num_steps, step_size, preconditioner, optimiser, units = read_fit(
@@ -157,10 +161,6 @@ def equivalent_prior(
     )
     found = read_phi(model, tasks, phi, sigma, beta)
     method = read_method(num_steps, step_size, momentum, nesterov, optimiser, time)
-    if null not in ("limit", "pinned"):
-        raise InputError(f'null must be "limit" or "pinned", found {null!r}')
-    if curvature not in ("ggn", "hessian"):
-        raise InputError(f'curvature must be "ggn" or "hessian", found {curvature!r}')
     d = len(tasks.coef)
     rank = read_rank(rank, d)
     if rank is not None or d > LARGE:

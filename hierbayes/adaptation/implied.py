@@ -8,6 +8,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation.descent import Descent, Flow
 from hierbayes.adaptation.judgement import FLAT, Status, described
 from hierbayes.numerics import as_rng
@@ -238,6 +239,7 @@ class EquivalentPrior(ImpliedPrior):
 
     def draws(self, num_draws: int = 1000, seed: int | jax.Array = 0) -> np.ndarray:
         """Draws (num_draws, J, d) from the implied posterior N(θ_K, Σ_K)."""
+        num_draws = inputs.count("num_draws", num_draws)
         white = as_rng(seed).standard_normal((num_draws, *self.filter.shape))
         scaled = white * np.sqrt(self.moved)
         return self.posterior_mean + np.einsum("...ki,...i->...k", self.directions, scaled)

@@ -18,13 +18,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation.arguments import read_phi, read_preconditioner, read_tasks
 from hierbayes.adaptation.curvature import Kind
 from hierbayes.adaptation.descent import Descent
 from hierbayes.adaptation.search import FLOW, losses_after, rotate, search
 from hierbayes.adaptation.spectrum import linearise
 from hierbayes.errors import InputError, listing
-from hierbayes.model import HierarchicalModel
+from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
 
@@ -77,8 +78,7 @@ class EquivalentSteps:
         :func:`equivalent_prior` with ``step_size=1``; the prior it implies is the target's. Where a
         tau is 0 it is singular, and no preconditioner.
         """
-        if not (isinstance(num_steps, (int, np.integer)) and num_steps >= 1):
-            raise InputError(f"num_steps must be a positive integer, found {num_steps!r}")
+        num_steps = inputs.count("num_steps", num_steps)
         white = np.einsum("ki,jkl,lm->jim", self.root, self.curvature, self.root)
         values, vectors = np.linalg.eigh(white)
         values = np.maximum(values, 0.0)
@@ -150,16 +150,20 @@ def equivalent_steps(
     >>> round(steps.risk_ratio, 9)  # tasks of one size: nothing is lost
     1.0
     """
+    check_model(model)
+    inputs.one_of("criterion", criterion, ("risk", "kl"))
+    inputs.one_of("curvature", curvature, ("ggn", "hessian"))
+    overshoot = inputs.flag("overshoot", overshoot)
     tasks, _ = read_tasks(model, tasks)
     found = read_phi(model, tasks, phi, sigma, beta)
     root = _target_root(model, tasks, phi, precision)
-    if criterion not in ("risk", "kl"):
-        raise InputError(f'criterion must be "risk" or "kl", found {criterion!r}')
-    if curvature not in ("ggn", "hessian"):
-        raise InputError(f'curvature must be "ggn" or "hessian", found {curvature!r}')
-    counts = list(num_steps) if np.ndim(num_steps) == 1 else []
-    if not counts or not all(isinstance(k, (int, np.integer)) and k >= 1 for k in counts):
-        raise InputError(f"num_steps must be a list of positive integers, found {num_steps!r}")
+    try:
+        counts = [inputs.count("num_steps", k) for k in num_steps]
+    except (TypeError, InputError):
+        counts = []
+    if not counts:
+        found = inputs.shown(num_steps)
+        raise InputError(f"num_steps must be a list of positive integers, found {found}")
     inverse = _inverse(root)
     if criterion == "kl" and inverse is None:
         raise InputError(

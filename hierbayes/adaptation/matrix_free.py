@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation.arguments import Preconditioner
 from hierbayes.adaptation.curvature import Kind
 from hierbayes.adaptation.descent import Descent, Flow
@@ -81,6 +82,7 @@ class MatrixFreePrior(ImpliedPrior):
 
     def draws(self, num_draws: int = 1000, seed: int | jax.Array = 0) -> np.ndarray:
         """Draws (num_draws, J, d) from the implied posterior N(θ_K, Σ_K)."""
+        num_draws = inputs.count("num_draws", num_draws)
         white = as_rng(seed).standard_normal((num_draws, *self.location.shape))
         spread = self._bend(white, np.sqrt(self.moved), np.sqrt(self._rest))
         return self.posterior_mean + self.root * spread

@@ -45,7 +45,7 @@ FALLS = 1e-9
 
 def bounded(model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> bool:
     """Whether some curvature of a row is never exceeded, whatever θ."""
-    with jax.enable_x64(True):
+    with float64():
         return bool(np.isfinite(model.likelihood.curvature_bound(phi, tasks.slots)).all())
 
 
@@ -77,7 +77,7 @@ def row_curvature(likelihood: Likelihood, level: float, phi: dict[str, Any], row
 def _bounds(model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> np.ndarray:
     """c of each row (N,), from φ's own location where it is known."""
     likelihood = model.likelihood
-    with jax.enable_x64(True):
+    with float64():
         if bounded(model, tasks, phi):
             return np.asarray(likelihood.curvature_bound(phi, tasks.slots))
         flat = tasks.flat()

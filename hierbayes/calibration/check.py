@@ -20,12 +20,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.calibration.gathered import FULL_BAYES, SAMPLER, Gathered
 from hierbayes.calibration.result import Calibration
 from hierbayes.checks.coverage import METHODS, Method
 from hierbayes.checks.draws import Sampler
 from hierbayes.errors import InputError, announce, overhearing, suggestion
-from hierbayes.model import HierarchicalModel
+from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import as_rng
 from hierbayes.simulation import draw_outcomes, draw_phi, draw_theta, refuse_without_outcomes
 
@@ -105,9 +106,10 @@ def check_calibration(
     ((), (20,))
     """
     started = time.perf_counter()
-    _check_counts(num_simulations=num_simulations, num_draws=num_draws)
-    if not 0 < level < 1:
-        raise InputError(f"level must lie between 0 and 1, found {level!r}")
+    check_model(model)
+    num_simulations, num_draws = inputs.counts(num_simulations=num_simulations, num_draws=num_draws)
+    level = inputs.share("level", level)
+    progress, seed = inputs.optional_flag("progress", progress), inputs.seed(seed)
     ranked, by_interval = _read_methods(methods, sampler)
     tasks = model.tasks(tasks_like)
     refuse_without_outcomes(model, tasks)
@@ -171,9 +173,3 @@ def _read_methods(methods: Any, sampler: Sampler | None) -> tuple[bool, dict[str
 
 def _plain(name: str) -> str:
     return name.lower().replace("_", " ")
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        if not (isinstance(value, (int, np.integer)) and value >= 1):
-            raise InputError(f"{name} must be a positive integer, found {value!r}")

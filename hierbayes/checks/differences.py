@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.checks.scores import mean_of_totals
 from hierbayes.errors import InputError, listing
 from hierbayes.tasks import Tasks
@@ -88,11 +89,12 @@ def score_differences(
     """
     import pandas as pd
 
+    inputs.mapping("scores", scores, "a mapping from label to scores")
+    inputs.instance("tasks", tasks, Tasks, "Tasks")
+    inputs.one_of("per", per, ("row", "task"))
     if not scores:
         raise InputError("there are no scores to compare")
-    if per not in ("row", "task"):
-        raise InputError(f'per must be "row" or "task", found {per!r}')
-    arrays = {label: np.asarray(values, dtype=float) for label, values in scores.items()}
+    arrays = {label: _scores(label, values) for label, values in scores.items()}
     units = {label: _unit(label, values, tasks, by) for label, values in arrays.items()}
     if len(set(units.values())) > 1:
         raise InputError(
@@ -139,11 +141,19 @@ def score(values: np.ndarray, tasks: Tasks, by: str, per: Per = "row") -> Score:
     return Score(mean, error, rows, held)
 
 
+def _scores(label: str, values: Any) -> np.ndarray:
+    """Scores as float64; NaN and infinite ones are scores too."""
+    try:
+        return np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the scores of {label!r} are no array of numbers: {error}") from error
+
+
 def _unit(label: str, values: np.ndarray, tasks: Tasks, by: str | None) -> str:
     """What a number is the score of: "row" or "task"."""
     lengths = {"row": tasks.num_rows, "task": tasks.num_tasks}
-    if by is not None and by not in lengths:
-        raise InputError(f'by must be "row" or "task", found {by!r}')
+    if by is not None:
+        inputs.one_of("by", by, lengths)
     fitting = [unit for unit, n in lengths.items() if values.shape == (n,) and by in (None, unit)]
     if not fitting:
         raise InputError(

@@ -16,9 +16,10 @@ import jax
 import numpy as np
 from scipy import special, stats
 
+from hierbayes import inputs
 from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.evidence.many import posteriors
-from hierbayes.fit import Fit
+from hierbayes.fit import Fit, check_fit
 from hierbayes.meta.intervals import check_intervals, morris, normal_means
 from hierbayes.meta.many_data_sets import (
     ManyEstimates,
@@ -91,8 +92,11 @@ def interval_coverage(
     """
     import xarray as xr
 
-    names = (intervals,) if isinstance(intervals, str) else tuple(intervals)
-    _check(fit, names, level, num_data_sets, num_bootstrap)
+    check_fit(fit)
+    names, level = inputs.names("intervals", intervals), inputs.share("level", level)
+    num_data_sets = inputs.count("num_data_sets", num_data_sets, least=2)
+    seed = inputs.seed(seed)
+    _check(fit, names, num_bootstrap)
     model, tasks, reml = fit.model, fit.tasks, fit.info["criterion"] == "reml"
     under = _merged(fit, phi or {})
     rng = as_rng(seed)
@@ -205,9 +209,7 @@ def _fault(name: str, value: np.ndarray) -> str:
     return ""
 
 
-def _check(
-    fit: Fit, names: tuple[str, ...], level: float, num_data_sets: Any, num_bootstrap: Any
-) -> None:
+def _check(fit: Fit, names: tuple[str, ...], num_bootstrap: Any) -> None:
     if fit.method != "empirical Bayes" or fit.info.get("criterion") not in ("ml", "reml"):
         raise NotApplicable(
             'interval_coverage is of empirical_bayes with criterion="ml" or "reml", found '
@@ -217,9 +219,5 @@ def _check(
         raise NotApplicable("interval_coverage simulates Gaussian tasks of a Gaussian prior only")
     if not names or not set(names) <= set(SIMULATED):
         raise InputError(f"intervals must be among {listing(SIMULATED)}, found {listing(names)}")
-    if not 0 < level < 1:
-        raise InputError(f"level must lie between 0 and 1, found {level!r}")
-    if not (isinstance(num_data_sets, (int, np.integer)) and num_data_sets >= 2):
-        raise InputError(f"num_data_sets must be an integer of at least 2, found {num_data_sets!r}")
     for name in names:
         check_intervals(name, num_bootstrap, fit.model, fit.tasks, fit.info["criterion"])

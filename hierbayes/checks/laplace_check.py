@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation import Laplace, Quadrature
 from hierbayes.adaptation.skewness import skewness
 from hierbayes.adaptation.whitened import Stand
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.evidence.nodes import jackknife_error, pooled
-from hierbayes.fit import Fit
+from hierbayes.fit import Fit, check_fit
 from hierbayes.likelihoods import Bernoulli, Binomial, NegativeBinomial, Poisson
 from hierbayes.meta.better_evidence import (
     AroundPhi,
@@ -38,7 +39,7 @@ from hierbayes.meta.better_evidence import (
 from hierbayes.meta.information import observed_information
 from hierbayes.meta.layout_of_phi import Layout
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64, log_diagonal_sum, solve_lower
+from hierbayes.numerics import as_rng, float64, log_diagonal_sum, solve_lower
 from hierbayes.tasks import Tasks
 
 NODES = {1: (41, 31), 2: (15, 11), 3: (9, 7)}
@@ -69,7 +70,7 @@ def _of_tasks(model: HierarchicalModel, around: AroundPhi, held: Stand) -> OfTas
     return OfTasks(residual, laplace, skewness(tasks, held.z, held.factor))
 
 
-def laplace_check(fit: Fit, *, seed: int = 0) -> Any:
+def laplace_check(fit: Fit, *, seed: int | jax.Array = 0) -> Any:
     r"""Laplace's approximation of every task's evidence, held against a better one at φ̂.
 
     .. math::
@@ -87,7 +88,7 @@ def laplace_check(fit: Fit, *, seed: int = 0) -> Any:
         By :func:`~hierbayes.empirical_bayes`, on tasks whose evidence has no closed form. Of a fit
         by Laplace the shift is that of its φ̂; of one by quadrature it is what is left, next to
         nothing, and ``error`` says what Laplace would have cost.
-    seed : int
+    seed : int or JAX key
         Of the scrambled nodes, beyond three coefficients.
 
     Returns
@@ -132,6 +133,9 @@ def laplace_check(fit: Fit, *, seed: int = 0) -> Any:
     """
     import pandas as pd
 
+    check_fit(fit)
+    seed = inputs.seed(seed)
+    seed = seed if isinstance(seed, int) else int(as_rng(seed).integers(2**31))
     _refuse(fit)
     model, tasks, d = fit.model.without_encoder(), fit.tasks, len(fit.tasks.coef)
     num_nodes = fit.adaptation.num_nodes if isinstance(fit.adaptation, Quadrature) else 1

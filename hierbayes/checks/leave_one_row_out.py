@@ -18,7 +18,7 @@ from hierbayes.checks.importance import leave_one_out, relative_efficiency
 from hierbayes.checks.scores import mean_over_tasks
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.evidence.without_row import NUMBERS_AT_ONCE, without_each_row
-from hierbayes.fit import Fit
+from hierbayes.fit import Fit, check_fit
 from hierbayes.fit.adapted import phis_of
 from hierbayes.tasks import Tasks
 
@@ -86,6 +86,7 @@ def leave_one_row_out(fit: Fit) -> dict[str, Any]:
     >>> round(found["mean"], 3), found["log_density"].dims
     (-1.164, ('row',))
     """
+    check_fit(fit)
     tasks, gaussian = fit.tasks, fit.model.conjugate
     refuse_carried(fit, "leave_one_row_out")
     if isinstance(fit.adaptation, PointAdaptation) or "tau" not in fit.phi:

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from scipy.special import logsumexp
 
+from hierbayes import inputs
 from hierbayes.adaptation import LeastSquares, MaximumLikelihood
 from hierbayes.checks.evidence_of_tasks import evidence_of, integrated, refuse_carried
 from hierbayes.checks.importance import leave_one_out, relative_efficiency
 from hierbayes.errors import InputError, announce, listing, overhearing
-from hierbayes.fit import Fit
+from hierbayes.fit import Fit, check_fit
 from hierbayes.meta import complete_pooling, empirical_bayes, full_bayes, imaml, maml, reptile
 from hierbayes.meta.own_parameters import over_all
 from hierbayes.meta.without_one import WithoutOne
@@ -70,6 +71,8 @@ def leave_one_task_out(fit: Fit, refit: bool = False) -> dict[str, Any]:
     >>> float(found["log_density"].sum().round(1))
     -31.0
     """
+    check_fit(fit)
+    refit = inputs.flag("refit", refit)
     if isinstance(fit.adaptation, LeastSquares | MaximumLikelihood):
         raise InputError("no pooling learns nothing about tasks that it has not seen")
     refuse_carried(fit, "leave_one_task_out")

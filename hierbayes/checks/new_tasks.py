@@ -87,7 +87,8 @@ def new_task_scores(
     >>> table.attrs["reference"], bool(table.loc["complete", "joint_difference"] < 0)
     ('partial', True)
     """
-    named = {fits.method: fits} if isinstance(fits, Fit) else dict(fits)
+    mapped = isinstance(fits, (Fit, Mapping))
+    named = {} if not mapped else {fits.method: fits} if isinstance(fits, Fit) else dict(fits)
     if not named or not all(isinstance(fit, Fit) for fit in named.values()):
         raise InputError("expected a fit, or a mapping from label to fit")
     predictions: dict[str, Prediction] = {}

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.errors import InputError
-from hierbayes.fit import Fit, Prediction
+from hierbayes.fit import Fit, Prediction, check_fit
 
 LEVELS = (0.5, 0.8, 0.95)
 """Probabilities of the intervals that are checked."""
@@ -36,6 +37,7 @@ def held_out_scores(prediction: Prediction) -> dict[str, float]:
         of a few values say nothing; ``rmse`` of binary ones is the root of the Brier score, the
         mean of (y − P(Y = 1))²; of classes without order there is none.
     """
+    inputs.instance("prediction", prediction, Prediction, "a Prediction, of fit.predict")
     outcome = prediction.tasks.outcome
     if outcome is None:
         raise InputError("the held-out rows hold no outcome to score")
@@ -108,6 +110,8 @@ def theta_differences(fit: Fit, reference: Fit) -> dict[str, float]:
         sd(θ_j) / sd(θ_j^ref), NaN where the fit gives no standard deviations. Coefficients that
         the fit does not identify are left out.
     """
+    check_fit(fit)
+    check_fit(reference, "reference")
     reference_sd = reference.adapted.sd.values
     sd = fit.adapted.sd.values
     usable = np.isfinite(reference_sd) & (reference_sd > 0)

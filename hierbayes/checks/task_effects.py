@@ -22,7 +22,7 @@ import numpy as np
 from hierbayes.adaptation import PointAdaptation
 from hierbayes.adaptation.conjugate import collapse
 from hierbayes.errors import NotApplicable, listing
-from hierbayes.fit import Fit
+from hierbayes.fit import Fit, check_fit
 from hierbayes.fit.adapted import label
 from hierbayes.numerics import cholesky, float64, solve_lower
 from hierbayes.priors import Prior
@@ -128,6 +128,7 @@ def task_effects(fit: Fit) -> TaskEffects:
     >>> found.outliers
     {'Intercept': (), 'days': ()}
     """
+    check_fit(fit)
     if "tau" not in fit.phi or isinstance(fit.adaptation, PointAdaptation):
         raise NotApplicable(
             f"{fit.method} learns no spread of its tasks, so there is none to be judged: use "

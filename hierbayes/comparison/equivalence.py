@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hierbayes import plots
+from hierbayes import inputs, plots
 from hierbayes.adaptation import EquivalentPrior, Status
 from hierbayes.checks.gaussians import LEVELS, coverage, kl_floor, wasserstein_floor
 from hierbayes.checks.scores import mean_over_tasks
@@ -157,6 +157,8 @@ def equivalence_report(
     >>> report.table.index[-1]
     'Monte-Carlo floor'
     """
+    num_draws, num_chains = inputs.counts(num_draws=num_draws, num_chains=num_chains)
+    seed = inputs.seed(seed)
     _check(start, posterior, empirical_bayes)
     fits, implied = build_ladder(
         start, posterior, empirical_bayes, num_steps, step_size, num_chains, num_draws, seed
@@ -182,8 +184,7 @@ def _check(start: Fit, posterior: Fit, point: Fit | None) -> None:
     for name, fit in fits.items():
         if fit is None and name == "empirical_bayes":
             continue
-        if not isinstance(fit, Fit):
-            raise InputError(f"{name} must be a fit, found {type(fit).__name__}")
+        fit = inputs.instance(name, fit, Fit, "a fit")
         if not _same(fit.tasks, posterior.tasks):
             raise InputError(f"{name} and posterior are fits of different tasks")
         if "mu" not in fit.phi:

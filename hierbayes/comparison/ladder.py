@@ -20,6 +20,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
+from hierbayes import inputs
 from hierbayes.adaptation import (
     Adaptation,
     Adapted,
@@ -34,7 +35,7 @@ from hierbayes.errors import InputError, overhearing
 from hierbayes.fit import Fit
 from hierbayes.meta import empirical_bayes
 from hierbayes.meta.diagnostics import remarks
-from hierbayes.meta.inner_loop import nth_seed
+from hierbayes.meta.inner_loop import check_inner_step, nth_seed
 from hierbayes.meta.sampling import run_nuts
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, as_rng, float64
@@ -97,8 +98,10 @@ def build_ladder(
 
 def _steps(start: Fit, num_steps: int | None, step_size: float | str | None) -> tuple[int, float]:
     """K and η as asked, as the fit took them, or as they come closest to the fit's prior."""
-    if isinstance(step_size, str) and step_size != "auto":
-        raise InputError(f'step_size must be a number or "auto", found {step_size!r}')
+    if num_steps is not None:
+        num_steps = inputs.count("num_steps", num_steps)
+    if step_size is not None:
+        check_inner_step(step_size)
     if num_steps is None and "num_steps" not in start.info and step_size is not None:
         raise InputError(f"{start.method} takes no gradient steps: pass num_steps with step_size")
     if num_steps is None and "num_steps" not in start.info and np.any(start.phi.get("tau", 0) > 0):

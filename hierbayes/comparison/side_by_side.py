@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hierbayes import plots
+from hierbayes import inputs, plots
 from hierbayes.adaptation import GradientSteps
 from hierbayes.checks import held_out_scores, leave_one_task_out, theta_differences
 from hierbayes.checks.differences import score
@@ -136,6 +136,7 @@ def compare(
     """
     import pandas as pd
 
+    inputs.mapping("fits", fits, "a mapping from label to fit")
     usable = {label: fit for label, fit in fits.items() if isinstance(fit, Fit)}
     for label, fit in fits.items():
         if not isinstance(fit, (Fit, str)):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation import (
     Adaptation,
     Adapted,
@@ -79,6 +80,8 @@ def adapt(
     seed: Any,
 ) -> AdaptedTasks:
     """See :meth:`hierbayes.fit.Fit.adapt`."""
+    update_phi, implied = inputs.flag("update_phi", update_phi), inputs.flag("implied", implied)
+    seed = inputs.seed(seed)
     tasks = read_new(fit, new_tasks, after)
     if implied:
         return _implied(fit, tasks)
@@ -114,6 +117,7 @@ def _over_draws(
 
 def on(fit: Fit, new_tasks: Any, update_phi: bool, seed: Any) -> Fit:
     """See :meth:`hierbayes.fit.Fit.on`."""
+    update_phi, seed = inputs.flag("update_phi", update_phi), inputs.seed(seed)
     tasks = read_new(fit, new_tasks)
     bare = replace(
         fit, tasks=tasks, training=None, theta_draws=None, sample_stats={}, evidence=None,

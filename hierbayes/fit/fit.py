@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation import (
     Adaptation,
     Adapted,
@@ -144,8 +145,7 @@ class Fit:
 
         ``by="task"`` sums within tasks, conditional on θ_j.
         """
-        if by not in ("row", "task"):
-            raise InputError(f'by must be "row" or "task", found {by!r}')
+        inputs.one_of("by", by, ("row", "task"))
         if self.theta_draws is None:
             raise InputError(f"{self.method} holds no posterior draws of theta")
         draws = {**(self.phi_draws or {}), "theta": self.theta_draws}
@@ -285,8 +285,8 @@ class Fit:
         """
         rows = self.tasks if data is None else self.model.tasks(data)
         check_columns(rows, self.tasks)
-        if target not in (None, *TARGETS):
-            raise InputError(f"target must be one of {TARGETS}, found {target!r}")
+        if target is not None:
+            inputs.one_of("target", target, TARGETS)
         if target in (None, "known"):
             return self.adapted.predict(rows)
         return predict_unseen(self, rows, "new" if target == "new" else "population")
@@ -297,13 +297,18 @@ class Fit:
         """Write the fit, its data and its model to one NetCDF file, whole or not at all.
 
         ArviZ and xarray read the file too (``arviz_base.convert_to_datatree``,
-        ``xarray.open_datatree``); :func:`hierbayes.load` gives the fit back, and refuses a file that
-        was damaged or changed. A link keeps its target. Predictive draws are not written, for their
-        size: the ``datatree`` of the loaded fit draws the same ones again.
+        ``xarray.open_datatree``); :func:`hierbayes.load` gives the fit back, and refuses a file
+        that was damaged or changed. A link keeps its target. Predictive draws are not written, for
+        their size: the ``datatree`` of the loaded fit draws the same ones again.
         """
         from hierbayes.fit.storage import save
 
         save(self, path)
+
+
+def check_fit(fit: Any, name: str = "fit") -> None:
+    """Refuse what is no fit, before anything is asked of it."""
+    inputs.instance(name, fit, Fit, "a fit, as hb.full_bayes and the other methods return it")
 
 
 def _short(value: Any) -> str:

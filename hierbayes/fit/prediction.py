@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from scipy import special
 
+from hierbayes import inputs
 from hierbayes.errors import InputError
 from hierbayes.likelihoods.categorical import ClassProbabilities
 from hierbayes.likelihoods.outcomes_of_programs import ProgramOutcomes
+from hierbayes.numerics import as_rng
 from hierbayes.simulation import draw_classes
 from hierbayes.tasks import Tasks
 
@@ -148,7 +151,7 @@ class Prediction:
         outcome = self.tasks.outcome if outcome is None else outcome
         if outcome is None:
             raise InputError("these rows hold no outcome to score")
-        return outcome
+        return inputs.numbers("outcome", outcome, shape=(self.tasks.num_rows,))
 
     def log_density(self, outcome: np.ndarray | None = None) -> np.ndarray:
         """Log predictive density of each observed row (N,), task by task; NaN where unidentified.
@@ -171,8 +174,7 @@ class Prediction:
 
     def quantile(self, probability: float) -> np.ndarray:
         """The smallest y with P(Y ≤ y) ≥ probability of each row (N,), task by task."""
-        if not 0 < probability < 1:
-            raise InputError(f"a probability lies between 0 and 1, found {probability}")
+        probability = inputs.share("probability", probability)
         # a mixture's quantile lies between the smallest and the largest of its components'
         parts = self._numbers("quantiles").ppf(probability)
         low, high = parts.min(0), parts.max(0)
@@ -192,10 +194,10 @@ class Prediction:
 
         Not in the order of a DataFrame given to ``predict``: see :class:`Prediction`.
         """
-        tail = (1 - probability) / 2
+        tail = (1 - inputs.share("probability", probability)) / 2
         return np.stack([self.quantile(tail), self.quantile(1 - tail)])
 
-    def draws(self, num_draws: int = 1000, seed: int = 0) -> np.ndarray:
+    def draws(self, num_draws: int = 1000, seed: int | jax.Array = 0) -> np.ndarray:
         """Joint predictive draws of the rows (num_draws, N), task by task.
 
         Not in the order of a DataFrame given to ``predict``: see :class:`Prediction`.
@@ -205,7 +207,7 @@ class Prediction:
         (``hb.meta.implied_posterior`` of a network) of one another: sums over a task's rows then
         come out too narrow.
         """
-        rng = np.random.default_rng(seed)
+        num_draws, rng = inputs.count("num_draws", num_draws), as_rng(seed)
         if self.joint is not None:
             return self._known(self.joint(num_draws, rng))
         if self.of_classes:

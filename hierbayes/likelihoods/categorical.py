@@ -11,6 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from scipy import special
 
+from hierbayes import inputs
 from hierbayes.errors import InputError, listing
 from hierbayes.likelihoods.base import Likelihood
 from hierbayes.likelihoods.bernoulli import POSSIBLE
@@ -41,8 +42,8 @@ class Categorical(Likelihood):
     discrete = True
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.num_classes, (int, np.integer)) and self.num_classes >= 2):
-            raise InputError(f"num_classes must be 2 or more, found {self.num_classes!r}")
+        num_classes = inputs.count("num_classes", self.num_classes, least=2)
+        object.__setattr__(self, "num_classes", num_classes)
 
     def check(self, tasks: Tasks) -> None:
         """Refuse outcomes that are no class."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
+from hierbayes import inputs
 from hierbayes.errors import InputError
 from hierbayes.likelihoods.base import Likelihood
 from hierbayes.tasks import Tasks
@@ -40,6 +41,9 @@ class Gaussian(Likelihood):
 
     known_se: bool = False
     gaussian_in_theta = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "known_se", inputs.flag("Gaussian(known_se=…)", self.known_se))
 
     def parameters(self) -> tuple[str, ...]:
         """Names of the likelihood's own parameters in φ."""

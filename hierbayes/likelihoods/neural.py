@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
+from hierbayes import inputs
 from hierbayes.errors import InputError, listing
 from hierbayes.likelihoods.base import Likelihood
 from hierbayes.likelihoods.categorical import Categorical
@@ -22,7 +23,7 @@ from hierbayes.likelihoods.probing import (
     draws,
 )
 from hierbayes.likelihoods.weights import Weights
-from hierbayes.numerics import arithmetic
+from hierbayes.numerics import arithmetic, standard_promotion
 from hierbayes.tasks import Task, Tasks, layout
 
 
@@ -40,7 +41,8 @@ class Neural(Likelihood):
         if not _is_function(self.init):
             return Weights.like(self.init, self.dtype)
         try:
-            drawn = jax.eval_shape(self.init, jax.random.key(0))
+            with standard_promotion():
+                drawn = jax.eval_shape(self.init, jax.random.key(0))
         except Exception as error:
             raise InputError(
                 "init(key) must be a JAX function that returns the weights, a pytree of float "
@@ -212,12 +214,16 @@ def without_x(tasks: Tasks) -> Tasks:
 
 
 def perceptron(
-    sizes: Sequence[int], activation: Callable[[Any], Any]
+    sizes: Any, activation: Callable[[Any], Any]
 ) -> tuple[Callable[[Any, Any], Any], Callable[[Any], Any]]:
     """(apply, init) of a multilayer perceptron."""
-    sizes = tuple(int(size) for size in sizes)
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise InputError(f"sizes must be two or more positive numbers, found {list(sizes)}")
+    try:
+        sizes = tuple(inputs.count("sizes", size) for size in sizes)
+    except (TypeError, InputError):
+        sizes = (sizes,)
+    if len(sizes) < 2:
+        found = inputs.shown(sizes[0] if len(sizes) == 1 else sizes)
+        raise InputError(f"sizes must be two or more positive numbers, found {found}")
 
     # partials, for functions made here could not be pickled
     # and JAX's functions by their names, for those do not find themselves where pickle looks

@@ -11,6 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jax.scipy.special import gammaln
 
+from hierbayes import inputs
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.over_normal import averaged
 from hierbayes.tasks import Tasks
@@ -41,6 +42,12 @@ class StudentT(GeneralisedLinear):
     """
 
     df: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.df is not None:
+            df = inputs.positive("likelihoods.StudentT(df=…)", self.df)
+            object.__setattr__(self, "df", df)
+
     log_concave = False
 
     def parameters(self) -> tuple[str, ...]:

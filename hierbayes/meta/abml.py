@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
+from hierbayes import inputs
 from hierbayes.adaptation.variational import Variational, divergence, expected
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.fit import Fit
@@ -31,7 +32,7 @@ from hierbayes.meta.episodic import (
 )
 from hierbayes.meta.inner_loop import check_counts, check_steps, step_or
 from hierbayes.meta.training import DEFAULTS, Training, ascent_of
-from hierbayes.model import HierarchicalModel
+from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.tasks import Task
 
 STARTING_TAU = 0.05
@@ -98,9 +99,11 @@ def abml(
     ['mu', 'sigma', 'tau']
     """
     started = time.perf_counter()
+    check_model(model)
     check_steps(num_steps, "auto" if step_size is None else step_size, "mean", "unrolled", None)
     check_counts(num_samples=num_samples, num_tasks=1 if num_tasks is None else num_tasks)
-    if len(precision_prior) != 2 or not min(precision_prior) > 0:
+    given = inputs.numbers("precision_prior", precision_prior, shape=(2,))
+    if not (given > 0).all():
         raise InputError(
             f"precision_prior must be a positive shape and rate, found {precision_prior!r}"
         )

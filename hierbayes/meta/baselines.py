@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation import Adapted, Conjugate, Laplace, LeastSquares, MaximumLikelihood
 from hierbayes.adaptation.alone import determined
 from hierbayes.adaptation.least_squares import within_tasks
@@ -22,7 +23,7 @@ from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.marginal import named_fixed
 from hierbayes.meta.own_parameters import over_all
 from hierbayes.meta.own_parameters import within as within_likelihood
-from hierbayes.model import HierarchicalModel
+from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64
 from hierbayes.statistics import placed_statistics, statistics
 from hierbayes.tasks import Tasks
@@ -61,6 +62,7 @@ def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = No
     28.0
     """
     started = time.perf_counter()
+    check_model(model)
     tasks = model.tasks(tasks)
     model.check(tasks, learns_prior=False)
     _refuse_programs(model, "no_pooling")
@@ -140,9 +142,7 @@ def refuse_idle_sigma(model: HierarchicalModel, sigma: float | None) -> None:
 def noise(estimate: float, given: float | None) -> float:
     """σ as given, or the pooled within-task estimate, where there is one."""
     if given is not None:
-        if not (np.isfinite(given) and given > 0):
-            raise InputError(f"sigma must be positive, found {given}")
-        return float(given)
+        return inputs.positive("sigma", given)
     if not (np.isfinite(estimate) and estimate > 0):
         raise NotApplicable(
             "sigma cannot be estimated within tasks: the tasks' own coefficients explain every row "
@@ -176,6 +176,7 @@ def complete_pooling(model: HierarchicalModel, tasks: Any) -> Fit:
     7.6856
     """
     started = time.perf_counter()
+    check_model(model)
     tasks = model.tasks(tasks)
     model.check(tasks, learns_prior=False)
     _refuse_programs(model, "complete_pooling")

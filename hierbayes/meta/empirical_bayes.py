@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import jax
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation import (
     Adaptation,
     Adapted,
@@ -36,7 +37,7 @@ from hierbayes.meta.marginal import maximise_likelihood
 from hierbayes.meta.mixture_mode import maximise_mixture
 from hierbayes.meta.posterior_mode import maximise_posterior, resolve_for_mode
 from hierbayes.meta.training import OuterLoop
-from hierbayes.model import HierarchicalModel
+from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import as_key
 from hierbayes.tasks import Tasks
 
@@ -160,6 +161,10 @@ def empirical_bayes(
     (True, True)
     """
     started = time.perf_counter()
+    check_model(model)
+    criterion = inputs.one_of("criterion", criterion, ("ml", "reml", "map"))
+    num_draws, num_chains = inputs.counts(num_draws=num_draws, num_chains=num_chains)
+    seed = inputs.seed(seed)
     given = {"optimiser": optimiser, "num_meta_steps": num_meta_steps, "progress": progress}
     if on_episodes(model, tasks):
         model.require_gaussian(
@@ -179,11 +184,6 @@ def empirical_bayes(
         return maximise_evidence_of_features(model, tasks, {**outer_loop, **given, "seed": seed})
     refuse_idle({**outer_loop, **given}, "empirical_bayes")
     tasks = model.tasks(tasks)
-    if criterion not in ("ml", "reml", "map"):
-        raise InputError(f'criterion must be "ml", "reml" or "map", found {criterion!r}')
-    for name, value in {"num_draws": num_draws, "num_chains": num_chains}.items():
-        if not (isinstance(value, (int, np.integer)) and value >= 1):
-            raise InputError(f"{name} must be a positive integer, found {value!r}")
     model.check(tasks, learns_prior=True)
     check_intervals(intervals, num_bootstrap, model, tasks, criterion)
     integral = chosen_evidence(model, tasks, evidence, criterion)
@@ -283,6 +283,7 @@ def chosen_evidence(
 
 def _draws(training: Adapted, seed: int | jax.Array, num_chains: int, num_draws: int) -> np.ndarray:
     """θ given φ̂ (chain, draw, task, coef); made when read, since many never ask."""
+    # the numbers of a key's data, which an integer is made into
     rng = np.random.default_rng(np.asarray(jax.random.key_data(as_key(seed))))
     drawn = training.draw(rng, num_chains * num_draws)
     return drawn.reshape(num_chains, num_draws, *training.mean.shape)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation import Adaptation
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.fit import Fit
@@ -57,6 +58,7 @@ def source(model: HierarchicalModel, tasks: Any, query: float, held: int) -> tup
     Of a fixed set the tasks are themselves, all rows of them.
     """
     check_counts(held_out=held)
+    query = inputs.share("query", query)
     if not isinstance(tasks, Episodes):
         if not isinstance(tasks, Tasks):
             raise InputError(
@@ -144,10 +146,7 @@ def fixed_noise(model: HierarchicalModel, sigma: float | None) -> dict[str, Any]
         if sigma is not None:
             raise InputError("sigma has no place in this likelihood; leave it out")
         return {}
-    value = UNIT_LOSS if sigma is None else sigma
-    if not (np.isfinite(value) and value > 0):
-        raise InputError(f"sigma must be positive, found {sigma!r}")
-    return {"sigma": np.asarray(float(value))}
+    return {"sigma": np.asarray(UNIT_LOSS if sigma is None else inputs.positive("sigma", sigma))}
 
 
 def finish(

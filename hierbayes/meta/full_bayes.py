@@ -18,6 +18,7 @@ import numpy as np
 import numpyro
 from numpyro.distributions import biject_to
 
+from hierbayes import inputs
 from hierbayes.adaptation import (
     Adaptation,
     Conjugate,
@@ -37,7 +38,7 @@ from hierbayes.meta.collapsed import Collapsed
 from hierbayes.meta.collapsed_sampling import sample_collapsed
 from hierbayes.meta.diagnostics import remarks as judged
 from hierbayes.meta.sampling import run_nuts
-from hierbayes.model import HierarchicalModel
+from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import as_key, as_rng, float64
 from hierbayes.tasks import Tasks
 
@@ -128,15 +129,15 @@ def full_bayes(
     ('chain', 'draw', 'task', 'coef')
     """
     started = time.perf_counter()
+    check_model(model)
+    method = inputs.one_of("method", method, ("auto", "collapsed", "nuts"))
+    num_draws, num_chains, num_warmup = inputs.counts(
+        num_draws=num_draws, num_chains=num_chains, num_warmup=num_warmup
+    )
+    target_accept = inputs.share("target_accept", target_accept)
+    progress = inputs.optional_flag("progress", progress)
+    seed = inputs.seed(seed)
     tasks = model.tasks(tasks)
-    if method not in ("auto", "collapsed", "nuts"):
-        raise InputError(f'method must be "auto", "collapsed" or "nuts", found {method!r}')
-    counts = {"num_draws": num_draws, "num_chains": num_chains, "num_warmup": num_warmup}
-    for name, value in counts.items():
-        if not (isinstance(value, (int, np.integer)) and value >= 1):
-            raise InputError(f"{name} must be a positive integer, found {value!r}")
-    if not 0 < target_accept < 1:
-        raise InputError(f"target_accept must lie between 0 and 1, found {target_accept!r}")
     model.check(tasks, learns_prior=True)
     resolved = model.resolve(tasks)
     exact = resolved.likelihood.gaussian_in_theta

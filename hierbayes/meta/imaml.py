@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation import GradientSteps, Proximal
 from hierbayes.adaptation.gradient import Derivative
 from hierbayes.errors import InputError, announce, listing
@@ -35,7 +36,7 @@ from hierbayes.meta.inner_loop import (
 )
 from hierbayes.meta.maml_on_episodes import maximise_predictive
 from hierbayes.meta.training import OuterLoop
-from hierbayes.model import HierarchicalModel
+from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
 
@@ -140,6 +141,9 @@ def imaml(
     0.1
     """
     started = time.perf_counter()
+    check_model(model)
+    seed = inputs.seed(seed)
+    query = inputs.share("query", query)
     model.require_gaussian_prior(
         "iMAML", "its inner problem is a MAP estimate under N(φ, I/λ)",
         "use empirical_bayes or full_bayes, or priors.Gaussian()",
@@ -228,12 +232,9 @@ def _on_episodes(
     given = "auto" if step_size is None else step_size
     check_steps(num_steps, given, loss, derivative, inner_optimiser)
     learn = isinstance(prior_precision, str) and prior_precision == "learn"
-    number = isinstance(prior_precision, (int, float, np.number))
-    if not (learn or (number and np.isfinite(prior_precision) and prior_precision > 0)):
-        raise InputError(
-            'prior_precision on episodes must be "learn" or one positive number for all weights, '
-            f"found {prior_precision!r}"
-        )
+    if not learn:
+        name = 'prior_precision on episodes must be "learn", or one number for all weights, which'
+        prior_precision = inputs.positive(name, prior_precision)
     eta = step_or(step_size, PLAIN_STEP)
     steps = GradientSteps(
         num_steps, eta if inner_optimiser is None else None, loss or "mean", inner_optimiser,

@@ -18,7 +18,7 @@ import numpy as np
 from hierbayes.adaptation import GradientSteps
 from hierbayes.adaptation.linearised import LinearisedSteps
 from hierbayes.errors import InputError, NotApplicable
-from hierbayes.fit import Fit
+from hierbayes.fit import Fit, check_fit
 from hierbayes.fit.adapted import AdaptedTasks
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
@@ -55,6 +55,7 @@ def implied_posterior(fit: Fit, support: Tasks, query: Tasks) -> Fit:
     >>> hb.meta.implied_posterior(fit, *episodes.draw(20)).method
     'MAML, implied posterior'
     """
+    check_fit(fit)
     steps = fit.adaptation
     plain = isinstance(steps, GradientSteps) and steps.optimiser is None and not steps.proximal
     if not plain or np.ndim(fit.phi.get("step_size", 0.0)):

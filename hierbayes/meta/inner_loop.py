@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation.gradient import DERIVATIVES
 from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable
@@ -33,16 +34,17 @@ Parameters = dict[str, jax.Array]
 
 def check_counts(**counts: int) -> None:
     """Refuse settings that are not positive integers, by name."""
-    for name, value in counts.items():
-        if not (isinstance(value, (int, np.integer)) and value >= 1):
-            raise InputError(f"{name} must be a positive integer, found {value!r}")
+    inputs.counts(**counts)
 
 
 def check_inner_step(step_size: Any) -> None:
     """Refuse an inner step size that is neither one number nor "auto"."""
-    number = isinstance(step_size, (int, float, np.number, jax.Array)) and np.ndim(step_size) == 0
-    if not (number or (isinstance(step_size, str) and step_size == "auto")):
-        raise InputError(f'step_size must be a number or "auto", found {step_size!r}')
+    if isinstance(step_size, str) and step_size == "auto":
+        return
+    if isinstance(step_size, str) or np.ndim(step_size) or step_size is None:
+        found = inputs.shown(step_size)
+        raise InputError(f'step_size must be a number or "auto", found {found}')
+    inputs.positive("step_size", step_size)
 
 
 def check_optimiser(optimiser: Any) -> None:
@@ -69,14 +71,14 @@ def check_steps(
 
     check_counts(num_steps=num_steps)
     check_inner_step(step_size)
-    if loss not in (None, "sum", "mean"):
-        raise InputError(f'loss must be "sum" or "mean", found {loss!r}')
-    if derivative not in DERIVATIVES:
-        raise InputError(f"derivative must be one of {DERIVATIVES}, found {derivative!r}")
-    if learn_step_size not in (True, False, "coef"):
-        raise InputError(f'learn_step_size must be a bool or "coef", found {learn_step_size!r}')
-    if step_size != "auto" and not (np.isfinite(step_size) and step_size > 0):
-        raise InputError(f"step_size must be positive, found {step_size}")
+    if loss is not None:
+        inputs.one_of("loss", loss, ("sum", "mean"))
+    inputs.one_of("derivative", derivative, DERIVATIVES)
+    if not isinstance(learn_step_size, str):
+        inputs.flag("learn_step_size", learn_step_size)
+    elif learn_step_size != "coef":
+        found = inputs.shown(learn_step_size)
+        raise InputError(f'learn_step_size must be a bool or "coef", found {found}')
     if inner_optimiser is None:
         return
     if not isinstance(inner_optimiser, optax.GradientTransformation):
@@ -142,8 +144,8 @@ def query_parameters(model: HierarchicalModel, fixed: Mapping[str, Any]) -> tupl
 
 def nth_seed(seed: int | jax.Array, i: int) -> int | jax.Array:
     """The seed of the i-th split."""
-    if isinstance(seed, (int, np.integer)):
-        return int(seed) + i
+    if isinstance(seed, int):
+        return (seed + i) % inputs.LARGEST_SEED
     return jax.random.fold_in(as_key(seed), i)
 
 

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation import Adaptation, Adapted, Conjugate
 from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.meta.many_data_sets import maximise_many, simulated
@@ -53,11 +54,8 @@ def check_intervals(
     intervals: str, num_bootstrap: Any, model: HierarchicalModel, tasks: Tasks, criterion: str
 ) -> None:
     """Refuse what these intervals cannot be had of, before any computation."""
-    if intervals not in get_args(Intervals):
-        known = listing(list(get_args(Intervals)))
-        raise InputError(f"intervals must be one of {known}, found {intervals!r}")
-    if not (isinstance(num_bootstrap, (int, np.integer)) and num_bootstrap >= 2):
-        raise InputError(f"num_bootstrap must be an integer of at least 2, found {num_bootstrap!r}")
+    inputs.one_of("intervals", intervals, get_args(Intervals))
+    inputs.count("num_bootstrap", num_bootstrap, least=2)
     if intervals != "plain":
         model.require_gaussian_prior(
             f'intervals="{intervals}"', "it counts what phi leaves open of a Gaussian one",

@@ -10,10 +10,10 @@ import time
 from typing import Any, Unpack
 
 import jax.numpy as jnp
-import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation.linearised import LinearisedSteps
-from hierbayes.errors import InputError, NotApplicable
+from hierbayes.errors import NotApplicable
 from hierbayes.evidence.laplace import LaplacePredictive
 from hierbayes.fit import Fit
 from hierbayes.meta.episodic import (
@@ -28,7 +28,7 @@ from hierbayes.meta.episodic import (
 from hierbayes.meta.implied import scale_of
 from hierbayes.meta.inner_loop import check_steps, step_or
 from hierbayes.meta.training import DEFAULTS, Training, ascent_of
-from hierbayes.model import HierarchicalModel
+from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.tasks import Task
 
 
@@ -94,9 +94,9 @@ def llama(
     True
     """
     started = time.perf_counter()
+    check_model(model)
     check_steps(num_steps, "auto" if step_size is None else step_size, "mean", "unrolled", None)
-    if not (np.isfinite(weight) and weight >= 0):
-        raise InputError(f"weight must be zero or positive, found {weight!r}")
+    weight = inputs.positive("weight", weight, or_zero=True)
     _require_gaussian_network(model)
     model = model.without_encoder()
     eta = step_or(step_size, PLAIN_STEP)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation import GradientSteps
 from hierbayes.adaptation.gradient import Derivative
 from hierbayes.adaptation.step_length import (
@@ -39,7 +40,7 @@ from hierbayes.meta.inner_loop import (
 )
 from hierbayes.meta.maml_on_episodes import maximise_predictive
 from hierbayes.meta.training import OuterLoop
-from hierbayes.model import HierarchicalModel
+from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.tasks import Tasks
 
@@ -156,7 +157,10 @@ def maml(
     ['mu', 'sigma', 'sigma_query']
     """
     started = time.perf_counter()
-    if derivative == "implicit":
+    check_model(model)
+    seed = inputs.seed(seed)
+    query = inputs.share("query", query)
+    if isinstance(derivative, str) and derivative == "implicit":
         raise InputError(
             'derivative="implicit" is that of a maximum, which K steps on the likelihood alone do '
             "not stand for: use hb.imaml"

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.adaptation import GradientSteps
 from hierbayes.adaptation.step_length import (
     bounded,
@@ -21,7 +22,7 @@ from hierbayes.adaptation.step_length import (
     largest_curvature,
     row_curvature,
 )
-from hierbayes.errors import InputError, announce
+from hierbayes.errors import announce
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
 from hierbayes.meta.ascent import maximise
@@ -39,7 +40,7 @@ from hierbayes.meta.inner_loop import (
 )
 from hierbayes.meta.reptile_on_episodes import follow_moves
 from hierbayes.meta.training import OuterLoop
-from hierbayes.model import HierarchicalModel
+from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.sharding import place
 from hierbayes.tasks import Tasks
@@ -147,6 +148,10 @@ def reptile(
     ['mu', 'sigma', 'sigma_query']
     """
     started = time.perf_counter()
+    check_model(model)
+    seed = inputs.seed(seed)
+    query = inputs.share("query", query)
+    tolerance = inputs.positive("tolerance", tolerance)
     check_steps(num_steps, step_size, loss, "first-order", inner_optimiser)
     if on_episodes(model, tasks):
         outer = dict(
@@ -162,8 +167,6 @@ def reptile(
     num_meta_steps = 1000 if num_meta_steps is None else num_meta_steps
     tasks = model.tasks(tasks)
     check_counts(num_meta_steps=num_meta_steps)
-    if not (np.isfinite(tolerance) and tolerance > 0):
-        raise InputError(f"tolerance must be positive, found {tolerance!r}")
     check_optimiser(optimiser)
     model.check(tasks, learns_prior=True)
     resolved = model.resolve(tasks)

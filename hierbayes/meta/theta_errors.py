@@ -24,7 +24,7 @@ from hierbayes.adaptation import Conjugate, Laplace, Quadrature
 from hierbayes.adaptation.quadrature import rule_of
 from hierbayes.adaptation.whitened import after_newton, at_modes
 from hierbayes.errors import InputError, NotApplicable
-from hierbayes.fit import Fit
+from hierbayes.fit import Fit, check_fit
 from hierbayes.fit.adapted import label
 from hierbayes.meta.better_evidence import AroundPhi
 from hierbayes.meta.information import observed_information
@@ -82,6 +82,7 @@ def theta_standard_errors(fit: Fit) -> Any:
     >>> bool((wider > fit.adapted.sd).all())
     True
     """
+    check_fit(fit)
     num_nodes = _nodes(fit)
     phi = {name: np.asarray(value) for name, value in fit.phi.items()}
     more = covariance_by_phi(

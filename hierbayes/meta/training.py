@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.errors import InputError
 from hierbayes.meta.checkpoint import Checkpoint
 from hierbayes.meta.inner_loop import check_counts, check_optimiser
@@ -127,6 +128,8 @@ def settings(given: dict[str, Any], method: str) -> dict[str, Any]:
     if chosen["patience"] is not None:
         check_counts(patience=chosen["patience"])
     check_optimiser(chosen["optimiser"])
+    chosen["seed"] = inputs.seed(chosen["seed"])
+    chosen["progress"] = inputs.optional_flag("progress", chosen["progress"])
     chosen["optimiser"] = chosen["optimiser"] or optax.adam(1e-3)
     return chosen
 

@@ -16,12 +16,12 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
+from hierbayes import inputs
 from hierbayes.adaptation import Adaptation, Adapted
 from hierbayes.errors import InputError, announce
-from hierbayes.fit import Fit
+from hierbayes.fit import Fit, check_fit
 from hierbayes.fit.adapted import locations
 from hierbayes.meta.diagnostics import remarks
-from hierbayes.meta.inner_loop import check_counts
 from hierbayes.meta.sampling import run_nuts
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, float64
@@ -84,7 +84,12 @@ def nuts(
     ...                        num_warmup=50, progress=False)  # doctest: +SKIP
     """
     started = time.perf_counter()
-    check_counts(num_draws=num_draws, num_chains=num_chains, num_warmup=num_warmup)
+    check_fit(fit)
+    num_draws, num_chains, num_warmup = inputs.counts(
+        num_draws=num_draws, num_chains=num_chains, num_warmup=num_warmup
+    )
+    target_accept = inputs.share("target_accept", target_accept)
+    progress, seed = inputs.optional_flag("progress", progress), inputs.seed(seed)
     model = fit.model
     if model.likelihood.linear:
         raise InputError("nuts samples the weights of a network; for other tasks use hb.full_bayes")
@@ -98,9 +103,7 @@ def nuts(
     phi = {name: np.asarray(fit.phi[name]) for name in ("mu", "tau", "sigma") if name in fit.phi}
     for name, value in (("tau", tau), ("sigma", sigma)):
         if value is not None:
-            if not (np.isfinite(value) and value > 0):
-                raise InputError(f"{name} must be positive, found {value!r}")
-            phi[name] = np.asarray(float(value))
+            phi[name] = np.asarray(inputs.positive(name, value))
     if "sigma" not in model.likelihood.parameters() and sigma is not None:
         raise InputError("sigma has no place in this likelihood; leave it out")
     if "sigma_query" in fit.phi and sigma is None:

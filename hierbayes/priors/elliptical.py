@@ -14,9 +14,25 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.errors import InputError, suggestion
 from hierbayes.numerics import semidefinite_root
 from hierbayes.priors.base import Phi, Prior
+
+
+def _read_groups(kind: str, groups: Any) -> tuple[tuple[str, ...], ...]:
+    """Groups of names as tuples; refused where they are none."""
+    where = f"priors.{kind}(correlated=…)"
+    try:
+        listed = None if isinstance(groups, (str, bytes)) else list(groups)
+    except TypeError:
+        listed = None
+    if listed is None or any(isinstance(group, (str, bytes)) for group in listed):
+        raise InputError(
+            f'{where} must be True, False, or groups of names, [["Intercept", "x"]]; found '
+            f"{inputs.shown(groups)}"
+        )
+    return tuple(inputs.names(where, group) for group in listed)
 
 
 class Elliptical(Prior):
@@ -30,10 +46,13 @@ class Elliptical(Prior):
 
     def _tidy(self) -> None:
         """Names as tuples, so that priors can be compared and hashed."""
-        groups = self.correlated
-        if not isinstance(groups, bool):
-            object.__setattr__(self, "correlated", tuple(tuple(group) for group in groups))
-        object.__setattr__(self, "zero_mean", tuple(self.zero_mean))
+        kind, groups = type(self).__name__, self.correlated
+        if isinstance(groups, (bool, np.bool_)):
+            object.__setattr__(self, "correlated", bool(groups))
+        else:
+            object.__setattr__(self, "correlated", _read_groups(kind, groups))
+        where = f"priors.{kind}(zero_mean=…)"
+        object.__setattr__(self, "zero_mean", inputs.names(where, self.zero_mean))
 
     def blocks(self, coef: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Positions of the coefficients that may be correlated with one another."""

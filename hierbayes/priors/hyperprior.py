@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpyro.distributions as dist
 
-from hierbayes.errors import InputError, suggestion
+from hierbayes.errors import InputError
 from hierbayes.likelihoods import Likelihood
+from hierbayes.priors import beliefs
 from hierbayes.priors.assembled import Assembled
 from hierbayes.priors.scales import Scales
 from hierbayes.tasks import Tasks
@@ -68,8 +69,8 @@ class HyperPrior:
     sigma : distribution or None
         Prior on the residual standard deviation.
     extra : mapping
-        Priors on a likelihood's own parameters by name; by default InverseGamma(0.4, 0.3) for
-        ``concentration`` and ``shape``, Gamma(2, 0.1) for ``df``.
+        Priors on a likelihood's own parameters by name, other than these; by default
+        InverseGamma(0.4, 0.3) for ``concentration`` and ``shape``, Gamma(2, 0.1) for ``df``.
 
     Examples
     --------
@@ -89,21 +90,28 @@ class HyperPrior:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = getattr(self, f.name)
-            number = f.name == "corr" and isinstance(value, (int, float))
-            beliefs = list(value.values()) if isinstance(value, Mapping) else [value]
-            if not number and not all(
-                b is None or isinstance(b, dist.Distribution) for b in beliefs
-            ):
-                raise InputError(
-                    f"HyperPrior({f.name}=…) takes a NumPyro distribution, a mapping from "
-                    f"coefficient to distribution, or None; found {type(value).__name__}"
-                )
-            if isinstance(value, (int, float)) and number and not value > 0:
-                raise InputError(f"the LKJ concentration must be positive, found {value}")
+            object.__setattr__(self, f.name, beliefs.read(f.name, getattr(self, f.name)))
+
+    def check(self, shape: Shape) -> None:
+        """Refuse priors by names that these tasks have not, and vectors of the wrong size."""
+        free = [c for c, is_free in zip(shape.coef, shape.free_mean, strict=True) if is_free]
+        beliefs.check_size("mu", self.mu, free)
+        beliefs.check_size("tau", self.tau, shape.coef)
+        beliefs.check_size("beta", self.beta, shape.shared)
+        width = len(shape.task_predictors)
+        rows = shape.coef if width else ()
+        beliefs.check_size("gamma", self.gamma, rows, width)
+        if isinstance(self.corr, dist.Distribution):
+            for size in {len(block) for block in shape.blocks if len(block) > 1}:
+                if self.corr.event_shape != (size, size):
+                    raise InputError(
+                        f"HyperPrior(corr=…) is over {self.corr.event_shape} matrices, but {size} "
+                        "coefficients are correlated; pass the LKJ concentration instead"
+                    )
 
     def resolve(self, shape: Shape, tasks: Tasks, likelihood: Likelihood) -> HyperPrior:
         """Every None replaced by its default, scaled to ``tasks``."""
+        self.check(shape)
         if self._is_resolved(shape):
             return self
         if tasks.outcome is None:
@@ -193,11 +201,6 @@ class HyperPrior:
     def _correlation(self, shape: Shape) -> dist.Distribution:
         def lkj(size: int) -> dist.Distribution:
             if isinstance(self.corr, dist.Distribution):
-                if self.corr.event_shape != (size, size):
-                    raise InputError(
-                        f"HyperPrior(corr=…) is over {self.corr.event_shape} matrices, but "
-                        f"{size} coefficients are correlated; pass the LKJ concentration instead"
-                    )
                 return self.corr
             return dist.LKJ(size, concentration=2.0 if self.corr is None else float(self.corr))
 
@@ -208,32 +211,12 @@ class HyperPrior:
         return Assembled(parts, np.eye(d))
 
 
-def _refuse_negative(name: str, belief: Any) -> None:
-    """Refuse a prior that gives a standard deviation negative values."""
-    for part in belief.values() if isinstance(belief, Mapping) else [belief]:
-        if not isinstance(part, dist.Distribution):
-            continue
-        support: Any = part.support
-        if np.any(support(np.full(part.shape(), -1.0))):
-            raise InputError(
-                f"HyperPrior({name}=…) is a prior on a standard deviation, but "
-                f"{type(part).__name__} allows negative values; use HalfNormal, HalfCauchy, "
-                "Gamma or a truncated distribution"
-            )
-
-
 def _filled(name: str, belief: Belief, default: dict[str, dist.Distribution]) -> Any:
     """The user's belief, completed by the defaults of the coefficients that it does not name."""
     if belief is None:
         return default
     if not isinstance(belief, Mapping):
         return belief
-    for c in belief:
-        if c not in default:
-            raise InputError(
-                f"HyperPrior({name}=…) names {c!r}, which has no {name}; "
-                f"{suggestion(c, list(default))}"
-            )
     return {**default, **belief}
 
 

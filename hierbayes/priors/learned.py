@@ -19,7 +19,9 @@ import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
 from numpyro.distributions import constraints
 
+from hierbayes import inputs
 from hierbayes.errors import InputError, listing
+from hierbayes.numerics import as_rng
 from hierbayes.priors.assembled import Assembled
 from hierbayes.priors.learned_json import MOST_COMPONENTS, read_json, write_json
 from hierbayes.priors.roots import Structure, structure_of, sub_root, tidy
@@ -225,9 +227,9 @@ class LearnedPrior(dist.Distribution):
         """The same by the name that NumPyro has for it."""
         return self.covariance
 
-    def draws(self, num_draws: int, seed: int = 0) -> np.ndarray:
+    def draws(self, num_draws: int, seed: int | jax.Array = 0) -> np.ndarray:
         """Draws (num_draws, d) as NumPy float64; the same seed gives the same draws."""
-        rng = np.random.default_rng(seed)
+        num_draws, rng = inputs.count("num_draws", num_draws), as_rng(seed)
         at = rng.choice(len(self.weights), size=num_draws, p=self.weights / self.weights.sum())
         white = rng.standard_normal((num_draws, len(self.coef)))
         if self.df is not None:

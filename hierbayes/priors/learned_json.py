@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.errors import InputError, listing
 from hierbayes.files import write_whole
 
@@ -23,8 +24,7 @@ MOST_COMPONENTS = 500
 
 def write_json(prior: LearnedPrior, path: Any, num_components: int) -> str:
     """The JSON of a prior, and to a file where there is a path."""
-    if not (isinstance(num_components, (int, np.integer)) and num_components >= 1):
-        raise InputError(f"num_components must be a positive integer, found {num_components!r}")
+    num_components = inputs.count("num_components", num_components)
     weights = prior.weights
     kept = np.arange(len(weights))
     if len(weights) > num_components:

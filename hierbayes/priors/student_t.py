@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
+from hierbayes import inputs
 from hierbayes.errors import InputError
 from hierbayes.priors.base import Phi
 from hierbayes.priors.elliptical import Elliptical
@@ -109,14 +110,13 @@ class StudentT(Elliptical):
 
 def degrees_of_freedom(df: Any) -> float:
     """ν as a number, refused where it is none."""
-    if isinstance(df, bool) or not isinstance(df, (int, float, np.number)):
-        raise InputError(f"priors.StudentT(df=…) is a number, found {df!r}")
-    if not (np.isfinite(df) and df > 0):
+    try:
+        return inputs.positive("priors.StudentT(df=…), a number,", df)
+    except InputError as error:
         raise InputError(
-            f"priors.StudentT(df=…) must be positive and finite, found {df}; the limit of many "
-            "degrees of freedom is priors.Gaussian()"
-        )
-    return float(df)
+            f"{error}; it must be positive and finite, and the limit of many degrees of freedom "
+            "is priors.Gaussian()"
+        ) from error
 
 
 def root_precision(df: float, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.errors import InputError, listing
 from hierbayes.tasks.episodes import Episode, Sampled, rows_of
 
 
 def episodes_of_classes(x: Any, labels: Any, ways: int, shots: int, queries: int) -> Sampled:
     """See :meth:`Episodes.from_classes`."""
-    for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
-        if not (isinstance(value, (int, np.integer)) and value >= 1 + (name == "ways")):
-            raise InputError(f"{name} must be an integer of {1 + (name == 'ways')} or more, "
-                             f"found {value!r}")  # fmt: skip
+    ways = inputs.count("ways", ways, least=2)
+    shots, queries = inputs.count("shots", shots, 1), inputs.count("queries", queries, 1)
     x, labels = np.asarray(x), np.asarray(labels)
     if x.dtype.kind not in "biuf" or x.ndim < 2 or labels.shape != x.shape[:1]:
         raise InputError(

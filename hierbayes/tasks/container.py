@@ -17,11 +17,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from hierbayes.errors import InputError, suggestion
+from hierbayes import inputs
+from hierbayes.errors import InputError
 from hierbayes.sharding import sharding_over
 from hierbayes.tasks import layout
 from hierbayes.tasks.frames import Missing
-from hierbayes.tasks.views import Labels, Task
+from hierbayes.tasks.views import Labels, Slots, Task, unwritable
 
 
 @functools.partial(
@@ -77,6 +78,13 @@ class Tasks:
     rows: Any
     labels: Labels = field(repr=False)
     sharding: NamedSharding | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("predictors", "shared", "task_predictors", "outcome", "starts", "rows"):
+            object.__setattr__(self, name, unwritable(getattr(self, name)))
+        if isinstance(self.slots, dict):
+            slots = {name: unwritable(values) for name, values in self.slots.items()}
+            object.__setattr__(self, "slots", Slots(slots))
 
     # ---------------------------------------------------------------- ways in
 
@@ -137,14 +145,16 @@ class Tasks:
         >>> hb.Tasks.from_dataframe(df, task="county", outcome="log_radon", predictors=["floor"])
         Tasks(85 tasks, 919 rows (1 to 116 a task), coef=('Intercept', 'floor'))
         """
-        from hierbayes.tasks.frames import column_name, column_names
+        from hierbayes.tasks.frames import column_name
         from hierbayes.tasks.reading import ColumnReader
 
         slots = dict(known_se=known_se, offset=offset, weight=weight, trials=trials)
         reader = ColumnReader(
-            column_name(task), column_name(outcome), column_names(predictors), column_names(shared),
-            column_names(task_predictors), intercept,
-            tuple((name, str(column)) for name, column in slots.items() if column is not None),
+            column_name(task), column_name(outcome), inputs.names("predictors", predictors),
+            inputs.names("shared", shared), inputs.names("task_predictors", task_predictors),
+            inputs.flag("intercept", intercept),
+            tuple((name, column_name(column)) for name, column in slots.items()
+                  if column is not None),
         )  # fmt: skip
         return reader.encode(data, missing=missing, need_outcome=True)
 
@@ -233,8 +243,7 @@ class Tasks:
         return self.num_tasks
 
     def __repr__(self) -> str:
-        sizes = self.sizes
-        low, high = (sizes.min(), sizes.max()) if len(sizes) else (0, 0)
+        low, high = (self.sizes.min(), self.sizes.max()) if self.num_tasks else (0, 0)
         extra = "".join(
             f", {name}={value}"
             for name, value in [
@@ -252,52 +261,49 @@ class Tasks:
 
     def __getitem__(self, names: Any) -> Tasks:
         """The task of this name, or the tasks of these names, as Tasks."""
-        many = isinstance(names, (list, tuple, np.ndarray))
-        return self.take([self._position(name) for name in (names if many else [names])])
+        from hierbayes.tasks import selection
+
+        return self.take([selection.position(self, n) for n in selection.names_asked(names)])
 
     def __iter__(self) -> Iterator[tuple[Any, Tasks]]:
         """Each task as ``(name, Tasks of one)``."""
         return ((name, self.take([j])) for j, name in enumerate(self.names.tolist()))
 
-    def _position(self, name: Any) -> int:
-        plain = name.item() if isinstance(name, np.generic) else name
-        position = self.labels.position(plain)
-        if position is None:
-            raise InputError(
-                f"no task is named {plain!r}; {suggestion(str(plain), self.names.tolist())}"
-            )
-        return position
-
     def take(self, positions: Sequence[int] | np.ndarray) -> Tasks:
-        """The tasks at these positions, in this order."""
-        positions = np.asarray(positions, dtype=int)
-        ranges = [np.arange(self.starts[j], self.starts[j + 1]) for j in positions]
-        rows = np.concatenate(ranges) if ranges else np.zeros(0, dtype=int)
-        starts = np.concatenate([[0], np.cumsum(self.sizes[positions])]).astype(int)
-        return replace(
-            self._take_rows(rows),
-            task_predictors=self.task_predictors[positions],
-            starts=starts,
-            labels=replace(self.labels, names=self.names[positions]),
-        )
+        """The tasks at these positions, in this order; −1 is the last; or a mask (J,) of bool."""
+        from hierbayes.tasks import selection
+
+        return selection.taken(self, positions)
 
     def keep_rows(self, keep: np.ndarray) -> Tasks:
         """The same tasks with only the rows where ``keep`` (N,) is True; tasks may become empty."""
-        counts = np.bincount(self.task_of_row[keep], minlength=self.num_tasks)
-        return replace(
-            self._take_rows(np.flatnonzero(keep)),
-            starts=np.concatenate([[0], np.cumsum(counts)]).astype(int),
-        )
+        from hierbayes.tasks import selection
 
-    def _take_rows(self, rows: np.ndarray) -> Tasks:
-        return replace(
-            self,
-            predictors=self.predictors[rows],
-            shared=self.shared[rows],
-            outcome=None if self.outcome is None else self.outcome[rows],
-            slots={name: values[rows] for name, values in self.slots.items()},
-            rows=self.rows[rows],
-        )
+        return selection.rows_kept(self, keep)
+
+    def replace(self, **columns: Any) -> Tasks:
+        """The same tasks with other numbers: ``tasks.replace(outcome=y)``.
+
+        Tasks never change: their arrays are copies of what was read and cannot be written to.
+
+        Parameters
+        ----------
+        **columns
+            ``outcome`` (N,), ``predictors``, ``shared``, ``task_predictors``, ``known_se``,
+            ``offset``, ``weight`` or ``trials``, in the shape that they have, rows task by task
+            (row i is row ``tasks.rows[i]`` of the data); None leaves an outcome, or a row column,
+            out.
+
+        Examples
+        --------
+        >>> import numpy as np, hierbayes as hb
+        >>> tasks = hb.Tasks.from_arrays([(np.ones((2, 1)), np.zeros(2))] * 2)
+        >>> tasks.replace(outcome=[1, 2, 3, 4]).outcome
+        array([1., 2., 3., 4.])
+        """
+        from hierbayes.tasks import selection
+
+        return selection.with_columns(self, columns)
 
     # ------------------------------------------------------------------ splits
 
@@ -313,6 +319,7 @@ class Tasks:
             Share of each task's rows that go to the query part.
         seed : int or JAX key
         """
+        query = inputs.share("query", query)
         chosen = layout.choose_rows(self, query, seed, lonely_is_chosen=True)
         return self.keep_rows(~chosen), self.keep_rows(chosen)
 
@@ -321,6 +328,7 @@ class Tasks:
 
         As :meth:`split`, but a one-row task stays in the training part.
         """
+        fraction = inputs.share("fraction", fraction)
         chosen = layout.choose_rows(self, fraction, seed, lonely_is_chosen=False)
         return self.keep_rows(~chosen), self.keep_rows(chosen)
 
@@ -372,7 +380,7 @@ class Tasks:
     def flat(self) -> Task:
         """All rows as one :class:`Task`, for likelihoods that work row by row."""
         return Task(
-            self.predictors, self.shared, self.task_predictors, self.outcome, self.slots,
+            self.predictors, self.shared, self.task_predictors, self.outcome, dict(self.slots),
             np.ones(self.num_rows, bool),
         )  # fmt: skip
 
@@ -390,13 +398,6 @@ class Tasks:
 
     def to_dataframe(self) -> Any:
         """The rows as a pandas DataFrame: task, columns, outcome, slots."""
-        import pandas as pd
+        from hierbayes.tasks import selection
 
-        columns: dict[str, Any] = {self.labels.task: self.names[self.task_of_row]}
-        if self.outcome is not None:
-            columns[self.labels.outcome] = self.outcome
-        columns |= {c: self.predictors[:, i] for i, c in enumerate(self.coef)}
-        columns |= {c: self.shared[:, i] for i, c in enumerate(self.labels.shared)}
-        for i, c in enumerate(self.labels.task_predictors):
-            columns[c] = self.task_predictors[self.task_of_row, i]
-        return pd.DataFrame(columns | self.slots, index=self.rows)
+        return selection.to_dataframe(self)

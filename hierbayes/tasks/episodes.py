@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.errors import InputError
-from hierbayes.numerics import as_key
+from hierbayes.numerics import as_key, standard_promotion
 from hierbayes.tasks.container import Tasks
 from hierbayes.tasks.views import Labels, Task
 
@@ -73,7 +74,7 @@ class Episodes(abc.ABC):
         shots, queries : int
             Rows in the support and in the query part; as many queries as shots by default.
         """
-        shots, queries = counts(shots=shots, queries=shots if queries is None else queries)
+        shots, queries = inputs.counts(shots=shots, queries=shots if queries is None else queries)
         one = _OneTask(sample, shots, queries)
         one.check(None)
         return Sampled(one)
@@ -164,7 +165,7 @@ class Episodes(abc.ABC):
         num_tasks : int
         seed : int or JAX key
         """
-        (num_tasks,) = counts(num_tasks=num_tasks)
+        num_tasks, seed = inputs.count("num_tasks", num_tasks), inputs.seed(seed)
         support, query = self.batch(num_tasks, seed)
         return side_by_side(support, self.coef), side_by_side(query, self.coef)
 
@@ -204,7 +205,7 @@ class Sampled(Episodes):
 
     def with_rows(self, shots: int, queries: int | None = None) -> Sampled:
         """The same source with other numbers of rows in the two parts."""
-        shots, queries = counts(shots=shots, queries=shots if queries is None else queries)
+        shots, queries = inputs.counts(shots=shots, queries=shots if queries is None else queries)
         one: Any = replace(self.draw_one, shots=shots, queries=queries)  # type: ignore[type-var]
         one.check(self.data)
         return replace(self, draw_one=one, filled=())
@@ -222,7 +223,8 @@ class Sampled(Episodes):
 
     def batch(self, num_tasks: int, seed: int | jax.Array) -> Episode:
         """(support, query) of ``num_tasks`` tasks on a leading axis, NumPy arrays."""
-        return jax.tree.map(np.asarray, self._drawn(self.data, as_key(seed), num_tasks))
+        with standard_promotion():
+            return jax.tree.map(np.asarray, self._drawn(self.data, as_key(seed), num_tasks))
 
     @functools.cached_property
     def _drawn(self) -> Any:
@@ -283,19 +285,12 @@ def side_by_side(part: Task, coef: tuple[str, ...] | None = None) -> Tasks:
     )  # fmt: skip
 
 
-def counts(**given: Any) -> tuple[int, ...]:
-    """The numbers as integers; refused, by name, where they are not positive ones."""
-    for name, value in given.items():
-        if not (isinstance(value, (int, np.integer)) and value >= 1):
-            raise InputError(f"{name} must be a positive integer, found {value!r}")
-    return tuple(int(value) for value in given.values())
-
-
 def _check_sampler(sample: Any, num_rows: int) -> None:
     if not callable(sample):
         raise InputError(f"sample must be a function of (key, num_rows), found {sample!r}")
     try:
-        x, y = jax.eval_shape(lambda key: sample(key, num_rows), jax.random.key(0))
+        with standard_promotion():
+            x, y = jax.eval_shape(lambda key: sample(key, num_rows), jax.random.key(0))
     except Exception as error:
         raise InputError(
             "sample(key, num_rows) must be a JAX function that returns (x, y) of one task; it "

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from hierbayes.errors import InputError
 from hierbayes.numerics import as_rng
 from hierbayes.sharding import num_shares, padded, place
 from hierbayes.tasks.views import FILL, Task
@@ -112,8 +111,6 @@ def choose_rows(
     tasks: Tasks, share: float, seed: int | jax.Array, *, lonely_is_chosen: bool
 ) -> np.ndarray:
     """Rows (N,) of bool that go to the second part, about ``share`` of every task's."""
-    if not 0 < share < 1:
-        raise InputError(f"the share of rows must lie between 0 and 1, found {share}")
     sizes, task = tasks.sizes, tasks.task_of_row
     shuffled = as_rng(seed).random(tasks.num_rows)
     order = np.lexsort((shuffled, task))

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.errors import InputError, listing
 from hierbayes.tasks.container import Tasks
 from hierbayes.tasks.frames import Frame, Missing, as_names, complete_rows
+from hierbayes.tasks.selection import refuse_negative_slots
 from hierbayes.tasks.views import Labels
 
 
@@ -23,13 +25,17 @@ def read_arrays(
     task_predictors: Any | None,
 ) -> Tasks:
     """Tasks from one (X_j, y_j) pair a task; see :meth:`Tasks.from_arrays`."""
+    arrays = [_pair(j, each) for j, each in enumerate(_listed("arrays", arrays))]
     if len(arrays) == 0:
         raise InputError("no tasks: `arrays` is empty")
-    label = as_names(list(range(len(arrays)) if names is None else names))
+    label = as_names(list(range(len(arrays))) if names is None else _listed("names", names))
     if len(label) != len(arrays):
         raise InputError(f"`names` has {len(label)} entries for {len(arrays)} tasks")
-    xs = [_array(x, f"X of task {label[j]!r}") for j, (x, _) in enumerate(arrays)]
-    ys = [_array(y, f"y of task {label[j]!r}", ndim=1) for j, (_, y) in enumerate(arrays)]
+    named = label.tolist()
+    xs = [inputs.numbers(f"X of task {named[j]!r}", x) for j, (x, _) in enumerate(arrays)]
+    ys = [inputs.numbers(f"y of task {named[j]!r}", y, ndim=1) for j, (_, y) in enumerate(arrays)]
+    if xs[0].ndim < 2:
+        raise InputError(f"X of task {named[0]!r} has shape {xs[0].shape}; expected (n, d)")
     width = xs[0].shape[1:]
     for j, (x, y) in enumerate(zip(xs, ys, strict=True)):
         if x.ndim < 2 or x.shape[1:] != width or len(x) != len(y):
@@ -43,7 +49,7 @@ def read_arrays(
     w = (
         np.zeros((len(ys), 0))
         if task_predictors is None
-        else _array(task_predictors, "`task_predictors`", ndim=2)
+        else inputs.numbers("`task_predictors`", task_predictors, ndim=2)
     )
     if w.ndim != 2 or len(w) != len(ys):
         raise InputError(
@@ -51,7 +57,9 @@ def read_arrays(
         )
     z = np.concatenate(zs)
     flat = len(width) == 1
-    names_of_coef = tuple(coef) if coef is not None else _numbered("x", width[0] if flat else 0)
+    names_of_coef = _numbered("x", width[0] if flat else 0)
+    if coef is not None:
+        names_of_coef = inputs.names("coef", coef)
     if flat and len(names_of_coef) != width[0]:
         raise InputError(f"`coef` has {len(names_of_coef)} names for {width[0]} columns of X")
     labels = Labels(label, names_of_coef, _numbered("z", z.shape[1]), _numbered("w", w.shape[1]))
@@ -84,6 +92,11 @@ class ColumnReader:
         frame.require([self.outcome] if has_outcome else [], "outcome")
         frame.require(self.predictors + self.shared + self.task_predictors, "predictor")
         frame.require([column for _, column in self.slots], "column")
+        if self.intercept and "Intercept" in self.predictors:
+            raise InputError(
+                "a column called 'Intercept' stands beside the intercept: rename it, or pass "
+                "intercept=False"
+            )
         if not self.predictors and not self.intercept:
             raise InputError("no varying coefficient: name `predictors` or keep the intercept")
         used = [*self.predictors, *self.shared, *self.task_predictors]
@@ -150,6 +163,11 @@ def assemble(
 
 def _checked(tasks: Tasks) -> Tasks:
     """Refuse slots that cannot be, and names that stand twice."""
+    for role in ("coef", "shared", "task_predictors"):
+        columns = getattr(tasks.labels, role)
+        if len(set(columns)) < len(columns):
+            again = sorted({c for c in columns if columns.count(c) > 1})
+            raise InputError(f"{role} holds {listing(again)} twice; give each column its own name")
     if tasks.names.dtype.kind == "i":  # of a million, faster without a dictionary
         ordered = np.sort(tasks.names)
         twice = bool((ordered[1:] == ordered[:-1]).any())
@@ -158,14 +176,7 @@ def _checked(tasks: Tasks) -> Tasks:
     if twice:
         values, counts = np.unique(tasks.names, return_counts=True)
         raise InputError(f"task names stand twice: {listing(values[counts > 1].tolist())}")
-    for name in ("known_se", "weight", "trials"):
-        if name in tasks.slots and (bad := tasks.slots[name] <= 0).any():
-            row = int(np.flatnonzero(bad)[0])
-            raise InputError(
-                f"{name} must be positive: {bad.sum()} value(s) are not, the first "
-                f"{tasks.slots[name][row]:g} in task "
-                f"{tasks.names.tolist()[tasks.task_of_row[row]]!r}"
-            )
+    refuse_negative_slots(tasks)
     return tasks
 
 
@@ -177,18 +188,20 @@ def _numbered(letter: str, count: int) -> tuple[str, ...]:
     return tuple(f"{letter}{i}" for i in range(count))
 
 
-def _array(values: Any, role: str, ndim: int | None = None) -> np.ndarray:
-    array = np.asarray(values)
-    if array.dtype.kind not in "biuf":
-        raise InputError(f"{role} holds {array.dtype} where numbers belong")
-    if array.dtype.kind != "f":
-        array = array.astype(np.float64)
-    if ndim is not None and array.ndim != ndim:
-        raise InputError(f"{role} has shape {array.shape}; expected {ndim} dimension(s)")
-    if not np.isfinite(array).all():
-        bad = int((~np.isfinite(array)).sum())
-        raise InputError(f"{role} has {bad} NaN or infinite value(s)")
-    return array
+def _listed(name: str, values: Any) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError as error:
+        found = inputs.shown(values)
+        raise InputError(f"`{name}` must be a sequence, one entry a task; found {found}") from error
+
+
+def _pair(j: int, each: Any) -> tuple[Any, Any]:
+    if isinstance(each, (str, bytes, dict)) or not hasattr(each, "__len__") or len(each) != 2:
+        raise InputError(
+            f"`arrays` holds one pair (X, y) a task; entry {j} is {inputs.shown(each)}"
+        )
+    return each[0], each[1]
 
 
 def _per_task(
@@ -196,9 +209,13 @@ def _per_task(
 ) -> list[np.ndarray] | None:
     if values is None:
         return None
+    values = _listed(role, values)
     if len(values) != len(sizes):
         raise InputError(f"`{role}` has {len(values)} entries for {len(sizes)} tasks")
-    arrays = [_array(v, f"{role} of task number {j}", ndim) for j, v in enumerate(values)]
+    arrays = [inputs.numbers(f"{role} of task number {j}", v, ndim=ndim)
+              for j, v in enumerate(values)]  # fmt: skip
+    if len({a.shape[1:] for a in arrays}) > 1:
+        raise InputError(f"`{role}` has arrays of different widths")
     for j, (array, n) in enumerate(zip(arrays, sizes, strict=True)):
         if len(array) != n:
             raise InputError(f"`{role}` of task number {j} has {len(array)} rows for {n} outcomes")

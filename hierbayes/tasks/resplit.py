@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.errors import InputError, listing
 from hierbayes.tasks.container import Tasks
-from hierbayes.tasks.episodes import Episode, Sampled, counts, rows_of
+from hierbayes.tasks.episodes import Episode, Sampled, rows_of
 
 
 def episodes_of_tasks(
@@ -32,12 +33,11 @@ def episodes_of_tasks(
         raise InputError(
             f"episodes hold x and y alone and would ignore {', '.join(map(repr, extra))}"
         )
-    if not 0 < query < 1:
-        raise InputError(f"query must lie between 0 and 1, found {query!r}")
+    query = inputs.share("query", query)
     if shots is None and queries is not None:
         raise InputError("queries is given without shots; give both, or query as a share")
     if shots is not None:
-        shots, queries = counts(shots=shots, queries=shots if queries is None else queries)
+        shots, queries = inputs.counts(shots=shots, queries=shots if queries is None else queries)
     one = _OneTask(shots, queries, float(query))
     sizes = tasks.sizes
     one.check({"sizes": sizes, "names": tasks.names})

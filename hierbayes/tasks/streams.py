@@ -130,6 +130,6 @@ def _with_tasks(x: np.ndarray, y: np.ndarray) -> Task:
 
 
 def _as_int(seed: int | jax.Array) -> int:
-    if isinstance(seed, (int, np.integer)):
-        return int(seed)
+    if isinstance(seed, int):
+        return seed
     return int(np.asarray(jax.random.key_data(as_key(seed))).ravel()[-1])

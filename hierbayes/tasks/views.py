@@ -21,6 +21,37 @@ FILL = {"offset": 0.0, "weight": 1.0, "trials": 1.0, "known_se": 1.0}
 """What a slot holds in rows that only fill up a bucket: values that any likelihood accepts."""
 
 
+class Slots(dict):
+    """Row columns by name, which are read and not written."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("the row columns of Tasks cannot be changed; use tasks.replace(weight=…)")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
+    update = pop = popitem = clear = setdefault = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> Any:
+        return Slots, (dict(self),)
+
+
+jax.tree_util.register_pytree_node(
+    Slots,
+    lambda slots: (tuple(slots.values()), tuple(slots)),
+    lambda names, values: Slots(zip(names, values, strict=True)),
+)
+
+
+def unwritable(array: Any) -> Any:
+    """A NumPy array that nobody can write to: itself where that is so already, else a copy."""
+    if not isinstance(array, np.ndarray):
+        return array
+    base = array.base
+    if array.flags.writeable or (isinstance(base, np.ndarray) and base.flags.writeable):
+        array = array.copy()
+        array.flags.writeable = False
+    return array
+
+
 class Encoder(Protocol):
     """Turns new rows into Tasks by the training data's transforms."""
 
@@ -40,6 +71,9 @@ class Labels:
     task: str = "task"
     outcome: str = "y"
     encoder: Encoder | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", unwritable(self.names))
 
     def position(self, name: Any) -> int | None:
         """Position of the task of this name, compared as text; None where there is none."""
