@@ -133,6 +133,7 @@ def laplace_check(fit: Fit, *, seed: int = 0) -> Any:
     import pandas as pd
 
     _refuse(fit)
+    fit = fit.inside
     model, tasks, d = fit.model.without_encoder(), fit.tasks, len(fit.tasks.coef)
     num_nodes = fit.adaptation.num_nodes if isinstance(fit.adaptation, Quadrature) else 1
     phi = {name: np.asarray(value) for name, value in fit.phi.items()}

@@ -86,8 +86,9 @@ def leave_one_row_out(fit: Fit) -> dict[str, Any]:
     >>> round(found["mean"], 3), found["log_density"].dims
     (-1.164, ('row',))
     """
-    tasks, gaussian = fit.tasks, fit.model.conjugate
     refuse_carried(fit, "leave_one_row_out")
+    fit = fit.inside
+    tasks, gaussian = fit.tasks, fit.model.conjugate
     if isinstance(fit.adaptation, PointAdaptation) or "tau" not in fit.phi:
         raise NotApplicable(
             f"{fit.method} gives no posterior of theta to take a row out of: use full_bayes or "

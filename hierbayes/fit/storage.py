@@ -29,9 +29,11 @@ from hierbayes.errors import InputError
 from hierbayes.files import whole_file
 from hierbayes.fit.datatree import PREDICTIVE, build
 from hierbayes.fit.fit import Fit
+from hierbayes.fit.stored_inside import arrays_inside, inside_to_plain, with_inside
 from hierbayes.formula import FormulaEncoder
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.model import HierarchicalModel
+from hierbayes.priors.columns import Columns, from_plain, to_plain
 from hierbayes.priors.serialise import hyperprior_from_plain, hyperprior_to_plain
 from hierbayes.tasks import Labels, Tasks
 from hierbayes.tasks.frames import as_names
@@ -145,6 +147,8 @@ def load(
             arrays.get("training.covariance"),
             arrays.get("training.unidentified"),
             arrays.get("training.absorbed"),
+            cross=arrays.get("training.cross"),
+            of_shared=arrays.get("training.of_shared"),
         )
     draws = {}
     if "posterior" in tree.children:
@@ -153,9 +157,10 @@ def load(
     stats = {}
     if "sample_stats" in tree.children:
         stats = {str(n): v.values for n, v in tree["sample_stats"].data_vars.items()}
-    return Fit(
+    known = model or _model(described["model"], encoder)
+    outer = Fit(
         described["method"],
-        model or _model(described["model"], encoder),
+        known,
         tasks,
         _prefixed(arrays, "phi."),
         _adaptation(described["adaptation"], inner_optimiser),
@@ -171,6 +176,7 @@ def load(
         info=described["info"],
         phi_bootstrap=_prefixed(arrays, "bootstrap.") or None,
     )
+    return with_inside(outer, described.get("inside"), arrays)
 
 
 def _check_network(model: HierarchicalModel, arrays: dict[str, np.ndarray]) -> None:
@@ -196,6 +202,7 @@ def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:
             "likelihood": {"kind": type(likelihood).__name__, "settings": vars(likelihood)},
             "prior": {"kind": type(prior).__name__, "settings": vars(prior)},
             "hyperprior": hyperprior_to_plain(model.hyperprior),
+            "columns": None if model.columns is None else to_plain(model.columns),
         }
     encoder, table = model.encoder or labels.encoder, None
     encoder_json: dict[str, Any] | None = None
@@ -223,6 +230,7 @@ def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:
         "log_posterior": fit.log_posterior,
         "warnings": fit.warnings,
         "info": fit.info,
+        "inside": inside_to_plain(fit),
     }
     return json.loads(json.dumps(described, default=_number)), table
 
@@ -249,8 +257,10 @@ def _arrays(fit: Fit) -> Any:
     arrays = {f"phi.{name}": value for name, value in fit.phi.items()}
     arrays |= {f"se.{name}": value for name, value in fit.standard_errors.items()}
     arrays |= {f"bootstrap.{name}": v for name, v in (fit.phi_bootstrap or {}).items()}
-    if fit.training is not None:
-        moments = {n: v for n, v in vars(fit.training).items() if isinstance(v, np.ndarray)}
+    arrays |= arrays_inside(fit)
+    training = fit.inside.training
+    if training is not None:
+        moments = {n: v for n, v in vars(training).items() if isinstance(v, np.ndarray)}
         arrays |= {f"training.{name}": value for name, value in moments.items()}
     return xr.Dataset(
         {
@@ -311,6 +321,7 @@ def _model(described: dict[str, Any] | None, encoder: Any) -> HierarchicalModel:
         _prior(described),
         hyperprior_from_plain(described["hyperprior"]),
         encoder,
+        from_plain(Columns, described["columns"]) if described.get("columns") else None,
     )
 
 

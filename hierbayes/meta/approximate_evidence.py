@@ -21,7 +21,7 @@ from hierbayes.errors import listing
 from hierbayes.evidence.quadrature import log_evidence
 from hierbayes.meta.better_evidence import AroundPhi, newton_shift
 from hierbayes.meta.correlations import held_entries
-from hierbayes.meta.layout_of_phi import Layout, belief_in, phi_at
+from hierbayes.meta.layout_of_phi import Layout, along_phi, belief_in, phi_at
 from hierbayes.meta.optimum import Optimum, ValueAndSlope, curvature, descend, polish
 from hierbayes.meta.posterior_mode import finite, off_the_boundary, pinned
 from hierbayes.model import HierarchicalModel
@@ -290,5 +290,8 @@ class _Search:
                        else "from where the integral itself would put it; use full_bayes")
                 )  # fmt: skip
         posterior = log_density + float(self._belief(vector)[0]) if self.with_belief else None
-        optimum = Optimum(pinned(phi, layout.shape), log_density, errors, warnings, posterior)
+        along = along_phi(layout, vector, inside, hessian)
+        optimum = Optimum(
+            pinned(phi, layout.shape), log_density, errors, warnings, posterior, along
+        )
         return Integrated(optimum, used, error, remarks, evidence.start)

@@ -21,7 +21,8 @@ from numpyro.distributions import biject_to
 from hierbayes.adaptation import Adaptation, Conjugate, Laplace, MixedScales, NotOffered, separation
 from hierbayes.errors import InputError, announce
 from hierbayes.fit import Fit
-from hierbayes.fit.adapting import theta_under
+from hierbayes.fit.adapting import LARGEST_THETA, theta_under
+from hierbayes.fit.outward import enter
 from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS
 from hierbayes.meta.by_mixture import ByMixture
 from hierbayes.meta.by_quadrature import by_quadrature
@@ -130,7 +131,9 @@ def full_bayes(
     if not 0 < target_accept < 1:
         raise InputError(f"target_accept must lie between 0 and 1, found {target_accept!r}")
     model.check(tasks, learns_prior=True)
-    resolved = model.resolve(tasks)
+    many = num_chains * num_draws * tasks.num_tasks * len(tasks.coef) > LARGEST_THETA
+    entered = enter(model, tasks, "beliefs", shared=not many)  # moments of θ alone know no β
+    resolved, tasks = entered.inner_model, entered.inner_tasks
     exact = resolved.likelihood.gaussian_in_theta
     normal = resolved.prior.gaussian
     integrable = exact or (normal and len(tasks.coef) <= MOST_DIMENSIONS)
@@ -197,7 +200,7 @@ def full_bayes(
         remarks += judged(draws, theta, sample_stats, tasks)
     phi = {name: value.mean(axis=(0, 1)) for name, value in draws.items()}
     sites = resolved.phi_distributions(tasks)
-    return Fit(
+    fit = Fit(
         "full Bayes", resolved, tasks, {name: phi[name] for name in sites}, adaptation, training,
         phi_draws={name: draws[name] for name in sites}, theta_draws=theta,
         sample_stats=sample_stats,
@@ -205,6 +208,7 @@ def full_bayes(
         info=info | {"remarks": separation.remark(tasks, resolved.likelihood),
                      "seconds": time.perf_counter() - started},
     )  # fmt: skip
+    return entered.leave(fit)
 
 
 def _adaptation(model: HierarchicalModel) -> Adaptation:
