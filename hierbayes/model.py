@@ -26,6 +26,8 @@ from hierbayes.likelihoods.neural import Neural
 from hierbayes.numerics import float64, triangle
 from hierbayes.priors import HyperPrior, Prior
 from hierbayes.priors.beliefs import refuse_negative
+from hierbayes.priors.column_map import ColumnMap
+from hierbayes.priors.columns import Columns, Reads
 from hierbayes.priors.elliptical import Elliptical
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.priors.scales import Scales
@@ -46,6 +48,12 @@ class HierarchicalModel:
         ``hb.priors.StudentT(4)`` where some tasks may be unlike the rest.
     hyperprior : HyperPrior
         p(φ); what is left open gets weakly informative defaults, scaled to the data once.
+    encoder : Encoder, optional
+        How DataFrames become Tasks; :func:`~hierbayes.from_formula` gives it.
+    columns : Columns, optional
+        Where the predictors lie, noted when the model is first resolved: methods compute in centred
+        and scaled columns, and answer in the user's (docs/notation.md says in which columns a
+        default prior is).
 
     Examples
     --------
@@ -60,6 +68,7 @@ class HierarchicalModel:
     prior: Prior
     hyperprior: HyperPrior = field(default_factory=HyperPrior, hash=False)
     encoder: Encoder | None = field(default=None, repr=False, compare=False)
+    columns: Columns | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         kinds = {
@@ -110,8 +119,42 @@ class HierarchicalModel:
         Resolving twice changes nothing: defaults are never recomputed.
         """
         tasks = self.tasks(tasks)
-        hyperprior = self.hyperprior.resolve(self.shape(tasks), tasks, self.likelihood)
-        return replace(self, hyperprior=hyperprior)
+        shape, columns = self.shape(tasks), self.columns
+        if columns is None:
+            columns = Columns()
+            if self.likelihood.linear and not isinstance(self.likelihood, Neural):
+                columns = Columns.of(tasks, self.hyperprior)
+        elif self.hyperprior.is_resolved(shape):
+            return self
+        believed = columns.map(shape, "beliefs", scaled=False).tasks(tasks)
+        hyperprior = self.hyperprior.resolve(shape, believed, self.likelihood)
+        return replace(self, hyperprior=hyperprior, columns=columns)
+
+    def column_map(self, tasks: Tasks, reads: Reads, *, scaled: bool = True) -> ColumnMap:
+        """From the columns that a method computes with to the user's; of a resolved model.
+
+        Where p(φ) is read the units of a column change only if its beliefs can follow. "beliefs",
+        not ``scaled``, are the columns that p(φ) is stated in.
+        """
+        assert self.columns is not None
+        shape = self.shape(tasks)
+        if scaled and reads == "beliefs":
+            return self.columns.map(shape, reads, self.hyperprior.scalable(shape))
+        return self.columns.map(shape, reads, scaled)
+
+    def seen_through(self, at: ColumnMap, tasks: Tasks, reads: Reads) -> HierarchicalModel:
+        """The model of the tasks in the map's columns: the same one, with beliefs in their units.
+
+        Where a method does not read p(φ), its defaults there.
+        """
+        own = HyperPrior(sigma=self.hyperprior.sigma, extra=self.hyperprior.extra)
+        if reads == "beliefs":
+            own = self.hyperprior.scaled(
+                self.shape(tasks), *([c.sd for c in part] for part in
+                                     (at.varying, at.shared, at.task_predictors))
+            )  # fmt: skip
+        inner = replace(self, hyperprior=own, columns=Columns(), encoder=None)
+        return inner.resolve(at.tasks(tasks))
 
     def require_gaussian(
         self, method: str, needs: str, instead: str = "use full_bayes or maml"
@@ -160,22 +203,35 @@ class HierarchicalModel:
                 f"{int((tasks.sizes > 0).sum())} with rows; give more tasks, or use no_pooling"
             )
         if self.likelihood.linear:
-            _check_independent(tasks, self.shape(tasks).free_mean)
+            shape = self.shape(tasks)
+            columns = self.columns
+            if columns is None and not isinstance(self.likelihood, Neural):
+                columns = Columns.of(tasks, self.hyperprior)
+            if columns is not None:  # a mean far from zero hides what a column is made of
+                tasks = columns.map(shape, "rows").tasks(tasks)
+            _check_independent(tasks, shape.free_mean)
 
     # ----------------------------------------------------------------- density
 
     def phi_distributions(self, tasks: Any) -> dict[str, dist.Distribution]:
-        """p(φ) by name, each over the whole array; the hyperprior is resolved first."""
+        """p(φ) by name, each over the whole array; the hyperprior is resolved first.
+
+        Of φ in the columns that default beliefs are stated in, centred where that changes no model:
+        docs/notation.md says when; ``numpyro_program`` has the same sites.
+        """
         tasks = self.tasks(tasks)
         return self.resolve(tasks).hyperprior.distributions(self.shape(tasks))
 
     def log_joint(self, phi: dict[str, Any], theta: Any, tasks: Any) -> float:
-        r"""log p(φ, θ, D) over constrained (mu, tau, corr, beta, gamma, sigma, theta).
+        r"""log p(φ, θ, D) at constrained (mu, tau, corr, beta, gamma, sigma, theta).
 
         .. math::
 
             \log p(\varphi) + \sum_j
                 [\log p(\theta_j \mid \varphi) + \log p(D_j \mid \theta_j, \varphi)]
+
+        φ and θ are given in the user's columns. The density is one over φ and θ in the columns of
+        :meth:`phi_distributions`, which where Σ is centred has another volume.
 
         Parameters
         ----------
@@ -192,9 +248,14 @@ class HierarchicalModel:
             )
 
     def _log_joint(self, phi: dict[str, Any], theta: Any, tasks: Tasks) -> jax.Array:
+        resolved = self.resolve(tasks)
+        at = resolved.column_map(tasks, "beliefs", scaled=False)
+        if "beta" in phi or not at.trivial:
+            theta = at.theta_inward(theta, phi.get("beta"))
+        phi, tasks = at.phi_inward(phi), at.tasks(tasks)
         w = jnp.asarray(tasks.task_predictors)
         total = jax.vmap(lambda t, w_j: self.prior.log_prob(t, phi, w_j))(theta, w).sum()
-        for name, belief in self.phi_distributions(tasks).items():
+        for name, belief in resolved.hyperprior.distributions(self.shape(tasks)).items():
             total = total + jnp.sum(belief.log_prob(phi[name]))
         rows = self.likelihood.log_likelihood_of_rows(theta, phi, *self.likelihood.arrange(tasks))
         return total + rows.sum()
@@ -205,8 +266,10 @@ class HierarchicalModel:
         """The same model as an ordinary NumPyro program, for NumPyro's MCMC, SVI and Predictive.
 
         Its sites are ``mu``, ``tau``, ``corr``, ``beta``, ``gamma``, ``sigma``, ``theta`` and
-        the observed ``y``; its log density is :meth:`log_joint`. With ``centred=False`` θ is
-        written as μ + L z and the site ``z`` is sampled in its place, a reparametrisation for
+        the observed ``y``; its log density is :meth:`log_joint`. Where columns are centred for the
+        default beliefs (see :meth:`phi_distributions`), what that changes is sampled in the centred
+        columns, as ``mu_centred`` and the like, and ``mu`` is deterministic. With ``centred=False``
+        θ is written as μ + L z and the site ``z`` is sampled in its place, a reparametrisation for
         samplers; ``theta`` is then deterministic.
 
         Examples
@@ -220,19 +283,30 @@ class HierarchicalModel:
         (2, 8, 1)
         """
         tasks = self.tasks(tasks)
-        sites = self.phi_distributions(tasks)
+        resolved = self.resolve(tasks)
+        at = resolved.column_map(tasks, "beliefs", scaled=False)
+        sites = resolved.hyperprior.distributions(self.shape(tasks))
+        moved, tasks = at.changed(), at.tasks(tasks)
         rows = tasks.flat()
 
+        def named(name: str) -> str:
+            return f"{name}_centred" if name in moved else name
+
         def program() -> None:
-            phi = sample_phi(sites)
+            phi = sample_phi(sites, named)
             w = jnp.asarray(tasks.task_predictors)
             with numpyro.plate("task", tasks.num_tasks, dim=-1):
                 if centred:
-                    theta = jnp.asarray(numpyro.sample("theta", self.prior.distribution(phi, w)))
+                    each = self.prior.distribution(phi, w)
+                    theta = jnp.asarray(numpyro.sample(named("theta"), each))
                 else:
                     z = numpyro.sample("z", self.prior.white(len(tasks.coef)))
                     theta = self.prior.location(phi, w) + z @ self.prior.scale_tril(phi).T
-            if not centred:
+            if moved:
+                told = at.phi(phi) | {"theta": at.theta(theta, phi.get("beta"))}
+                for name in moved & {*told}:
+                    numpyro.deterministic(name, jnp.asarray(told[name]))
+            if not centred and "theta" not in moved:
                 numpyro.deterministic("theta", theta)
             if self.likelihood.has_location:
                 outcome = self.likelihood.distribution(theta[tasks.task_of_row], phi, rows)
@@ -269,12 +343,14 @@ def check_model(model: Any) -> None:
 _NOTHING = HyperPrior()
 
 
-def sample_phi(sites: dict[str, dist.Distribution]) -> dict[str, Any]:
-    """Inside a NumPyro program: one sample site a name of φ."""
+def sample_phi(
+    sites: dict[str, dist.Distribution], named: Callable[[str], str] = str
+) -> dict[str, Any]:
+    """Inside a NumPyro program: one sample site a name of φ, ``named`` as it says."""
     phi = {}
     for name, belief in sites.items():
         try:
-            phi[name] = numpyro.sample(name, belief)
+            phi[name] = numpyro.sample(named(name), belief)
         except NotImplementedError as error:
             raise InputError(
                 f"the hyperprior on {name} is improper: nothing can be drawn from it. Give a "

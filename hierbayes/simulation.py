@@ -76,16 +76,20 @@ def simulate(model: HierarchicalModel, tasks_like: Any, seed: int | jax.Array = 
     check_model(model)
     tasks, rng = model.tasks(tasks_like), as_rng(seed)
     refuse_without_outcomes(model, tasks)
-    phis = draw_phi(model, tasks, 1, rng)
-    thetas = draw_theta(model, tasks, phis, rng)
-    outcome = draw_outcomes(model, tasks, phis, thetas, rng)[0]
+    resolved = model.resolve(tasks)
+    at = resolved.column_map(tasks, "beliefs", scaled=False)
+    inner, seen = resolved.seen_through(at, tasks, "beliefs"), at.tasks(tasks)
+    phis = draw_phi(inner, seen, 1, rng)
+    thetas = draw_theta(inner, seen, phis, rng)
+    outcome = draw_outcomes(inner, seen, phis, thetas, rng)[0]
     if not np.isfinite(outcome).all():
         raise InputError(
             "the hyperprior allows for rates beyond 1e15, which no count follows: give tighter "
             "priors on mu and tau"
         )
     phi = {name: value[0] for name, value in phis.items()}
-    return Simulated(phi, thetas[0], replace(tasks, outcome=outcome))
+    theta = at.theta(thetas[0], phi.get("beta"))
+    return Simulated(at.phi(phi), theta, replace(tasks, outcome=outcome))
 
 
 def draw_phi(
@@ -108,8 +112,11 @@ def draw_phi(
     >>> phis["corr"].shape
     (10, 2, 2)
     """
-    sites = model.phi_distributions(tasks_like)
-    return {name: draw(name, belief, num, rng) for name, belief in sites.items()}
+    tasks = model.tasks(tasks_like)
+    resolved = model.resolve(tasks)
+    sites = resolved.hyperprior.distributions(model.shape(tasks))
+    drawn = {name: draw(name, belief, num, rng) for name, belief in sites.items()}
+    return resolved.column_map(tasks, "beliefs", scaled=False).phi(drawn)
 
 
 def draw_theta(

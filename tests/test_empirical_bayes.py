@@ -184,18 +184,24 @@ FORMULA = "y ~ 1 + x + z + (1 + x | g)"
 def default_beliefs(frame):
     """The documented defaults for FORMULA, and Gamma(2, rate → 0) on τ.
 
-    s_y the outcome's sd; a predictor's coefficient ~ N(0, 2.5 s_y / sd); the intercept's around
-    the mean outcome with s² = s_y² + Σ (s_x mean x)².
+    s_y the outcome's sd; a predictor's coefficient ~ N(0, 2.5 s_y / sd); the intercept where
+    predictors are at their means ~ N(mean outcome, 2.5 s_y), and Σ is that of the coefficients
+    there: A Σ Aᵀ with A = [[1, mean x], [0, 1]].
     """
     s_y = frame["y"].std(ddof=0)
     s = {c: s_y / frame[c].std(ddof=0) for c in "xz"}
-    s_1 = np.sqrt(s_y**2 + sum((s[c] * frame[c].mean()) ** 2 for c in "xz"))
-    unit = {"1": s_1, **s}
+    means = {c: frame[c].mean() for c in "xz"}
+    unit = {"1": s_y, **s}
     rate = {c: 1e-8 / unit[c] for c in "1x"}
 
     def log_density(mu, tau, beta, rho, sigma):
+        level = mu[0] + means["x"] * mu[1] + means["z"] * beta
+        a = np.array([[1.0, means["x"]], [0.0, 1.0]])
+        covariance = a @ (np.outer(tau, tau) * [[1, rho], [rho, 1]]) @ a.T
+        tau = np.sqrt(np.diag(covariance))
+        rho = covariance[0, 1] / tau.prod()
         return (
-            stats.norm.logpdf(mu[0], frame["y"].mean(), 2.5 * s_1)
+            stats.norm.logpdf(level, frame["y"].mean(), 2.5 * s_y)
             + stats.norm.logpdf(mu[1], 0, 2.5 * s["x"])
             + stats.norm.logpdf(beta, 0, 2.5 * s["z"])
             + stats.gamma.logpdf(tau, 2, scale=[1 / rate["1"], 1 / rate["x"]]).sum()

@@ -53,8 +53,8 @@ def linear_form(splits, num_steps, eta, sigma):
 @pytest.mark.parametrize("num_steps", [1, 5])
 def test_optimum_is_least_squares(num_steps, num_splits):
     model, tasks = regressions()
-    found = hb.maml(model, tasks, num_steps, num_splits=num_splits, sigma=0.5, seed=7)
-    eta = found.info["step_size"]
+    found = hb.maml(model, tasks, num_steps, num_splits=num_splits, sigma=0.5, seed=7).inside
+    eta, tasks = found.info["step_size"], found.tasks  # in the columns that steps are taken in
     splits = [tasks.split(0.5, seed=7 + i) for i in range(num_splits)]
     columns, outcome = linear_form(splits, num_steps, eta, 0.5)
     best = np.linalg.lstsq(columns, outcome, rcond=None)[0]
@@ -207,8 +207,8 @@ def test_meta_gradient_is_the_objectives_slope(num_steps):
 @pytest.mark.parametrize("num_steps", [1, 5])
 def test_theta_is_explicit_gradient_steps_on_all_rows(num_steps):
     model, tasks = regressions()
-    found = hb.maml(model, tasks, num_steps, sigma=0.5)
-    eta = found.info["step_size"]
+    found = hb.maml(model, tasks, num_steps, sigma=0.5).inside
+    eta, tasks = found.info["step_size"], found.tasks
     for j, (x, z, y) in enumerate(by_task(tasks)):
         residual = y - z @ found.phi["beta"]
         theta = explicit_steps(found.phi["mu"], x, residual, 0.5, eta, num_steps)
@@ -219,9 +219,9 @@ def test_theta_is_explicit_gradient_steps_on_all_rows(num_steps):
 
 def test_auto_is_one_over_the_largest_curvature():
     """λ_max over all tasks, from all of a task's rows, not from its support rows."""
-    model, tasks = regressions()
+    found = hb.maml(*regressions(), 2, sigma=0.5)
+    tasks = found.inside.tasks
     largest = max(np.linalg.eigvalsh(x.T @ x)[-1] for x, _, _ in by_task(tasks)) / 0.5**2
-    found = hb.maml(model, tasks, 2, sigma=0.5)
     assert found.info["step_size"] == pytest.approx(1 / largest, rel=1e-12)
 
 

@@ -245,7 +245,7 @@ def test_correlations_take_a_concentration_or_a_distribution(corr):
 
 
 def test_defaults_are_what_the_docstring_says():
-    """s_y and sd(x) as stated; the intercept's scale is that of the outcome at the origin."""
+    """s_y and sd(x) as stated; the intercept is the one where every predictor is at its mean."""
     rng = np.random.default_rng(5)
     x, y = rng.normal(10.0, 2.0, size=60), rng.normal(4.0, 3.0, size=60)
     z = rng.normal(0.0, 0.5, size=60)
@@ -257,13 +257,11 @@ def test_defaults_are_what_the_docstring_says():
     )  # fmt: skip
     model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian()).resolve(tasks)
     s_y, s_x = y.std(), y.std() / x.std()
-    s_0 = np.sqrt(s_y**2 + (s_x * x.mean()) ** 2 + (s_y / z.std() * z.mean()) ** 2)
     belief = model.hyperprior
     close(belief.mu["Intercept"].loc, y.mean(), rtol=1e-12)
-    at_zero = np.sqrt(1 + (level.mean() / level.std()) ** 2)  # mu stands at w = 0
-    close(belief.mu["Intercept"].scale, 2.5 * s_0 * at_zero, rtol=1e-12)
-    close([belief.mu["x"].loc, belief.mu["x"].scale], [0.0, 2.5 * s_x * at_zero], rtol=1e-12)
-    close([belief.tau[c].scale for c in tasks.coef], [s_0, s_x], rtol=1e-12)
+    close(belief.mu["Intercept"].scale, 2.5 * s_y, rtol=1e-12)
+    close([belief.mu["x"].loc, belief.mu["x"].scale], [0.0, 2.5 * s_x], rtol=1e-12)
+    close([belief.tau[c].scale for c in tasks.coef], [s_y, s_x], rtol=1e-12)
     close(belief.beta["z0"].scale, 2.5 * y.std() / z.std(), rtol=1e-12)
     close(belief.gamma["x"].scale, 2.5 * s_x / level.std(axis=0), rtol=1e-12)
     close(belief.sigma.scale, s_y, rtol=1e-12)
@@ -272,6 +270,21 @@ def test_defaults_are_what_the_docstring_says():
     assert again.hyperprior.mu is not None
     close(again.hyperprior.mu["x"].scale, belief.mu["x"].scale, rtol=0)
     close(again.hyperprior.sigma.scale, belief.sigma.scale, rtol=0)
+
+
+def test_independent_coefficients_are_not_centred_and_the_intercept_stays_wide():
+    """Under ``||`` Σ depends on where x lies: s_0² = s_y² + (s_x mean x)², at x = 0."""
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(10.0, 2.0, size=60), rng.normal(4.0, 3.0, size=60)
+    design = np.column_stack([np.ones(60), x])
+    tasks = hb.Tasks.from_arrays(
+        list(zip(np.split(design, 6), np.split(y, 6), strict=True)), coef=["Intercept", "x"]
+    )
+    prior = hb.priors.Gaussian(correlated=False)
+    belief = hb.HierarchicalModel(hb.likelihoods.Gaussian(), prior).resolve(tasks).hyperprior
+    s_0 = np.hypot(y.std(), y.std() / x.std() * x.mean())
+    close(belief.tau["Intercept"].scale, s_0, rtol=1e-12)
+    close(belief.mu["Intercept"].scale, 2.5 * s_0, rtol=1e-12)
 
 
 def test_a_mapping_fills_the_rest_with_defaults():

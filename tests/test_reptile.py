@@ -62,16 +62,16 @@ def fixed_point(tasks, eta, num_steps, sigma):
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 def test_the_fixed_point_is_a_weighted_mean_of_least_squares(small, num_steps):
     """Ragged tasks, one without rows, one of one row: minimum-norm least squares; T11."""
-    found = hb.reptile(small.model, small.tasks, num_steps, sigma=0.6, tolerance=1e-14)
-    eta = found.info["step_size"]
+    found = hb.reptile(small.model, small.tasks, num_steps, sigma=0.6, tolerance=1e-14).inside
+    eta, tasks = found.info["step_size"], found.tasks  # in the columns that steps are taken in
     weights, targets = np.zeros((2, 2)), np.zeros(2)
-    for x, _, y in by_task(small.tasks):
+    for x, _, y in by_task(tasks):
         w = steps_and_weights(x, eta, num_steps, 0.6)[1]
         weights, targets = weights + w, targets + w @ np.linalg.pinv(x) @ y
     close(found.phi["mu"], np.linalg.solve(weights, targets), rtol=1e-10)
     assert set(found.phi) == {"mu", "sigma", "sigma_query"}
     # the weights matter: the plain mean of the estimates lies elsewhere
-    plain = np.mean([np.linalg.pinv(x) @ y for x, _, y in by_task(small.tasks) if len(y)], axis=0)
+    plain = np.mean([np.linalg.pinv(x) @ y for x, _, y in by_task(tasks) if len(y)], axis=0)
     assert np.abs(found.phi["mu"] - plain).max() > 0.05
 
 
@@ -83,8 +83,8 @@ def test_shared_effects_and_task_predictors_are_part_of_it():
     tasks = hb.Tasks.from_dataframe(
         frame, task="g", outcome="y", predictors=["x"], shared=["z"], task_predictors=["level"]
     )
-    found = hb.reptile(GAUSSIAN, tasks, 3, sigma=0.5, tolerance=1e-13)
-    mu, gamma, beta = fixed_point(tasks, found.info["step_size"], 3, 0.5)
+    found = hb.reptile(GAUSSIAN, tasks, 3, sigma=0.5, tolerance=1e-13).inside
+    mu, gamma, beta = fixed_point(found.tasks, found.info["step_size"], 3, 0.5)
     close(found.phi["mu"], mu, rtol=1e-9)
     close(found.phi["gamma"], gamma, rtol=1e-9)
     close(found.phi["beta"], beta, rtol=1e-9)
@@ -92,7 +92,7 @@ def test_shared_effects_and_task_predictors_are_part_of_it():
     # steps of length one as they come have the same fixed point, and need many more
     slow = hb.reptile(
         GAUSSIAN, tasks, 3, sigma=0.5, optimiser=optax.sgd(1.0), num_meta_steps=20_000
-    )
+    ).inside
     assert slow.warnings == ()
     assert slow.info["outer_steps"] > 5 * found.info["outer_steps"]
     for name in ("mu", "gamma", "beta"):
@@ -104,7 +104,8 @@ def test_a_mean_that_is_pinned_stays():
     _, tasks = regressions()
     frame = tasks.to_dataframe().drop(columns="Intercept")
     model, tasks = hb.from_formula("y ~ 1 + z + (1 + x | g)", frame)
-    found = hb.reptile(model, tasks, 2, sigma=0.5, tolerance=1e-13)
+    found = hb.reptile(model, tasks, 2, sigma=0.5, tolerance=1e-13).inside
+    tasks = found.tasks
     assert found.phi["mu"][1] == 0
     moves, shared = np.zeros(2), 0.0
     for x, z, y in by_task(tasks):
@@ -133,7 +134,8 @@ def test_one_outer_step_of_one_inner_step_is_gradient_ascent():
     model, tasks = regressions()
     settings = dict(sigma=0.5, optimiser=optax.sgd(1.0), num_meta_steps=1)
     with pytest.warns(hb.FitWarning, match="has not converged after 1 outer step"):
-        found = hb.reptile(model, tasks, 1, **settings)
+        found = hb.reptile(model, tasks, 1, **settings).inside
+    model, tasks = found.model, found.tasks
     start = model.scales(tasks).mu_location  # β starts at zero
     slope = tasks.predictors.T @ (tasks.outcome - tasks.predictors @ start) / 0.25
     expected = start + found.info["step_size"] * slope / tasks.num_tasks
@@ -152,7 +154,8 @@ def test_one_outer_step_of_one_inner_step_is_gradient_ascent():
 def test_sigma_query_is_the_deviation_of_query_rows():
     """Given φ the best σ_query is the root mean square of y_q − x_qᵀθ^K(support) − z_qᵀβ."""
     model, tasks = regressions()
-    found = hb.reptile(model, tasks, 5, sigma=0.5, seed=3, query=0.4)
+    found = hb.reptile(model, tasks, 5, sigma=0.5, seed=3, query=0.4).inside
+    tasks = found.tasks
     support, query = tasks.split(0.4, seed=3)
     errors = []
     for (x, z, y), (x_q, z_q, y_q) in zip(by_task(support), by_task(query), strict=True):
@@ -182,7 +185,8 @@ def test_logistic_tasks_go_nowhere_on_average():
     frame = pd.DataFrame({"g": task, "x": x, "z": z, "y": y})
     tasks = hb.Tasks.from_dataframe(frame, task="g", outcome="y", predictors=["x"], shared=["z"])
     model = hb.HierarchicalModel(hb.likelihoods.Bernoulli(), hb.priors.Gaussian())
-    found = hb.reptile(model, tasks, 4)
+    found = hb.reptile(model, tasks, 4).inside
+    tasks = found.tasks
     assert found.warnings == ()
     assert set(found.phi) == {"mu", "beta"}
     moves, slope = np.zeros(2), 0.0

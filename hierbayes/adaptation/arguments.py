@@ -106,7 +106,15 @@ def read_fit(asked: Asked, *, flow: bool, loss: Any) -> Asked:
         return asked
     if getattr(took, "optimiser", None) is not None:
         return asked._replace(optimiser=took.optimiser)
-    learned = fit.phi.get("step_size")
+    learned, at = fit.phi.get("step_size"), getattr(fit, "at", None)
+    if at is not None and asked.preconditioner is not None:
+        raise InputError(
+            f"the steps of {fit.method} were taken in scaled columns, which is a preconditioner "
+            "already: leave preconditioner out, or pass fit.phi['mu'] with steps of your own"
+        )
+    if at is not None and (learned is not None or info.get("step_size") is not None):
+        size, inside = at.steps(info.get("step_size") if learned is None else learned)
+        return asked._replace(step_size=size, preconditioner=inside)
     if np.ndim(learned) and asked.preconditioner is not None:
         raise InputError(
             f"{fit.method} has learned a step size for each coefficient, which is a preconditioner "

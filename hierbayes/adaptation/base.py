@@ -30,7 +30,9 @@ class Adapted:
     (rows, the task of each by position) that gives the variance of f at rows of these tasks, where
     a covariance would be too large to form; ``normals`` or None: a function of positions (M,) that
     gives means (S, M, d) and covariances (S, M, d, d) of equally likely normals of which the
-    posterior is the mixture, where it is far from normal.
+    posterior is the mixture, where it is far from normal. ``cross`` (J, d, p) and ``of_shared``
+    (p, p) or None: covariances of θ_j with β and of β, where ``covariance`` counts what is not
+    known of φ.
     """
 
     mean: np.ndarray
@@ -41,6 +43,8 @@ class Adapted:
     sample: np.ndarray | None = None
     spread: Callable[[Tasks, np.ndarray], np.ndarray] | None = None
     normals: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+    cross: np.ndarray | None = None
+    of_shared: np.ndarray | None = None
 
     @property
     def identified(self) -> np.ndarray:

@@ -25,11 +25,14 @@ class ImpliedPosterior(Adaptation):
         η, in the units of ``loss``.
     loss : "sum" or "mean"
         Steps on the summed log likelihood of a task's rows, or on its mean.
+    preconditioner : sequence, optional
+        B in θ ← θ + ηB∇, as of steps that were taken in scaled columns.
     """
 
     num_steps: int
     step_size: float
     loss: Literal["sum", "mean"] = "sum"
+    preconditioner: Any = None
     name = "implied posterior"
 
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
@@ -40,8 +43,9 @@ class ImpliedPosterior(Adaptation):
         """The prior of each task under which the steps are a MAP estimate."""
         with overhearing():  # they travel in the messages
             return equivalent_prior(
-                model, tasks, phi, self.num_steps, self.step_size, loss=self.loss
-            )
+                model, tasks, phi, self.num_steps, self.step_size, loss=self.loss,
+                preconditioner=self.preconditioner,
+            )  # fmt: skip
 
     @staticmethod
     def read(implied: EquivalentPrior) -> Adapted:

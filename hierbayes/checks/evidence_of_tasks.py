@@ -19,6 +19,7 @@ from hierbayes.tasks import Tasks
 
 def evidence_of(fit: Fit, tasks: Tasks) -> np.ndarray:
     """log p(D_j | φ_s) of every φ of the fit and every task, (S, J); zero of tasks without rows."""
+    tasks, fit = fit.seen_inside(tasks), fit.inside
     phis = phis_of(fit.phi, fit.phi_draws)
     if not tasks.num_rows:
         return np.zeros((len(next(iter(phis.values()))), tasks.num_tasks))

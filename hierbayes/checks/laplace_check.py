@@ -137,6 +137,7 @@ def laplace_check(fit: Fit, *, seed: int | jax.Array = 0) -> Any:
     seed = inputs.seed(seed)
     seed = seed if isinstance(seed, int) else int(as_rng(seed).integers(2**31))
     _refuse(fit)
+    fit = fit.inside
     model, tasks, d = fit.model.without_encoder(), fit.tasks, len(fit.tasks.coef)
     num_nodes = fit.adaptation.num_nodes if isinstance(fit.adaptation, Quadrature) else 1
     phi = {name: np.asarray(value) for name, value in fit.phi.items()}

@@ -87,8 +87,9 @@ def leave_one_row_out(fit: Fit) -> dict[str, Any]:
     (-1.164, ('row',))
     """
     check_fit(fit)
-    tasks, gaussian = fit.tasks, fit.model.conjugate
     refuse_carried(fit, "leave_one_row_out")
+    fit = fit.inside
+    tasks, gaussian = fit.tasks, fit.model.conjugate
     if isinstance(fit.adaptation, PointAdaptation) or "tau" not in fit.phi:
         raise NotApplicable(
             f"{fit.method} gives no posterior of theta to take a row out of: use full_bayes or "

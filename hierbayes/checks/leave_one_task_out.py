@@ -76,6 +76,7 @@ def leave_one_task_out(fit: Fit, refit: bool = False) -> dict[str, Any]:
     if isinstance(fit.adaptation, LeastSquares | MaximumLikelihood):
         raise InputError("no pooling learns nothing about tasks that it has not seen")
     refuse_carried(fit, "leave_one_task_out")
+    fit = fit.inside
     if fit.phi_draws is not None:
         return _importance(fit, refit)
     gaussian = fit.model.likelihood.gaussian_in_theta

@@ -81,7 +81,12 @@ def build_ladder(
     centre = {k: np.asarray(start.phi[k]) for k in _CENTRE if k in start.phi}
     spread = {k: np.asarray(learned.phi[k]) for k in _SPREAD if k in learned.phi}
     loss: Any = getattr(start.adaptation, "loss", "sum")
-    steps = ImpliedPosterior(*_steps(start, num_steps, step_size), loss)
+    count, size = _steps(start, num_steps, step_size)
+    inside = None
+    if step_size is None and start.at is not None and "num_steps" in start.info:
+        size, inside = start.at.steps(size)
+        inside = np.asarray(inside).tolist()
+    steps = ImpliedPosterior(count, size, loss, inside)
     exact: Adaptation = Conjugate() if gaussian else Laplace()
     draws = (num_chains, num_draws)
     implied = steps.prior(model, tasks, centre)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from hierbayes.fit.joint import JointDraws, Thetas
 from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic, float64
+from hierbayes.priors.column_map import ColumnMap
 from hierbayes.tasks import Task, Tasks
 
 
@@ -35,6 +36,8 @@ class AdaptedTasks:
         What went wrong, and whether φ has learned from the rows of these tasks too.
     pareto_k : float
         Of the weights by which draws of φ learned from new tasks; NaN where none were needed.
+    inner, at
+        The same in the columns that were computed with, and the map from there.
     """
 
     model: HierarchicalModel
@@ -44,6 +47,8 @@ class AdaptedTasks:
     draws: np.ndarray | None = None
     remarks: tuple[str, ...] = ()
     pareto_k: float = float("nan")
+    inner: AdaptedTasks | None = field(default=None, repr=False)
+    at: ColumnMap | None = field(default=None, repr=False)
 
     @property
     def theta(self) -> Any:
@@ -93,6 +98,8 @@ class AdaptedTasks:
 
     def _predict(self, rows: Tasks, found: np.ndarray) -> Prediction:
         """Predictions of rows whose tasks stand at the positions ``found``."""
+        if self.inner is not None and self.at is not None:
+            return replace(self.inner._predict(self.at.tasks(rows), found), tasks=rows)
         point = {name: value[0] for name, value in self.phis.items()}
         if not self.model.likelihood.linear:
             draws = self.adapted.sample if self.draws is None else self.draws
@@ -298,3 +305,12 @@ def label(values: np.ndarray, tasks: Tasks, dims: tuple[str, ...], name: str) ->
 
     coords = {"task": tasks.names, "coef": list(tasks.coef), "coef_bis": list(tasks.coef)}
     return xr.DataArray(values, dims=dims, coords={d: coords[d] for d in dims}, name=name)
+
+
+def moments_of(draws: np.ndarray) -> Adapted:
+    """Mean and covariance of draws (S, J, d); one draw has no covariance."""
+    mean = draws.mean(0)
+    if len(draws) == 1:
+        return Adapted(mean)
+    centred = draws - mean
+    return Adapted(mean, np.einsum("sji,sjk->jik", centred, centred) / (len(draws) - 1))

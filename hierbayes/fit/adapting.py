@@ -28,7 +28,8 @@ from hierbayes.adaptation import (
     equivalent_prior,
 )
 from hierbayes.errors import InputError, NotApplicable, announce, listing
-from hierbayes.fit.adapted import AdaptedTasks, check_columns, phis_of
+from hierbayes.fit.adapted import AdaptedTasks, check_columns, moments_of, phis_of
+from hierbayes.fit.outward import adapted_outward, outward
 from hierbayes.fit.updating import Updated, updated
 from hierbayes.fit.weighing import largest_k
 from hierbayes.model import HierarchicalModel
@@ -83,6 +84,10 @@ def adapt(
     update_phi, implied = inputs.flag("update_phi", update_phi), inputs.flag("implied", implied)
     seed = inputs.seed(seed)
     tasks = read_new(fit, new_tasks, after)
+    if fit.inner is not None and fit.at is not None:
+        given = (None, update_phi, implied, seed)
+        found = adapt(fit.inner, fit.at.tasks(tasks), *given)
+        return adapted_outward(found, fit.at, fit.model, tasks)
     if implied:
         return _implied(fit, tasks)
     if fit.phi_bootstrap is not None:
@@ -119,6 +124,12 @@ def on(fit: Fit, new_tasks: Any, update_phi: bool, seed: Any) -> Fit:
     """See :meth:`hierbayes.fit.Fit.on`."""
     update_phi, seed = inputs.flag("update_phi", update_phi), inputs.seed(seed)
     tasks = read_new(fit, new_tasks)
+    if fit.inner is not None and fit.at is not None:
+        found = on(fit.inner, fit.at.tasks(tasks), update_phi, seed)
+        learned = fit.learned_from
+        if found.learned_from is not fit.inner.learned_from:
+            learned = joined(learned, not_among(tasks, learned))
+        return outward(found, fit.at, fit.model, tasks, learned=learned)
     bare = replace(
         fit, tasks=tasks, training=None, theta_draws=None, sample_stats={}, evidence=None,
         log_posterior=None, no_evidence="phi was learned from other tasks",
@@ -235,12 +246,3 @@ def _evenly(phis: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
     size = len(next(iter(phis.values())))
     kept = np.unique(np.linspace(0, size - 1, min(count, size)).astype(int))
     return {name: value[kept] for name, value in phis.items()}
-
-
-def moments_of(draws: np.ndarray) -> Adapted:
-    """Mean and covariance of draws (S, J, d); one draw has no covariance."""
-    mean = draws.mean(0)
-    if len(draws) == 1:
-        return Adapted(mean)
-    centred = draws - mean
-    return Adapted(mean, np.einsum("sji,sjk->jik", centred, centred) / (len(draws) - 1))

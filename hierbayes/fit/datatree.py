@@ -52,7 +52,7 @@ def build(fit: Fit, *, with_predictive: bool = True) -> Any:
             groups["sample_stats"] = dataset(fit.sample_stats, fit.tasks, ("chain", "draw"))
         num_draws = np.prod(next(iter(draws.values())).shape[:2])
         if "theta" in draws and num_draws * fit.tasks.num_rows <= LARGEST_LOG_LIKELIHOOD:
-            groups["log_likelihood"] = log_likelihood(fit, draws)
+            groups["log_likelihood"] = log_likelihood(fit.inside, _draws(fit.inside))
     if fit.phi_draws is None or fit.theta_draws is None:
         groups["point_estimate"] = _point_estimate(fit).assign_attrs(attrs)
     outcome = fit.tasks.outcome
@@ -75,14 +75,18 @@ def _predictive(fit: Fit) -> tuple[dict[str, Any], dict[str, str]]:
 
     groups: dict[str, Any] = {}
     left_out = {}
-    y, why = predictive.posterior_predictive(fit)
+    y, why = predictive.posterior_predictive(fit.inside)
     if y is None:
         left_out["no_posterior_predictive"] = why
     else:
         coords = {"chain": np.arange(y.shape[0]), "draw": np.arange(y.shape[1])}
         rows = _by_row(y, fit.tasks, ("chain", "draw"))
         groups["posterior_predictive"] = xr.Dataset({"y": rows}, coords=coords)
-    drawn, why = predictive.prior_predictive(fit)
+    drawn, why = predictive.prior_predictive(fit.inside)
+    if drawn is not None and fit.at is not None:
+        beta = drawn.get("beta")
+        theta = fit.at.theta(drawn["theta"], None if beta is None else beta[:, None])
+        drawn = fit.at.phi(drawn) | {"theta": theta}
     if drawn is None:
         left_out["no_prior_predictive"] = why
     else:

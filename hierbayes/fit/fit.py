@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -21,15 +21,18 @@ from hierbayes.fit import datatree as trees
 from hierbayes.fit.adapted import (
     AdaptedTasks,
     check_columns,
+    moments_of,
     phis_of,
 )
-from hierbayes.fit.adapting import averaged, moments_of
+from hierbayes.fit.adapting import averaged
 from hierbayes.fit.learned_prior import learned_prior, learned_priors
+from hierbayes.fit.outward import adapted_outward
 from hierbayes.fit.prediction import Prediction
 from hierbayes.fit.summary import summary
 from hierbayes.fit.targets import predict_unseen
 from hierbayes.fit.when_read import WhenRead
 from hierbayes.model import HierarchicalModel
+from hierbayes.priors.column_map import ColumnMap
 from hierbayes.priors.learned import LearnedPrior
 from hierbayes.tasks import Tasks
 
@@ -63,6 +66,9 @@ class Fit:
     phi_bootstrap : dict or None
         By name the φ*_b, each (B, …), over which θ's posterior is averaged: of
         :func:`empirical_bayes` with ``intervals="bootstrap"``.
+    inner, at : Fit and ColumnMap, or None
+        The same fit in the centred and scaled columns that were computed with, and the linear map
+        from there to the user's.
     """
 
     method: str
@@ -82,12 +88,23 @@ class Fit:
     info: dict[str, Any] = field(default_factory=dict)
     phi_bootstrap: dict[str, np.ndarray] | None = None
     learned: Tasks | None = None
+    inner: Fit | None = None
+    at: ColumnMap | None = None
 
     def __repr__(self) -> str:
         names = ", ".join(f"{n}={_short(v)}" for n, v in self.phi.items() if np.size(v) <= 4)
         return f"Fit({self.method!r}, {self.tasks.num_tasks} tasks, {names})"
 
     # --------------------------------------------------------------- estimates
+
+    @property
+    def inside(self) -> Fit:
+        """The fit in the columns that it was computed in, by which all is computed later."""
+        return self if self.inner is None else self.inner
+
+    def seen_inside(self, tasks: Tasks) -> Tasks:
+        """Tasks in these columns."""
+        return tasks if self.at is None else self.at.tasks(tasks)
 
     @property
     def learned_from(self) -> Tasks:
@@ -97,6 +114,8 @@ class Fit:
     @functools.cached_property
     def adapted(self) -> AdaptedTasks:
         """The training tasks under the learned prior."""
+        if self.inner is not None and self.at is not None:
+            return adapted_outward(self.inner.adapted, self.at, self.model, self.tasks)
         if self.theta_draws is not None and self.phi_draws is not None:
             draws = self.theta_draws.reshape(-1, *self.theta_draws.shape[2:])
             phis = phis_of(self.phi, self.phi_draws)
@@ -148,8 +167,9 @@ class Fit:
         inputs.one_of("by", by, ("row", "task"))
         if self.theta_draws is None:
             raise InputError(f"{self.method} holds no posterior draws of theta")
-        draws = {**(self.phi_draws or {}), "theta": self.theta_draws}
-        return trees.log_likelihood(self, draws, by)
+        inside = self.inside
+        draws = {**(inside.phi_draws or {}), "theta": inside.theta_draws}
+        return trees.log_likelihood(inside, draws, by)
 
     def summary(
         self, var_names: str | Sequence[str] | None = None, errors: Mapping[str, Any] | None = None
@@ -289,7 +309,9 @@ class Fit:
             inputs.one_of("target", target, TARGETS)
         if target in (None, "known"):
             return self.adapted.predict(rows)
-        return predict_unseen(self, rows, "new" if target == "new" else "population")
+        unseen = "new" if target == "new" else "population"
+        found = predict_unseen(self.inside, self.seen_inside(rows), unseen)
+        return replace(found, tasks=rows)
 
     # ------------------------------------------------------------------ storage
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from hierbayes.adaptation import GradientSteps
 from hierbayes.fit.adapted import phis_of, prior_locations
+from hierbayes.fit.outward import prior_outward
 from hierbayes.numerics import float64
 from hierbayes.priors import LearnedPrior, StudentT
 
@@ -34,6 +35,13 @@ def learned_priors(fit: Fit, w: np.ndarray) -> list[LearnedPrior]:
     A mixture over draws of φ, or one normal (or Student-t) at φ̂; independent entries where θ is a
     network's weights.
     """
+    if fit.inner is not None and fit.at is not None:
+        inner, at = fit.inner, fit.at
+        level = np.array([c.mean for c in at.task_predictors])
+        rest = np.array([c.rest for c in at.task_predictors])
+        moved = (w - level - rest) / np.array([c.sd for c in at.task_predictors])
+        phis = phis_of(inner.phi, inner.phi_draws)
+        return [prior_outward(prior, at, phis) for prior in learned_priors(inner, moved)]
     if "tau" not in fit.phi:
         raise AttributeError(
             f"{fit.method} learns no prior that all tasks share; the prior that gradient "

@@ -40,9 +40,11 @@ from hierbayes.fit.stored import (
     read_tasks,
     read_training,
 )
+from hierbayes.fit.stored_inside import columns_of, with_inside
 from hierbayes.formula import FormulaEncoder
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.model import HierarchicalModel
+from hierbayes.priors.columns import Columns
 from hierbayes.priors.hyperprior import HyperPrior
 from hierbayes.priors.serialise import hyperprior_from_plain
 from hierbayes.tasks import Tasks
@@ -123,7 +125,7 @@ def rebuilt(
     by_point = not drawn and isinstance(adaptation, MixedScales)  # made again, with its normals
     with field("training"):
         training = None if by_point else read_training(_prefixed(own, "training."), tasks)
-    return Fit(
+    outer = Fit(
         method,
         model,
         tasks,
@@ -141,6 +143,8 @@ def rebuilt(
         info=entry(described, "info", dict),
         phi_bootstrap=bootstrap or None,
     )
+    with field("inside"):
+        return with_inside(outer, entry(described, "inside", (dict, type(None)), None), own, theirs)
 
 
 def _check_network(model: HierarchicalModel, arrays: dict[str, np.ndarray]) -> None:
@@ -200,13 +204,16 @@ def _model(described: Any, encoder: Any, tasks: Tasks, version: int) -> Hierarch
         for f in fields(HyperPrior) if version >= WHOLE else ():
             entry(beliefs, f.name, (dict, int, float, type(None)))
         hyperprior = hyperprior_from_plain(beliefs)
-    model = HierarchicalModel(likelihood, prior, hyperprior, encoder)
+    with field("columns"):
+        lying = entry(described, "columns", (dict, type(None)), None)
+        columns = None if lying is None else columns_of(Columns, lying, tasks)
+    model = HierarchicalModel(likelihood, prior, hyperprior, encoder, columns)
     if tasks.predictors.shape[1:] != (len(tasks.coef),):
         raise InputError(f"{len(tasks.coef)} coefficients, predictors {tasks.predictors.shape}")
     likelihood.check(tasks)
     shape = model.shape(tasks)
     with field("hyperprior"):
-        if hyperprior._is_resolved(shape):
+        if hyperprior.is_resolved(shape):
             hyperprior.distributions(shape)
     return model
 

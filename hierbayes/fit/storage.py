@@ -23,8 +23,10 @@ from hierbayes.fit.stored import (
     entry,
     field,
 )
+from hierbayes.fit.stored_inside import arrays_inside, inside_to_plain
 from hierbayes.formula import FormulaEncoder
 from hierbayes.model import HierarchicalModel
+from hierbayes.priors.columns import to_plain
 from hierbayes.priors.serialise import hyperprior_to_plain
 from hierbayes.tasks.reading import ColumnReader
 
@@ -157,6 +159,7 @@ def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:
             "likelihood": {"kind": type(likelihood).__name__, "settings": vars(likelihood)},
             "prior": {"kind": type(prior).__name__, "settings": vars(prior)},
             "hyperprior": hyperprior_to_plain(model.hyperprior),
+            "columns": None if model.columns is None else to_plain(model.columns),
         }
     encoder, table = model.encoder or labels.encoder, None
     encoder_json: dict[str, Any] | None = None
@@ -186,6 +189,7 @@ def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:
         "log_posterior": fit.log_posterior,
         "warnings": fit.warnings,
         "info": fit.info,
+        "inside": inside_to_plain(fit),
     }
     return json.loads(json.dumps(described, default=_number)), table
 
@@ -208,8 +212,10 @@ def _arrays(fit: Fit) -> Any:
     arrays = {f"phi.{name}": value for name, value in fit.phi.items()}
     arrays |= {f"se.{name}": value for name, value in fit.standard_errors.items()}
     arrays |= {f"bootstrap.{name}": v for name, v in (fit.phi_bootstrap or {}).items()}
-    if fit.training is not None:
-        moments = {n: v for n, v in vars(fit.training).items() if isinstance(v, np.ndarray)}
+    arrays |= arrays_inside(fit)
+    training = fit.inside.training
+    if training is not None:
+        moments = {n: v for n, v in vars(training).items() if isinstance(v, np.ndarray)}
         arrays |= {f"training.{name}": value for name, value in moments.items()}
     return xr.Dataset(
         {

@@ -312,12 +312,16 @@ def read_training(moments: dict[str, np.ndarray], tasks: Tasks) -> Adapted | Non
         return None
     mean = array(moments, "mean", (tasks.num_tasks, None))
     count, d = mean.shape
-    square = {"covariance": (count, d, d), "unidentified": (count, d, d), "absorbed": (count, d)}
+    p = len(tasks.labels.shared)
+    square = {
+        "covariance": (count, d, d), "unidentified": (count, d, d), "absorbed": (count, d),
+        "cross": (count, d, p), "of_shared": (p, p),
+    }  # fmt: skip
     for name, shape in square.items():
         if name in moments:
             array(moments, name, shape, finite=False)
-    known: list[Any] = [moments.get(name) for name in square]
-    return Adapted(mean, *known)
+    known: dict[str, Any] = {name: moments.get(name) for name in square}
+    return Adapted(mean, **known)
 
 
 def _short(value: Any) -> str:

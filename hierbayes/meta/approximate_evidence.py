@@ -23,7 +23,7 @@ from hierbayes.evidence.quadrature import log_evidence
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.better_evidence import AroundPhi, newton_shift
 from hierbayes.meta.correlations import held_entries
-from hierbayes.meta.layout_of_phi import Layout, belief_in, phi_at
+from hierbayes.meta.layout_of_phi import Layout, along_phi, belief_in, phi_at
 from hierbayes.meta.optimum import (
     Optimum,
     ValueAndSlope,
@@ -376,5 +376,8 @@ class _Search:
                        else "from where the integral itself would put it; use full_bayes")
                 )  # fmt: skip
         posterior = log_density + float(self._belief(vector)[0]) if self.with_belief else None
-        optimum = Optimum(pinned(phi, layout.shape), log_density, errors, warnings, posterior)
+        along = along_phi(layout, vector, inside, hessian)
+        optimum = Optimum(
+            pinned(phi, layout.shape), log_density, errors, warnings, posterior, along
+        )
         return Integrated(optimum, used, error, remarks, evidence.start)

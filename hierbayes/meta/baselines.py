@@ -19,8 +19,9 @@ from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.evidence.profile import profile, profile_problem
 from hierbayes.fit import Fit
+from hierbayes.fit.outward import Entered, enter
 from hierbayes.likelihoods.generalised import GeneralisedLinear
-from hierbayes.meta.marginal import named_fixed
+from hierbayes.meta.marginal import fixed_along, named_fixed
 from hierbayes.meta.own_parameters import over_all
 from hierbayes.meta.own_parameters import within as within_likelihood
 from hierbayes.model import HierarchicalModel, check_model
@@ -66,7 +67,8 @@ def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = No
     tasks = model.tasks(tasks)
     model.check(tasks, learns_prior=False)
     _refuse_programs(model, "no_pooling")
-    resolved = model.resolve(tasks)
+    entered = enter(model, tasks, "rows")
+    resolved, tasks = entered.inner_model, entered.inner_tasks
     refuse_idle_sigma(model, sigma)
     phi, within, remarks = _within(resolved, tasks, sigma)
     if not within.identified.all():
@@ -98,11 +100,12 @@ def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = No
             f"alone ({listing(tasks.names[lacking].tolist(), 3)}): minimum-norm estimates there, "
             "marked as unidentified"
         )
-    return Fit(
+    fit = Fit(
         "no pooling", resolved, tasks, phi, adaptation, training,
         no_evidence="the prior is flat", warnings=announce(remarks),
         info={"seconds": time.perf_counter() - started},
     )  # fmt: skip
+    return entered.leave(fit)
 
 
 def _within(
@@ -180,9 +183,10 @@ def complete_pooling(model: HierarchicalModel, tasks: Any) -> Fit:
     tasks = model.tasks(tasks)
     model.check(tasks, learns_prior=False)
     _refuse_programs(model, "complete_pooling")
-    resolved = model.resolve(tasks)
+    entered = enter(model, tasks, "rows")
+    resolved, tasks = entered.inner_model, entered.inner_tasks
     if not model.likelihood.gaussian_in_theta:
-        return _pooled(resolved, tasks, started)
+        return _pooled(entered, started)
     shape = resolved.shape(tasks)
     known_noise = "sigma" not in shape.parameters
     d = len(shape.coef)
@@ -196,23 +200,26 @@ def complete_pooling(model: HierarchicalModel, tasks: Any) -> Fit:
     if not known_noise:
         phi["sigma"] = np.asarray(best.sigma)
     adaptation = Conjugate()
-    return Fit(
+    fit = Fit(
         "complete pooling", resolved, tasks, phi, adaptation, adaptation(resolved, tasks, phi),
         standard_errors=errors, evidence=float(best.log_evidence),
         info={"seconds": time.perf_counter() - started},
     )  # fmt: skip
+    return entered.leave(fit, fixed_along(shape, np.asarray(best.covariance)))
 
 
-def _pooled(model: HierarchicalModel, tasks: Tasks, started: float) -> Fit:
+def _pooled(entered: Entered, started: float) -> Fit:
     """Maximum likelihood over all tasks; standard errors from its curvature."""
+    model, tasks = entered.inner_model, entered.inner_tasks
     found = over_all(model, tasks)
     phi = found.phi | {"tau": np.zeros(len(tasks.coef))}
     with float64():
         location = np.asarray(model.prior.location(phi, tasks.task_predictors))
-    return Fit(
+    fit = Fit(
         "complete pooling", model, tasks, phi, Laplace(),
         Adapted(location, np.zeros((*location.shape, location.shape[1]))),
         standard_errors=found.errors, evidence=found.log_likelihood,
         warnings=announce(found.remarks),
         info={"seconds": time.perf_counter() - started},
     )  # fmt: skip
+    return entered.leave(fit, found.along)

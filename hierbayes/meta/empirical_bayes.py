@@ -26,6 +26,7 @@ from hierbayes.adaptation import (
 )
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.fit import Fit
+from hierbayes.fit.outward import enter
 from hierbayes.likelihoods import LastLayer
 from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS, maximise_approximate
 from hierbayes.meta.episodic import on_episodes
@@ -187,7 +188,11 @@ def empirical_bayes(
     model.check(tasks, learns_prior=True)
     check_intervals(intervals, num_bootstrap, model, tasks, criterion)
     integral = chosen_evidence(model, tasks, evidence, criterion)
-    resolved = resolve_for_mode(model, tasks) if criterion == "map" else model.resolve(tasks)
+    known = resolve_for_mode(model, tasks) if criterion == "map" else model
+    entered = enter(
+        known, tasks, "beliefs" if criterion == "map" else "prior", shared=intervals != "bootstrap"
+    )
+    resolved, tasks = entered.inner_model, entered.inner_tasks
     info: dict[str, Any] = {"criterion": criterion, "evidence": integral, "intervals": intervals}
     if intervals == "bootstrap":
         info["num_bootstrap"] = int(num_bootstrap)
@@ -228,7 +233,8 @@ def empirical_bayes(
     if intervals in ("plain", "kass-steffey"):
         given = (resolved, tasks, optimum.phi, spread, criterion, intervals)
         remarks += _remarks_on_intervals(*given)
-    return Fit(
+    remarks = entered.of_the_mean(remarks)
+    fit = Fit(
         "empirical Bayes", resolved, tasks, optimum.phi, adaptation, training,
         theta_draws=draws, standard_errors=optimum.standard_errors,
         evidence=optimum.log_evidence, log_posterior=optimum.log_posterior,
@@ -238,6 +244,7 @@ def empirical_bayes(
                      "seconds": time.perf_counter() - started},
         phi_bootstrap=mixed,
     )  # fmt: skip
+    return entered.leave(fit, optimum.along)
 
 
 def chosen_evidence(

@@ -30,7 +30,8 @@ from hierbayes.adaptation import (
 )
 from hierbayes.errors import InputError, announce
 from hierbayes.fit import Fit
-from hierbayes.fit.adapting import theta_under
+from hierbayes.fit.adapting import LARGEST_THETA, theta_under
+from hierbayes.fit.outward import enter
 from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS
 from hierbayes.meta.by_mixture import ByMixture
 from hierbayes.meta.by_quadrature import ByQuadrature, by_quadrature
@@ -139,7 +140,9 @@ def full_bayes(
     seed = inputs.seed(seed)
     tasks = model.tasks(tasks)
     model.check(tasks, learns_prior=True)
-    resolved = model.resolve(tasks)
+    many = num_chains * num_draws * tasks.num_tasks * len(tasks.coef) > LARGEST_THETA
+    entered = enter(model, tasks, "beliefs", shared=not many)  # moments of θ alone know no β
+    resolved, tasks = entered.inner_model, entered.inner_tasks
     exact = resolved.likelihood.gaussian_in_theta
     normal = resolved.prior.gaussian
     integrable = exact or (normal and len(tasks.coef) <= MOST_DIMENSIONS)
@@ -218,7 +221,7 @@ def full_bayes(
         remarks += judged(draws, theta, sample_stats, tasks)
     phi = {name: value.mean(axis=(0, 1)) for name, value in draws.items()}
     sites = resolved.phi_distributions(tasks)
-    return Fit(
+    fit = Fit(
         "full Bayes", resolved, tasks, {name: phi[name] for name in sites}, adaptation, training,
         phi_draws={name: draws[name] for name in sites}, theta_draws=theta,
         sample_stats=sample_stats,
@@ -226,6 +229,7 @@ def full_bayes(
         info=info | {"remarks": separation.remark(tasks, resolved.likelihood),
                      "seconds": time.perf_counter() - started},
     )  # fmt: skip
+    return entered.leave(fit)
 
 
 def _adaptation(model: HierarchicalModel) -> Adaptation:

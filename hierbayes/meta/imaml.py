@@ -20,6 +20,7 @@ from hierbayes.adaptation.gradient import Derivative
 from hierbayes.errors import InputError, announce, listing
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
+from hierbayes.fit.outward import as_given, enter
 from hierbayes.meta.ascent import maximise
 from hierbayes.meta.episodic import PLAIN_STEP, on_episodes
 from hierbayes.meta.inner_loop import (
@@ -92,6 +93,8 @@ def imaml(
     prior_precision : float, sequence by coefficient, or "learn"
         λ > 0, one for all coefficients or one each, in units of 1/θ²: the log likelihood is summed
         over a task's rows. "learn" learns log λ, a number a coefficient; on episodes one for all.
+        Numbers are those of the user's columns; what is learned is the precision in columns that
+        are centred and scaled, so that in the user's the prior is correlated too (``corr``).
     query : float
         Share of each task's rows in the query part; a one-row task is query-only.
     num_splits : int
@@ -165,8 +168,9 @@ def imaml(
     check_counts(num_splits=num_splits, num_meta_steps=num_meta_steps)
     check_optimiser(optimiser)
     model.check(tasks, learns_prior=True)
-    resolved = model.resolve(tasks)
     given = _given(prior_precision, tasks)
+    entered = enter(model, tasks, "prior") if given is None else as_given(model, tasks)
+    resolved, tasks = entered.inner_model, entered.inner_tasks
     units = resolved.scales(tasks).coef
     fixed = inner_noise(resolved, tasks, sigma)
     splits = support_query_splits(tasks, query, num_splits, seed, "iMAML")
@@ -197,7 +201,7 @@ def imaml(
     remarks = [*best.warnings, *adapted.remarks]
     if given is None:
         remarks += _extremes(tasks, phi["tau"] / units)
-    return Fit(
+    fit = Fit(
         "iMAML", resolved, tasks, phi, adaptation, adapted,
         no_evidence="iMAML maximises the predictive evidence of the query rows, in "
         'info["query_log_density"], not log p(D | φ)',
@@ -210,6 +214,7 @@ def imaml(
             "seconds": time.perf_counter() - started,
         },
     )  # fmt: skip
+    return entered.leave(fit)
 
 
 def _on_episodes(

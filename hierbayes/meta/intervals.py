@@ -17,7 +17,7 @@ type III; Morris (1983), Parametric empirical Bayes inference, JASA 78(381).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import jax
@@ -209,12 +209,11 @@ def _kass_steffey(
             'use intervals="bootstrap", criterion="map" or full_bayes'
         )
     more = covariance_by_phi(model, tasks, phi, num_nodes, with_belief=with_belief)
-    if np.isnan(more).any():
+    if np.isnan(more.theta).any():
         remarks.append(
             'intervals="kass-steffey" adds nothing here: the evidence is not concave at the '
             "estimate, and phi has no covariance; the intervals are the plain ones. Use "
             'intervals="bootstrap" or full_bayes'
         )
         return Widened(training, remarks)
-    assert training.covariance is not None
-    return Widened(replace(training, covariance=training.covariance + more), remarks)
+    return Widened(more.added_to(training), remarks)

@@ -13,6 +13,7 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions.transforms import CorrCholeskyTransform
 
+from hierbayes.meta.optimum import root_of
 from hierbayes.meta.supports import LINES, lines_of
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.priors.scales import Scales
@@ -153,6 +154,40 @@ class Layout:
         for name, kind in self.lines:
             errors[name] = se[self.at[name]][0] * LINES[kind].slope(phi[name])
         return errors
+
+
+def along_phi(
+    layout: Layout, vector: np.ndarray, inside: np.ndarray, hessian: np.ndarray
+) -> dict[str, np.ndarray]:
+    """How φ moves along independent normal directions of unit size, by name (…, r).
+
+    NaN as in :meth:`Layout.errors`; use it in float64.
+    """
+    values = np.linalg.eigvalsh(hessian)
+    moves = np.full((layout.size, int(inside.sum())), np.nan)
+    if values.size and values[0] > FLAT * values[-1]:
+        moves[inside] = root_of(np.linalg.inv(hessian))
+    d, size = len(layout.shape.coef), moves.shape[1]
+    scaled = moves * np.asarray(layout.units)[:, None]
+    mu = np.zeros((d, size))
+    mu[layout.free] = scaled[layout.at["mu"]]
+    along = {"mu": mu, "tau": scaled[layout.at["tau"]]}
+    if layout.shape.task_predictors:
+        along["gamma"] = scaled[layout.at["gamma"]].reshape(d, -1, size)
+    if layout.shape.shared:
+        along["beta"] = scaled[layout.at["beta"]]
+    if layout.blocks:
+        step, known = 1e-4, np.nan_to_num(moves)
+
+        def corr(v: np.ndarray) -> np.ndarray:
+            return np.asarray(phi_at(layout, v)["corr"])
+
+        near, far = (
+            np.stack([corr(vector + k * step * m) - corr(vector - k * step * m) for m in known.T],
+                     -1) for k in (1, 2)
+        )  # fmt: skip
+        along["corr"] = (8 * near - far) / (12 * step)
+    return along
 
 
 @jax.jit

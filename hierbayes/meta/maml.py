@@ -25,6 +25,7 @@ from hierbayes.adaptation.step_length import (
 from hierbayes.errors import InputError, announce
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
+from hierbayes.fit.outward import enter_or_stay
 from hierbayes.meta.ascent import maximise
 from hierbayes.meta.episodic import PLAIN_STEP, on_episodes
 from hierbayes.meta.inner_loop import (
@@ -86,17 +87,20 @@ def maml(
     num_steps : int
         K, inner gradient steps.
     step_size : float or "auto"
-        η in units of the **sum** of the log likelihood over a task's rows; "auto" is 1/λ_max over
-        all tasks, with λ_max the largest curvature from all of a task's rows (Bernoulli, binomial
-        and Student-t: the largest that any θ can give). Beyond 2/λ_max the steps can diverge, which
-        is refused. On a log scale (Poisson, negative binomial, gamma) curvature has no bound: there
-        λ_max takes of each row the largest between the overall level, where φ starts, and the row's
-        own outcome; it stays that number throughout training, nothing is refused by it, and tasks
-        whose log likelihood falls along the steps from φ are named in ``warnings``, here and in
-        ``adapt``. On episodes in units of ``loss``; "auto" is 0.01 there, and no bound is known.
+        η in units of the **sum** of the log likelihood over a task's rows. A number is one in the
+        user's columns. "auto" takes the steps in columns that are centred and scaled to unit
+        standard deviation, and carries φ and θ back: there it is 1/λ_max over all tasks, with λ_max
+        the largest curvature from all of a task's rows (Bernoulli, binomial and Student-t: the
+        largest that any θ can give). Beyond 2/λ_max the steps can diverge, which is refused. On a
+        log scale (Poisson, negative binomial, gamma) curvature has no bound: there λ_max takes of
+        each row the largest between the overall level, where φ starts, and the row's own outcome;
+        it stays that number throughout training, nothing is refused by it, and tasks whose log
+        likelihood falls along the steps from φ are named in ``warnings``, here and in ``adapt``. On
+        episodes in units of ``loss``; "auto" is 0.01 there, and no bound is known.
     learn_step_size : bool or "coef"
-        Learn η too, within (0, 1/λ_max), where the steps are a MAP estimate for every K; "coef":
-        one for each coefficient, which is Meta-SGD. On episodes log η is learned, without bounds.
+        Learn η too, in the same columns, within (0, 1/λ_max), where the steps are a MAP estimate
+        for every K; "coef": one for each coefficient, which is Meta-SGD. On episodes log η is
+        learned, without bounds.
     loss : "sum" or "mean"
         What the inner steps climb: a task's summed log likelihood, or its mean over the rows, as
         most MAML code does; "sum" by default, "mean" on episodes.
@@ -186,7 +190,8 @@ def maml(
     check_counts(num_meta_steps=num_meta_steps)
     check_optimiser(optimiser)
     model.check(tasks, learns_prior=True)
-    resolved = model.resolve(tasks)
+    entered = enter_or_stay(model, tasks, stay=step_size != "auto" or inner_optimiser is not None)
+    resolved, tasks = entered.inner_model, entered.inner_tasks
     phi = inner_noise(resolved, tasks, sigma)
     loss = loss or "sum"
     longest = 1.0 / float(largest_curvature(resolved, tasks, phi, loss).max())
@@ -234,7 +239,7 @@ def maml(
         remarks = remarks + _remarks(
             resolved, float(chosen), longest, num_steps, supports, phi, loss
         )
-    return Fit(
+    fit = Fit(
         "MAML", resolved, tasks, phi, adaptation, training,
         no_evidence="MAML maximises the predictive evidence of the query rows, in "
         'info["query_log_density"], not log p(D | φ)',
@@ -248,6 +253,7 @@ def maml(
             "seconds": time.perf_counter() - started,
         },
     )  # fmt: skip
+    return entered.leave(fit)
 
 
 NEGLIGIBLE = 1e-6

@@ -28,6 +28,7 @@ from hierbayes.meta.optimum import (
     highest,
     minimise,
     polish,
+    root_of,
 )
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
@@ -55,13 +56,14 @@ def maximise_likelihood(model: HierarchicalModel, tasks: Tasks, *, reml: bool) -
         sigma = float(best.sigma)
         covariance = sigma**2 * root @ root.T
         phi = _phi(shape, np.asarray(best.fixed), covariance, sigma, known_noise)
-        errors, remarks = _standard_errors(
+        errors, remarks, along = _standard_errors(
             nearby, shape, phi, np.asarray(best.covariance), known_noise, tasks
         )
         fixed_errors = named_fixed(shape, np.sqrt(np.diag(np.asarray(best.covariance))))
     errors |= {name: se for name, se in fixed_errors.items() if name in phi}
     warnings = ([found.problem] if found.problem else []) + remarks
-    return Optimum(phi, float(best.log_evidence), errors, warnings)
+    along |= fixed_along(shape, np.asarray(best.covariance))
+    return Optimum(phi, float(best.log_evidence), errors, warnings, along=along)
 
 
 @kept
@@ -201,6 +203,14 @@ def named_fixed(shape: Shape, values: np.ndarray) -> dict[str, np.ndarray]:
     return named
 
 
+def fixed_along(shape: Shape, covariance: np.ndarray) -> dict[str, np.ndarray]:
+    """How the fixed effects move along independent normal directions, by name (…, r)."""
+    each = [named_fixed(shape, column) for column in root_of(covariance).T]
+    if not each:
+        return {}
+    return {name: np.stack([one[name] for one in each], -1) for name in each[0]}
+
+
 def _standard_errors(
     nearby: Nearby | PlainAt,
     shape: Shape,
@@ -208,8 +218,11 @@ def _standard_errors(
     covariance: np.ndarray,
     known_noise: bool,
     tasks: Tasks,
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Standard errors of τ and σ: the inverse Hessian of the evidence with b profiled out."""
+) -> tuple[dict[str, np.ndarray], list[str], dict[str, np.ndarray]]:
+    """Standard errors of τ and σ: the inverse Hessian of the evidence with b profiled out.
+
+    With remarks, and the directions of τ and the correlations that they are made of.
+    """
     tau, remarks = phi["tau"], []
     errors: dict[str, np.ndarray] = {"tau": np.full(len(tau), np.nan)}
     inside = tau > 0
@@ -227,8 +240,9 @@ def _standard_errors(
     free_corr = () if singular else tuple(b for b in blocks if len(b) > 1)
     spread = _Spread(nearby, tau, corr, inside, free_corr, phi.get("sigma"))
     start = spread.vector()
+    along = {"tau": np.full((len(tau), 1), np.nan)}
     if not start.size:
-        return errors, remarks
+        return errors, remarks, along
     hessian = curvature(spread.value_and_slope, start, np.ones(len(start), bool))
     if not np.linalg.eigvalsh(hessian)[0] > 0:
         remarks.append(
@@ -237,12 +251,13 @@ def _standard_errors(
         )
         if not known_noise:
             errors["sigma"] = np.asarray(np.nan)
-        return errors, remarks
-    se = np.sqrt(np.diag(np.linalg.inv(hessian))) * spread.units()
+        return errors, remarks, along
+    covariance = np.linalg.inv(hessian)
+    se = np.sqrt(np.diag(covariance)) * spread.units()
     errors["tau"][inside] = se[: inside.sum()]
     if not known_noise:
         errors["sigma"] = np.asarray(se[inside.sum()])
-    return errors, remarks
+    return errors, remarks, spread.along(root_of(covariance))
 
 
 class _Spread:
@@ -276,6 +291,20 @@ class _Spread:
         sigma = [] if self.sigma is None else [1.0]
         below = self.corr_root[self.rows, self.columns] / self.corr_root[self.rows, self.rows]
         return np.concatenate([np.ones(len(self.inside)), sigma, below])
+
+    def along(self, directions: np.ndarray) -> dict[str, np.ndarray]:
+        """How τ and the correlations move along directions of the vector (n, r)."""
+        num, k = directions.shape[1], len(self.inside)
+        tau = np.full((len(self.tau), num), np.nan)
+        tau[self.inside] = self.tau[self.inside][:, None] * directions[:k]
+        root = self.corr_root
+        below = np.zeros((*root.shape, num))
+        # each row is the unit row times its length, one over its diagonal entry
+        moved = directions[len(directions) - len(self.rows) :]
+        below[self.rows, self.columns] = root[self.rows, self.rows][:, None] * moved
+        change = below - np.einsum("ikr,ik,il->ilr", below, root, root)
+        corr = np.einsum("ikr,jk->ijr", change, root)
+        return {"tau": tau, "corr": corr + corr.swapaxes(0, 1)}
 
     def value_and_slope(self, v: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the evidence and its slope, by the chain rule through Λ = diag(τ) C / σ."""

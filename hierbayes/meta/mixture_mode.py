@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.evidence.exact import log_evidence
-from hierbayes.meta.layout_of_phi import Layout, belief_in, phi_at
+from hierbayes.meta.layout_of_phi import Layout, along_phi, belief_in, phi_at
 from hierbayes.meta.marginal import maximise_likelihood
 from hierbayes.meta.optimum import Optimum, curvature
 from hierbayes.meta.posterior_mode import finite, off_the_boundary, pinned
@@ -62,6 +62,7 @@ def maximise_mixture(resolved: HierarchicalModel, tasks: Tasks, *, with_belief: 
         errors_at = curvature(value_and_slope, best.x, inside)
         phi = to_numpy(phi_at(layout, best.x))
         errors = layout.errors(inside, errors_at, phi)
+        along = along_phi(layout, best.x, inside, errors_at)
         evidence = -float(_value_and_slope(prior, layout, best.x, stats)[0])
         posterior = None if belief is None else evidence + float(belief(best.x)[0])
     warnings = [best.problem] if best.problem else []
@@ -70,4 +71,4 @@ def maximise_mixture(resolved: HierarchicalModel, tasks: Tasks, *, with_belief: 
             "standard errors of tau are NaN where the estimate lies at tau = 0 or the criterion is "
             "not concave there"
         )
-    return Optimum(pinned(phi, layout.shape), evidence, errors, warnings, posterior)
+    return Optimum(pinned(phi, layout.shape), evidence, errors, warnings, posterior, along)

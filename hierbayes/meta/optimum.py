@@ -21,13 +21,27 @@ FAILED = (
 
 @dataclass(frozen=True)
 class Optimum:
-    """A learned φ̂ and what is known about it."""
+    """A learned φ̂ and what is known about it.
+
+    ``along``: how φ̂ moves along independent normal directions of unit size, by name (…, r), so that
+    standard errors follow in any columns; NaN or empty where they are not known.
+    """
 
     phi: dict[str, np.ndarray]
     log_evidence: float
     standard_errors: dict[str, np.ndarray]
     warnings: list[str] = field(default_factory=list)
     log_posterior: float | None = None
+    along: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def root_of(covariance: np.ndarray) -> np.ndarray:
+    """A with A Aᵀ the covariance matrix, NaN where that is not known."""
+    if not np.isfinite(covariance).all():
+        return np.full_like(covariance, np.nan)
+    units = np.sqrt(np.maximum(np.diag(covariance), 1e-300))
+    values, vectors = np.linalg.eigh(covariance / np.outer(units, units))
+    return units[:, None] * vectors * np.sqrt(np.maximum(values, 0.0))
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.approximate_evidence import maximise_approximate
+from hierbayes.meta.marginal import fixed_along
 from hierbayes.meta.optimum import curvature, newton
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
@@ -60,12 +61,16 @@ FAR = 40.0
 
 @dataclass(frozen=True)
 class Found:
-    """φ without ``tau``, the log likelihood there, standard errors, and what to say of it."""
+    """φ without ``tau``, the log likelihood there, standard errors, and what to say of it.
+
+    ``along``: how the fixed effects move along independent normal directions, by name.
+    """
 
     phi: dict[str, np.ndarray]
     log_likelihood: float
     errors: dict[str, np.ndarray]
     remarks: list[str]
+    along: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -276,12 +281,14 @@ def over_all(model: HierarchicalModel, tasks: Tasks, without: int | None = None)
     least = np.linalg.eigvalsh(hessian)[0] if np.isfinite(hessian).all() else -np.inf
     if not (least > 1e-6 and np.abs(x[:count] - begin).max(initial=0.0) < FAR):
         _refuse_separation(model, tasks, mask)
-    spread = np.full(len(x), np.nan)
+    spread, moves = np.full(len(x), np.nan), np.full((count, count), np.nan)
     if least > 0:
-        spread[inside] = np.sqrt(np.diag(np.linalg.inv(hessian)))
+        covariance = np.linalg.inv(hessian)
+        spread[inside] = np.sqrt(np.diag(covariance))
+        moves = covariance[:count, :count] * np.outer(units, units)
     errors = to_numpy(_errors(shape, spread, units, phi))
     said = _said(shape.parameters, x[count:], low[count:], high[count:])
-    return Found(phi, -value, errors, said)
+    return Found(phi, -value, errors, said, fixed_along(shape, moves))
 
 
 def _errors(shape: Any, spread: np.ndarray, units: np.ndarray, phi: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpyro.distributions as dist
 
 from hierbayes.evidence.exact import log_evidence
 from hierbayes.meta.correlations import SINGULAR
-from hierbayes.meta.layout_of_phi import Layout, phi_at
+from hierbayes.meta.layout_of_phi import Layout, along_phi, phi_at
 from hierbayes.meta.marginal import maximise_likelihood
 from hierbayes.meta.optimum import (
     Minimum,
@@ -52,14 +52,14 @@ TILTED = 0.5
 
 def resolve_for_mode(model: HierarchicalModel, tasks: Tasks) -> HierarchicalModel:
     """The model resolved, with Gamma(2, rate → 0) on τ where the user says nothing of it."""
-    given = model.hyperprior.tau
+    given, resolved = model.hyperprior.tau, model.resolve(tasks)
     if given is not None and not isinstance(given, Mapping):
-        return model.resolve(tasks)
-    scales = model.scales(tasks).coef
+        return resolved
+    believed = resolved.column_map(tasks, "beliefs", scaled=False).tasks(tasks)
+    scales = model.scales(believed).coef
     avoiding = {c: dist.Gamma(2.0, TINY_RATE / s) for c, s in zip(tasks.coef, scales, strict=True)}
-    return replace(
-        model, hyperprior=replace(model.hyperprior, tau={**avoiding, **(given or {})})
-    ).resolve(tasks)
+    tau = {**avoiding, **(given or {})}
+    return replace(resolved, hyperprior=replace(resolved.hyperprior, tau=tau))
 
 
 def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
@@ -93,6 +93,7 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
         phi = to_numpy(phi_at(layout, best.x))
         evidence, belief = jax.jit(log_density)(phi, stats)
         errors = layout.errors(inside, hessian, phi)
+        along = along_phi(layout, best.x, inside, hessian)
     phi = pinned(phi, shape)
     warnings = [best.problem] if best.problem else []
     if np.isnan(errors["tau"]).any():
@@ -100,7 +101,7 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
             "standard errors of tau are NaN where the mode lies at tau = 0 or the posterior "
             "is not concave there"
         )
-    return Optimum(phi, float(evidence), errors, warnings, float(evidence + belief))
+    return Optimum(phi, float(evidence), errors, warnings, float(evidence + belief), along)
 
 
 def finite(value: float, slope: np.ndarray) -> tuple[float, np.ndarray]:

@@ -25,6 +25,7 @@ from hierbayes.adaptation.step_length import (
 from hierbayes.errors import announce
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
+from hierbayes.fit.outward import enter_or_stay
 from hierbayes.meta.ascent import maximise
 from hierbayes.meta.episodic import PLAIN_STEP, on_episodes
 from hierbayes.meta.fixed_point import follow
@@ -94,9 +95,9 @@ def reptile(
     num_steps : int
         K, inner gradient steps.
     step_size : float or "auto"
-        η in units of the **sum** of the log likelihood over a task's rows; "auto" is 1/λ_max over
-        all tasks. Beyond 2/λ_max the steps diverge, which is refused; for families on a log scale
-        see :func:`maml`.
+        η in units of the **sum** of the log likelihood over a task's rows, in the user's columns;
+        "auto" is 1/λ_max over all tasks in centred and scaled columns, see :func:`maml`. Beyond
+        2/λ_max the steps diverge, which is refused; for families on a log scale see :func:`maml`.
     loss, inner_optimiser
         On episodes only; see :func:`maml`.
     sigma : float, optional
@@ -169,7 +170,8 @@ def reptile(
     check_counts(num_meta_steps=num_meta_steps)
     check_optimiser(optimiser)
     model.check(tasks, learns_prior=True)
-    resolved = model.resolve(tasks)
+    entered = enter_or_stay(model, tasks, stay=step_size != "auto")
+    resolved, tasks = entered.inner_model, entered.inner_tasks
     fixed = inner_noise(resolved, tasks, sigma)
     longest = 1.0 / float(largest_curvature(resolved, tasks, fixed).max())
     eta = longest if step_size == "auto" else float(step_size)
@@ -196,7 +198,7 @@ def reptile(
     if not bounded(resolved, tasks, fixed):
         training = adaptation(resolved, tasks, phi)
         remarks += training.remarks
-    return Fit(
+    fit = Fit(
         "Reptile", resolved, tasks, phi, adaptation, training,
         no_evidence="Reptile follows a direction and maximises nothing",
         warnings=announce(remarks),
@@ -207,6 +209,7 @@ def reptile(
             "seed": seed, "seconds": time.perf_counter() - started,
         },
     )  # fmt: skip
+    return entered.leave(fit)
 
 
 def _direction(

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation import Conjugate, Laplace, Quadrature
+from hierbayes.adaptation import Adapted, Conjugate, Laplace, Quadrature
 from hierbayes.adaptation.quadrature import rule_of
 from hierbayes.adaptation.whitened import after_newton, at_modes
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.fit import Fit, check_fit
 from hierbayes.fit.adapted import label
+from hierbayes.fit.outward import moments_outward
 from hierbayes.meta.better_evidence import AroundPhi
 from hierbayes.meta.information import observed_information
 from hierbayes.meta.layout_of_phi import FLAT
@@ -83,7 +85,7 @@ def theta_standard_errors(fit: Fit) -> Any:
     True
     """
     check_fit(fit)
-    num_nodes = _nodes(fit)
+    num_nodes, tasks, at, fit = _nodes(fit), fit.tasks, fit.at, fit.inside
     phi = {name: np.asarray(value) for name, value in fit.phi.items()}
     more = covariance_by_phi(
         fit.model, fit.tasks, phi, num_nodes, with_belief=fit.info["criterion"] == "map"
@@ -91,9 +93,26 @@ def theta_standard_errors(fit: Fit) -> Any:
     plain = fit.adapted.adapted
     if fit.info.get("intervals", "plain") != "plain":  # which count it already, or otherwise
         plain = fit.adaptation(fit.model, fit.tasks, phi)
-    variance = np.diagonal(np.asarray(plain.covariance) + more, axis1=1, axis2=2)
+    found = more.added_to(plain)
+    found = found if at is None else moments_outward(found, at, phi.get("beta"))
+    variance = np.diagonal(np.asarray(found.covariance), axis1=1, axis2=2)
     variance = np.where(plain.identified, np.maximum(variance, 0.0), np.nan)
-    return label(np.sqrt(variance), fit.tasks, ("task", "coef"), "theta_se")
+    return label(np.sqrt(variance), tasks, ("task", "coef"), "theta_se")
+
+
+class ByPhi(NamedTuple):
+    """What φ̂ adds to the covariances: of θ_j (J, d, d), of θ_j with β (J, d, p), of β (p, p)."""
+
+    theta: np.ndarray
+    cross: np.ndarray
+    shared: np.ndarray
+
+    def added_to(self, plain: Adapted) -> Adapted:
+        """A posterior that takes φ̂ for known, with this."""
+        return replace(
+            plain, covariance=np.asarray(plain.covariance) + self.theta, cross=self.cross,
+            of_shared=self.shared,
+        )  # fmt: skip
 
 
 def covariance_by_phi(
@@ -103,8 +122,8 @@ def covariance_by_phi(
     num_nodes: int,
     *,
     with_belief: bool,
-) -> np.ndarray:
-    """G_j I⁻¹ G_jᵀ of every task (J, d, d); NaN where the evidence is not concave at φ̂.
+) -> ByPhi:
+    """G_j I⁻¹ G_jᵀ of every task; NaN where the evidence is not concave at φ̂.
 
     ``num_nodes`` and ``with_belief`` as in :func:`~.information.observed_information`.
     """
@@ -114,11 +133,19 @@ def covariance_by_phi(
         slopes = np.asarray(_slopes(plain, known.around, num_nodes))[known.inside]
     values, vectors = np.linalg.eigh(known.hessian)
     if values.size and not values[0] > FLAT * values[-1]:
-        d = len(tasks.coef)
-        return np.full((tasks.num_tasks, d, d), np.nan)
+        d, p = len(tasks.coef), len(tasks.labels.shared)
+        num = tasks.num_tasks
+        return ByPhi(*(np.full(s, np.nan) for s in ((num, d, d), (num, d, p), (p, p))))
     # (p, d, J) by the information's root, one sum of squares a task
-    white = np.einsum("pq,pkj->qkj", vectors / np.sqrt(values), slopes)
-    return np.einsum("qkj,qlj->jkl", white, white)
+    root, layout = vectors / np.sqrt(values), known.around.layout
+    white = np.einsum("pq,pkj->qkj", root, slopes)
+    moves = np.zeros((layout.size, len(values)))
+    moves[known.inside] = root
+    beta = (moves * np.asarray(layout.units)[:, None])[layout.at["beta"]]
+    return ByPhi(
+        np.einsum("qkj,qlj->jkl", white, white), np.einsum("qkj,pq->jkp", white, beta),
+        beta @ beta.T,
+    )  # fmt: skip
 
 
 def _nodes(fit: Fit) -> int:

@@ -41,17 +41,18 @@ class HyperPrior:
     r"""Priors on μ, τ, R, β, Γ and the likelihood's parameters.
 
     Every field is a NumPyro distribution (of one entry, applied to each), a mapping from
-    coefficient name to distribution, or None for the default. Defaults are weakly informative and
-    scaled to the data once. With s_y the outcome's standard deviation over all rows (one on the
-    scale of a logit or log link, with the logit of the overall share or the log of the overall mean
-    for the mean outcome; the spread by quartiles, and the median, under Student-t; one, and zero,
-    of a NumPyro program) and s_c = s_y / sd(x_c) for a predictor x_c,
+    coefficient name to distribution, or None for the default. Defaults are weakly informative,
+    scaled to the data once, and stated in columns that are centred where that changes no model
+    (docs/notation.md says where). With s_y the outcome's standard deviation over all rows (one on
+    the scale of a logit or log link, with the logit of the overall share or the log of the overall
+    mean for the mean outcome; the spread by quartiles, and the median, under Student-t; one, and
+    zero, of a NumPyro program) and s_c = s_y / sd(x_c) for a predictor x_c,
 
     ========  ==========================================================================
     mu        Normal(0, 2.5 s_c); for a constant column (the intercept) around the mean
-              outcome, with s_c² = s_y² + Σ_k (s_k mean x_k)² so that predictors need not
-              be centred; with task predictors wider by the root of 1 + Σ (mean w / sd w)²,
-              so that these need not be centred either
+              outcome, with s_c = s_y where predictors are centred; where they cannot be
+              (``||``, beliefs of the user's) with s_c² = s_y² + Σ_k (s_k mean x_k)², and
+              wider by the root of 1 + Σ (mean w / sd w)² over task predictors
     tau       HalfNormal(s_c), with the same s_c
     corr      LKJ(2) over each correlated group
     beta      Normal(0, 2.5 s_c) with s_c of the shared column
@@ -112,7 +113,7 @@ class HyperPrior:
     def resolve(self, shape: Shape, tasks: Tasks, likelihood: Likelihood) -> HyperPrior:
         """Every None replaced by its default, scaled to ``tasks``."""
         self.check(shape)
-        if self._is_resolved(shape):
+        if self.is_resolved(shape):
             return self
         if tasks.outcome is None:
             raise InputError(
@@ -151,7 +152,8 @@ class HyperPrior:
         }
         return replace(self, **resolved)
 
-    def _is_resolved(self, shape: Shape) -> bool:
+    def is_resolved(self, shape: Shape) -> bool:
+        """Whether no belief is left open."""
         needed: dict[str, Sequence[str]] = {
             "mu": [c for c, free in zip(shape.coef, shape.free_mean, strict=True) if free],
             "tau": shape.coef,
@@ -198,6 +200,46 @@ class HyperPrior:
             sites[name] = belief
         return sites
 
+    def scalable(self, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which coefficients, shared columns and task predictors have beliefs in any units.
+
+        (d,), (p,) and (q,) of bool, of a resolved hyperprior: a normal of twice the width is one.
+        """
+
+        def known(belief: Belief, names: Sequence[str]) -> np.ndarray:
+            if isinstance(belief, Mapping):
+                return np.array([_in_units(belief.get(n), 1.0) is not None for n in names], bool)
+            one = belief is None or belief.shape() == ()
+            return np.full(len(names), one and _in_units(belief, 1.0) is not None)
+
+        free = np.array(shape.free_mean)
+        coef = (known(self.mu, shape.coef) | ~free) & known(self.tau, shape.coef)
+        task_predictors = np.zeros(len(shape.task_predictors), bool)
+        if shape.task_predictors:
+            by_coef = known(self.gamma, shape.coef)
+            coef &= by_coef
+            task_predictors[:] = by_coef.all()
+        return coef, known(self.beta, shape.shared), task_predictors
+
+    def scaled(self, shape: Shape, coef: Any, shared: Any, task_predictors: Any) -> HyperPrior:
+        """The same beliefs where coefficients, β and Γ's columns are multiplied by these."""
+
+        def each(belief: Belief, names: Sequence[str], by: Any) -> Any:
+            if belief is None or np.all(np.asarray(by) == 1.0):
+                return belief
+            parts = belief if isinstance(belief, Mapping) else dict.fromkeys(names, belief)
+            units = dict(zip(names, by, strict=True))
+            return {n: b if np.all(np.asarray(units[n]) == 1.0) else _in_units(b, units[n])
+                    for n, b in parts.items()}  # fmt: skip
+
+        coef, task_predictors = np.asarray(coef), np.asarray(task_predictors)
+        return replace(
+            self,
+            mu=each(self.mu, shape.coef, coef), tau=each(self.tau, shape.coef, coef),
+            beta=each(self.beta, shape.shared, shared),
+            gamma=each(self.gamma, shape.coef, coef[:, None] * task_predictors),
+        )  # fmt: skip
+
     def _correlation(self, shape: Shape) -> dist.Distribution:
         def lkj(size: int) -> dist.Distribution:
             if isinstance(self.corr, dist.Distribution):
@@ -209,6 +251,25 @@ class HyperPrior:
             return lkj(d)
         parts = [(lkj(len(b)), np.ix_(b, b)) for b in shape.blocks if len(b) > 1]
         return Assembled(parts, np.eye(d))
+
+
+def _in_units(belief: Any, unit: Any) -> dist.Distribution | None:
+    """The distribution of ``unit`` times a value; None of a kind that has no scale to change."""
+    if isinstance(belief, dist.ImproperUniform):
+        return belief
+    widened = {
+        dist.Normal: ("loc", "scale"), dist.Cauchy: ("loc", "scale"),
+        dist.Laplace: ("loc", "scale"), dist.StudentT: ("loc", "scale"),
+        dist.HalfNormal: ("scale",), dist.HalfCauchy: ("scale",), dist.Exponential: ("rate",),
+        dist.Gamma: ("rate",),
+    }.get(type(belief))  # fmt: skip
+    if widened is None:
+        return None
+    names = [n for n in type(belief).arg_constraints if hasattr(belief, n)]
+    settings = {n: np.asarray(getattr(belief, n), float) for n in names}
+    for name in widened:
+        settings[name] = settings[name] / unit if name == "rate" else settings[name] * unit
+    return type(belief)(**settings)
 
 
 def _filled(name: str, belief: Belief, default: dict[str, dist.Distribution]) -> Any:
