@@ -64,10 +64,13 @@ MARK = "hierbayes:sealed"
 """Stands in every sealed file, so that one that has lost its seal is known from an old one."""
 
 _SEAL = b"\n" + MARK.encode() + b":sha256:"
+_NOTE = b"\n" + MARK.encode() + b", the SHA-256 of what stands before this:" + b" " * 1024
+"""Long enough to be found where a block of it is lost."""
 
 
 def sealed(data: bytes) -> bytes:
     """``data`` and its SHA-256 behind it, where HDF5 does not look."""
+    data += _NOTE
     return data + _SEAL + hashlib.sha256(data).hexdigest().encode() + b"\n"
 
 
@@ -77,7 +80,7 @@ def unsealed(data: bytes) -> bytes | None:
     content, seal = data[:-length], data[-length:]
     if seal.startswith(_SEAL):
         if hashlib.sha256(content).hexdigest().encode() + b"\n" == seal[len(_SEAL) :]:
-            return content
+            return content.removesuffix(_NOTE)
         raise ValueError("its checksum is not that of its content")
     if MARK.encode() in data:
         raise ValueError("it has lost its checksum")

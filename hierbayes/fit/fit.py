@@ -289,8 +289,9 @@ class Fit:
         """Write the fit, its data and its model to one NetCDF file, whole or not at all.
 
         ArviZ and xarray read the file too (``xarray.open_datatree``); :func:`hierbayes.load` gives
-        the fit back, and refuses a file that was damaged or changed. A link keeps its target. Predictive draws are not written, for their size: the loaded fit's ``datatree``
-        draws the same ones again.
+        the fit back, and refuses a file that was damaged or changed since. A link keeps its target.
+        Predictive draws are not written, for their size: the loaded fit's ``datatree`` draws the
+        same ones again.
         """
         from hierbayes.fit.storage import save
 
