@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -26,26 +28,12 @@ def write_whole(path: Any, data: bytes, *, new: bool = False) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
-        if new:
-            _only_where_nothing_is(temporary, path)
-        else:
-            os.replace(temporary, path)
+        if not moved(temporary, path, replaces=not new):
+            raise FileExistsError(errno.EEXIST, "there is something already", str(path))
+        temporary.unlink(missing_ok=True)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _only_where_nothing_is(temporary: Path, path: Path) -> None:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        if os.path.lexists(path):
-            raise FileExistsError(path) from None
-        os.replace(temporary, path)
-    else:
-        temporary.unlink()
 
 
 def checked_place(path: Any) -> Path:
@@ -58,6 +46,40 @@ def checked_place(path: Any) -> Path:
         kind = "a folder" if real.is_dir() else "no regular file (a device or a pipe)"
         raise InputError(f"cannot write {shown}: it is {kind}; give the path of a file")
     return real
+
+
+KEPT = "{out} has come or changed during the run, and is kept as it is"
+
+
+def seen(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from another that has taken its place; None where there is none."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns
+
+
+def beside(path: Path) -> Path:
+    """The first free name beside one that something else has taken during the run."""
+    names = (path.with_name(f"{path.stem}-{k}{path.suffix}") for k in itertools.count(2))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def moved(file: Path, place: Path, *, replaces: bool) -> bool:
+    """Whether the file could be moved there; where it replaces nothing, by a link that cannot."""
+    if replaces:
+        os.replace(file, place)
+        return True
+    try:
+        os.link(file, place)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if os.path.lexists(place):
+            return False
+        os.replace(file, place)
+    return True
 
 
 MARK = "hierbayes:sealed"
