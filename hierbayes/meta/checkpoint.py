@@ -49,7 +49,7 @@ class Checkpoint:
         self._last = time.monotonic()
 
     def load(self, like: Any, own: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """(state, counters) of the file, as ``like`` and ``own`` are; None where there is no file."""
+        """(state, counters) of the file, as ``like`` and ``own`` are; None where none is there."""
         if self.path is None or not self.path.exists():
             return None
         try:
