@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -16,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from hierbayes import meta
-from hierbayes.comparison import Comparison, compare
+from hierbayes.comparison import compare
+from hierbayes.comparison.folder import check_folder, check_writable, write_folder
 from hierbayes.datasets import CATALOGUE
 from hierbayes.errors import InputError, NotApplicable, overhearing, suggestion
+from hierbayes.files import KEPT, beside, moved, seen
 from hierbayes.fit import Fit
 from hierbayes.formula import FAMILIES, from_formula
 from hierbayes.model import HierarchicalModel
@@ -147,17 +148,17 @@ def _datasets(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
+    before = None
     if args.out is not None:
         _check_file(args.out, args.overwrite)
+        before = seen(args.out)
     data = _read(args)
     with _Colleague() as colleague:
         model, tasks = data.build()
         label, method = METHODS[args.method]
         fit = colleague.timed(label, lambda: method(model, tasks, args))
         if args.out is not None:
-            args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-            fit.save(args.out)
-            _say(f"saved to {args.out}")
+            _save(fit, args.out, before)
         print(fit.summary([*fit.phi, "theta"]).to_string())
     return EXIT_OK
 
@@ -174,7 +175,7 @@ def _compare(args: argparse.Namespace) -> int:
     if args.draws < 1:
         raise InputError(f"--draws must be at least 1, found {args.draws}")
     if args.out is not None:
-        _check_folder(args.out, args.overwrite)
+        check_folder(args.out, args.overwrite)
     data = _read(args)
     with _Colleague() as colleague:
         model, train, test = data.split(args.test, args.seed)
@@ -191,10 +192,12 @@ def _compare(args: argparse.Namespace) -> int:
             raise InputError("; ".join(f"{label}: {why}" for label, why in fits.items()))
         result = colleague.timed("scores", lambda: compare(fits, test=test))
         if args.out is not None:
-            colleague.timed("tables, pictures, fits", lambda: _write(result, args.out))
+            out, said = colleague.timed(
+                "tables, pictures, fits", lambda: write_folder(result, args.out)
+            )
+            for sentence in (*said, f"wrote {out}: open {out / 'report.html'}"):
+                _say(sentence)
         print(result)
-        if args.out is not None:
-            _say(f"wrote {args.out}: open {args.out / 'report.html'}")
     return EXIT_OK
 
 
@@ -280,100 +283,36 @@ def _read(args: argparse.Namespace) -> _Data:
 # ------------------------------------------------------------------------ writing
 
 
-OWN_FILES = ("table.csv", "tasks.csv", "report.html")
-"""Files by which a folder is known to hold results, and may be replaced by new ones."""
-
-
-def _check_folder(out: Path, overwrite: bool) -> None:
-    """Refuse a folder that could not be written, before any computation."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {str(out)!r} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise InputError(f"--out {str(out)!r} is not empty; choose another or pass --overwrite")
-    if out.is_dir() and any(out.iterdir()) and not all((out / f).is_file() for f in OWN_FILES):
-        raise InputError(
-            f"--out {str(out)!r} holds other things than results of hierbayes, which --overwrite "
-            "would delete; choose another folder"
-        )
-    _check_writable(out.absolute().parent)
-
-
 def _check_file(out: Path, overwrite: bool) -> None:
+    shown = repr(str(out))
+    if out.is_symlink():
+        raise InputError(f"--out {shown} is a link to {os.readlink(out)!r}; name the file itself")
     if out.is_dir():
-        raise InputError(f"--out {str(out)!r} is a folder; name a file")
+        raise InputError(f"--out {shown} is a folder; name a file")
+    if out.exists() and not out.is_file():
+        raise InputError(f"--out {shown} is a device or a pipe; name a file")
     if out.exists() and not overwrite:
-        raise InputError(f"--out {str(out)!r} exists; choose another or pass --overwrite")
-    _check_writable(out.absolute().parent)
+        raise InputError(f"--out {shown} exists; choose another or pass --overwrite")
+    check_writable(out.absolute().parent)
 
 
-def _check_writable(folder: Path) -> None:
-    existing = next(f for f in (folder, *folder.parents) if f.exists())
-    try:
-        handle, name = tempfile.mkstemp(dir=existing, prefix=".hierbayes-")
-    except OSError as error:
-        raise InputError(f"--out: cannot write in {str(existing)!r}: {error.strerror}") from error
+def _save(fit: Fit, out: Path, before: tuple[int, ...] | None) -> None:
+    """Save a fit where ``before`` still is, or beside what has come there meanwhile."""
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    place = out
+    if seen(out) != before:
+        place = beside(out)
+    handle, name = tempfile.mkstemp(dir=out.absolute().parent, prefix=".hierbayes-", suffix=".nc")
     os.close(handle)
-    os.unlink(name)
-
-
-def _write(result: Comparison, out: Path) -> None:
-    """Everything into a folder beside ``out``, which then takes its place: whole or not at all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from hierbayes import plots
-
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
-        folder.chmod(0o755)
-        result.table.to_csv(folder / "table.csv", index_label="method")
-        (folder / "table.txt").write_text(f"{result}\n", encoding="utf-8")
-        _estimates(result).to_csv(folder / "tasks.csv", index=False)
-        (folder / "fits").mkdir()
-        for label, fit in result.fits.items():
-            fit.save(folder / "fits" / f"{label.replace(' ', '_')}.nc")
-        for coef in next(iter(result.fits.values())).tasks.coef:
-            safe = "".join(c if c.isalnum() else "_" for c in coef)
-            for draw in (plots.shrinkage, plots.learned_prior, plots.forest):
-                ax = draw(result.fits, coef=coef)
-                ax.figure.savefig(folder / f"{draw.__name__}_{safe}.png", dpi=150)
-                plt.close(ax.figure)
-        axes = result.plot()
-        axes[0].figure.savefig(folder / "comparison.png", dpi=150)
-        plt.close(axes[0].figure)
-        result.report(folder / "report.html")
-        old = None
-        if out.exists():
-            old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-old-"))
-            os.replace(out, old)
-        try:
-            os.replace(folder, out)
-        except OSError:
-            if old is not None:
-                os.replace(old, out)
-            raise
-        if old is not None:
-            shutil.rmtree(old)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _estimates(result: Comparison) -> Any:
-    """θ_j of every method in long form: task, coef, method, estimate, sd."""
-    import pandas as pd
-
-    pieces = []
-    for label, fit in result.fits.items():
-        table = fit.theta.to_dataframe("estimate").reset_index()
-        table["sd"] = fit.adapted.sd.values.ravel()
-        table.insert(2, "method", label)
-        pieces.append(table)
-    return pd.concat(pieces, ignore_index=True)
+        fit.save(name)
+        while not moved(Path(name), place, replaces=place == out and before is not None):
+            place = beside(out)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    if place != out:
+        _say(KEPT.format(out=out))
+    _say(f"saved to {place}")
 
 
 # ---------------------------------------------------------------------- speaking

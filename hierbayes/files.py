@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -26,26 +28,12 @@ def write_whole(path: Any, data: bytes, *, new: bool = False) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
-        if new:
-            _only_where_nothing_is(temporary, path)
-        else:
-            os.replace(temporary, path)
+        if not moved(temporary, path, replaces=not new):
+            raise FileExistsError(errno.EEXIST, "there is something already", str(path))
+        temporary.unlink(missing_ok=True)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _only_where_nothing_is(temporary: Path, path: Path) -> None:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        if os.path.lexists(path):
-            raise FileExistsError(path) from None
-        os.replace(temporary, path)
-    else:
-        temporary.unlink()
 
 
 def checked_place(path: Any) -> Path:
@@ -60,14 +48,51 @@ def checked_place(path: Any) -> Path:
     return real
 
 
+KEPT = "{out} has come or changed during the run, and is kept as it is"
+
+
+def seen(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from another that has taken its place; None where there is none."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns
+
+
+def beside(path: Path) -> Path:
+    """The first free name beside one that something else has taken during the run."""
+    names = (path.with_name(f"{path.stem}-{k}{path.suffix}") for k in itertools.count(2))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def moved(file: Path, place: Path, *, replaces: bool) -> bool:
+    """Whether the file could be moved there; where it replaces nothing, by a link that cannot."""
+    if replaces:
+        os.replace(file, place)
+        return True
+    try:
+        os.link(file, place)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if os.path.lexists(place):
+            return False
+        os.replace(file, place)
+    return True
+
+
 MARK = "hierbayes:sealed"
 """Stands in every sealed file, so that one that has lost its seal is known from an old one."""
 
 _SEAL = b"\n" + MARK.encode() + b":sha256:"
+_NOTE = b"\n" + MARK.encode() + b", the SHA-256 of what stands before this:" + b" " * 1024
+"""Long enough to be found where a block of it is lost."""
 
 
 def sealed(data: bytes) -> bytes:
     """``data`` and its SHA-256 behind it, where HDF5 does not look."""
+    data += _NOTE
     return data + _SEAL + hashlib.sha256(data).hexdigest().encode() + b"\n"
 
 
@@ -77,7 +102,7 @@ def unsealed(data: bytes) -> bytes | None:
     content, seal = data[:-length], data[-length:]
     if seal.startswith(_SEAL):
         if hashlib.sha256(content).hexdigest().encode() + b"\n" == seal[len(_SEAL) :]:
-            return content
+            return content.removesuffix(_NOTE)
         raise ValueError("its checksum is not that of its content")
     if MARK.encode() in data:
         raise ValueError("it has lost its checksum")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -27,6 +28,27 @@ LAPACK_UP_TO = 16
 """Above, LAPACK starts threads of its own inside XLA's: on two cores two calls may never end."""
 
 
+_PROCESS = [os.getpid()]
+"""The process in which JAX may compute: which has imported this, or was forked before JAX ran."""
+
+
+def refuse_fork() -> None:
+    """Refuse a fork after JAX has computed: its threads are gone, and all would wait for them."""
+    if os.getpid() == _PROCESS[0]:
+        return
+    try:
+        from jax._src.xla_bridge import backends_are_initialized as started
+    except ImportError:  # private, so perhaps not there: then the process waits, as others do
+        return
+    if started():
+        raise RuntimeError(
+            "this process was forked from one in which JAX had computed already, and would wait "
+            "for ever: start processes by multiprocessing.get_context('spawn') or 'forkserver', or "
+            "fork before anything is fitted"
+        )
+    _PROCESS[0] = os.getpid()
+
+
 def float64() -> Any:
     """Context in which JAX computes in float64, whatever the user's flags say."""
     return arithmetic("float64")
@@ -39,6 +61,7 @@ def arithmetic(precision: str) -> Iterator[None]:
     It promotes types and ranks as it does by default: what a user has forbidden of their own code
     is not forbidden of this package's.
     """
+    refuse_fork()
     with jax.enable_x64(precision == "float64"), standard_promotion():
         yield
 
@@ -79,6 +102,7 @@ def one_behind(values: Iterable[T]) -> Iterator[T]:
 
 def as_key(seed: Any) -> jax.Array:
     """A typed JAX key from an integer seed or a key (an old-style uint32 key too)."""
+    refuse_fork()
     seed = inputs.seed(seed)
     if isinstance(seed, int):
         with jax.enable_x64(True):  # in 32 bits 2**32 would be the same seed as 0

@@ -120,14 +120,17 @@ def test_a_failure_half_way_leaves_nothing(houses, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.slow
-def test_overwrite_replaces_the_whole_folder(houses, tmp_path):
+def test_overwrite_replaces_results_and_nothing_else(houses, tmp_path):
     out = tmp_path / "results"
     arguments = ["compare", str(houses), "--formula", CSV, "--methods", "complete_pooling"]
     assert main([*arguments, "--out", str(out)]) == 0
-    (out / "old.txt").write_text("old")
+    first = (out / "report.html").stat().st_ino
     assert main([*arguments, "--out", str(out)]) == 2  # not without being asked
     assert main([*arguments, "--out", str(out), "--overwrite"]) == 0
-    assert not (out / "old.txt").exists()
+    assert (out / "report.html").stat().st_ino != first
+    (out / "thesis.txt").write_text("mine")
+    assert main([*arguments, "--out", str(out), "--overwrite"]) == 2
+    assert (out / "thesis.txt").read_text() == "mine"
     assert (out / "report.html").exists()
 
 

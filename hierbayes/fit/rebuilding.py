@@ -61,8 +61,6 @@ LIKELIHOODS = (
     likelihoods.NegativeBinomial, likelihoods.Poisson, likelihoods.StudentT,
 )  # fmt: skip
 PRIORS = (priors.Gaussian, priors.StudentT)
-WHOLE = 4
-"""The format from which on a file names every setting."""
 
 
 def rebuilt(
@@ -71,8 +69,13 @@ def rebuilt(
     model: HierarchicalModel | None,
     optimiser: Any,
     version: int,
+    *,
+    whole: bool,
 ) -> Fit:
-    """The fit of a file; an InputError that names the field where it cannot be one."""
+    """The fit of a file; an InputError that names the field where it cannot be one.
+
+    ``whole``: the file is of a version that names every setting, as all with a checksum do.
+    """
     own = arrays.get(GROUP, {})
     method = entry(described, "method", str)
     with field("encoder"):
@@ -92,7 +95,7 @@ def rebuilt(
     theirs = model is not None
     if model is None:
         with field("model"):
-            model = _model(described["model"], encoder, tasks, version)
+            model = _model(described["model"], encoder, tasks, version, whole)
     elif isinstance(model.likelihood, Neural):
         _check_network(model, own)
     with field("phi"):
@@ -100,7 +103,7 @@ def rebuilt(
     draws = dict(arrays.get("posterior", {}))
     theta_draws, stats = draws.pop("theta", None), arrays.get("sample_stats", {})
     drawn = names(described, "phi_draws")
-    if version >= WHOLE and entry(described, "theta_draws", bool) != (theta_draws is not None):
+    if whole and entry(described, "theta_draws", bool) != (theta_draws is not None):
         raise InputError("posterior.theta: it is missing, or was never there")
     with field("phi_draws"):
         check_draws({n: draws[n] for n in drawn}, theta_draws, stats, phi, tasks, theirs)
@@ -109,7 +112,7 @@ def rebuilt(
         if method == "full Bayes" and not drawn:
             raise InputError("full Bayes has draws of phi, and there are none")
     with field("adaptation"):
-        adaptation = _adaptation(entry(described, "adaptation", dict), optimiser, version)
+        adaptation = _adaptation(entry(described, "adaptation", dict), optimiser, whole)
     errors, bootstrap = _prefixed(own, "se."), _prefixed(own, "bootstrap.")
     for name in errors:
         with field("standard_errors"):
@@ -183,7 +186,9 @@ def _encoder(described: dict[str, Any] | None, columns: dict[str, np.ndarray]) -
     return FormulaEncoder.from_plain(described, xr.Dataset(training))
 
 
-def _model(described: Any, encoder: Any, tasks: Tasks, version: int) -> HierarchicalModel:
+def _model(
+    described: Any, encoder: Any, tasks: Tasks, version: int, whole: bool
+) -> HierarchicalModel:
     if described is None:
         raise NeedsMore("this fit's model holds functions: pass it, hb.load(path, model=…)")
     old: dict[str, Any] = {"kind": "Gaussian"}  # up to formats 1 and 2 it had no name
@@ -193,15 +198,15 @@ def _model(described: Any, encoder: Any, tasks: Tasks, version: int) -> Hierarch
                 "likelihood": old | {"settings": _some(described, "known_se")},
                 **described,
             }
-        likelihood = made(described["likelihood"], LIKELIHOODS, whole=version >= WHOLE)
+        likelihood = made(described["likelihood"], LIKELIHOODS, whole=whole)
     with field("prior"):
         if version < 3:
             settings = _some(described, "correlated", "zero_mean")
             described = {"prior": old | {"settings": settings}, **described}
-        prior = made(described["prior"], PRIORS, tuples=True, whole=version >= WHOLE)
+        prior = made(described["prior"], PRIORS, tuples=True, whole=whole)
     with field("hyperprior"):
         beliefs = entry(described, "hyperprior", dict)
-        for f in fields(HyperPrior) if version >= WHOLE else ():
+        for f in fields(HyperPrior) if whole else ():
             entry(beliefs, f.name, (dict, int, float, type(None)))
         hyperprior = hyperprior_from_plain(beliefs)
     with field("columns"):
@@ -222,8 +227,8 @@ def _some(described: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: described[name] for name in names if name in described}
 
 
-def _adaptation(described: dict[str, Any], optimiser: Any, version: int) -> Adaptation:
-    adaptation = made(described, KINDS, whole=version >= WHOLE)
+def _adaptation(described: dict[str, Any], optimiser: Any, whole: bool) -> Adaptation:
+    adaptation = made(described, KINDS, whole=whole)
     if getattr(adaptation, "optimiser", None) == OPTIMISER:
         if optimiser is None:
             raise NeedsMore(

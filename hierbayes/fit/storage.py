@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 SECONDS = 20.0
 """How long HDF5 may take for a file without a checksum, and 0.1 s more for each MB."""
 
-FORMAT = 4
-"""4 has a checksum behind it; 3 names the prior; 2 names the likelihood; 1 knew the Gaussian one
+FORMAT = 3
+"""3 names the prior; 2 names the likelihood; 1 knew the Gaussian one
 alone, by its ``known_se``."""
 
 
@@ -65,10 +65,9 @@ def save(fit: Fit, path: Any) -> None:
     tree[GROUP] = xr.DataTree(_arrays(fit).assign_attrs(fit=json.dumps(described)))
     if encoder_table is not None:
         tree[f"{GROUP}/training"] = xr.DataTree(encoder_table)
-    tree.attrs["note"] = f"{MARK}, the checksum of this file stands behind it"
     # in memory, for HDF5 is C code that dies where a disk is full
     memory = tree.to_netcdf(None, engine="h5netcdf")
-    write_whole(path, sealed(bytes(memory)))
+    write_whole(path, sealed(hdf5.marked(bytes(memory), MARK)))
 
 
 def load(
@@ -103,7 +102,7 @@ def load(
     >>> again.phi["mu"] == fit.phi["mu"]
     array([ True])
     """
-    text, arrays = _read(path)
+    text, arrays, whole = _read(path)
     try:
         with field("hierbayes.fit"):
             described = json.loads(text)
@@ -114,7 +113,7 @@ def load(
             raise InputError(
                 f"it was saved by a newer hierbayes (format {version}); upgrade to read it"
             )
-        return rebuilt(described, arrays, model, inner_optimiser, version)
+        return rebuilt(described, arrays, model, inner_optimiser, version, whole=whole)
     except NeedsMore as error:
         raise InputError(str(error)) from None
     except InputError as error:
@@ -124,8 +123,8 @@ def load(
         ) from error
 
 
-def _read(path: Any) -> tuple[str, hdf5.Arrays]:
-    """The JSON and the arrays of a file whose checksum is right, or that never had one."""
+def _read(path: Any) -> tuple[str, hdf5.Arrays, bool]:
+    """The JSON and the arrays of a file whose checksum is right, or that never had one; which."""
     shown = repr(str(path))
     if not Path(path).is_file():
         raise InputError(f"there is no file {shown}")
@@ -145,7 +144,7 @@ def _read(path: Any) -> tuple[str, hdf5.Arrays]:
         ) from error
     if text is None:
         raise InputError(f"{shown} is not a fit saved by hierbayes")
-    return text, arrays
+    return text, arrays, content is not None
 
 
 def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:
@@ -170,7 +169,6 @@ def _describe(fit: Fit) -> tuple[dict[str, Any], Any]:
     adaptation = fit.adaptation
     described = {
         "format": FORMAT,
-        "sealed": MARK,
         "method": fit.method,
         "model": model_json,
         "labels": {

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from hierbayes.errors import InputError
-from hierbayes.files import checked_place, write_whole
+from hierbayes.files import checked_place, sealed, unsealed, write_whole
 
 EVERY = 60.0
 """Seconds between two checkpoints."""
@@ -45,18 +45,22 @@ class Checkpoint:
         text = json.dumps({"run": self.described, "counters": counters})
         file = io.BytesIO()
         np.savez(file, described=np.array(text), **leaves)
-        write_whole(self.path, file.getvalue())
+        write_whole(self.path, sealed(file.getvalue()))
         self._last = time.monotonic()
 
-    def load(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """(state, counters) of the file, shaped as ``like``; None where there is no file."""
+    def load(self, like: Any, own: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """(state, counters) of the file, as ``like`` and ``own`` are; None where none is there."""
         if self.path is None or not self.path.exists():
             return None
         try:
-            with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            data = self.path.read_bytes()
+            content = unsealed(data)  # None before there was a checksum
+            opened = io.BytesIO(data if content is None else content)
+            with np.load(opened, allow_pickle=False) as file:
                 described = json.loads(str(file["described"]))
                 found = [file[f"leaf.{i}"] for i in range(len(file.files) - 1)]
             before, counters = described["run"], described["counters"]
+            _check_counters(counters, own)
         except Exception as error:  # NumPy raises whatever unzipping and parsing do
             raise InputError(
                 f"{str(self.path)!r} is no checkpoint of hierbayes, or damaged "
@@ -81,3 +85,15 @@ class Checkpoint:
                 "run's; give another path, or remove the file"
             )
         return structure.unflatten(found), counters
+
+
+def _check_counters(found: Any, own: dict[str, Any]) -> None:
+    """Refuse counters that are not of the kinds of a run's own."""
+    for name, value in own.items():
+        there = found[name]
+        if isinstance(value, dict):
+            _check_counters(there, value)
+            continue
+        kinds = list if isinstance(value, list) else int if isinstance(value, int) else (int, float)
+        if not isinstance(there, kinds) or isinstance(there, bool):
+            raise ValueError(f"{name} is {there!r:.40}")

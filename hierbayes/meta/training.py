@@ -364,7 +364,7 @@ class _Run:
         self.checkpoint.save(self._state(), self._counters(), force=force)
 
     def _resume(self) -> None:
-        found = self.checkpoint.load(self._state())
+        found = self.checkpoint.load(self._state(), self._counters())
         if found is None:
             return
         state, counters = found

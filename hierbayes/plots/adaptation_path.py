@@ -15,7 +15,7 @@ from hierbayes.errors import InputError, listing, overhearing, suggestion
 from hierbayes.fit import Fit
 from hierbayes.model import HierarchicalModel
 from hierbayes.plots.ellipse import ellipse
-from hierbayes.plots.labels import LEVEL_FIRST, Label, along, halo, place
+from hierbayes.plots.labels import LEVEL_FIRST, Label, along, halo, named, place
 from hierbayes.plots.style import axes_or_new, looks
 from hierbayes.plots.trajectories import Landscape, Trajectories
 from hierbayes.tasks import Tasks
@@ -110,10 +110,10 @@ def adaptation_path(
     if spread is not None:
         spots = np.concatenate([spots, spread[0][None]])
     _write(ax, way, pair, marks, spots, posterior, curves)
-    names = [tasks.coef[k] for k in pair]
+    names = [named(tasks.coef[k]) for k in pair]
     ax.set_xlabel(f"θ, {names[0]}")
     ax.set_ylabel(f"θ, {names[1]}")
-    task_name = f"{tasks.labels.task} {tasks.names.tolist()[0]}"
+    task_name = f"{named(tasks.labels.task)} {named(tasks.names.tolist()[0])}"
     ax.set_title(f"{task_name}: {described(prior.method)} from φ", loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
@@ -149,7 +149,7 @@ def _posterior(fit: Any, tasks: Tasks, pair: list[int]) -> tuple[Any, Any, Any]:
             f"the posterior's fit has no task {name!r}; "
             f"{suggestion(str(name), [str(n) for n in fit.tasks.names.tolist()])}"
         )
-    names = [tasks.coef[k] for k in pair]
+    names = [named(tasks.coef[k]) for k in pair]
     if missing := [n for n in names if n not in fit.tasks.coef]:
         raise InputError(f"the posterior's fit has no coefficient {listing(missing)}")
     covariance = fit.adapted.adapted.covariance

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hierbayes.errors import InputError
+from hierbayes.plots.labels import named
 
 if TYPE_CHECKING:
     from hierbayes.calibration import Calibration
@@ -71,7 +72,7 @@ def calibration(found: Calibration, *, ax: Any = None) -> Any:
         bad = label in failed
         _draw(panel, found, curves[label], FAILED if bad else PASSED)
         panel.set_ylim(*(np.array([-1, 1]) * (wide if bad else usual)))
-        panel.set_title(label, loc="left", fontsize=8, color=FAILED if bad else "black")
+        panel.set_title(named(label), loc="left", fontsize=8, color=FAILED if bad else "black")
         panel.text(
             0.97, 0.94, _p(corrected[label]), transform=panel.transAxes, ha="right", va="top",
             fontsize=7, color="#333333",
@@ -95,7 +96,7 @@ def _together(ax: Any, found: Calibration, curves: dict[str, Any], failed: list[
             x, y = curves[label]
             at = int(np.argmax(np.abs(y)))
             ax.annotate(
-                label, (x[at], y[at]), xytext=(4, 4), textcoords="offset points", fontsize=8,
+                named(label), (x[at], y[at]), xytext=(4, 4), textcoords="offset points", fontsize=8,
                 color=FAILED,
             )  # fmt: skip
     limit = _limit(found, list(curves.values()))

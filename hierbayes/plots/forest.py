@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hierbayes.fit import Fit
+from hierbayes.plots.labels import named
 from hierbayes.plots.style import as_fits, axes_or_new, looks, pick_coef
 
 
@@ -63,21 +64,21 @@ def forest(
         shown = np.isfinite(sd) if hidden else np.ones(len(order), bool)
         ax.hlines(rows[shown], low[shown], high[shown], color=styles[label]["color"], linewidth=1.1)
         marker = styles[label]["marker"]
-        ax.scatter(mean[shown], rows[shown], s=11, zorder=3, label=label,
+        ax.scatter(mean[shown], rows[shown], s=11, zorder=3, label=named(label),
                    color=styles[label]["color"], marker=marker, linewidth=1.0)  # fmt: skip
     names = reference.tasks.names[order]
     sizes = reference.tasks.sizes[order]
     ax.set_yticks(
         np.arange(len(order)),
-        [f"{n} ({s})" for n, s in zip(names.tolist(), sizes, strict=True)],
+        [f"{named(n)} ({s})" for n, s in zip(names.tolist(), sizes, strict=True)],
         fontsize=7,
     )
     ax.set_ylim(-0.8, len(order) - 0.2)
     if len(fits) > 1:
         ax.legend(frameon=False, fontsize=8, loc="lower right")
     some = "" if len(order) == reference.tasks.num_tasks else f", {len(order)} of the tasks"
-    ax.set_xlabel(f"θ_j, {name}")
-    ax.set_title(f"{name}: estimates and {probability:.0%} intervals (rows){some}", loc="left",
-                 fontsize=10)  # fmt: skip
+    ax.set_xlabel(f"θ_j, {named(name)}")
+    title = f"{named(name)}: estimates and {probability:.0%} intervals (rows){some}"
+    ax.set_title(title, loc="left", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -19,6 +19,18 @@ _RING = np.array([(0, 0), *_COMPASS]) * np.array([1, *[0.7] * 4, *[1] * 4])[:, N
 _SIDES = {1: ("left", "bottom"), -1: ("right", "top"), 0: ("center", "center")}
 
 
+MOST_LETTERS = 40
+"""Letters of a name in a picture; of a longer one its beginning and its end."""
+
+
+def named(name: Any) -> str:
+    """A name of the user's as it is to be read: dollars begin no mathematics, and it is short."""
+    text = " ".join(str(name).split())
+    if len(text) > MOST_LETTERS:
+        text = f"{text[: MOST_LETTERS - 13]}…{text[-12:]}"
+    return text.replace("$", r"\$")
+
+
 class Label(NamedTuple):
     """A text and where it may stand: near ``at`` (several anchors: near any of them).
 

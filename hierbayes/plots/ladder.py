@@ -10,6 +10,7 @@ import numpy as np
 from hierbayes.errors import InputError, suggestion
 from hierbayes.fit import Fit
 from hierbayes.plots.ellipse import ellipse
+from hierbayes.plots.labels import named
 
 _COLOURS = ("#D55E00", "#E69F00", "#009E73", "#0072B2")
 _LINES = ("-", (0, (5, 2)), (0, (1, 1.2)), "-")
@@ -143,11 +144,11 @@ def _one_task(fits: Mapping[str, Fit], by_task: Any, task: Any, ax: Any) -> None
             x = np.linspace(mean[0] - 4 * sd, mean[0] + 4 * sd, 200)
             y = stats.norm.pdf(x, mean[0], sd)
         ax.plot(x, y, color=_COLOURS[place], linestyle=_LINES[place], linewidth=2.0, label=label)
-    names = tasks.coef
+    names = [named(coef) for coef in tasks.coef[:2]]
     ax.set_xlabel(f"θ, {names[0]}")
     ax.set_ylabel(f"θ, {names[1]}" if pair else "posterior density")
     ax.set_title(
-        f"{tasks.labels.task} {tasks.names[j]}: {tasks.sizes[j]} "
+        f"{named(tasks.labels.task)} {named(tasks.names[j])}: {tasks.sizes[j]} "
         + ("row" if tasks.sizes[j] == 1 else "rows")
         + (", 90 % ellipses" if pair else ""),
         loc="left",

@@ -9,6 +9,7 @@ import numpy as np
 
 from hierbayes.adaptation import LeastSquares
 from hierbayes.fit import Fit
+from hierbayes.plots.labels import named
 from hierbayes.plots.style import as_fits, axes_or_new, looks, pick_coef, pick_name
 from hierbayes.priors import LearnedPrior, StudentT
 
@@ -50,9 +51,9 @@ def learned_prior(
     else:
         name = _of_fits(ax, as_fits(fits), coef)
     ax.set_ylim(bottom=0)
-    ax.set_xlabel(f"θ, {name}")
+    ax.set_xlabel(f"θ, {named(name)}")
     ax.set_ylabel("prior density")
-    ax.set_title(f"the learned prior of {name}", loc="left")
+    ax.set_title(f"the learned prior of {named(name)}", loc="left")
     if ax.get_legend_handles_labels()[1]:
         ax.legend(frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
@@ -112,6 +113,8 @@ def _draw(
     """The density of a mixture of normals or Student-t, or a line where it has no width."""
     from scipy import stats
 
+    if "label" in look:
+        look = {**look, "label": named(look["label"])}
     if not scales.any() and np.ptp(locations) == 0:
         ax.axvline(locations[0], linestyle="--", linewidth=1.3, **look)
         return

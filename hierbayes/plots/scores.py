@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from hierbayes.plots.labels import named
 from hierbayes.plots.style import axes_or_new
 
 
@@ -29,7 +30,7 @@ def scores(table: Any, *, column: str = "log_density", ax: Any = None) -> Any:
     rows = np.arange(len(shown))
     error = shown[f"{column}_se"].fillna(0.0)
     ax.errorbar(shown[column], rows, xerr=error, fmt="o", color="#0072B2", capsize=3)
-    ax.set_yticks(rows, list(shown.index))
+    ax.set_yticks(rows, [named(label) for label in shown.index])
     ax.set_ylim(-0.6, len(shown) - 0.4)
     ax.set_xlabel(f"{column.replace('_', ' ')} (± one standard error over tasks)")
     ax.locator_params(axis="x", nbins=5)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hierbayes.fit import Fit
+from hierbayes.plots.labels import named
 from hierbayes.plots.style import ORDER, as_fits, axes_or_new, looks, pick_coef
 
 
@@ -52,9 +53,9 @@ def shrinkage(fits: Mapping[str, Fit], *, coef: str | None = None, ax: Any = Non
             color=styles[label]["color"],
             marker="o" if styles[label]["marker"] == "|" else styles[label]["marker"],
         )  # fmt: skip
-    ax.set_xticks(places, list(fits))
+    ax.set_xticks(places, [named(label) for label in fits])
     ax.set_xlim(-0.35, len(fits) - 0.65)
-    ax.set_ylabel(f"θ_j, {name}")
-    ax.set_title(f"{first.tasks.num_tasks} tasks: shrinkage of {name}", loc="left")
+    ax.set_ylabel(f"θ_j, {named(name)}")
+    ax.set_title(f"{first.tasks.num_tasks} tasks: shrinkage of {named(name)}", loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -11,7 +11,7 @@ from hierbayes.checks.task_effects import TaskEffects
 from hierbayes.checks.task_effects import task_effects as standardised
 from hierbayes.errors import InputError, suggestion
 from hierbayes.fit import Fit
-from hierbayes.plots.labels import Label, place
+from hierbayes.plots.labels import Label, named, place
 from hierbayes.plots.style import axes_or_new
 
 COVERAGE, SIMULATIONS = 0.95, 10_000
@@ -75,17 +75,17 @@ def task_effects(
     ax.margins(0.08)
     p_value = float(found.p_value.sel(coef=name))
     said = "" if np.isnan(p_value) else f", p = {p_value:.2g}"
-    ax.set_title(f"{name}: {n} tasks{said}", loc="left")
+    ax.set_title(f"{named(name)}: {n} tasks{said}", loc="left")
     ax.set_xlabel("normal quantiles")
-    ax.set_ylabel(f"standardised effect, {name}")
+    ax.set_ylabel(f"standardised effect, {named(name)}")
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     ax.spines[["top", "right"]].set_visible(False)
     # points within the shoulders of heavy tails stand out too, but not for being unusual
     unusual = (below == (expected < 0)) & (np.abs(values - mean) > 2 * sd)
-    named = np.flatnonzero(out & unusual)
-    named = named[np.argsort(-np.abs(values[named] - mean), kind="stable")][:names]
+    told = np.flatnonzero(out & unusual)
+    told = told[np.argsort(-np.abs(values[told] - mean), kind="stable")][:names]
     points = np.column_stack([expected, values])
-    place(ax, [Label(str(tasks[i]), [points[i]], "#D55E00") for i in named], marks=points)
+    place(ax, [Label(named(tasks[i]), [points[i]], "#D55E00") for i in told], marks=points)
     return ax
 
 
