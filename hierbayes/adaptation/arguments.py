@@ -59,8 +59,8 @@ def read_phi(
             )
         try:
             # a copy: the array itself may be part of a program compiled in float32
-            value = np.array(found[name], dtype=float)
-        except (TypeError, ValueError) as error:
+            value = np.array(inputs.real_array(found[name]), dtype=float)
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"phi's {name} is not a number or an array of numbers") from error
         if value.shape != shape:
             of = f" for the coefficients {', '.join(tasks.coef)}" if name == "mu" else ""
@@ -90,14 +90,16 @@ def read_fit(asked: Asked, *, flow: bool, loss: Any) -> Asked:
     fit = asked.phi
     info = getattr(fit, "info", None)
     if not (isinstance(info, Mapping) and hasattr(fit, "phi")):
-        return asked._replace(loss=_loss(loss or "sum"))
+        return asked._replace(loss=_loss("sum" if loss is None else loss))
     took = fit.adaptation
     if getattr(took, "proximal", False):
         raise InputError(
             f"the tasks of {fit.method} are MAP estimates under the shared prior N(phi, tau²) "
             "already, which is fit.prior; its steps only approach them"
         )
-    asked = asked._replace(phi=fit.phi, loss=_loss(loss or getattr(took, "loss", "sum")))
+    asked = asked._replace(
+        phi=fit.phi, loss=_loss(getattr(took, "loss", "sum") if loss is None else loss)
+    )
     if flow:
         return asked
     if asked.num_steps is None:
@@ -146,7 +148,9 @@ def read_method(
         raise InputError("an Optax optimiser is passed as optimiser=…, in the place of step_size")
     if optimiser is not None:
         if not isinstance(optimiser, optax.GradientTransformation):
-            raise InputError(f"optimiser must be an Optax optimiser, found {optimiser!r}")
+            raise InputError(
+                f"optimiser must be an Optax optimiser, found {inputs.shown(optimiser)}"
+            )
         if step_size is not None or momentum or nesterov:
             raise InputError(
                 "an optimiser has its own step size and momentum: leave step_size, momentum and "
@@ -228,8 +232,8 @@ def read_preconditioner(given: Any, tasks: Tasks, method: Descent | Flow) -> Pre
 
 def _numbers(given: Any) -> np.ndarray:
     try:
-        return np.asarray(given, dtype=float)
-    except (TypeError, ValueError) as error:
+        return np.asarray(inputs.real_array(given), dtype=float)
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError("preconditioner is not an array of numbers, or a list of them") from error
 
 
@@ -276,5 +280,6 @@ def read_rank(rank: Any, d: int) -> int | None:
     if isinstance(rank, (int, np.integer)) and 0 < rank < d:
         return int(rank)
     raise InputError(
-        f"rank must be a positive integer below the number of coefficients, {d}; found {rank!r}"
+        f"rank must be a positive integer below the number of coefficients, {d}; found "
+        f"{inputs.shown(rank)}"
     )

@@ -121,8 +121,7 @@ def check_neural(likelihood: Any) -> None:
     """Refuse an ``apply`` that is no function, and another precision than the two."""
     if not callable(likelihood.apply):
         raise InputError(f"apply must be a function of (params, x), found {likelihood.apply!r}")
-    if likelihood.dtype not in ("float32", "float64"):
-        raise InputError(f'dtype must be "float32" or "float64", found {likelihood.dtype!r}')
+    inputs.one_of("dtype", likelihood.dtype, ("float32", "float64"))
 
 
 def refuse_extras(likelihood: Likelihood, tasks: Tasks) -> None:

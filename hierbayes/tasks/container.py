@@ -149,8 +149,7 @@ class Tasks:
 
         slots = dict(known_se=known_se, offset=offset, weight=weight, trials=trials)
         reader = ColumnReader(
-            task, outcome, inputs.names("predictors", predictors), inputs.names("shared", shared),
-            inputs.names("task_predictors", task_predictors), inputs.flag("intercept", intercept),
+            task, outcome, predictors, shared, task_predictors, intercept,  # type: ignore[arg-type]
             tuple((name, column) for name, column in slots.items() if column is not None),
         )  # fmt: skip
         return reader.encode(data, missing=missing, need_outcome=True)
