@@ -75,7 +75,7 @@ def test_own_parameters_of_a_family_are_positive_and_known():
     counts = hb.likelihoods.NegativeBinomial()
     with refuses("'concentration'", "negative"):
         beliefs(counts, extra={"concentration": dist.Normal(0.0, 1.0)})
-    with refuses("'shape'", "did you mean", "concentration"):
+    with refuses("'shape'", "known: 'concentration'"):
         beliefs(counts, extra={"shape": HALF})
     with refuses("'df'", "StudentT"):
         beliefs(hb.likelihoods.StudentT(df=4.0), extra={"df": HALF})
