@@ -53,6 +53,7 @@ def positive(name: str, value: Any, *, or_zero: bool = False) -> float:
     number = _real(value)
     if number is None or not np.isfinite(number) or number < 0 or (number == 0 and not or_zero):
         what = "zero or positive" if or_zero else "positive"
+        what = f"a {what} number" if number is None else what
         raise InputError(f"{name} must be {what}, found {shown(value)}")
     if number and not SMALLEST <= number <= LARGEST:
         raise InputError(
@@ -80,6 +81,7 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> Any:
         return value
     quoted = [f'"{word}"' for word in words]
     choice = " or ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
+    choice = f"one of {choice}" if len(quoted) > 3 else choice
     raise InputError(f"{name} must be {choice}, found {shown(value)}")
 
 
@@ -111,7 +113,8 @@ def instance(name: str, value: Any, kind: type | tuple[type, ...], what: str) ->
     """An object of a kind, described by ``what``."""
     if isinstance(value, kind):
         return value
-    found = f"the class {value.__name__} itself" if isinstance(value, type) else shown(value)
+    kept = f"{type(value).__name__} {shown(value)}"
+    found = f"the class {value.__name__} itself" if isinstance(value, type) else kept
     raise InputError(f"{name} must be {what}, found {found}")
 
 
