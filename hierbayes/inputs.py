@@ -62,6 +62,14 @@ def positive(name: str, value: Any, *, or_zero: bool = False) -> float:
     return number
 
 
+def number(name: str, value: Any, what: str = "a number") -> float:
+    """One real number, described by ``what``; NaN and infinity are left to the caller."""
+    found = _real(value)
+    if found is None:
+        raise InputError(f"{name} must be {what}, found {shown(value)}")
+    return found
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False."""
     if isinstance(value, (bool, np.bool_)) or _whole(value) in (0, 1):

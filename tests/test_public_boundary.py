@@ -407,7 +407,7 @@ def refuse_fault(name: str, argument: str, value: Any, label: str) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, deadline=None, derandomize=True, database=None,
+@settings(max_examples=2000, deadline=None, derandomize=True, database=None,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(st.sampled_from([t for t in TRIES if t[0] not in LONG]))
 def test_a_strange_argument_is_answered_or_refused_by_name(attempt):
@@ -432,7 +432,7 @@ ANYTHING = st.one_of(
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None, derandomize=True, database=None,
+@settings(max_examples=1000, deadline=None, derandomize=True, database=None,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(st.sampled_from([t[:2] for t in TRIES if t[0] not in LONG]), ANYTHING)
 def test_anything_at_all_is_answered_or_refused_by_name(place, value):

@@ -41,7 +41,7 @@ def read_phi(
         ("beta", labels.shared, "shared columns"),
         ("gamma", labels.task_predictors, "task predictors"),
     ):
-        if not columns and np.size(found.get(name, ())):
+        if not columns and name in found and _size(found[name]):
             raise InputError(
                 f"phi holds {name!r}, but these tasks have no {what} for it to multiply; give "
                 "the tasks that phi was learned from, or leave it out"
@@ -72,6 +72,14 @@ def read_phi(
         if not read[name] > 0:
             raise InputError(f"phi's {name} must be positive, found {read[name]:g}")
     return read
+
+
+def _size(value: Any) -> int:
+    """How many numbers a value holds; one where it cannot be told, as of what is no array."""
+    try:
+        return int(np.size(value))
+    except (TypeError, ValueError):
+        return 1
 
 
 class Asked(NamedTuple):
@@ -169,8 +177,8 @@ def read_method(
                 f"step_size holds {len(sizes)} values for {num_steps} steps; give one, or one a "
                 "step"
             )
-    kept = inputs.positive("momentum", momentum, or_zero=True)
-    if kept >= 1:
+    kept = inputs.number("momentum", momentum, "a number in [0, 1)")
+    if not 0 <= kept < 1:
         raise InputError(f"momentum must lie in [0, 1), found {momentum}")
     if nesterov and not kept:
         raise InputError("nesterov=True needs a momentum to look ahead by; pass momentum=…")

@@ -144,12 +144,13 @@ def perceptron(
 ) -> tuple[Callable[[Any, Any], Any], Callable[[Any], Any]]:
     """(apply, init) of a multilayer perceptron."""
     try:
-        sizes = tuple(inputs.count("sizes", size) for size in sizes)
+        read = tuple(inputs.count("sizes", size) for size in sizes)
     except (TypeError, InputError):
-        sizes = (sizes,)
-    if len(sizes) < 2:
-        found = inputs.shown(sizes[0] if len(sizes) == 1 else sizes)
+        read = ()
+    if len(read) < 2:
+        found = inputs.shown(sizes)
         raise InputError(f"sizes must be two or more positive numbers, found {found}")
+    sizes = read
 
     def init(key: Any) -> Any:
         keys = jax.random.split(key, len(sizes) - 1)
