@@ -14,13 +14,21 @@ import numpy as np
 
 from hierbayes.errors import InputError, listing
 
+SMALLEST, LARGEST = 1e-100, 1e100
+"""Positive numbers lie between: what is squared and divided by must stay a number."""
+
+LARGEST_COUNT = 2**31
+"""Numbers of things lie below: no array of the package is longer."""
+
 LARGEST_SEED = 2**63
 """Seeds lie below: JAX's keys are made of so many bits."""
 
 
 def count(name: str, value: Any, least: int | None = None) -> int:
     """A whole number of ``least`` or more, of 1 by default; no bool, and no float."""
-    number = _whole(value)
+    number = _whole(value) if isinstance(value, (int, np.integer)) else None
+    if number is not None and number >= LARGEST_COUNT:
+        raise InputError(f"{name} must be below 2**31, found {shown(value)}")
     if number is None or number < (1 if least is None else least):
         kind = "a positive integer" if least is None else f"an integer of {least} or more"
         raise InputError(f"{name} must be {kind}, found {shown(value)}")
@@ -45,8 +53,21 @@ def positive(name: str, value: Any, *, or_zero: bool = False) -> float:
     number = _real(value)
     if number is None or not np.isfinite(number) or number < 0 or (number == 0 and not or_zero):
         what = "zero or positive" if or_zero else "positive"
+        what = f"a {what} number" if number is None else what
         raise InputError(f"{name} must be {what}, found {shown(value)}")
+    if number and not SMALLEST <= number <= LARGEST:
+        raise InputError(
+            f"{name} must be positive and lie between {SMALLEST:g} and {LARGEST:g}, found {number}"
+        )
     return number
+
+
+def number(name: str, value: Any, what: str = "a number") -> float:
+    """One real number, described by ``what``; NaN and infinity are left to the caller."""
+    found = _real(value)
+    if found is None:
+        raise InputError(f"{name} must be {what}, found {shown(value)}")
+    return found
 
 
 def flag(name: str, value: Any) -> bool:
@@ -68,6 +89,7 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> Any:
         return value
     quoted = [f'"{word}"' for word in words]
     choice = " or ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
+    choice = f"one of {choice}" if len(quoted) > 3 else choice
     raise InputError(f"{name} must be {choice}, found {shown(value)}")
 
 
@@ -99,7 +121,8 @@ def instance(name: str, value: Any, kind: type | tuple[type, ...], what: str) ->
     """An object of a kind, described by ``what``."""
     if isinstance(value, kind):
         return value
-    found = f"the class {value.__name__} itself" if isinstance(value, type) else shown(value)
+    kept = f"{type(value).__name__} {shown(value)}"
+    found = f"the class {value.__name__} itself" if isinstance(value, type) else kept
     raise InputError(f"{name} must be {what}, found {found}")
 
 
@@ -108,18 +131,24 @@ def mapping(name: str, value: Any, what: str) -> Mapping[Any, Any]:
     return instance(name, value, Mapping, what)
 
 
+def column(name: str, value: Any) -> str:
+    """The name of one column; columns may be numbered."""
+    if not isinstance(value, (str, int, np.integer)) or isinstance(value, bool):
+        raise InputError(f"{name} must be the name of a column, found {shown(value)}")
+    return str(value)
+
+
 def names(name: str, value: Any) -> tuple[str, ...]:
     """Names, in order and each once; one string is one name."""
     if isinstance(value, str):
         return (value,)
+    if isinstance(value, (Mapping, set, bytes)) or hasattr(value, "columns"):
+        raise InputError(f"{name} must be a sequence of names, found {shown(value)}")
     try:
         found = tuple(value)
     except TypeError as error:
         raise InputError(f"{name} must be a sequence of names, found {shown(value)}") from error
-    for each in found:
-        if not isinstance(each, (str, int, np.integer)) or isinstance(each, bool):
-            raise InputError(f"{name} must hold names, found {shown(each)}")
-    text = tuple(map(str, found))
+    text = tuple(column(f"each entry of {name}", each) for each in found)
     if twice := sorted({each for each in text if text.count(each) > 1}):
         raise InputError(f"{name} holds {listing(twice)} twice; each name stands for one column")
     return text
@@ -156,6 +185,14 @@ def numbers(
     return array
 
 
+def real_array(value: Any) -> np.ndarray:
+    """An array of anything but complex numbers, which would lose a part in silence."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "biufO":
+        raise TypeError(f"{array.dtype} where real numbers belong")
+    return array
+
+
 def _of_objects(name: str, array: np.ndarray) -> np.ndarray:
     """Python's numbers as float64, what is missing as NaN; anything else is refused."""
     found = np.empty(array.shape)
@@ -175,6 +212,9 @@ def shown(value: Any) -> str:
     """A value as a message quotes it: NumPy scalars as plain ones, long ones cut short."""
     if isinstance(value, np.generic):
         value = value.item()
+    shape = getattr(value, "shape", ())
+    if isinstance(shape, tuple) and shape:
+        return f"{type(value).__name__} of shape {shape}"
     try:
         text = repr(value)
     except Exception:
@@ -197,7 +237,8 @@ def _real(value: Any) -> float | None:
     """A plain float, where the value is one real number; no bool and no string."""
     if isinstance(value, (bool, np.bool_, str, bytes, complex, np.complexfloating)):
         return None
-    if np.ndim(value) != 0 or getattr(getattr(value, "dtype", None), "kind", "f") not in "iufO":
+    kind = getattr(getattr(value, "dtype", None), "kind", "f")
+    if getattr(value, "ndim", 0) != 0 or kind not in "iufO":
         return None
     try:
         return float(value)

@@ -205,6 +205,8 @@ def draw_classes(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndar
 
 def refuse_without_outcomes(model: HierarchicalModel, tasks: Tasks) -> None:
     """Refuse what gives no distribution of outcomes to draw from."""
+    if tasks.num_rows == 0:
+        raise InputError("the tasks hold no rows to draw outcomes for")
     likelihood = model.likelihood
     if isinstance(likelihood, Neural):
         raise NotApplicable(

@@ -41,7 +41,7 @@ def read_phi(
         ("beta", labels.shared, "shared columns"),
         ("gamma", labels.task_predictors, "task predictors"),
     ):
-        if not columns and np.size(found.get(name, ())):
+        if not columns and name in found and _size(found[name]):
             raise InputError(
                 f"phi holds {name!r}, but these tasks have no {what} for it to multiply; give "
                 "the tasks that phi was learned from, or leave it out"
@@ -59,8 +59,8 @@ def read_phi(
             )
         try:
             # a copy: the array itself may be part of a program compiled in float32
-            value = np.array(found[name], dtype=float)
-        except (TypeError, ValueError) as error:
+            value = np.array(inputs.real_array(found[name]), dtype=float)
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"phi's {name} is not a number or an array of numbers") from error
         if value.shape != shape:
             of = f" for the coefficients {', '.join(tasks.coef)}" if name == "mu" else ""
@@ -72,6 +72,14 @@ def read_phi(
         if not read[name] > 0:
             raise InputError(f"phi's {name} must be positive, found {read[name]:g}")
     return read
+
+
+def _size(value: Any) -> int:
+    """How many numbers a value holds; one where it cannot be told, as of what is no array."""
+    try:
+        return int(np.size(value))
+    except (TypeError, ValueError):
+        return 1
 
 
 class Asked(NamedTuple):
@@ -90,14 +98,16 @@ def read_fit(asked: Asked, *, flow: bool, loss: Any) -> Asked:
     fit = asked.phi
     info = getattr(fit, "info", None)
     if not (isinstance(info, Mapping) and hasattr(fit, "phi")):
-        return asked._replace(loss=_loss(loss or "sum"))
+        return asked._replace(loss=_loss("sum" if loss is None else loss))
     took = fit.adaptation
     if getattr(took, "proximal", False):
         raise InputError(
             f"the tasks of {fit.method} are MAP estimates under the shared prior N(phi, tau²) "
             "already, which is fit.prior; its steps only approach them"
         )
-    asked = asked._replace(phi=fit.phi, loss=_loss(loss or getattr(took, "loss", "sum")))
+    asked = asked._replace(
+        phi=fit.phi, loss=_loss(getattr(took, "loss", "sum") if loss is None else loss)
+    )
     if flow:
         return asked
     if asked.num_steps is None:
@@ -154,7 +164,9 @@ def read_method(
         raise InputError("an Optax optimiser is passed as optimiser=…, in the place of step_size")
     if optimiser is not None:
         if not isinstance(optimiser, optax.GradientTransformation):
-            raise InputError(f"optimiser must be an Optax optimiser, found {optimiser!r}")
+            raise InputError(
+                f"optimiser must be an Optax optimiser, found {inputs.shown(optimiser)}"
+            )
         if step_size is not None or momentum or nesterov:
             raise InputError(
                 "an optimiser has its own step size and momentum: leave step_size, momentum and "
@@ -173,8 +185,8 @@ def read_method(
                 f"step_size holds {len(sizes)} values for {num_steps} steps; give one, or one a "
                 "step"
             )
-    kept = inputs.positive("momentum", momentum, or_zero=True)
-    if kept >= 1:
+    kept = inputs.number("momentum", momentum, "a number in [0, 1)")
+    if not 0 <= kept < 1:
         raise InputError(f"momentum must lie in [0, 1), found {momentum}")
     if nesterov and not kept:
         raise InputError("nesterov=True needs a momentum to look ahead by; pass momentum=…")
@@ -236,8 +248,8 @@ def read_preconditioner(given: Any, tasks: Tasks, method: Descent | Flow) -> Pre
 
 def _numbers(given: Any) -> np.ndarray:
     try:
-        return np.asarray(given, dtype=float)
-    except (TypeError, ValueError) as error:
+        return np.asarray(inputs.real_array(given), dtype=float)
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError("preconditioner is not an array of numbers, or a list of them") from error
 
 
@@ -284,5 +296,6 @@ def read_rank(rank: Any, d: int) -> int | None:
     if isinstance(rank, (int, np.integer)) and 0 < rank < d:
         return int(rank)
     raise InputError(
-        f"rank must be a positive integer below the number of coefficients, {d}; found {rank!r}"
+        f"rank must be a positive integer below the number of coefficients, {d}; found "
+        f"{inputs.shown(rank)}"
     )

@@ -216,9 +216,8 @@ def _target_root(model: HierarchicalModel, tasks: Tasks, phi: Any, precision: An
                 "phi holds no tau to match: pass the phi of an empirical or full Bayes fit, or "
                 "precision=…"
             )
-        known = {
-            name: np.asarray(phi[name], dtype=float) for name in ("tau", "corr") if name in phi
-        }
+        given = {name: phi[name] for name in ("tau", "corr") if name in phi}
+        known = {name: _numbers(f"phi's {name}", value) for name, value in given.items()}
         expected = {"tau": (d,), "corr": (d, d)}
         for name, value in known.items():
             if value.shape != expected[name]:
@@ -227,10 +226,7 @@ def _target_root(model: HierarchicalModel, tasks: Tasks, phi: Any, precision: An
                 raise InputError(f"phi's {name} is not finite: {value}")
         with float64():
             return np.asarray(model.prior.scale_tril(known))
-    try:
-        matrix = np.asarray(precision, dtype=float)
-    except (TypeError, ValueError) as error:
-        raise InputError("precision is not an array of numbers") from error
+    matrix = _numbers("precision", precision)
     matrix = np.diag(matrix) if matrix.shape == (d,) else matrix
     if matrix.shape != (d, d):
         raise InputError(f"precision has shape {matrix.shape}; expected ({d},) or ({d}, {d})")
@@ -239,6 +235,13 @@ def _target_root(model: HierarchicalModel, tasks: Tasks, phi: Any, precision: An
     if not symmetric or np.linalg.eigvalsh(matrix)[0] <= 0:
         raise InputError("precision must be symmetric and positive definite")
     return np.linalg.cholesky(np.linalg.inv(0.5 * (matrix + matrix.T)))
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(inputs.real_array(value), dtype=float)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{name} is not an array of numbers") from error
 
 
 def _inverse(root: np.ndarray) -> np.ndarray | None:

@@ -155,6 +155,9 @@ def _read_methods(methods: Any, sampler: Sampler | None) -> tuple[bool, dict[str
                 f"methods holds {SAMPLER!r}, which sampler= is called: name it otherwise"
             )
         return sampler is not None, dict(methods)
+    if not (isinstance(methods, str) or np.iterable(methods)):
+        found = inputs.shown(methods)
+        raise InputError(f"methods must be names, or a mapping of functions, found {found}")
     names = [methods] if isinstance(methods, str) else list(methods)
     known = {_plain(name): name for name in (FULL_BAYES, *METHODS)}
     found = []

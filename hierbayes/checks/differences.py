@@ -105,9 +105,9 @@ def score_differences(
     known = {label: found.mean for label, found in each.items() if found.tasks}
     if not known:
         raise InputError("no fit has a score of any task: all are NaN")
-    if reference is not None and reference not in arrays:
+    if reference is not None and not (isinstance(reference, str) and reference in arrays):
         raise InputError(
-            f"reference {reference!r} is not among the scores: {listing(list(arrays))}"
+            f"reference {inputs.shown(reference)} is not among the scores: {listing(list(arrays))}"
         )
     chosen = max(known, key=lambda label: known[label]) if reference is None else reference
     rows = {}

@@ -98,7 +98,8 @@ def interval_coverage(
     seed = inputs.seed(seed)
     _check(fit, names, num_bootstrap)
     model, tasks, reml = fit.model, fit.tasks, fit.info["criterion"] == "reml"
-    under = _merged(fit, phi or {})
+    given = {} if phi is None else inputs.mapping("phi", phi, "a mapping from name to values")
+    under = _merged(fit, given)
     rng = as_rng(seed)
     drawn, theta = simulated(tasks, under, num_data_sets, rng)
     many = maximise_many(drawn, model.shape(tasks), reml=reml, progress="data sets")
@@ -174,11 +175,15 @@ def _merged(fit: Fit, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
         )
     merged = {name: np.asarray(value, float) for name, value in fit.phi.items()}
     for name, value in given.items():
-        if np.shape(value) != merged[name].shape:
+        try:
+            found = np.asarray(inputs.real_array(value), float)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"phi[{name!r}] is no array of numbers: {error}") from error
+        if found.shape != merged[name].shape:
             raise InputError(
-                f"phi[{name!r}] must have shape {merged[name].shape}, found {np.shape(value)}"
+                f"phi[{name!r}] must have shape {merged[name].shape}, found {found.shape}"
             )
-        merged[name] = np.asarray(value, float)
+        merged[name] = found
         fault = _fault(name, merged[name])
         if fault:
             raise InputError(f"phi[{name!r}] must {fault}, found {np.asarray(value).tolist()}")

@@ -105,7 +105,7 @@ def _steps(start: Fit, num_steps: int | None, step_size: float | str | None) -> 
     """K and η as asked, as the fit took them, or as they come closest to the fit's prior."""
     if num_steps is not None:
         num_steps = inputs.count("num_steps", num_steps)
-    if step_size is not None:
+    if isinstance(step_size, str) or not (step_size is None or np.iterable(step_size)):
         check_inner_step(step_size)
     if num_steps is None and "num_steps" not in start.info and step_size is not None:
         raise InputError(f"{start.method} takes no gradient steps: pass num_steps with step_size")

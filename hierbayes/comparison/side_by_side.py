@@ -224,8 +224,10 @@ def _one_is_neural(*fits: Fit) -> bool:
 
 def _reference(fits: dict[str, Fit], asked: str | None) -> str | None:
     if asked is not None:
-        if asked not in fits:
-            raise InputError(f"reference {asked!r} is not among the fits: {', '.join(fits)}")
+        if not isinstance(asked, str) or asked not in fits:
+            raise InputError(
+                f"reference {inputs.shown(asked)} is not among the fits: {', '.join(fits)}"
+            )
         return asked
     full = [label for label, fit in fits.items() if fit.method == "full Bayes"]
     posterior = [label for label, fit in fits.items() if _has_posterior(fit) and "mu" in fit.phi]

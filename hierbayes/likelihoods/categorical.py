@@ -42,7 +42,10 @@ class Categorical(Likelihood):
     discrete = True
 
     def __post_init__(self) -> None:
-        num_classes = inputs.count("num_classes", self.num_classes, least=2)
+        try:
+            num_classes = inputs.count("num_classes", self.num_classes, least=2)
+        except InputError as error:
+            raise InputError(f"num_classes must be 2 or more: {error}") from error
         object.__setattr__(self, "num_classes", num_classes)
 
     def check(self, tasks: Tasks) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.errors import InputError
 from hierbayes.likelihoods.base import Likelihood
 from hierbayes.likelihoods.categorical import Categorical
@@ -69,7 +70,7 @@ class Network(Neural):
         if not isinstance(self.outcome, Likelihood) or isinstance(self.outcome, Neural):
             raise InputError(
                 "Network(outcome=…) takes the family of the outcomes, hb.likelihoods.Gaussian(), "
-                f"Categorical(C) or Bernoulli(); found {self.outcome!r}"
+                f"Categorical(C) or Bernoulli(); found {inputs.shown(self.outcome)}"
             )
 
     @staticmethod

@@ -194,8 +194,7 @@ def check_neural(likelihood: Any) -> None:
     """Refuse an ``apply`` that is no function, and another precision than the two."""
     if not callable(likelihood.apply):
         raise InputError(f"apply must be a function of (params, x), found {likelihood.apply!r}")
-    if likelihood.dtype not in ("float32", "float64"):
-        raise InputError(f'dtype must be "float32" or "float64", found {likelihood.dtype!r}')
+    inputs.one_of("dtype", likelihood.dtype, ("float32", "float64"))
 
 
 def refuse_extras(likelihood: Likelihood, tasks: Tasks) -> None:
@@ -218,12 +217,13 @@ def perceptron(
 ) -> tuple[Callable[[Any, Any], Any], Callable[[Any], Any]]:
     """(apply, init) of a multilayer perceptron."""
     try:
-        sizes = tuple(inputs.count("sizes", size) for size in sizes)
+        read = tuple(inputs.count("sizes", size) for size in sizes)
     except (TypeError, InputError):
-        sizes = (sizes,)
-    if len(sizes) < 2:
-        found = inputs.shown(sizes[0] if len(sizes) == 1 else sizes)
+        read = ()
+    if len(read) < 2:
+        found = inputs.shown(sizes)
         raise InputError(f"sizes must be two or more positive numbers, found {found}")
+    sizes = read
 
     # partials, for functions made here could not be pickled
     # and JAX's functions by their names, for those do not find themselves where pickle looks

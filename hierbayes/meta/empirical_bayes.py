@@ -164,6 +164,7 @@ def empirical_bayes(
     started = time.perf_counter()
     check_model(model)
     criterion = inputs.one_of("criterion", criterion, ("ml", "reml", "map"))
+    evidence = inputs.one_of("evidence", evidence, ("auto", "exact", "laplace", "quadrature"))
     num_draws, num_chains = inputs.counts(num_draws=num_draws, num_chains=num_chains)
     seed = inputs.seed(seed)
     given = {"optimiser": optimiser, "num_meta_steps": num_meta_steps, "progress": progress}
@@ -251,9 +252,6 @@ def chosen_evidence(
     model: HierarchicalModel, tasks: Tasks, asked: str, criterion: str = "ml"
 ) -> str:
     """How θ_j is integrated out: "exact", "quadrature" or "laplace"."""
-    kinds = ("auto", "exact", "laplace", "quadrature")
-    if asked not in kinds:
-        raise InputError(f"evidence must be one of {listing(list(kinds))}, found {asked!r}")
     gaussian, d = model.likelihood.gaussian_in_theta, len(tasks.coef)
     if not model.prior.gaussian:
         if not gaussian:

@@ -145,7 +145,7 @@ def imaml(
     """
     started = time.perf_counter()
     check_model(model)
-    seed = inputs.seed(seed)
+    seed, progress = inputs.seed(seed), inputs.optional_flag("progress", progress)
     query = inputs.share("query", query)
     model.require_gaussian_prior(
         "iMAML", "its inner problem is a MAP estimate under N(φ, I/λ)",
@@ -267,13 +267,13 @@ def _given(prior_precision: Any, tasks: Tasks) -> np.ndarray | None:
         return None
     d = len(tasks.coef)
     try:
-        values = np.asarray(prior_precision, dtype=float)
-    except (TypeError, ValueError):
+        values = np.asarray(inputs.real_array(prior_precision), dtype=float)
+    except (TypeError, ValueError, OverflowError):
         values = np.asarray(np.nan)
     if values.shape not in ((), (d,)) or not (np.isfinite(values) & (values > 0)).all():
         raise InputError(
             f'prior_precision must be "learn", a positive number, or {d} of them, one for each of '
-            f"{listing(tasks.coef)}; found {prior_precision!r}"
+            f"{listing(tasks.coef)}; found {inputs.shown(prior_precision)}"
         )
     return np.broadcast_to(values, d)
 

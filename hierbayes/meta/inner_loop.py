@@ -41,7 +41,8 @@ def check_inner_step(step_size: Any) -> None:
     """Refuse an inner step size that is neither one number nor "auto"."""
     if isinstance(step_size, str) and step_size == "auto":
         return
-    if isinstance(step_size, str) or np.ndim(step_size) or step_size is None:
+    one = not isinstance(step_size, (list, tuple)) and not getattr(step_size, "ndim", 0)
+    if isinstance(step_size, str) or not one or step_size is None:
         found = inputs.shown(step_size)
         raise InputError(f'step_size must be a number or "auto", found {found}')
     inputs.positive("step_size", step_size)
@@ -54,7 +55,7 @@ def check_optimiser(optimiser: Any) -> None:
     if not (optimiser is None or isinstance(optimiser, optax.GradientTransformation)):
         raise InputError(
             f"optimiser must be an Optax optimiser, for example optax.adam(0.01), "
-            f"found {optimiser!r}"
+            f"found {inputs.shown(optimiser)}"
         )
 
 
@@ -82,7 +83,8 @@ def check_steps(
     if inner_optimiser is None:
         return
     if not isinstance(inner_optimiser, optax.GradientTransformation):
-        raise InputError(f"inner_optimiser must be an Optax optimiser, found {inner_optimiser!r}")
+        found = inputs.shown(inner_optimiser)
+        raise InputError(f"inner_optimiser must be an Optax optimiser, found {found}")
     if step_size != "auto" or learn_step_size:
         raise InputError(
             "inner_optimiser has step sizes of its own: leave step_size and learn_step_size out"

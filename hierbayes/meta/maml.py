@@ -162,7 +162,7 @@ def maml(
     """
     started = time.perf_counter()
     check_model(model)
-    seed = inputs.seed(seed)
+    seed, progress = inputs.seed(seed), inputs.optional_flag("progress", progress)
     query = inputs.share("query", query)
     if isinstance(derivative, str) and derivative == "implicit":
         raise InputError(

@@ -150,7 +150,7 @@ def reptile(
     """
     started = time.perf_counter()
     check_model(model)
-    seed = inputs.seed(seed)
+    seed, progress = inputs.seed(seed), inputs.optional_flag("progress", progress)
     query = inputs.share("query", query)
     tolerance = inputs.positive("tolerance", tolerance)
     check_steps(num_steps, step_size, loss, "first-order", inner_optimiser)

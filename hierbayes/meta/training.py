@@ -122,6 +122,8 @@ def settings(given: dict[str, Any], method: str) -> dict[str, Any]:
             raise InputError(
                 f"{method} on episodes takes no argument {name!r}; it takes {', '.join(DEFAULTS)}"
             )
+    if "seed" in given:
+        inputs.seed(given["seed"])  # None is no seed, though it leaves other settings as they are
     chosen = DEFAULTS | {k: v for k, v in given.items() if v is not None}
     names = ("num_meta_steps", "batch_size", "held_out", "evaluate_every")
     check_counts(**{name: chosen[name] for name in names})

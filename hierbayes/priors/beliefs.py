@@ -15,6 +15,9 @@ from hierbayes.errors import InputError, suggestion
 OF_ARGUMENTS = ("mu", "tau", "corr", "beta", "gamma", "sigma")
 """Parameters of φ that have an argument of HyperPrior of their own."""
 
+LEAST, MOST = 1e-6, 1e6
+"""Concentrations of a prior on correlations beyond which densities are lost to rounding."""
+
 NEGATIVE = -np.logspace(-300, 300, 1201)
 """Where a support without bounds of its own is asked whether it goes below zero."""
 
@@ -72,9 +75,15 @@ def _read_corr(given: Any) -> Any:
             )
         return given
     try:
-        return inputs.positive("the LKJ concentration, HyperPrior(corr=…),", given)
+        concentration = inputs.positive("the LKJ concentration, HyperPrior(corr=…),", given)
     except InputError as error:
         raise InputError(f"{error}; or pass an LKJ distribution") from error
+    if not LEAST <= concentration <= MOST:
+        raise InputError(
+            f"the LKJ concentration, HyperPrior(corr=…), must lie between {LEAST:g} and {MOST:g}, "
+            f"found {concentration:g}"
+        )
+    return concentration
 
 
 def _check(name: str, where: str, belief: Any) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 from hierbayes.errors import InputError
-from hierbayes.numerics import float64
+from hierbayes.numerics import float64, standard_promotion
 from hierbayes.priors.assembled import Assembled
 
 _KNOWN: dict[type, Callable[[Any, np.random.Generator, tuple[int, ...]], np.ndarray]] = {
@@ -32,6 +32,7 @@ _KNOWN: dict[type, Callable[[Any, np.random.Generator, tuple[int, ...]], np.ndar
 }
 
 
+@standard_promotion()
 def draw(name: str, belief: dist.Distribution, num: int, rng: np.random.Generator) -> np.ndarray:
     """``num`` draws of the parameter ``name`` (num, …), in float64.
 

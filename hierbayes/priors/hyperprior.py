@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 
 from hierbayes.errors import InputError
 from hierbayes.likelihoods import Likelihood
+from hierbayes.numerics import standard_promotion
 from hierbayes.priors import beliefs
 from hierbayes.priors.assembled import Assembled
 from hierbayes.priors.scales import Scales
@@ -110,6 +111,7 @@ class HyperPrior:
                         "coefficients are correlated; pass the LKJ concentration instead"
                     )
 
+    @standard_promotion()
     def resolve(self, shape: Shape, tasks: Tasks, likelihood: Likelihood) -> HyperPrior:
         """Every None replaced by its default, scaled to ``tasks``."""
         self.check(shape)
@@ -174,6 +176,7 @@ class HyperPrior:
             or own - set(self.extra)
         )
 
+    @standard_promotion()
     def distributions(self, shape: Shape) -> dict[str, dist.Distribution]:
         """One NumPyro distribution a name of φ, over its whole array; beliefs must be resolved."""
         free = [i for i, f in enumerate(shape.free_mean) if f]

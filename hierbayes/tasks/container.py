@@ -145,16 +145,12 @@ class Tasks:
         >>> hb.Tasks.from_dataframe(df, task="county", outcome="log_radon", predictors=["floor"])
         Tasks(85 tasks, 919 rows (1 to 116 a task), coef=('Intercept', 'floor'))
         """
-        from hierbayes.tasks.frames import column_name
         from hierbayes.tasks.reading import ColumnReader
 
         slots = dict(known_se=known_se, offset=offset, weight=weight, trials=trials)
         reader = ColumnReader(
-            column_name(task), column_name(outcome), inputs.names("predictors", predictors),
-            inputs.names("shared", shared), inputs.names("task_predictors", task_predictors),
-            inputs.flag("intercept", intercept),
-            tuple((name, column_name(column)) for name, column in slots.items()
-                  if column is not None),
+            task, outcome, predictors, shared, task_predictors, intercept,  # type: ignore[arg-type]
+            tuple((name, column) for name, column in slots.items() if column is not None),
         )  # fmt: skip
         return reader.encode(data, missing=missing, need_outcome=True)
 

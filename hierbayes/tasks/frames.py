@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hierbayes import inputs
 from hierbayes.errors import InputError, announce, listing, suggestion
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def as_names(values: Sequence[Any]) -> np.ndarray:
         isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**62 for v in plain
     ):
         return np.array(plain, dtype=np.int64)
-    if plain and all(isinstance(v, float) and v.is_integer() for v in plain):
+    if plain and all(isinstance(v, float) and v.is_integer() and abs(v) < 2**62 for v in plain):
         return np.array([int(v) for v in plain], dtype=np.int64)
     # 1.0 is task "1" whether or not a task 2.5 stands beside it
     return np.array([f"{v:.15g}" if isinstance(v, float) else str(v) for v in plain], dtype=np.str_)
@@ -181,8 +182,7 @@ def complete_rows(columns: dict[str, np.ndarray], missing: Missing) -> np.ndarra
 
     Infinite values are refused whatever ``missing`` says: a dropped row may hide a log of zero.
     """
-    if missing not in ("raise", "drop"):
-        raise InputError(f"missing must be 'raise' or 'drop', found {missing!r}")
+    inputs.one_of("missing", missing, ("raise", "drop"))
     for name, values in columns.items():
         infinite = np.isinf(values)
         if infinite.any():

@@ -84,6 +84,17 @@ class ColumnReader:
     intercept: bool
     slots: tuple[tuple[str, str], ...]
 
+    def __post_init__(self) -> None:
+        read = {name: inputs.column(name, getattr(self, name)) for name in ("task", "outcome")}
+        read |= {
+            name: inputs.names(name, getattr(self, name))
+            for name in ("predictors", "shared", "task_predictors")
+        }
+        read["intercept"] = inputs.flag("intercept", self.intercept)
+        read["slots"] = tuple((name, inputs.column(name, column)) for name, column in self.slots)
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
+
     def encode(self, data: Any, missing: Missing = "raise", need_outcome: bool = False) -> Tasks:
         """Tasks of ``data``; without its outcome where that column is absent."""
         frame = Frame(data)
@@ -197,7 +208,8 @@ def _listed(name: str, values: Any) -> list[Any]:
 
 
 def _pair(j: int, each: Any) -> tuple[Any, Any]:
-    if isinstance(each, (str, bytes, dict)) or not hasattr(each, "__len__") or len(each) != 2:
+    sized = isinstance(each, (tuple, list)) or getattr(each, "ndim", 0) > 0
+    if not sized or len(each) != 2:
         raise InputError(
             f"`arrays` holds one pair (X, y) a task; entry {j} is {inputs.shown(each)}"
         )

@@ -88,6 +88,9 @@ def names_asked(names: Any) -> list[Any]:
     """The names that ``tasks[names]`` asks for, one or many."""
     if isinstance(names, (list, tuple)) or getattr(names, "ndim", 0) == 1:
         return list(names)
+    if getattr(names, "ndim", 0) > 1:
+        raise InputError(f"names must be one name or a sequence of them, named as the tasks are; "
+                         f"found {inputs.shown(names)}")  # fmt: skip
     return [names]
 
 
