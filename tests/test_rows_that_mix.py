@@ -447,3 +447,15 @@ def test_apply_that_draws_is_refused():
         head = hb.likelihoods.LastLayer(apply, given)
         with refuses("apply", "the same f", "dropout"):
             head.num_features(tasks.predictors)
+
+
+def test_rows_of_another_width_are_refused_and_a_number_is_weights():
+    """``apply`` would take them: it adds up whatever columns there are."""
+    net = hb.likelihoods.Network(lambda p, x: (x * p).sum(1), 1.0)
+    fit = hb.maml(hb.HierarchicalModel(net, GAUSSIAN), some_tasks((6, 6, 6)), 1, **SHORT)
+    assert fit.phi["mu"].shape == (1,)
+    rng = np.random.default_rng(0)
+    wide = hb.Tasks.from_arrays([(rng.normal(size=(6, 2)), rng.normal(size=6))])
+    for ask in (fit.adapt, fit.predict, fit.adapted.predict):
+        with refuses("(2,)", "(1,)", "same columns"):
+            ask(wide)
