@@ -244,6 +244,13 @@ def check_columns(rows: Tasks, known: Tasks) -> None:
                 "encode new rows by the training tasks: tasks.encode(data)"
             )
 
+    shapes = rows.predictors.shape[1:], known.predictors.shape[1:]
+    if len(shapes[0]) <= 1 and shapes[0] != shapes[1]:  # a network's; images may be of any size
+        raise InputError(
+            f"these rows have x of shape {shapes[0]} each, but the fit was made from rows of shape "
+            f"{shapes[1]}; give rows with the same columns"
+        )
+
 
 def _few(names: tuple[str, ...]) -> str:
     return str(names) if len(names) <= 12 else f"({listing(names, 3)})"

@@ -36,7 +36,9 @@ class Network(Neural):
     apply : callable
         ``apply(params, x)`` → f: x (n, …) of any shape, images too; f (n,) or (n, 1), or (n, C)
         for C classes. Plain JAX, ``flax_module.apply``, or Equinox by
-        ``lambda params, x: jax.vmap(eqx.combine(params, static))(x)``.
+        ``lambda params, x: jax.vmap(eqx.combine(params, static))(x)``. x are rows of one task, and
+        of one part of it: f of a row may depend on the others, as under batch norm. It must not
+        draw random numbers, as dropout does, nor keep running statistics.
     init : callable or pytree
         ``init(key)`` → params, any pytree of float arrays; or the params to start from.
     outcome : Likelihood

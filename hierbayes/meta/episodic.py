@@ -120,6 +120,8 @@ class Outer:
             if name == "features":
                 assert isinstance(likelihood, LastLayer)
                 phi[name] = likelihood.weights.vector(value)
+            elif name == "mu":  # a vector, though the weights may be a single number
+                phi[name] = jnp.asarray(likelihood.vector(value))
             elif name.startswith("log_"):
                 phi[name[4:]] = jnp.exp(self._flat(value))
             else:

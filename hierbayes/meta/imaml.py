@@ -199,6 +199,9 @@ def imaml(
         phi = to_numpy(unpack(best.parameters))
     adapted = adaptation(resolved, tasks, phi)
     remarks = [*best.warnings, *adapted.remarks]
+    if not resolved.likelihood.gaussian_in_theta:  # the maxima that phi was learned through
+        through = adaptation(resolved, support, phi).remarks
+        remarks += [f"of the support rows: {said}" for said in through]
     if given is None:
         remarks += _extremes(tasks, phi["tau"] / units)
     fit = Fit(
