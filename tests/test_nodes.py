@@ -1,6 +1,6 @@
 """Quadrature where few rows meet a wide prior, at φ̂ and over draws of φ.
 
-Rung (b): integrals over θ by Simpson's rule on a grid as fine as the narrower of likelihood and
+Rung (b): integrals over θ by the trapezium rule on a grid as fine as the narrower of likelihood and
 prior; the posterior of (μ, τ) on a grid; SciPy's maximum of the dense evidence.
 """
 
@@ -20,11 +20,11 @@ from hierbayes.meta.by_quadrature import finer, spread
 
 
 def dense_binomial(successes, trials, mu, tau):
-    """log p(D_j | μ, τ), on 200,001 places of z over ± 12 prior standard deviations."""
-    z = np.linspace(-12, 12, 200_001)
+    """log p(D_j | μ, τ), on 250,001 places of z over ± 25 prior standard deviations."""
+    z = np.linspace(-25, 25, 250_001)
     f = mu + tau * z
     log = successes * f - trials * np.logaddexp(0, f) - 0.5 * z**2
-    whole = integrate.simpson(np.exp(log - log.max()), x=z)
+    whole = integrate.trapezoid(np.exp(log - log.max()), x=z)
     choose = stats.binom(trials, 0.5).logpmf(successes) + trials * np.log(2)
     return log.max() + np.log(whole) - 0.5 * np.log(2 * np.pi) + choose
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -16,6 +17,7 @@ from hierbayes.meta.independence import (
     Proposal,
     Weigh,
     fit_proposal,
+    pareto_k,
     run_chains,
     tail_share,
     thinning,
@@ -32,12 +34,13 @@ LEAST_ACCEPTANCE = 0.2
 FAR = (0.0, 0.1, 0.3)
 """Parts of a proposal that reach far, in the order in which they are tried."""
 
-LIGHT, TOO_LIGHT = 0.35, 0.7
+TOO_LIGHT = 0.7
 """Pareto's k̂ of weights from which on a proposal has tails too light: more of it is to reach far,
 or, where no more can, NUTS takes over."""
 
-LEAST_TAIL = 0.1
-"""Share of the draws that must be effective beyond the quantiles 5 % and 95 %."""
+GOOD_TAIL, LEAST_TAIL = 0.5, 0.1
+"""Shares of the draws that are to be effective beyond the quantiles 5 % and 95 %: for proposals to
+be left as they are, and for NUTS not to take over."""
 
 MOST_REFINEMENTS = 3
 """Times that draws are made anew where they show the density itself to be too rough."""
@@ -179,12 +182,16 @@ def _independent(
 
         return weigh
 
-    why = ""
+    start, why = Proposal(located.mode, located.root, target.num_white), ""
     for far in FAR:
-        start = Proposal(located.mode, located.root, target.num_white, far=far)
+        last = far == FAR[-1]
+        start = replace(start, far=far)
         fitted = fit_proposal(weighing(rough=target.has_rough), start, rng)
         if fitted.share <= 0.01:
             why = REFUSED.format(share=fitted.share)
+            continue
+        start = fitted.proposal
+        if not last and pareto_k(fitted.log_weights) > TOO_LIGHT:
             continue
         weights = np.exp(fitted.log_weights - fitted.log_weights.max())
         some = rng.choice(len(weights), len(weights), p=weights / weights.sum())
@@ -198,13 +205,12 @@ def _independent(
             chains = run_two_stages(weighing(rough=True), dear, fitted, rng, **counts)
         else:
             chains = run_chains(dear, fitted, rng, **counts)
-        last = far == FAR[-1]
         tails = tail_share(chains.points[..., :size])
         if chains.acceptance < LEAST_ACCEPTANCE:
             why = REFUSED.format(share=chains.acceptance)
-        elif chains.pareto_k > (TOO_LIGHT if last else LIGHT):
+        elif chains.pareto_k > TOO_LIGHT:
             why = TAILS.format(k=chains.pareto_k)
-        elif tails < LEAST_TAIL:
+        elif tails < (LEAST_TAIL if last else GOOD_TAIL):
             why = STUCK.format(share=tails)
         else:
             return chains, ""

@@ -84,8 +84,11 @@ def full_bayes(
         not depend on the number of rows. Under a Student-t prior θ alone is integrated out of
         Gaussian tasks, and φ sampled whole. Of others, with up to three coefficients, θ alone
         is, by quadrature (see :func:`empirical_bayes`), and drawn by short independence chains,
-        which name the tasks where they do badly. Where fewer than 20 % of the proposals are
-        accepted, NUTS samples the same density, and a warning says so. "nuts" samples φ and θ
+        which name the tasks where they do badly. Proposals whose tails prove too light get a part
+        that reaches farther; where still fewer than 20 % are accepted, or Pareto's k̂ of their
+        weights is above 0.7, NUTS samples the same density, and a warning says so. Nodes are judged
+        over the draws of φ: where the finest do not do, or a task has two modes, "auto" takes
+        "nuts" instead, and "collapsed" says so. "nuts" samples φ and θ
         jointly, non-centred; after it :meth:`Fit.adapt` draws new tasks' θ from Laplace posteriors,
         unless tasks are Gaussian. "auto" collapses Gaussian tasks, and those of the other families
         with up to three coefficients; NUTS samples tasks with more, NumPyro programs, and tasks
@@ -106,12 +109,14 @@ def full_bayes(
     -------
     Fit
         ``phi`` and ``theta`` are posterior means; ``datatree`` holds the draws. How fine quadrature
-        was say ``info["num_nodes"]``, a dimension, and ``info["evidence_error"]``. Under a proper
-        hyperprior ``log_evidence`` is log p(D), from the weights of all proposals, with its
+        was say ``info["num_nodes"]``, a dimension (an even number: on rays), and
+        ``info["evidence_error"]``: by how much the error of Σ log p(D_j | φ) varies over the draws.
+        Under a proper hyperprior ``log_evidence`` is log p(D), from the weights of all proposals, with its
         standard error in ``info["log_evidence_se"]``. R̂, effective sample sizes and divergences
         are judged in ``warnings``: always after NUTS, and where fewer than half of the independent
         proposals were accepted (``info["acceptance"]``) or more than 50 in a row were not
-        (``info["longest_stay"]``).
+        (``info["longest_stay"]``). ``info["pareto_k"]`` is k̂ of the proposals' weights, −1 where
+        none stands out.
 
     References
     ----------

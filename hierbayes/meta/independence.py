@@ -248,11 +248,14 @@ def pareto_k(log_weights: np.ndarray) -> float:
 
     −1 where they are too few, or too even, to have a tail.
     """
-    some = np.sort(log_weights[np.isfinite(log_weights)])
+    some = log_weights[np.isfinite(log_weights)]
     size = int(min(0.2 * len(some), 3 * np.sqrt(len(some))))
-    if size < 20 or some[-1] - logsumexp(some) + np.log(len(some)) < EVEN:
+    if size < 20:
         return -1.0
-    over = np.exp(some[-size - 1 :] - some[-1])
+    some = np.exp(some - some.max())
+    if some.mean() * np.exp(EVEN) > 1:
+        return -1.0
+    over = np.sort(np.partition(some, -size - 1)[-size - 1 :])
     over = over[1:] - over[0]
     if not over[size // 4] > 1e-12:
         return np.inf
@@ -274,11 +277,12 @@ def tail_share(draws: np.ndarray) -> float:
     chains, size = draws.shape[:2]
     if size < 20:
         return 1.0
-    ends = np.quantile(draws, [0.05, 0.95], axis=(0, 1))
-    beyond = np.concatenate([draws <= ends[0], draws >= ends[1]], axis=-1).astype(float)
-    centred = beyond - beyond.mean((0, 1))
-    spectrum = np.abs(np.fft.rfft(centred, 2 * size, axis=1)) ** 2
-    covariance = np.fft.irfft(spectrum, axis=1)[:, :size].mean(0)  # (draw, 2k)
+    places = [int(share * (chains * size - 1)) for share in (0.05, 0.95)]
+    low, high = np.partition(draws.reshape(chains * size, -1), places, axis=0)[places]
+    beyond = np.concatenate([draws <= low, draws >= high], axis=-1).astype(float)
+    centred = np.moveaxis(beyond - beyond.mean((0, 1)), 1, -1).copy()  # (chain, 2k, draw)
+    spectrum = np.abs(np.fft.rfft(centred, 2 ** (2 * size - 1).bit_length())) ** 2
+    covariance = np.fft.irfft(spectrum)[..., :size].mean(0).T
     moving = covariance[0] > 0
     pairs = covariance[: size - size % 2, moving].reshape(size // 2, 2, -1).sum(1)
     positive = np.cumprod(pairs > 0, axis=0)
