@@ -45,6 +45,9 @@ LARGEST_PRODUCT = 1000
 
 CHUNKS_FOR_THREADS = 16
 
+TOGETHER = 512
+"""Tasks of many coefficients that are worked on at once."""
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -208,9 +211,13 @@ def _in_threads(part: Any, number: int) -> Sequence[list[np.ndarray]]:
 
 
 class PlainAt(NamedTuple):
-    """The evidence itself, for a function that holds near a Λ: as exact, and dearer."""
+    """The evidence itself, for a function that holds near a Λ: as exact, and dearer.
+
+    ``centred``: the same with y as residuals, on the host; None where tasks lie elsewhere.
+    """
 
     problem: ProfileProblem
+    centred: ProfileProblem | None
     root: np.ndarray
 
     @property
@@ -220,8 +227,59 @@ class PlainAt(NamedTuple):
 
     def value_and_slope(self, root: np.ndarray, sigma: float = np.nan) -> tuple[float, Slopes]:
         """The evidence and its slopes in Λ and σ; σ is maximised out where it is NaN."""
+        if self.centred is not None:
+            with np.errstate(all="ignore"):
+                return _on_host(self.centred, root, sigma)
         value, slopes = profile_and_slopes(self.problem, root, np.float64(sigma))
         return float(value), (np.asarray(slopes[0]), np.asarray(slopes[1]))
+
+
+def _on_host(p: ProfileProblem, root: np.ndarray, sigma: float) -> tuple[float, Slopes]:
+    """The evidence and its slopes, some tasks at a time, by their short derivatives.
+
+    Where d is large an automatic derivative would keep every step of every task's factorisation.
+    """
+    d, num_fixed = len(root), p.fixed.shape[1]
+    log_det, m, us = 0.0, np.zeros((d, d)), []
+    below = np.concatenate([p.fixed[d:], p.y[d:, None]], axis=1)
+    below = np.moveaxis(below, 1, -1).reshape(-1, num_fixed + 1)
+    gram = below.T @ below
+    for first in range(0, p.x.shape[2], TOGETHER):
+        some = slice(first, first + TOGETHER)
+        x = np.ascontiguousarray(p.x[..., some].transpose(2, 0, 1))
+        right = np.concatenate([p.fixed[:d, :, some], p.y[:d, None, some]], axis=1)
+        design = x @ root
+        variance = design @ design.swapaxes(1, 2) + np.eye(d)
+        if not np.isfinite(variance).all():
+            return -np.inf, (np.zeros_like(root), np.zeros(()))
+        factor = np.linalg.cholesky(variance)
+        both = np.concatenate([x, right.transpose(2, 0, 1)], axis=2)
+        white = np.linalg.solve(factor, both)
+        white_x, white_right = white[..., :d], white[..., d:]
+        log_det += 2 * float(np.log(np.einsum("jii->ji", factor)).sum())
+        flat_x, flat_right = white_x.reshape(-1, d), white_right.reshape(-1, num_fixed + 1)
+        m += flat_x.T @ flat_x
+        gram += flat_right.T @ flat_right
+        us.append(white_x.swapaxes(1, 2) @ white_right)
+    u = np.concatenate(us)
+    inverse = np.linalg.inv(gram[:-1, :-1])
+    step = inverse @ gram[:-1, -1]
+    squares = float(gram[-1, -1] - gram[:-1, -1] @ step)
+    total = float(np.sum(p.num_rows)) - num_fixed * p.reml
+    given = bool(np.isfinite(sigma))
+    noise = sigma if given else 1.0 if p.known_noise else np.sqrt(squares / total)
+    toward = np.append(-step, 1.0)
+    weight = np.outer(toward, toward) / noise**2
+    if p.reml:
+        log_det = log_det + np.linalg.slogdet(gram[:-1, :-1])[1]
+        log_det = log_det + 2 * float(np.log(np.abs(np.diag(p.whitener))).sum())
+        weight[:-1, :-1] += inverse
+    turned = (u @ weight).transpose(1, 0, 2).reshape(d, -1)
+    by_matrix = m - turned @ u.transpose(1, 0, 2).reshape(d, -1).T
+    value = total * np.log(2 * np.pi * noise**2) + squares / noise**2 + log_det
+    by_sigma = (squares / noise**2 - total) / noise if given else 0.0
+    by_root = -0.5 * (by_matrix + by_matrix.T) @ root
+    return float(-0.5 * value + np.sum(p.log_scale)), (by_root, np.asarray(by_sigma))
 
 
 @dataclass(frozen=True)
@@ -229,6 +287,7 @@ class Plain:
     """The profiled evidence where second derivatives would be too many to sum over tasks."""
 
     problem: ProfileProblem
+    centred: ProfileProblem | None = None
     num_chunks = 1
 
     def sample(self, num_chunks: int) -> Plain:
@@ -238,21 +297,27 @@ class Plain:
 
     def at(self, root: np.ndarray) -> PlainAt:
         """The evidence near Λ, and anywhere else."""
-        return PlainAt(self.problem, root)
+        return PlainAt(self.problem, self.centred, root)
 
 
 def with_criterion(evidence: Curved | Plain, *, reml: bool, known_noise: bool) -> Curved | Plain:
     """The same tasks under another criterion, and nothing remembered."""
     given: dict[str, Any] = {"reml": reml, "known_noise": known_noise}
     if isinstance(evidence, Plain):
-        return Plain(replace(evidence.problem, **given))
+        centred = None if evidence.centred is None else replace(evidence.centred, **given)
+        return Plain(replace(evidence.problem, **given), centred)
     return Curved(evidence.chunks, evidence.effects, replace(evidence.terms, **given))
 
 
 def around(problem: ProfileProblem) -> Curved | Plain:
     """The evidence laid out on the device, for single passes where that is to be had."""
     if not fits(problem.x.shape[0], problem.fixed.shape[1]):
-        return Plain(jax.tree.map(jnp.asarray, problem))
+        if not isinstance(problem.y, np.ndarray):
+            return Plain(problem)
+        # the residuals of pooled least squares, so that no sum of squares cancels
+        centre = np.einsum("mpj,mj->p", problem.fixed, problem.y)
+        left = problem.y - np.einsum("mpj,p->mj", problem.fixed, centre)
+        return Plain(problem, replace(problem, y=left))
     xp: Any = np if isinstance(problem.y, np.ndarray) else jnp
     effects = np.asarray(xp.einsum("mpj,mj->p", problem.fixed, problem.y))
     terms = Terms(np.asarray(problem.whitener), problem.reml, problem.known_noise)
