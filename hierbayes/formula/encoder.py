@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hierbayes import priors
+from hierbayes import inputs, priors
 from hierbayes.errors import InputError, announce, listing
 from hierbayes.formula import new_data
 from hierbayes.formula.bars import Bar, FormulaError, Parts, split
@@ -26,7 +26,7 @@ from hierbayes.likelihoods import Likelihood
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors import HyperPrior
 from hierbayes.tasks import Labels, Tasks
-from hierbayes.tasks.frames import Frame, Missing, column_name, column_names, complete_rows
+from hierbayes.tasks.frames import Frame, Missing, complete_rows
 from hierbayes.tasks.reading import assemble
 
 
@@ -101,15 +101,16 @@ def from_formula(
     (('Intercept', 'floor'), ('log_uranium',))
     """
     formula, trials = successes_of_trials(formula)
-    known_se, offset, weight, exposure = map(column_name, (known_se, offset, weight, exposure))
     likelihood = likelihood_of(family, known_se is not None, trials)
     parts = split(formula)
     frame = Frame(data)
     if exposure is not None:
         check_exposure(likelihood, offset)
     named = dict(known_se=known_se, offset=offset, weight=weight, trials=trials, exposure=exposure)
-    slots = tuple((name, column) for name, column in named.items() if column is not None)
-    encoder = FormulaEncoder(parts, slots, column_names(task_predictors))
+    slots = tuple(
+        (name, inputs.column(name, column)) for name, column in named.items() if column is not None
+    )
+    encoder = FormulaEncoder(parts, slots, inputs.names("task_predictors", task_predictors))
     tasks = encoder.fit(frame, missing)
     if family is None and known_se is None and trials is None:
         announce(hint_of_family(parts.outcome, tasks.outcome))

@@ -216,16 +216,6 @@ def _values(series: nw.Series[Any]) -> list[Any]:
     return [None if null else value for value, null in zip(values, nulls, strict=True)]
 
 
-def column_name(column: Any) -> Any:
-    """A column's name as text, as :class:`Frame` knows it; None stays None."""
-    return column if column is None else str(column)
-
-
-def column_names(columns: Any) -> tuple[str, ...]:
-    """Names of several columns as text; a single one may be given by itself."""
-    return tuple(map(str, (columns,) if isinstance(columns, (str, int)) else columns))
-
-
 def _float(series: nw.Series[Any]) -> np.ndarray:
     return np.array(series.to_numpy(), dtype=np.float64)
 
