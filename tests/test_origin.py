@@ -175,7 +175,8 @@ def test_the_outcomes_origin_and_units_are_carried_along(family, shift, unit, me
         pytest.skip("of Gaussian tasks alone")
     frame = made(family)
     base = answers(fitted(family, method, frame), frame)
-    found = answers(fitted(family, method, frame.assign(y=shift + unit * frame["y"])), frame)
+    other = frame.assign(y=shift + unit * frame["y"])
+    found = answers(fitted(family, method, other), other)
     rows, log = len(frame), family == "gamma"
     back = {}
     for name, value in found.items():
