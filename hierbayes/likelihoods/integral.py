@@ -46,10 +46,10 @@ TRAPEZIUM = 0.4 * np.arange(-23.0, 24.0)
 DROP = 40.0
 """Nats below its mode where a function is left off."""
 
-Curve = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Curve = Callable[[np.ndarray, Any], np.ndarray]
 """(x, i) ↦ L_i(x), with numbers i of the functions that go with the last axes of x."""
 
-Slopes = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Slopes = Callable[[np.ndarray, Any], tuple[np.ndarray, np.ndarray]]
 """(x, i) ↦ L_i′(x) and −L_i″(x) > 0."""
 
 

@@ -203,10 +203,10 @@ def _averaged(kernel: Kernel, m: np.ndarray, s: np.ndarray) -> np.ndarray:
     """Over z = (f − m) / s, so that a normal of any width keeps its digits."""
     centre, per = kernel.sign * m + kernel.shift, kernel.sign * s
 
-    def curve(z: np.ndarray, i: np.ndarray) -> np.ndarray:
+    def curve(z: np.ndarray, i: Any) -> np.ndarray:
         return kernel.take(i).value(centre[i] + per[i] * z) - 0.5 * z**2
 
-    def slopes(z: np.ndarray, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def slopes(z: np.ndarray, i: Any) -> tuple[np.ndarray, np.ndarray]:
         first, second = kernel.take(i).slopes(centre[i] + per[i] * z)
         return per[i] * first - z, s[i] ** 2 * second + 1.0
 
@@ -222,10 +222,10 @@ def _below(pivot: Kernel, m: np.ndarray, s: np.ndarray) -> np.ndarray:
     """∫ q(t) Φ((t − m) / s) dt."""
     centre, per = pivot.sign * m + pivot.shift, pivot.sign * s
 
-    def curve(u: np.ndarray, i: np.ndarray) -> np.ndarray:
+    def curve(u: np.ndarray, i: Any) -> np.ndarray:
         return pivot.take(i).value(u) + special.log_ndtr((u - centre[i]) / per[i])
 
-    def slopes(u: np.ndarray, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def slopes(u: np.ndarray, i: Any) -> tuple[np.ndarray, np.ndarray]:
         first, second = pivot.take(i).slopes(u)
         z = (u - centre[i]) / per[i]
         ratio = np.exp(-0.5 * z**2 - ROOT_TAU - special.log_ndtr(z))

@@ -163,7 +163,7 @@ def _over_precision(
 ) -> np.ndarray:
     """log ∫ e^of Gamma(λ) dλ along u = log λ, in panels about all that may be narrow."""
 
-    def curve(u: np.ndarray, i: np.ndarray) -> np.ndarray:
+    def curve(u: np.ndarray, i: Any) -> np.ndarray:
         gamma = base[i] + half[i] * (u - np.exp(np.minimum(u, 700.0)))
         return gamma + of(away[i], v[i] + noise[i] * np.exp(np.minimum(-u, 600.0)))
 
