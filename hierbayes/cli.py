@@ -210,7 +210,7 @@ class _Data:
 
     frame: Any
     formula: str
-    columns: dict[str, str | None]
+    columns: dict[str, Any]
     missing: Any
 
     def build(self, frame: Any = None) -> tuple[HierarchicalModel, Tasks]:

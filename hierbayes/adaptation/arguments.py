@@ -116,7 +116,8 @@ def read_fit(asked: Asked, *, flow: bool, loss: Any) -> Asked:
         return asked
     if getattr(took, "optimiser", None) is not None:
         return asked._replace(optimiser=took.optimiser)
-    learned, at = fit.phi.get("step_size"), getattr(fit, "at", None)
+    learned: Any = fit.phi.get("step_size")
+    at = getattr(fit, "at", None)
     if at is not None and asked.preconditioner is not None:
         raise InputError(
             f"the steps of {fit.method} were taken in scaled columns, which is a preconditioner "

@@ -18,7 +18,9 @@ from scipy import special
 from hierbayes import inputs
 from hierbayes.errors import InputError
 from hierbayes.likelihoods.categorical import ClassProbabilities
+from hierbayes.likelihoods.integral import inverted
 from hierbayes.likelihoods.outcomes_of_programs import ProgramOutcomes
+from hierbayes.likelihoods.over_normal import OverNormal
 from hierbayes.numerics import as_rng
 from hierbayes.simulation import draw_classes
 from hierbayes.tasks import Tasks
@@ -130,7 +132,8 @@ class Prediction:
 
         Not in the order of a DataFrame given to ``predict``: see :class:`Prediction`.
         """
-        return self._known(self.means.mean(0))
+        with np.errstate(over="ignore"):
+            return self._known(self.means.mean(0))
 
     @property
     def sd(self) -> np.ndarray:
@@ -139,10 +142,12 @@ class Prediction:
         Not in the order of a DataFrame given to ``predict``: see :class:`Prediction`.
         """
         parts = self._numbers("standard deviation")
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             within = parts.var()
-        within = np.where(np.isnan(within), np.inf, within)  # SciPy's, of what has no mean
-        return self._known(np.sqrt(within.mean(0) + self.means.var(0)))
+            within = np.where(np.isnan(within), np.inf, within)  # SciPy's, of what has no mean
+            between = self.means.var(0)
+            total = within.mean(0) + np.where(np.isnan(between), np.inf, between)
+        return self._known(np.sqrt(total))
 
     def _known(self, values: np.ndarray) -> np.ndarray:
         return np.where(self.unidentified, np.nan, values)
@@ -175,19 +180,35 @@ class Prediction:
     def quantile(self, probability: float) -> np.ndarray:
         """The smallest y with P(Y ≤ y) ≥ probability of each row (N,), task by task."""
         probability = inputs.share("probability", probability)
-        # a mixture's quantile lies between the smallest and the largest of its components'
-        parts = self._numbers("quantiles").ppf(probability)
-        low, high = parts.min(0), parts.max(0)
-        step = 1.0 if self.discrete else 0.0
-        sds = self.sds[np.isfinite(self.sds)]  # those of heavy tails are infinite
-        spread = sds.min() if sds.size else 1e-3 * (high - low).min(initial=1.0) + 1e-6
-        tightest = 0.0 if self.discrete else 1e-6 * spread
-        while (high - low).max(initial=0.0) > tightest:
-            middle = 0.5 * (low + high)
-            middle = np.floor(middle) if self.discrete else middle
-            below = self.components.cdf(middle).mean(0) < probability
-            low, high = np.where(below, middle + step, low), np.where(below, high, middle)
-        return self._known(high if self.discrete else 0.5 * (low + high))
+        parts = self._numbers("quantiles")
+        if isinstance(parts, OverNormal):
+            return self._known(parts.quantile(probability))
+        low, high = self._between(parts, probability)
+        sds = np.where(np.isfinite(sds := parts.std()), sds, np.inf).min(0)
+        tight = 1e-8 * np.where(np.isfinite(sds), sds, 1e-3 * (high - low) + 1e-6)
+
+        def cdf(y: np.ndarray) -> np.ndarray:
+            return parts.cdf(y).mean(0)
+
+        whole = self.discrete
+        low = low - 1.0 if whole else low
+        return self._known(inverted(cdf, probability, low, high, whole=whole, tight=tight))
+
+    @staticmethod
+    def _between(parts: Any, probability: float) -> tuple[np.ndarray, np.ndarray]:
+        """Where a mixture's quantile lies: between the smallest and the largest of its components'.
+
+        Where SciPy finds none, of counts at rates far beyond 1e10, Cantelli's inequality bounds it.
+        """
+        found = parts.ppf(probability)
+        low, high = found, found
+        if (lost := ~np.isfinite(found)).any():
+            with np.errstate(invalid="ignore"):
+                mean, sd = parts.mean(), parts.std()
+            odds = np.sqrt(probability / (1 - probability))
+            low = np.where(lost, np.floor(mean - sd / odds), found)
+            high = np.where(lost, np.ceil(mean + sd * odds), found)
+        return low.min(0), high.max(0)
 
     def interval(self, probability: float = 0.95) -> np.ndarray:
         """Central interval of each row, (2, N), of at least this probability; rows task by task.

@@ -117,10 +117,10 @@ def with_inside(
     errors, bootstrap = named("se"), named("bootstrap")
     for name in errors:
         with field("standard_errors"):
-            array(errors, name, np.shape(phi.get(name)), finite=False)
+            array(errors, name, phi[name].shape, finite=False)
     for name in bootstrap:
         with field("phi_bootstrap"):
-            array(bootstrap, name, (len(bootstrap[name]), *np.shape(phi.get(name))))
+            array(bootstrap, name, (len(bootstrap[name]), *phi[name].shape))
     inner = replace(
         outer, model=model, tasks=tasks, phi=phi, phi_draws=draws or None, theta_draws=theta,
         standard_errors=errors, phi_bootstrap=bootstrap or None,

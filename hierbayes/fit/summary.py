@@ -98,7 +98,8 @@ def _of_draws(fit: Fit, draws: Mapping[str, np.ndarray]) -> tuple[Any, Entries]:
         entries += at
     flat = np.concatenate(columns, axis=-1)
     data: Any = xr.Dataset({"x": (("chain", "draw", "entry"), flat)})
-    return arviz_stats.summary(data, round_to="none"), entries
+    exact: Any = "none"
+    return arviz_stats.summary(data, round_to=exact), entries
 
 
 def _of_point(fit: Fit, names: Sequence[str], errors: Mapping[str, Any]) -> tuple[Any, Entries]:

@@ -16,7 +16,7 @@ from hierbayes.errors import InputError, listing
 from hierbayes.likelihoods.alike import Alike, columns_of, groups, merged
 from hierbayes.likelihoods.bernoulli import POSSIBLE, logistic, softplus
 from hierbayes.likelihoods.generalised import GeneralisedLinear, mean_offset
-from hierbayes.likelihoods.over_normal import averaged
+from hierbayes.likelihoods.over_normal import Concave, Kernel, averaged, log_average
 from hierbayes.tasks import Tasks
 
 
@@ -95,14 +95,8 @@ class Binomial(GeneralisedLinear):
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
     ) -> Any:
         """Binomial averaged over a normal logit."""
-        from scipy import stats
-
         del phi
-        trials = np.asarray(slots["trials"]).astype(int)  # SciPy draws from whole trials only
-        return averaged(
-            lambda f: stats.binom(trials, np.clip(special.expit(f), *POSSIBLE)),
-            location, variance,
-        )  # fmt: skip
+        return averaged(Successes(np.asarray(slots["trials"])), location, variance)
 
     def divergence(
         self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
@@ -131,6 +125,40 @@ class Binomial(GeneralisedLinear):
         ways = np.bincount(tasks.task_of_row, weight * _log_ways(n, y), tasks.num_tasks)
         together = merged(tasks, found, successes, trials=trials)
         return Alike(together, np.ones(together.num_rows), ways)
+
+
+class Successes(Concave):
+    """y ~ Binomial(n, 1 / (1 + e^−f)): Y ≤ y where a beta variable (y + 1, n − y) is above."""
+
+    def __init__(self, trials: np.ndarray):
+        self.trials, self.highest = trials, trials
+
+    def at(self, f: Any) -> Any:
+        """SciPy's."""
+        from scipy import stats
+
+        chance = np.clip(special.expit(f), *POSSIBLE)
+        return stats.binom(self.trials.astype(int), chance)  # SciPy draws from whole trials only
+
+    def kernel(self, y: Any) -> Kernel:
+        """log p(y | f)."""
+        return Kernel(True, y, self.trials - y, _log_ways(self.trials, y))
+
+    def pivot(self, y: Any) -> Kernel:
+        """Of the logit of the beta variable; y = n, where there is none, is not asked for."""
+        n = np.maximum(self.trials, y + 1.0)
+        return Kernel(True, y + 1.0, n - y, -special.betaln(y + 1.0, n - y))
+
+    def moments(self, m: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """By E[p] and E[p²], the chances of one and of two successes in as many trials."""
+        first, second = (np.exp(log_average(Kernel(True, k, 0.0, 0.0), m, s)) for k in (1.0, 2.0))
+        n = self.trials
+        return n * first, n * (first - second) + n**2 * np.maximum(second - first**2, 0.0)
+
+    def typical(self, f: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """n / (1 + e^−f)."""
+        n = np.broadcast_to(self.trials, (*s.shape[:-1], s.shape[-1]))
+        return np.floor(n * special.expit(f)), np.ceil(np.sqrt(n) + 0.1 * n)
 
 
 class LogitBinomial(dist.BinomialLogits):

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from scipy import special
 
 from hierbayes.likelihoods.deviance import shortfall, stirling
 from hierbayes.likelihoods.generalised import GeneralisedLinear, mean_offset
-from hierbayes.likelihoods.over_normal import averaged
-from hierbayes.likelihoods.poisson import LARGEST, exponential
+from hierbayes.likelihoods.over_normal import LARGEST, Kernel, OfRate, averaged
+from hierbayes.likelihoods.poisson import exponential
 from hierbayes.tasks import Tasks
 
 
@@ -79,15 +80,8 @@ class Gamma(GeneralisedLinear):
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
     ) -> Any:
         """Gamma averaged over a normal log mean."""
-        from scipy import stats
-
         del slots
-        shape = np.asarray(phi["shape"])
-
-        def at(f: Any) -> Any:
-            return stats.gamma(shape, scale=np.exp(np.minimum(f, LARGEST)) / shape)
-
-        return averaged(at, location, variance)
+        return averaged(Amounts(np.asarray(phi["shape"])), location, variance)
 
     def divergence(
         self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
@@ -105,6 +99,34 @@ class Gamma(GeneralisedLinear):
     def units(self, tasks: Tasks) -> tuple[float, float]:
         """The log of the mean outcome, and one on the log scale."""
         return float(np.log(np.mean(tasks.outcome))) - mean_offset(tasks), 1.0
+
+
+class Amounts(OfRate):
+    """y of mean e^f and shape α: α y e^−f is a gamma variable of shape α."""
+
+    discrete = False
+
+    def __init__(self, shape: np.ndarray):
+        self.shape = shape
+
+    def at(self, f: Any) -> Any:
+        """SciPy's."""
+        from scipy import stats
+
+        return stats.gamma(self.shape, scale=np.exp(np.minimum(f, LARGEST)) / self.shape)
+
+    def spread(self) -> tuple[Any, Any]:
+        """The square of the mean over α."""
+        return 0.0, 1.0 / self.shape
+
+    def kernel(self, y: Any) -> Kernel:
+        """log p(y | f)."""
+        return self.pivot(y)._replace(base=-special.gammaln(self.shape) - np.log(y))
+
+    def pivot(self, y: Any) -> Kernel:
+        """Of the log of the gamma variable, by which f lies below log α y."""
+        above = np.log(self.shape * y)
+        return Kernel(False, self.shape, 1.0, -special.gammaln(self.shape), above, -1.0)
 
 
 class LogGamma(dist.Gamma):

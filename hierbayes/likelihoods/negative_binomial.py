@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from scipy import special
 
 from hierbayes.likelihoods.bernoulli import softplus
 from hierbayes.likelihoods.deviance import count_peak, stirling
 from hierbayes.likelihoods.generalised import GeneralisedLinear
-from hierbayes.likelihoods.over_normal import averaged
-from hierbayes.likelihoods.poisson import LARGEST, exponential, log_rate
+from hierbayes.likelihoods.over_normal import LARGEST, Kernel, OfRate, averaged
+from hierbayes.likelihoods.poisson import exponential, log_rate
 from hierbayes.tasks import Tasks
 
 FAR = 30.0
@@ -100,15 +101,8 @@ class NegativeBinomial(GeneralisedLinear):
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
     ) -> Any:
         """Negative binomial averaged over a normal log mean."""
-        from scipy import stats
-
         del slots
-        size = np.asarray(phi["concentration"])
-
-        def at(f: Any) -> Any:
-            return stats.nbinom(size, size / (size + np.exp(np.minimum(f, LARGEST))))
-
-        return averaged(at, location, variance)
+        return averaged(SpreadCounts(np.asarray(phi["concentration"])), location, variance)
 
     def divergence(
         self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
@@ -129,6 +123,33 @@ class NegativeBinomial(GeneralisedLinear):
     def units(self, tasks: Tasks) -> tuple[float, float]:
         """The log of the overall rate, and one on the log scale."""
         return log_rate(tasks), 1.0
+
+
+class SpreadCounts(OfRate):
+    """y of mean e^f and concentration κ: Y ≤ y where a beta variable (y + 1, κ) is above its p."""
+
+    def __init__(self, size: np.ndarray):
+        self.size = size
+
+    def at(self, f: Any) -> Any:
+        """SciPy's."""
+        from scipy import stats
+
+        return stats.nbinom(self.size, self.size / (self.size + np.exp(np.minimum(f, LARGEST))))
+
+    def spread(self) -> tuple[Any, Any]:
+        """The mean, and its square over κ."""
+        return 1.0, 1.0 / self.size
+
+    def kernel(self, y: Any) -> Kernel:
+        """log p(y | f), by the odds f − log κ."""
+        base = -special.betaln(y + 1.0, self.size) - np.log(y + self.size)
+        return Kernel(True, y, self.size, base, -np.log(self.size))
+
+    def pivot(self, y: Any) -> Kernel:
+        """Of the logit of the beta variable."""
+        base = -special.betaln(y + 1.0, self.size)
+        return Kernel(True, y + 1.0, self.size, base, -np.log(self.size))
 
 
 class LogNegativeBinomial(dist.NegativeBinomial2):

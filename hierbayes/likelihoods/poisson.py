@@ -14,11 +14,8 @@ from scipy.special import gammaln
 from hierbayes.likelihoods.alike import Alike, columns_of, groups, merged
 from hierbayes.likelihoods.deviance import count_peak
 from hierbayes.likelihoods.generalised import GeneralisedLinear
-from hierbayes.likelihoods.over_normal import averaged
+from hierbayes.likelihoods.over_normal import LARGEST, Kernel, OfRate, averaged
 from hierbayes.tasks import Tasks
-
-LARGEST = 700.0
-"""Of f: beyond, its exponential is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +84,8 @@ class Poisson(GeneralisedLinear):
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
     ) -> Any:
         """Poisson averaged over a normal log rate."""
-        from scipy import stats
-
         del phi, slots
-        return averaged(lambda f: stats.poisson(np.exp(np.minimum(f, LARGEST))), location, variance)
+        return averaged(Counts(), location, variance)
 
     def divergence(
         self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
@@ -133,6 +128,28 @@ def _apart(location: Any, count: Any) -> tuple[Any, Any]:
     apart = location - jnp.log(some)
     beyond = some * jnp.expm1(apart)
     return jnp.where(none, 0.0, apart), jnp.where(none, beyond + 1.0, beyond)
+
+
+class Counts(OfRate):
+    """y ~ Poisson(e^f): Y ≤ y where a gamma variable of shape y + 1 is above e^f."""
+
+    def at(self, f: Any) -> Any:
+        """SciPy's."""
+        from scipy import stats
+
+        return stats.poisson(np.exp(np.minimum(f, LARGEST)))
+
+    def spread(self) -> tuple[Any, Any]:
+        """The variance is the mean."""
+        return 1.0, 0.0
+
+    def kernel(self, y: Any) -> Kernel:
+        """log p(y | f)."""
+        return Kernel(False, y, 1.0, -gammaln(y + 1.0))
+
+    def pivot(self, y: Any) -> Kernel:
+        """Of the log of the gamma variable."""
+        return Kernel(False, y + 1.0, 1.0, -gammaln(y + 1.0))
 
 
 def exponential(f: Any) -> Any:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax.scipy.special import gammaln
+from scipy import special
 
 from hierbayes import inputs
 from hierbayes.likelihoods.generalised import GeneralisedLinear
-from hierbayes.likelihoods.over_normal import averaged
+from hierbayes.likelihoods.integral import log_integral
+from hierbayes.likelihoods.over_normal import AT_ONCE, Family, averaged
 from hierbayes.tasks import Tasks
 
 NODES = np.arange(-20.0, 20.05, 0.1)
@@ -72,11 +74,9 @@ class StudentT(GeneralisedLinear):
         self, location: Any, variance: Any, phi: dict[str, Any], slots: dict[str, Any]
     ) -> Any:
         """t averaged over a normal f."""
-        from scipy import stats
-
         del slots
-        df, sigma = np.asarray(self._df(phi)), np.asarray(phi["sigma"])
-        return averaged(lambda f: stats.t(df, f, sigma), location, variance)
+        family = HeavyTails(np.asarray(self._df(phi), float), np.asarray(phi["sigma"], float))
+        return averaged(family, location, variance)
 
     def divergence(
         self, location: Any, other: Any, phi: dict[str, Any], slots: dict[str, Any]
@@ -100,6 +100,97 @@ class StudentT(GeneralisedLinear):
         low, middle, high = np.quantile(y, [0.25, 0.5, 0.75])
         spread = (high - low) / 1.349 or float(np.std(y)) or max(float(np.abs(y).max()), 1.0)
         return float(middle), float(spread)
+
+
+class HeavyTails(Family):
+    r"""t around a normal f, by way of a normal whose precision λ is gamma.
+
+    .. math:: p(y) = \int N\!\left(y;\, m,\, v + \frac{\sigma^2}{\lambda}\right)
+              \text{Gamma}\!\left(\lambda;\, \frac\nu2, \frac\nu2\right) d\lambda
+
+    In the log of λ no part of it is narrower than √(2/ν), however small σ² is beside v. Outliers
+    have a λ of their own, so that there may be two modes.
+    """
+
+    discrete = False
+    lowest = -np.inf
+
+    def __init__(self, df: np.ndarray, sigma: np.ndarray):
+        self.df, self.sigma = df, sigma
+
+    def at(self, f: Any) -> Any:
+        """SciPy's."""
+        from scipy import stats
+
+        return stats.t(self.df, f, self.sigma)
+
+    def moments(self, m: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """m, which is the median too; infinite spread up to two degrees of freedom."""
+        more = np.where(self.df > 2, self.df / np.maximum(self.df - 2.0, 1e-300), np.inf)
+        return m + 0.0 * self.df, s**2 + self.sigma**2 * more
+
+    def typical(self, f: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """f itself."""
+        sigma = np.median(
+            np.broadcast_to(self.sigma, np.broadcast_shapes(self.sigma.shape, (1, 1)))
+        )
+        return f, np.hypot(s, sigma)
+
+    def log_density(self, y: np.ndarray, m: np.ndarray, s: np.ndarray) -> np.ndarray:
+        """log p(y)."""
+
+        def normal(away: np.ndarray, variance: np.ndarray) -> np.ndarray:
+            return -0.5 * (np.log(2.0 * np.pi * variance) + away**2 / variance)
+
+        return self._over_precision(normal, y - m, s)
+
+    def cdf(self, y: np.ndarray, m: np.ndarray, s: np.ndarray) -> np.ndarray:
+        """P(Y ≤ y)."""
+
+        def below(away: np.ndarray, variance: np.ndarray) -> np.ndarray:
+            return special.log_ndtr(away / np.sqrt(variance))
+
+        return np.exp(self._over_precision(below, y - m, s))
+
+    def _over_precision(self, of: Any, away: np.ndarray, s: np.ndarray) -> np.ndarray:
+        shape = away.shape
+        away, s = away.ravel(), s.ravel()
+        half = 0.5 * np.broadcast_to(self.df, shape).ravel()
+        noise = np.broadcast_to(self.sigma, shape).ravel() ** 2
+        base = half * np.log(half) - special.gammaln(half)
+        found = np.empty(away.size)
+        for some in np.split(np.arange(away.size), range(AT_ONCE, away.size, AT_ONCE)):
+            parts = [a[some] for a in (away, s**2, half, noise, base)]
+            found[some] = _over_precision(of, *parts)
+        return found.reshape(shape)
+
+
+def _over_precision(
+    of: Any, away: np.ndarray, v: np.ndarray, half: np.ndarray, noise: np.ndarray, base: np.ndarray
+) -> np.ndarray:
+    """log ∫ e^of Gamma(λ) dλ along u = log λ, in panels about all that may be narrow."""
+
+    def curve(u: np.ndarray, i: Any) -> np.ndarray:
+        gamma = base[i] + half[i] * (u - np.exp(np.minimum(u, 700.0)))
+        return gamma + of(away[i], v[i] + noise[i] * np.exp(np.minimum(-u, 600.0)))
+
+    # so many nats down, on both sides of e^(half (u − e^u)), and of an outlier's λ
+    nats = 50.0 / half
+    many = np.log(1.0 + nats + 2.0 * np.log1p(nats))
+    high = np.where(nats < 1.0, np.sqrt(2.0 * nats), many)
+    with np.errstate(divide="ignore"):
+        outlier = np.log(2.0 * half + 1.0) - np.log(2.0 * half + away**2 / noise)
+        crossing = np.log(noise) - np.log(v)
+    reach = np.where(3.0 * nats < 1.0, np.sqrt(3.0 * nats), 1.0 + nats)
+    low = np.maximum(np.minimum(np.minimum(outlier, crossing), 0.0), -600.0) - reach
+    width = 1.0 / np.sqrt(1.0 + half)
+    around = np.array([-9.0, -3.0, -1.0, 1.0, 3.0, 9.0])
+    edges = [
+        low[:, None] + (high - low)[:, None] * np.linspace(0.0, 1.0, 9), width[:, None] * around,
+        outlier[:, None] + width[:, None] * around, crossing[:, None] + around[1:5],
+    ]  # fmt: skip
+    inside = np.clip(np.concatenate(edges, axis=1), low[:, None], high[:, None])
+    return log_integral(curve, np.sort(inside, axis=1))
 
 
 class HeavyTailed(dist.StudentT):
