@@ -126,12 +126,12 @@ def read_fit(asked: Asked, *, flow: bool, loss: Any) -> Asked:
     if at is not None and (learned is not None or info.get("step_size") is not None):
         size, inside = at.steps(info.get("step_size") if learned is None else learned)
         return asked._replace(step_size=size, preconditioner=inside)
-    if np.ndim(learned) and asked.preconditioner is not None:
+    if learned is not None and np.ndim(learned) and asked.preconditioner is not None:
         raise InputError(
             f"{fit.method} has learned a step size for each coefficient, which is a preconditioner "
             "already: leave preconditioner out, or pass fit.phi['mu'] with steps of your own"
         )
-    if np.ndim(learned):
+    if learned is not None and np.ndim(learned):
         return asked._replace(step_size=1.0, preconditioner=np.asarray(learned))
     return asked._replace(step_size=info.get("step_size") if learned is None else learned)
 

@@ -85,9 +85,9 @@ class ColumnReader:
     slots: tuple[tuple[str, str], ...]
 
     def __post_init__(self) -> None:
-        read: dict[str, Any] = {
-            name: inputs.column(name, getattr(self, name)) for name in ("task", "outcome")
-        }
+        read: dict[str, Any] = {}
+        for name in ("task", "outcome"):
+            read[name] = inputs.column(name, getattr(self, name))
         read |= {
             name: inputs.names(name, getattr(self, name))
             for name in ("predictors", "shared", "task_predictors")
