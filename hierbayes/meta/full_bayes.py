@@ -113,9 +113,9 @@ def full_bayes(
         ``info["evidence_error"]``: by how much the error of Σ log p(D_j | φ) varies over the draws.
         Under a proper hyperprior ``log_evidence`` is log p(D), from the weights of all proposals,
         with its standard error in ``info["log_evidence_se"]``. R̂, effective sample sizes and
-        divergences are judged in ``warnings``: always after NUTS, and where fewer than half of the independent
-        proposals were accepted (``info["acceptance"]``) or more than 50 in a row were not
-        (``info["longest_stay"]``). ``info["pareto_k"]`` is k̂ of the proposals' weights, −1 where
+        divergences are judged in ``warnings``: always after NUTS, and where fewer than half of the
+        independent proposals were accepted (``info["acceptance"]``) or more than 50 in a row were
+        not (``info["longest_stay"]``). ``info["pareto_k"]`` is k̂ of the proposals' weights, −1 where
         none stands out.
 
     References
