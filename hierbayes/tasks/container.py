@@ -137,15 +137,12 @@ class Tasks:
         >>> hb.Tasks.from_dataframe(df, task="county", outcome="log_radon", predictors=["floor"])
         Tasks(85 tasks, 919 rows (1 to 116 a task), coef=('Intercept', 'floor'))
         """
-        from hierbayes.tasks.frames import column_name, column_names
-        from hierbayes.tasks.reading import ColumnReader
+        from hierbayes.tasks.reading import reader_of
 
         slots = dict(known_se=known_se, offset=offset, weight=weight, trials=trials)
-        reader = ColumnReader(
-            column_name(task), column_name(outcome), column_names(predictors), column_names(shared),
-            column_names(task_predictors), intercept,
-            tuple((name, str(column)) for name, column in slots.items() if column is not None),
-        )  # fmt: skip
+        reader = reader_of(
+            task, outcome, predictors, shared, task_predictors, intercept=intercept, slots=slots
+        )
         return reader.encode(data, missing=missing, need_outcome=True)
 
     @classmethod

@@ -10,7 +10,7 @@ import numpy as np
 
 from hierbayes.errors import InputError, listing
 from hierbayes.tasks.container import Tasks
-from hierbayes.tasks.frames import Frame, Missing, as_names, complete_rows
+from hierbayes.tasks.frames import Frame, Missing, as_names, column_names, complete_rows
 from hierbayes.tasks.views import Labels
 
 
@@ -109,6 +109,18 @@ class ColumnReader:
                 self.task_predictors, self.task, self.outcome, self,
             ),
         )  # fmt: skip
+
+
+def reader_of(
+    task: Any, outcome: Any, predictors: Any, shared: Any, task_predictors: Any, *,
+    intercept: bool, slots: Mapping[str, Any],
+) -> ColumnReader:  # fmt: skip
+    """A reader of columns, whose names may be numbers, as a pivoted table's are."""
+    return ColumnReader(
+        str(task), str(outcome), column_names(predictors), column_names(shared),
+        column_names(task_predictors), intercept,
+        tuple((name, str(column)) for name, column in slots.items() if column is not None),
+    )  # fmt: skip
 
 
 def assemble(
