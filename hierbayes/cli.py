@@ -18,6 +18,7 @@ from hierbayes import meta
 from hierbayes.comparison import compare
 from hierbayes.comparison.folder import check_folder, check_writable, write_folder
 from hierbayes.datasets import CATALOGUE
+from hierbayes.datasets.tables import read_table
 from hierbayes.errors import InputError, NotApplicable, overhearing, suggestion
 from hierbayes.files import KEPT, beside, moved, seen
 from hierbayes.fit import Fit
@@ -43,6 +44,13 @@ METHODS: dict[str, tuple[str, Callable[..., Fit]]] = {
     ),
 }  # fmt: skip
 """Methods by the name that the command line knows, with their label in tables."""
+
+COLUMNS = {
+    "--known-se": "column of known standard errors",
+    "--exposure": "column of exposures of counts: time, area, population",
+    "--offset": "column of offsets of the linear predictor",
+    "--weights": "column of weights: of precisions (gaussian), else of rows' log likelihoods",
+}
 
 COMPARED = "no_pooling,maml,empirical_bayes,full_bayes,complete_pooling"
 
@@ -123,17 +131,8 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
         "--family", choices=list(FAMILIES), metavar="FAMILY",
         help=f"distribution of the outcome, of {', '.join(FAMILIES)} (gaussian)",
     )  # fmt: skip
-    parser.add_argument("--known-se", metavar="COLUMN", help="column of known standard errors")
-    parser.add_argument(
-        "--exposure", metavar="COLUMN", help="column of exposures of counts: time, area, population"
-    )
-    parser.add_argument(
-        "--offset", metavar="COLUMN", help="column of offsets of the linear predictor"
-    )
-    parser.add_argument(
-        "--weights", metavar="COLUMN",
-        help="column of weights: of precisions for gaussian, else of each row's log likelihood",
-    )  # fmt: skip
+    for name, about in COLUMNS.items():
+        parser.add_argument(name, metavar="COLUMN", help=about)
     parser.add_argument("--drop-missing", action="store_true", help="leave incomplete rows out")
     parser.add_argument("--draws", type=int, default=1000, help="draws a chain, and warm-up (1000)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
@@ -210,12 +209,12 @@ class _Data:
 
     frame: Any
     formula: str
-    columns: dict[str, Any]
+    arguments: dict[str, Any]
     missing: Any
 
     def build(self, frame: Any = None) -> tuple[HierarchicalModel, Tasks]:
         return from_formula(
-            self.formula, self.frame if frame is None else frame, **self.columns,
+            self.formula, self.frame if frame is None else frame, **self.arguments,
             missing=self.missing,
         )  # fmt: skip
 
@@ -250,34 +249,16 @@ class _Data:
 
 
 def _read(args: argparse.Namespace) -> _Data:
-    import pandas as pd
-
     missing = "drop" if args.drop_missing else "raise"
-    columns = {
-        "family": args.family, "known_se": args.known_se, "exposure": args.exposure,
-        "offset": args.offset, "weight": args.weights,
-    }  # fmt: skip
+    named = ("family", "known_se", "exposure", "offset")
+    given = {name: getattr(args, name) for name in named} | {"weight": args.weights}
     if args.data in CATALOGUE:
         known = CATALOGUE[args.data]
-        same = args.formula is None
-        if same and args.known_se is None:
-            columns["known_se"] = known.known_se
-        return _Data(known.load(), args.formula or known.formula, columns, missing)
-    path = Path(args.data)
-    if not path.is_file():
-        near = suggestion(args.data, list(CATALOGUE))
-        raise InputError(f"{args.data!r} is neither a file nor a shipped data set; {near}")
-    if args.formula is None:
-        raise InputError(f'--formula is needed for {path.name}: "y ~ 1 + x + (1 + x | group)"')
-    try:
-        frame = pd.read_csv(path, sep="\t" if path.suffix in (".tsv", ".tab") else ",")
-    except pd.errors.EmptyDataError:
-        raise InputError(f"{path.name} is empty") from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise InputError(f"{path.name} cannot be read as CSV: {error}") from error
-    if frame.empty:
-        raise InputError(f"{path.name} has a header but no rows")
-    return _Data(frame, args.formula, columns, missing)
+        if args.formula is None and args.known_se is None:
+            given["known_se"] = known.known_se
+        return _Data(known.load(), args.formula or known.formula, given, missing)
+    frame = read_table(args.data, args.formula, list(CATALOGUE))
+    return _Data(frame, args.formula, given, missing)
 
 
 # ------------------------------------------------------------------------ writing

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -185,3 +186,38 @@ def test_a_fit_makes_the_folder_that_it_is_saved_in(houses, tmp_path):
     arguments = ["fit", str(houses), "--formula", CSV, "--method", "complete_pooling"]
     assert main([*arguments, "--out", str(out)]) == 0
     assert out.exists()
+
+
+def test_families_and_columns_of_rows_come_from_the_command_line(tmp_path):
+    """As from_formula has them: the same φ, of counts with exposures, and of weighted rows."""
+    rng = np.random.default_rng(2)
+    df = pd.DataFrame({"g": np.repeat(np.arange(8), 5), "time": rng.uniform(1, 4, size=40)})
+    df["count"] = rng.poisson(df["time"] * np.exp(0.5 * rng.normal(size=8))[df["g"]])
+    df["w"], df["log_time"] = rng.uniform(1, 2, size=40), np.log(df["time"])
+    path = tmp_path / "counts.csv"
+    df.to_csv(path, index=False)
+    formula = "count ~ 1 + (1 | g)"
+    for options, given in (
+        (["--exposure", "time"], {"exposure": "time"}),
+        (["--offset", "log_time", "--weights", "w"], {"offset": "log_time", "weight": "w"}),
+    ):
+        out = tmp_path / f"{options[0]}.nc"
+        options = [*options, "--family", "poisson", "--method", "complete_pooling"]
+        assert main(["fit", str(path), "--formula", formula, *options, "--out", str(out)]) == 0
+        expected = hb.complete_pooling(*hb.from_formula(formula, df, family="poisson", **given))
+        np.testing.assert_array_equal(hb.load(out).phi["mu"], expected.phi["mu"])
+
+
+def test_a_family_that_is_probably_meant_is_named(tmp_path, capsys):
+    df = pd.DataFrame({"g": np.repeat(np.arange(6), 4), "bad": [0, 1, 1, 0, 1, 0] * 4})
+    path = tmp_path / "loans.csv"
+    df.to_csv(path, index=False)
+    arguments = ["fit", str(path), "--formula", "bad ~ 1 + (1 | g)", "--method", "complete_pooling"]
+    assert main(arguments) == 0
+    assert "--family" in (said := capsys.readouterr().err)
+    assert 'family="bernoulli"' in said
+    assert main([*arguments, "--family", "gaussian"]) == 0
+    assert "--family" not in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:  # argparse names what it knows
+        main([*arguments, "--family", "weibull"])
+    assert stopped.value.code == 2

@@ -23,7 +23,7 @@ MAX_TOKENS = 2_000
 MAX_POWER = 20
 MAX_PRODUCTS = 20_000
 """Products that powers and interactions are worked out from."""
-MAX_SHARED, MAX_VARYING = 1_000, 50
+MAX_SHARED, MAX_VARYING = 500, 30
 """Columns outside bars, and in bars, that can be fitted in the memory and time that people have."""
 ADVICE = {
     "shared": f"at most {MAX_SHARED} can be fitted: put categories into a bar as tasks, "
@@ -100,10 +100,10 @@ def read_terms(
     )  # fmt: skip
 
 
-def num_columns(terms: Terms, names: Names, table: Any) -> int:
-    """At most how many columns formulaic will make of a part, of this table."""
+def num_columns(terms: Terms, names: Names, table: Any) -> list[tuple[int, str]]:
+    """At most how many columns formulaic will make of each term of a part, of this table."""
     counted: dict[str, int] = {}
-    total = 0
+    found = []
     for term in terms.formula:
         width = 1
         for factor in term.factors:
@@ -112,16 +112,21 @@ def num_columns(terms: Terms, names: Names, table: Any) -> int:
                     code = terms.codes[factor.expr]
                     counted[factor.expr] = max(_width(w, names, table) for w in code.widths)
                 width *= counted[factor.expr]
-        total += width
-    return total
+        found.append((width, names.show(":".join(factor.expr for factor in term.factors))))
+    return found
 
 
 def refuse_wide(parts: Parts, read: Sequence[Terms], names: Names, table: Any, kind: str) -> None:
     """Refuse more columns than can be fitted, before they are made."""
     most = {"shared": MAX_SHARED, "varying": MAX_VARYING}[kind]
-    found = sum(num_columns(terms, names, table) for terms in read)
-    if found > most:
-        raise _error(parts, read[0].text, f"it makes {found} {kind} columns; {ADVICE[kind]}")
+    found = [width for terms in read for width in num_columns(terms, names, table)]
+    total = sum(width for width, _ in found)
+    if total > most:
+        width, term = max(found)
+        raise _error(
+            parts, read[0].text, f"{total} {kind} columns, {width} of them of {_short(term)!r}, "
+            f"are too many; {ADVICE[kind]}"
+        )  # fmt: skip
 
 
 def under_our_names(table: Any, names: Names) -> Any:

@@ -115,8 +115,8 @@ def full_bayes(
         with its standard error in ``info["log_evidence_se"]``. R̂, effective sample sizes and
         divergences are judged in ``warnings``: always after NUTS, and where fewer than half of the
         independent proposals were accepted (``info["acceptance"]``) or more than 50 in a row were
-        not (``info["longest_stay"]``). ``info["pareto_k"]`` is k̂ of the proposals' weights, −1 where
-        none stands out.
+        not (``info["longest_stay"]``). ``info["pareto_k"]`` is k̂ of the proposals' weights, −1
+        where none stands out.
 
     References
     ----------

@@ -110,8 +110,11 @@ class Frame:
         """Whether a column holds numbers or truth values."""
         import narwhals.stable.v1 as nw
 
-        dtype = self.native[column].dtype
-        return dtype.is_numeric() or dtype == nw.Boolean
+        series = self.native[column]
+        if series.dtype in (nw.Object, nw.Unknown):  # numbers as Python's objects, perhaps
+            values = series.drop_nulls().to_numpy()
+            return len(values) > 0 and _all_numbers(values)
+        return series.dtype.is_numeric() or series.dtype == nw.Boolean
 
     def is_temporal(self, column: str) -> bool:
         """Whether a column holds dates or times."""
