@@ -34,7 +34,7 @@ from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS
 from hierbayes.meta.by_mixture import ByMixture
 from hierbayes.meta.by_quadrature import ByQuadrature, by_quadrature
 from hierbayes.meta.collapsed import Collapsed
-from hierbayes.meta.collapsed_sampling import sample_collapsed
+from hierbayes.meta.collapsed_sampling import Doubted, sample_collapsed
 from hierbayes.meta.diagnostics import remarks as judged
 from hierbayes.meta.sampling import run_nuts
 from hierbayes.model import HierarchicalModel
@@ -109,12 +109,12 @@ def full_bayes(
         ``phi`` and ``theta`` are posterior means; ``datatree`` holds the draws. How fine quadrature
         was say ``info["num_nodes"]``, a dimension (an even number: on rays), and
         ``info["evidence_error"]``: by how much the error of Σ log p(D_j | φ) varies over the draws.
-        Under a proper hyperprior ``log_evidence`` is log p(D), from the weights of all proposals, with its
-        standard error in ``info["log_evidence_se"]``. R̂, effective sample sizes and divergences
-        are judged in ``warnings``: always after NUTS, and where fewer than half of the independent
-        proposals were accepted (``info["acceptance"]``) or more than 50 in a row were not
-        (``info["longest_stay"]``). ``info["pareto_k"]`` is k̂ of the proposals' weights, −1 where
-        none stands out.
+        Under a proper hyperprior ``log_evidence`` is log p(D), from the weights of all proposals,
+        with its standard error in ``info["log_evidence_se"]``. R̂, effective sample sizes and
+        divergences are judged in ``warnings``: always after NUTS, and where fewer than half of the
+        independent proposals were accepted (``info["acceptance"]``) or more than 50 in a row were
+        not (``info["longest_stay"]``). ``info["pareto_k"]`` is k̂ of the proposals' weights, −1
+        where none stands out.
 
     References
     ----------
@@ -183,10 +183,14 @@ def full_bayes(
             else:
                 target, adaptation, more = by_quadrature(resolved, tasks)
                 info |= more
-            found = sample_collapsed(target, rng, **settings)
-            draws, sample_stats, remarks = found.draws, found.sample_stats, list(found.remarks)
-            info |= found.info
-            evidence = found.log_evidence
+            try:
+                found = sample_collapsed(target, rng, give_up=asked == "auto", **settings)
+            except Doubted:  # why stands in target.doubt
+                pass
+            else:
+                draws, sample_stats, remarks = found.draws, found.sample_stats, [*found.remarks]
+                info |= found.info
+                evidence = found.log_evidence
         if isinstance(target, ByQuadrature):
             adaptation = Quadrature(target.num_nodes)
             info |= {"num_nodes": target.num_nodes, "evidence_error": target.error}
