@@ -100,6 +100,11 @@ class ByMixture:
         given = Given(to_numpy(self.stats), self.chart.around._replace(units=units))
         return lambda x, e: _point(self.made, given, x).log_density
 
+    @property
+    def doubt(self) -> str | None:
+        """None: the density is exact."""
+        return None
+
     def refine(self, units: Units, xs: np.ndarray) -> bool:
         """The density is exact: nothing is to be refined."""
         del units, xs

@@ -288,6 +288,11 @@ class Collapsed:
         found = _amplification(self._made_for, self._target(units), x)
         return float(found) < LARGEST_AMPLIFICATION
 
+    @property
+    def doubt(self) -> str | None:
+        """None: the density is exact."""
+        return None
+
     def refine(self, units: Units, xs: np.ndarray) -> bool:
         """The density is exact: nothing is to be refined."""
         del units, xs

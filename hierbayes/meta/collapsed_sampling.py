@@ -75,6 +75,10 @@ class Sampled(NamedTuple):
     info: dict[str, Any]
 
 
+class Doubted(Exception):
+    """A density has proved not to be relied on, before chains were run on it."""
+
+
 class Located(NamedTuple):
     """The mode of the collapsed posterior: units of τ, x, and a root of the inverse Hessian."""
 
@@ -136,6 +140,11 @@ class Density(Protocol):
         """Judge the density at draws x (n, k); True where it is another, and better, thereafter."""
         ...
 
+    @property
+    def doubt(self) -> str | None:
+        """Why draws of this density are not to be relied on, if they are not."""
+        ...
+
 
 def sample_collapsed(
     target: Density,
@@ -146,15 +155,18 @@ def sample_collapsed(
     num_warmup: int,
     target_accept: float,
     progress: bool | None,
+    give_up: bool = False,
 ) -> Sampled:
-    """Sample φ from its exact posterior."""
+    """Sample φ from its exact posterior; ``give_up``: :class:`Doubted` where that is in doubt."""
     located = locate(target)
     cheap = num_draws * num_chains * target.num_tasks <= CHEAP
     target.prepare(located.units, located.mode)
     counts = dict(num_draws=num_draws, num_chains=num_chains)
     for _ in range(MOST_REFINEMENTS):
         with _bar(progress, "full Bayes") as bar:
-            chains, why = _independent(target, located, rng, bar, cheap=cheap, **counts)
+            chains, why = _independent(
+                target, located, rng, bar, cheap=cheap, give_up=give_up, **counts
+            )
         if chains is not None:
             xs, found = chains.points, _from_chains(target, chains)
         else:
@@ -169,7 +181,7 @@ def sample_collapsed(
 
 def _independent(
     target: Density, located: Located, rng: np.random.Generator, bar: Any, *,
-    num_draws: int, num_chains: int, cheap: bool,
+    num_draws: int, num_chains: int, cheap: bool, give_up: bool,
 ) -> tuple[Chains | None, str]:  # fmt: skip
     """Chains whose proposals reach as far as the posterior does; else None, and why."""
     size = len(located.mode)
@@ -195,7 +207,10 @@ def _independent(
             continue
         weights = np.exp(fitted.log_weights - fitted.log_weights.max())
         some = rng.choice(len(weights), len(weights), p=weights / weights.sum())
-        if target.refine(located.units, fitted.draws[some, :size]):
+        refined = target.refine(located.units, fitted.draws[some, :size])
+        if give_up and target.doubt:
+            raise Doubted
+        if refined:
             fitted = fit_proposal(weighing(rough=target.has_rough), start, rng)
         every = thinning(fitted.proposal.share) if cheap else 1
         bar.reset(-(-num_chains * num_draws * every // target.at_once))

@@ -36,7 +36,7 @@ from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS
 from hierbayes.meta.by_mixture import ByMixture
 from hierbayes.meta.by_quadrature import ByQuadrature, by_quadrature
 from hierbayes.meta.collapsed import Collapsed
-from hierbayes.meta.collapsed_sampling import sample_collapsed
+from hierbayes.meta.collapsed_sampling import Doubted, sample_collapsed
 from hierbayes.meta.diagnostics import remarks as judged
 from hierbayes.meta.sampling import run_nuts
 from hierbayes.model import HierarchicalModel, check_model
@@ -187,10 +187,14 @@ def full_bayes(
             else:
                 target, adaptation, more = by_quadrature(resolved, tasks)
                 info |= more
-            found = sample_collapsed(target, rng, **settings)
-            draws, sample_stats, remarks = found.draws, found.sample_stats, list(found.remarks)
-            info |= found.info
-            evidence = found.log_evidence
+            try:
+                found = sample_collapsed(target, rng, give_up=asked == "auto", **settings)
+            except Doubted:  # why stands in target.doubt
+                pass
+            else:
+                draws, sample_stats, remarks = found.draws, found.sample_stats, [*found.remarks]
+                info |= found.info
+                evidence = found.log_evidence
         if isinstance(target, ByQuadrature):
             adaptation = Quadrature(target.num_nodes)
             info |= {"num_nodes": target.num_nodes, "evidence_error": target.error}
