@@ -114,6 +114,8 @@ def _minimise(
         fine = np.isfinite(value) and np.isfinite(slope).all()
         return (float(value), slope) if fine else (1e300, np.zeros(len(x)))
 
+    if not len(start):  # nothing is to be learned
+        return np.asarray(start, float), float(np.asarray(function(start)[0]))
     run: Any = optimize.minimize(
         finite, start, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)),
         options={"maxiter": 1000, "ftol": 1e-15, "gtol": 1e-9},
@@ -278,7 +280,9 @@ def over_all(model: HierarchicalModel, tasks: Tasks, without: int | None = None)
         x[inside] = better
         hessian = curvature(of_inside, better, np.ones(len(better), bool))
         phi = to_numpy(_phi(shape, x, units))
-    least = np.linalg.eigvalsh(hessian)[0] if np.isfinite(hessian).all() else -np.inf
+    least = -np.inf
+    if np.isfinite(hessian).all():
+        least = np.linalg.eigvalsh(hessian).min(initial=np.inf)
     if not (least > 1e-6 and np.abs(x[:count] - begin).max(initial=0.0) < FAR):
         _refuse_separation(model, tasks, mask)
     spread, moves = np.full(len(x), np.nan), np.full((count, count), np.nan)

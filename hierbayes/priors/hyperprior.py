@@ -293,6 +293,8 @@ def _vector(
 ) -> dist.Distribution:
     """A belief as one distribution over a vector; entries outside ``places`` are zero."""
     size, whole = len(places), len(places) == len(labels)
+    if belief is None and not places:  # of no entry nothing is to be resolved
+        belief = {}
     if belief is None:
         raise InputError(f"the prior on {name} has not been resolved: call model.resolve(tasks)")
     if isinstance(belief, Mapping):
