@@ -127,7 +127,7 @@ DESIGN: list[Case] = [
     ("a predictor varying and shared", lambda: fit(t=read(shared=["x"])),
      ("'x'", "linear combination")),
     ("a linear combination", lambda: fit(t=read(frame(z=2 * frame().x - 1), shared=["z"])),
-     ("'z'", "linear combination", "'x'", "'Intercept'")),
+     ("'z'", "linear combination", "'x'")),
     ("zero in every row", lambda: fit(t=read(frame(x=0.0))), ("'x'", "zero in every row")),
     ("fewer rows than predictors", lambda: fit(t=read(frame().iloc[[0, 3]], predictors=["x", "z"])),
      ("2 rows", "3 predictors")),

@@ -224,36 +224,46 @@ def query_log_density(tasks: hb.Tasks, phi: dict[str, Any], eta: float) -> float
     return by_hand(query, theta, phi["beta"]).sum()
 
 
-def test_maml_learns_no_noise(learned, train_and_test):
+def test_maml_learns_no_noise(learned):
+    """The automatic step is one in centred and scaled columns."""
     assert sorted(learned.phi) == ["beta", "mu"]
+    tasks = learned.inside.tasks
     largest = max(
-        np.linalg.eigvalsh(x.T @ x / 4)[-1]
-        for x in np.split(train_and_test[0].predictors, train_and_test[0].starts[1:-1])
+        np.linalg.eigvalsh(x.T @ x / 4)[-1] for x in np.split(tasks.predictors, tasks.starts[1:-1])
     )
     close(learned.info["step_size"], 1 / largest, rtol=1e-12)
     assert learned.warnings == ()  # a bound on the curvature supports no remark on phi's share
 
 
 def test_theta_is_explicit_gradient_steps(learned, train_and_test):
+    """In centred and scaled columns; in the user's with the columns' map as written out here."""
     train, test = train_and_test
-    eta = learned.info["step_size"]
-    close(learned.theta.values, explicit_theta(train, learned.phi, eta, 3), rtol=1e-10)
-    adapted = learned.adapt(test)
-    close(adapted.theta.values, explicit_theta(test, learned.phi, eta, 3), rtol=1e-10)
+    inside, eta = learned.inside, learned.info["step_size"]
+    found = explicit_theta(inside.tasks, inside.phi, eta, 3)
+    close(inside.theta.values, found, rtol=1e-10)
+    asked = learned.seen_inside(test)
+    new = explicit_theta(asked, inside.phi, eta, 3)
+    x, z = train.predictors[:, 1], train.shared[:, 0]
+    shift = inside.phi["beta"][0] * z.mean() / z.std()
+    for theta, values in ((found, learned.theta), (new, learned.adapt(test).theta)):
+        slope = theta[:, 1] / x.std()
+        close(values.values, np.column_stack([theta[:, 0] - slope * x.mean() - shift, slope]),
+              rtol=1e-9)  # fmt: skip
 
 
-def test_maml_is_at_the_top_of_the_query_log_density(learned, train_and_test):
+def test_maml_is_at_the_top_of_the_query_log_density(learned):
     """Above its start (the overall logit, no slope), and level in μ and β.
 
     L-BFGS stops at a slope of 1e-10 a row in scaled parameters, the differences are right to
     1e-10 of a value near −100: 1e-6 is above both, and far below the slope at the start.
     """
-    train, eta = train_and_test[0], learned.info["step_size"]
+    inside = learned.inside
+    train, eta = inside.tasks, learned.info["step_size"]
 
     def objective(v: np.ndarray) -> float:
         return query_log_density(train, {"mu": v[:2], "beta": v[2:]}, eta)
 
-    best = np.concatenate([learned.phi["mu"], learned.phi["beta"]])
+    best = np.concatenate([inside.phi["mu"], inside.phi["beta"]])
     close(learned.info["query_log_density"], objective(best), rtol=1e-10)
     share = (train.outcome.sum() + 0.5) / (train.num_rows + 1)
     start = np.array([logit(share) - train.slots["offset"].mean(), 0.0, 0.0])
@@ -460,16 +470,15 @@ def test_files_of_older_formats_are_read(schools, tmp_path, version):
 
 
 def test_default_priors_are_in_logits(tasks):
-    """One logit a standard deviation of x, the intercept around the overall logit."""
+    """One logit a standard deviation of x; of the intercept where x and z are at their means."""
     belief = MODEL.resolve(tasks).hyperprior
     ones = tasks.outcome.sum()
     level = np.log((ones + 0.5) / (tasks.num_rows - ones + 0.5)) - tasks.slots["offset"].mean()
     x, z = tasks.predictors[:, 1], tasks.shared[:, 0]
-    s_0 = np.sqrt(1 + (x.mean() / x.std()) ** 2 + (z.mean() / z.std()) ** 2)
     close(belief.mu["Intercept"].loc, level, rtol=1e-12)
-    close(belief.mu["Intercept"].scale, 2.5 * s_0, rtol=1e-12)
+    close(belief.mu["Intercept"].scale, 2.5, rtol=1e-12)
     close([belief.mu["x"].loc, belief.mu["x"].scale], [0.0, 2.5 / x.std()], rtol=1e-12)
-    close([belief.tau[c].scale for c in tasks.coef], [s_0, 1 / x.std()], rtol=1e-12)
+    close([belief.tau[c].scale for c in tasks.coef], [1.0, 1 / x.std()], rtol=1e-12)
     close(belief.beta["z"].scale, 2.5 / z.std(), rtol=1e-12)
     assert belief.sigma is None
 

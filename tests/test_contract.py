@@ -58,9 +58,7 @@ METHODS = {
     "reml": Promise("radon_reml", eb("reml"), FULL, True, True, ("theta",)),
     "map": Promise("radon_map", eb("map"), FULL, True, True, ("theta",)),
     "maml": Promise("radon_maml", hb.maml, ("mu", "beta", "sigma", "sigma_query"), False, False),
-    "imaml": Promise(
-        "radon_imaml", hb.imaml, ("mu", "tau", "beta", "sigma", "sigma_query"), False, True
-    ),
+    "imaml": Promise("radon_imaml", hb.imaml, (*FULL, "sigma_query"), False, True),
     "reptile": Promise(
         "radon_reptile", hb.reptile, ("mu", "beta", "sigma", "sigma_query"), False, False
     ),
@@ -319,7 +317,8 @@ def test_without_sigma_nothing_invents_one(schools, schools_full):
 def test_between_the_limits_lies_the_estimate(radon_ml, radon_no_pooling, radon_complete_pooling):
     """τ → ∞ and τ → 0 bracket the evidence: the maximum over τ is above complete pooling's."""
     assert radon_ml.log_evidence > radon_complete_pooling.log_evidence
+    inside = radon_ml.inside
     wide = replace(
-        radon_ml, phi=dict(radon_ml.phi) | {"tau": np.zeros(2)}, training=None, theta_draws=None
+        inside, phi=dict(inside.phi) | {"tau": np.zeros(2)}, training=None, theta_draws=None
     )
-    close(wide.theta.values, np.tile(radon_ml.phi["mu"], (85, 1)), rtol=1e-12)
+    close(wide.theta.values, np.tile(inside.phi["mu"], (85, 1)), rtol=1e-12)

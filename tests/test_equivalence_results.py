@@ -212,8 +212,9 @@ def test_maml_steps_from_its_own_phi(radon, radon_maml):
     """fit.theta are K steps from φ on all rows: the implied posterior's means, DataFrame or not."""
     info = radon_maml.info
     arguments = (radon_maml.phi, info["num_steps"], info["step_size"])
-    frame = hb.equivalent_prior(radon.model, radon.data, *arguments)
-    tasks = hb.equivalent_prior(radon.model, radon.tasks, *arguments)
+    own = {"preconditioner": info["preconditioner"]}  # the step is one in scaled columns
+    frame = hb.equivalent_prior(radon.model, radon.data, *arguments, **own)
+    tasks = hb.equivalent_prior(radon.model, radon.tasks, *arguments, **own)
     close(frame.posterior_mean, radon_maml.theta, rtol=1e-9, atol=1e-11)
     close(tasks.precision, frame.precision)
     assert frame.table.index.tolist() == radon.tasks.names.tolist()

@@ -112,7 +112,7 @@ def test_morris_is_refused_elsewhere(slopes, means):
 
 
 def test_other_refusals(means):
-    with refuses("intervals", "'plain'", "'wide'"):
+    with refuses("intervals", '"plain"', "'wide'"):
         hb.empirical_bayes(*means, intervals="wide")
     with refuses("num_bootstrap", "1"):
         hb.empirical_bayes(*means, intervals="bootstrap", num_bootstrap=1)

@@ -124,8 +124,11 @@ def outward(
     made: Any = None
     if fit.__dict__.get("_theta_draws") is not None:
         made = functools.partial(_theta_draws, fit, at)
+    info = fit.info
+    if info.get("step_size") is not None:  # steps in the map's columns are preconditioned outside
+        info = info | {"preconditioner": at.steps(info["step_size"])[1]}
     return replace(
-        fit, model=model, tasks=tasks, phi=phi, training=None, phi_draws=phi_draws,
+        fit, model=model, tasks=tasks, phi=phi, training=None, info=info, phi_draws=phi_draws,
         theta_draws=made, standard_errors=_errors(fit, at, along), evidence=evidence,
         log_posterior=posterior, learned=learned,
         phi_bootstrap=None if fit.phi_bootstrap is None else at.phi(fit.phi_bootstrap),

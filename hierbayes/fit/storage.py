@@ -213,7 +213,7 @@ def _arrays(fit: Fit) -> Any:
     arrays |= arrays_inside(fit)
     training = fit.inside.training
     if training is not None:
-        moments = {n: v for n, v in vars(training).items() if isinstance(v, np.ndarray)}
+        moments = {n: v for n, v in vars(training).items() if isinstance(v, np.ndarray) and v.size}
         arrays |= {f"training.{name}": value for name, value in moments.items()}
     return xr.Dataset(
         {

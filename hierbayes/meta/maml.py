@@ -140,7 +140,9 @@ def maml(
     -------
     Fit
         ``phi`` holds ``mu``, ``beta``, ``gamma``, ``sigma``, ``sigma_query`` and, when learned,
-        ``step_size``. ``theta`` are K steps from φ on **all** rows of a task.
+        ``step_size``. ``theta`` are K steps from φ on **all** rows of a task. Steps of size η in
+        scaled columns are steps η B ∇ log p(D_j | θ) in the user's, with B in
+        ``info["preconditioner"]`` (d, d), the step sizes of single coefficients included.
 
     Raises
     ------
