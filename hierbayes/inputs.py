@@ -133,7 +133,7 @@ def mapping(name: str, value: Any, what: str) -> Mapping[Any, Any]:
 
 def column(name: str, value: Any) -> str:
     """The name of one column; columns may be numbered."""
-    if not isinstance(value, (str, int, np.integer)) or isinstance(value, bool):
+    if not isinstance(value, (str, int, float, np.number)) or isinstance(value, bool):
         raise InputError(f"{name} must be the name of a column, found {shown(value)}")
     return str(value)
 

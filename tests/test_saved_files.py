@@ -68,6 +68,8 @@ def test_damage_anywhere_is_refused_before_hdf5_reads(whole, tmp_path, monkeypat
         zeroed[start : start + 512] = bytes(512)
         bit[start] ^= 1 << int(rng.integers(8))
         for content in (zeroed, bit):
+            if content == whole:  # zeros were there already
+                continue
             refused(path, bytes(content), "damaged")
     with_more = whole + b"more"
     refused(path, with_more, "damaged")

@@ -249,9 +249,17 @@ def test_the_joint_density_is_the_programs_and_scipys(wide, rng):
         centres = np.asarray(model.prior.location(phi, tasks.task_predictors))
         theta = centres + z @ root.T
         centred, free = (model.numpyro_program(tasks, centred=c) for c in (True, False))
-        program = jax.jit(lambda t: log_density(centred, (), {}, phi | {"theta": t})[0])
-        found, moved = float(program(theta)), float(program(other))
-        in_z = float(jax.jit(lambda t: log_density(free, (), {}, phi | {"z": t})[0])(z))
+        at = model.column_map(tasks, "beliefs", scaled=False)
+        own = at.phi_inward(phi)
+        sites = {f"{n}_centred" if n in at.changed() else n: v for n, v in own.items()}
+        name = "theta_centred" if "theta" in at.changed() else "theta"
+
+        def density(t: np.ndarray) -> float:
+            inside = at.theta_inward(t, phi.get("beta"))
+            return float(log_density(centred, (), {}, sites | {name: inside})[0])
+
+        found, moved = density(theta), density(other)
+        in_z = float(jax.jit(lambda t: log_density(free, (), {}, sites | {"z": t})[0])(z))
     close(model.log_joint(phi, theta, tasks), found, rtol=1e-12)
     close(in_z, found + tasks.num_tasks * np.log(np.diag(root)).sum(), rtol=1e-12)
 

@@ -146,8 +146,11 @@ def rebuilt(
         info=entry(described, "info", dict),
         phi_bootstrap=bootstrap or None,
     )
+    missing = ... if whole else None  # files of before have no columns of their own
     with field("inside"):
-        return with_inside(outer, entry(described, "inside", (dict, type(None)), None), own, theirs)
+        return with_inside(
+            outer, entry(described, "inside", (dict, type(None)), missing), own, theirs
+        )
 
 
 def _check_network(model: HierarchicalModel, arrays: dict[str, np.ndarray]) -> None:
@@ -210,7 +213,7 @@ def _model(
             entry(beliefs, f.name, (dict, int, float, type(None)))
         hyperprior = hyperprior_from_plain(beliefs)
     with field("columns"):
-        lying = entry(described, "columns", (dict, type(None)), None)
+        lying = entry(described, "columns", (dict, type(None)), ... if whole else None)
         columns = None if lying is None else columns_of(Columns, lying, tasks)
     model = HierarchicalModel(likelihood, prior, hyperprior, encoder, columns)
     if tasks.predictors.shape[1:] != (len(tasks.coef),):

@@ -66,9 +66,11 @@ def refuse(problem: str) -> NoReturn:
 def entry(
     described: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any = ...
 ) -> Any:
-    """An entry of a mapping, of this kind."""
+    """An entry of a mapping, of this kind; the default, where there is one, if it is missing."""
     with field(name):
         if name not in described:
+            if default is not ...:
+                return default
             refuse("it is missing")
         value = described[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

@@ -107,7 +107,7 @@ def with_inside(
     phi, draws, theta = named("phi"), named("draws"), arrays.get(f"{PREFIX}theta")
     with field("phi"):
         check_phi(phi, outer.method, model, tasks, own)
-        if {*phi} != {*outer.phi}:
+        if {*at.phi(phi)} != {*outer.phi}:
             refuse(f"{tuple(phi)} are not those of the fit, {tuple(outer.phi)}")
     with field("draws"):
         check_draws(draws, theta, {}, phi, tasks, own)

@@ -82,7 +82,7 @@ class Tasks:
     def __post_init__(self) -> None:
         for name in ("predictors", "shared", "task_predictors", "outcome", "starts", "rows"):
             object.__setattr__(self, name, unwritable(getattr(self, name)))
-        if isinstance(self.slots, dict):
+        if not isinstance(self.slots, Slots):
             slots = {name: unwritable(values) for name, values in self.slots.items()}
             object.__setattr__(self, "slots", Slots(slots))
 
