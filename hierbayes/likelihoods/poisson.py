@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 from scipy.special import gammaln
 
 from hierbayes.likelihoods.alike import Alike, columns_of, groups, merged
-from hierbayes.likelihoods.deviance import count_peak
+from hierbayes.likelihoods.deviance import count_peak, less_one
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.over_normal import LARGEST, Kernel, OfRate, averaged
 from hierbayes.tasks import Tasks
@@ -64,20 +64,23 @@ class Poisson(GeneralisedLinear):
     def kernel(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
     ) -> Any:
-        """``y f − e^f``, less what it is at its maximum."""
+        """``y f − e^f``; of rows that carry ``log_count``, less what it is at its maximum."""
         return self.to_second_order(location, phi, slots, outcome)[0]
 
     def base(self, phi: dict[str, Any], slots: dict[str, Any], outcome: Any) -> Any:
-        """y log y − y: the maximum of ``y f − e^f``."""
-        del phi, slots
-        return outcome * jnp.log(jnp.where(outcome > 0, outcome, 1.0)) - outcome
+        """y log y − y, the maximum of ``y f − e^f``, where the kernel leaves it out."""
+        del phi
+        return outcome * slots["log_count"] - outcome if "log_count" in slots else None
 
     def to_second_order(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
     ) -> tuple[Any, Any, Any]:
         """With one exponential a row."""
-        del phi, slots
-        apart, beyond = _apart(location, outcome)
+        del phi
+        if "log_count" not in slots:
+            rate = jnp.exp(location)
+            return outcome * location - rate, outcome - rate, -rate
+        apart, beyond = _apart(location, outcome, slots["log_count"])
         return outcome * apart - beyond, -beyond, -(outcome + beyond)
 
     def predictive(
@@ -121,12 +124,12 @@ class Poisson(GeneralisedLinear):
         return Alike(together, np.ones(together.num_rows), left - counted)
 
 
-def _apart(location: Any, count: Any) -> tuple[Any, Any]:
-    """d = f − log y and e^f − y; where y is none, 0 and e^f."""
+def _apart(location: Any, count: Any, known: Any = None) -> tuple[Any, Any]:
+    """d = f − log y and e^f − y; where y is none, 0 and e^f. ``known``: log y."""
     none = count <= 0
     some = jnp.where(none, 1.0, count)
-    apart = location - jnp.log(some)
-    beyond = some * jnp.expm1(apart)
+    apart = location - (jnp.log(some) if known is None else known)
+    beyond = some * less_one(apart)
     return jnp.where(none, 0.0, apart), jnp.where(none, beyond + 1.0, beyond)
 
 

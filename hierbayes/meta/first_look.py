@@ -33,7 +33,7 @@ CORRELATIONS = (-0.8, 0.0, 0.8)
 SWEEPS, MOST_PAIRS = 1, 15
 """Rounds over the coefficients, one after another, and pairs of them that are looked at."""
 
-NUMBERS = 400_000
+NUMBERS = 100_000
 """Numbers of an array up to which all tasks are looked at; of more a sample is, dealt evenly."""
 
 LEAST_TASKS = 200

@@ -154,7 +154,7 @@ def _best_root(
         return best
 
     rivals: list[np.ndarray] = []
-    if not whole or first.at_zero[0] < first.loss[0] + SURELY:
+    if first.at_zero[0] < first.loss[0] + SURELY:
         rivals.append(np.zeros(len(rows)))
     best = highest(climbed, packed(first.root[:, :, 0]), rivals, value_and_slope)
     if whole and size > 1:

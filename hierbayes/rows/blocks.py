@@ -89,7 +89,8 @@ class Rows:
         exposure = largest + jnp.log(jnp.maximum(sums, TINY))
         # a pattern's kernel takes its counts at its own offset, which is not its rows'
         constant = constant - patterns.by_task(patterns._weighed(patterns.outcome * exposure))
-        return replace(patterns, slots={"offset": exposure}, constant=constant)
+        slots = patterns.slots | {"offset": exposure}
+        return replace(patterns, slots=slots, constant=constant)
 
     @property
     def moving(self) -> dict[str, Any]:
