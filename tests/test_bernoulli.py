@@ -274,8 +274,9 @@ def test_maml_is_at_the_top_of_the_query_log_density(learned):
 
 @pytest.mark.slow
 def test_a_learned_step_size_is_that_of_the_steps(train_and_test):
-    train = train_and_test[0]
-    found = hb.maml(MODEL, train, num_steps=1, learn_step_size=True)
+    """In scaled columns, where the automatic step is the longest that may be learned."""
+    found = hb.maml(MODEL, train_and_test[0], num_steps=1, learn_step_size=True).inside
+    train = found.tasks
     eta, cap = float(found.phi["step_size"]), 1 / curvatures(MODEL, train, {})[:, -1].max()
     assert 0.01 * cap < eta <= cap
     close(found.theta.values, explicit_theta(train, found.phi, eta, 1), rtol=1e-10)

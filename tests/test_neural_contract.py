@@ -146,7 +146,7 @@ def test_a_prior_that_all_tasks_share_is_given_where_there_is_one(made):
 def test_wrong_rows_are_refused_in_words(made):
     _, fit = made
     wide = hb.Tasks.from_arrays([(np.zeros((3, 2)), np.zeros(3))])
-    with pytest.raises(hb.InputError, match=r"x of shape \(2,\) each, but the fit"):
+    with pytest.raises(hb.InputError, match=r"rows.* x of shape \(2, ?(2)?\)"):
         fit.adapt(wide)
 
 
