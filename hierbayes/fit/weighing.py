@@ -33,6 +33,10 @@ class Weighed(NamedTuple):
         return self.even or bool(self.pareto_k <= largest_k(len(self.chosen)))
 
 
+FEWEST = 25
+"""Draws below which their weights have too few in the tail for Pareto's k̂."""
+
+
 def largest_k(num_draws: int) -> float:
     """Pareto's k̂ up to which so many draws can be weighed, ArviZ's ``good_k``."""
     return min(1 - 1 / np.log10(num_draws), 0.7) if num_draws > 1 else 0.7
@@ -45,6 +49,8 @@ def weigh(log_weights: np.ndarray, rng: np.random.Generator) -> Weighed:
         return Weighed(np.arange(size), np.inf)
     if np.ptp(log_weights) < EVEN:
         return Weighed(np.arange(size), np.nan, even=True)
+    if size < FEWEST:  # no tail to judge
+        return Weighed(np.arange(size), np.inf)
     from arviz_stats.base import array_stats
 
     smoothed, k = array_stats.psislw(-log_weights)

@@ -190,7 +190,9 @@ def _independent(
         def weigh(points: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
             xs, es = points[:, :size], points[:, size:]
             found = target.points(located.units, xs, es, bar.update, rough=rough)
-            return found.log_density, found.phi
+            # so far out that a parameter overflows there is no density
+            known = np.isfinite(found.log_density)
+            return np.where(known, found.log_density, -np.inf), found.phi
 
         return weigh
 
