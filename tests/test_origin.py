@@ -73,7 +73,7 @@ def moved(frame, by):
 
 def fitted(family, method, frame, formula=FORMULA, **settings):
     settings |= {} if family == "gaussian" else {"family": family}
-    settings |= {"trials": "n"} if family == "binomial" else {}
+    formula = formula.replace("y ~", "p(y, n) ~") if family == "binomial" else formula
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", hb.FitWarning)
         return METHODS[method](*hb.from_formula(formula, frame, **settings))
