@@ -131,7 +131,7 @@ def _pairs(
     for at, asked in model.likelihood.blocks(rows):
         own = support.take(at)
         sizes = own.sizes
-        one_group = not model.likelihood.mixes_rows(own.predictors)
+        one_group = np.ptp(sizes) == 0 or not model.likelihood.mixes_rows(own.predictors)
         for size in [sizes.max()] if one_group else np.unique(sizes):
             here = np.flatnonzero((sizes == size) | one_group)
             given = own.block(here, max(int(size), 1))
