@@ -133,9 +133,11 @@ def same(found, expected, rtol=1e-8):
 
 
 def invariant(family, method, by, **settings):
+    """Draws are the same but for the last digits of the mode that their proposals stand around."""
     frame, away = moved(made(family), by)
     base = answers(fitted(family, method, frame, **settings), frame)
-    same(answers(fitted(family, method, away, **settings), away, by), base)
+    rtol = 1e-6 if method in ("full Bayes", "NUTS") else 1e-8
+    same(answers(fitted(family, method, away, **settings), away, by), base, rtol)
 
 
 @pytest.mark.parametrize(
