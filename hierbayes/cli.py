@@ -22,7 +22,8 @@ from hierbayes.datasets.tables import read_table
 from hierbayes.errors import InputError, NotApplicable, overhearing, suggestion
 from hierbayes.files import KEPT, beside, moved, seen
 from hierbayes.fit import Fit
-from hierbayes.formula import FAMILIES, from_formula
+from hierbayes.formula import from_formula
+from hierbayes.formula.families import FAMILIES
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
 

@@ -19,7 +19,8 @@ from scipy import special, stats
 from hierbayes import inputs
 from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.evidence.many import posteriors
-from hierbayes.fit import Fit, check_fit
+from hierbayes.fit import Fit
+from hierbayes.fit.fit import check_fit
 from hierbayes.meta.intervals import check_intervals, morris, normal_means
 from hierbayes.meta.many_data_sets import (
     ManyEstimates,

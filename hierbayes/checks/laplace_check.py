@@ -25,7 +25,8 @@ from hierbayes.adaptation.skewness import skewness
 from hierbayes.adaptation.whitened import Stand
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.evidence.nodes import jackknife_error, pooled
-from hierbayes.fit import Fit, check_fit
+from hierbayes.fit import Fit
+from hierbayes.fit.fit import check_fit
 from hierbayes.likelihoods import Bernoulli, Binomial, NegativeBinomial, Poisson
 from hierbayes.meta.better_evidence import (
     AroundPhi,

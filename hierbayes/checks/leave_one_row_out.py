@@ -18,8 +18,9 @@ from hierbayes.checks.importance import leave_one_out, relative_efficiency
 from hierbayes.checks.scores import mean_over_tasks
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.evidence.without_row import NUMBERS_AT_ONCE, without_each_row
-from hierbayes.fit import Fit, check_fit
+from hierbayes.fit import Fit
 from hierbayes.fit.adapted import phis_of
+from hierbayes.fit.fit import check_fit
 from hierbayes.tasks import Tasks
 
 POINT = (

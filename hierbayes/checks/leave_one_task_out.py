@@ -22,7 +22,8 @@ from hierbayes.adaptation import LeastSquares, MaximumLikelihood
 from hierbayes.checks.evidence_of_tasks import evidence_of, integrated, refuse_carried
 from hierbayes.checks.importance import leave_one_out, relative_efficiency
 from hierbayes.errors import InputError, announce, listing, overhearing
-from hierbayes.fit import Fit, check_fit
+from hierbayes.fit import Fit
+from hierbayes.fit.fit import check_fit
 from hierbayes.meta import complete_pooling, empirical_bayes, full_bayes, imaml, maml, reptile
 from hierbayes.meta.own_parameters import over_all
 from hierbayes.meta.without_one import WithoutOne

@@ -11,7 +11,8 @@ import numpy as np
 
 from hierbayes import inputs
 from hierbayes.errors import InputError
-from hierbayes.fit import Fit, Prediction, check_fit
+from hierbayes.fit import Fit, Prediction
+from hierbayes.fit.fit import check_fit
 
 LEVELS = (0.5, 0.8, 0.95)
 """Probabilities of the intervals that are checked."""

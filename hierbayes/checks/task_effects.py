@@ -22,8 +22,9 @@ import numpy as np
 from hierbayes.adaptation import PointAdaptation
 from hierbayes.adaptation.conjugate import collapse
 from hierbayes.errors import NotApplicable, listing
-from hierbayes.fit import Fit, check_fit
+from hierbayes.fit import Fit
 from hierbayes.fit.adapted import label
+from hierbayes.fit.fit import check_fit
 from hierbayes.numerics import cholesky, float64, solve_lower
 from hierbayes.priors import Prior
 from hierbayes.statistics import Statistics, statistics

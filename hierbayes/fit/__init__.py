@@ -1,8 +1,8 @@
 """What every method returns: φ, θ, a DataTree, adapt, predict, save."""
 
 from hierbayes.fit.adapted import AdaptedTasks
-from hierbayes.fit.fit import Fit, check_fit
+from hierbayes.fit.fit import Fit
 from hierbayes.fit.prediction import Prediction
 from hierbayes.fit.storage import load
 
-__all__ = ["AdaptedTasks", "Fit", "Prediction", "check_fit", "load"]
+__all__ = ["AdaptedTasks", "Fit", "Prediction", "load"]

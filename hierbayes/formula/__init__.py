@@ -4,6 +4,5 @@ A small splitter takes the bars out; formulaic reads everything between them.
 """
 
 from hierbayes.formula.encoder import FormulaEncoder, from_formula
-from hierbayes.formula.families import FAMILIES
 
-__all__ = ["FAMILIES", "FormulaEncoder", "from_formula"]
+__all__ = ["FormulaEncoder", "from_formula"]

@@ -18,8 +18,9 @@ import numpy as np
 from hierbayes.adaptation import GradientSteps
 from hierbayes.adaptation.linearised import LinearisedSteps
 from hierbayes.errors import InputError, NotApplicable
-from hierbayes.fit import Fit, check_fit
+from hierbayes.fit import Fit
 from hierbayes.fit.adapted import AdaptedTasks
+from hierbayes.fit.fit import check_fit
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
 

@@ -25,8 +25,9 @@ from hierbayes.adaptation import Adapted, Conjugate, Laplace, Quadrature
 from hierbayes.adaptation.quadrature import rule_of
 from hierbayes.adaptation.whitened import after_newton, at_modes
 from hierbayes.errors import InputError, NotApplicable
-from hierbayes.fit import Fit, check_fit
+from hierbayes.fit import Fit
 from hierbayes.fit.adapted import label
+from hierbayes.fit.fit import check_fit
 from hierbayes.fit.outward import moments_outward
 from hierbayes.meta.better_evidence import AroundPhi
 from hierbayes.meta.information import observed_information

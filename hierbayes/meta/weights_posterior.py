@@ -19,8 +19,9 @@ import numpyro.distributions as dist
 from hierbayes import inputs
 from hierbayes.adaptation import Adaptation, Adapted
 from hierbayes.errors import InputError, announce
-from hierbayes.fit import Fit, check_fit
+from hierbayes.fit import Fit
 from hierbayes.fit.adapted import locations
+from hierbayes.fit.fit import check_fit
 from hierbayes.meta.diagnostics import remarks
 from hierbayes.meta.sampling import run_nuts
 from hierbayes.model import HierarchicalModel
