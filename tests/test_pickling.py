@@ -65,7 +65,8 @@ FITS = {
 
 
 def through_cloudpickle(fit):
-    cloudpickle = pytest.importorskip("cloudpickle")
+    import cloudpickle
+
     return pickle.loads(cloudpickle.dumps(fit))
 
 
