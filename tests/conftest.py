@@ -10,6 +10,8 @@ import tempfile
 import warnings
 import zlib
 from dataclasses import dataclass
+from importlib import util
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,19 @@ if not {"PYTEST_XDIST_WORKER", "JAX_COMPILATION_CACHE_DIR"} & set(os.environ):
     atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": _compiled,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
-if "slow" not in sys.argv:
-    # and the rest of it into making them fast, which tests of a few numbers do not need; the slow
-    # tests, the docs, the examples and one more run of .ci/run have programs as users get them
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# and the rest of it into making them fast, which tests of a few numbers do not need; the docs, the
+# examples and one more run of .ci/run have programs as users get them
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+    _library = Path(str(util.find_spec("jaxlib").origin)).with_name("libjax_common.so")
+    _flag = "xla_cpu_use_fusion_emitters"
+    if _library.exists() and "XLA_FLAGS" not in os.environ:
+        with _library.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as code:
+            if code.find(_flag.encode()) >= 0:  # a flag that XLA does not know ends the process
+                os.environ["XLA_FLAGS"] = f"--{_flag}=false"
 
 import jax
 import numpy as np

@@ -55,7 +55,8 @@ def eight_devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def _run_on_eight_devices() -> dict[str, Any]:
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
     }  # fmt: skip
     run = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("eight_devices.py"))],
