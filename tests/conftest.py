@@ -50,13 +50,17 @@ settings.register_profile("hierbayes", deadline=None, derandomize=True, max_exam
 settings.load_profile("hierbayes")
 
 SLOW_EXAMPLES = {
+    "hierbayes.checks.laplace_check.laplace_check",
     "hierbayes.comparison.equivalence.equivalence_report",
+    "hierbayes.likelihoods.program.from_numpyro",
     "hierbayes.meta.abml.abml",
     "hierbayes.meta.implied.implied_posterior",
     "hierbayes.meta.llama.llama",
+    "hierbayes.meta.theta_errors.theta_standard_errors",
     "hierbayes.meta.weights_posterior.nuts",
+    "hierbayes.plots.shrinkage_filters.shrinkage_filters",
 }
-"""Docstrings whose example compiles an outer loop or NUTS: they run with the slow tests."""
+"""Docstrings whose example compiles for seconds: they run with the slow tests."""
 
 RADON = "log_radon ~ 1 + floor + log_uranium + (1 + floor | county)"
 SCHOOLS = "y ~ 1 + (1 | school)"

@@ -45,6 +45,7 @@ def test_compare_a_csv_file(houses, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["houses.csv", "results"]  # no left-overs
 
 
+@pytest.mark.slow
 def test_eight_schools_without_rows_to_spare(capsys):
     methods = ["--methods", "no_pooling,maml,reptile,empirical_bayes"]
     assert main(["compare", "eight_schools", *methods]) == 0
@@ -108,6 +109,7 @@ def test_bad_input_is_code_two_before_any_computation(
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep me"
 
 
+@pytest.mark.slow
 def test_a_failure_half_way_leaves_nothing(houses, tmp_path, monkeypatch, capsys):
     out = tmp_path / "results"
 

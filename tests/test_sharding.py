@@ -72,12 +72,14 @@ def mesh() -> jax.sharding.Mesh:
     return jax.make_mesh((1,), ("tasks",))
 
 
+@pytest.mark.slow
 def test_every_method_gives_the_results_of_one_device(eight_devices):
     differences = eight_devices["differences"]
     assert len(differences) >= 10
     assert {name: d for name, d in differences.items() if not d <= AGREE} == {}
 
 
+@pytest.mark.slow
 def test_arrays_are_cut_into_eight_parts(eight_devices):
     placing = eight_devices["placing"]
     assert placing["statistics"] == [8, 24, 3], "21 tasks and 3 empty ones, 3 on each device"
@@ -87,6 +89,7 @@ def test_arrays_are_cut_into_eight_parts(eight_devices):
     assert placing["parts keep it"] == [True, True]
 
 
+@pytest.mark.slow
 def test_devices_exchange_sums_and_no_tasks(eight_devices):
     placing = eight_devices["placing"]
     for method in ("evidence", "maml"):
@@ -94,6 +97,7 @@ def test_devices_exchange_sums_and_no_tasks(eight_devices):
         assert placing[f"{method} all-gathers"] == 0
 
 
+@pytest.mark.slow
 def test_rows_are_dealt_evenly(eight_devices):
     placing = eight_devices["placing"]
     rows, largest = placing["rows dealt"], placing["largest task"]
@@ -101,6 +105,7 @@ def test_rows_are_dealt_evenly(eight_devices):
     assert sum(rows) == int(sharded.two_coefficients()[1].num_rows)
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_a_task_less_and_a_wrong_fill(eight_devices):
     """The control."""
     controls = eight_devices["controls"]
@@ -181,6 +186,7 @@ def test_episodes_of_spread_tasks_are_refused_in_words(small, mesh):
         hb.Episodes.from_tasks(small.tasks.shard(mesh))
 
 
+@pytest.mark.slow
 def test_the_joint_sampler_says_that_it_makes_no_use_of_the_mesh(schools, mesh):
     with pytest.warns(hb.FitWarning, match="one device of each process"):
         fit = hb.full_bayes(

@@ -132,6 +132,7 @@ def test_hyperpriors_survive_as_json(name):
     np.testing.assert_array_equal(again.log_prob(value), belief.log_prob(value))
 
 
+@pytest.mark.slow
 def test_improper_and_lkj_survive():
     flat = dist.ImproperUniform(constraints.positive, (), ())
     again = hyperprior_from_plain(
