@@ -131,7 +131,8 @@ def empirical_bayes(
     Raises
     ------
     InputError
-        For tasks that the model cannot be fitted to, or a single task.
+        For tasks that the model cannot be fitted to, a single task, or outcomes whose evidence
+        has no maximum: all alike within each task, or separated by the predictors.
 
     References
     ----------
