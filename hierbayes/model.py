@@ -24,6 +24,7 @@ from hierbayes.likelihoods import Likelihood
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.numerics import float64, triangle
+from hierbayes.phi import Space
 from hierbayes.priors import HyperPrior, Prior
 from hierbayes.priors.beliefs import refuse_negative
 from hierbayes.priors.column_map import ColumnMap
@@ -112,6 +113,20 @@ class HierarchicalModel:
     def scales(self, tasks: Tasks) -> Scales:
         """Natural units of f and of every coefficient in these tasks."""
         return Scales.of(tasks, self.likelihood)
+
+    def space(self, tasks: Tasks) -> Space:
+        """φ as an object, in these tasks' units: what the prior and the likelihood own of it."""
+        prior, labels, scales = self.prior, tasks.labels, self.scales(tasks)
+        assert isinstance(prior, Elliptical)
+        parts = prior.parts(tasks.coef, labels.task_predictors)
+        units = {
+            "mu": scales.mu, "gamma": scales.coef[:, None] / scales.task_predictors,
+            "tau": scales.coef, "beta": scales.shared,
+        }  # fmt: skip
+        return Space.of(
+            parts + self.likelihood.parts(labels.shared), units, self.phi_distributions(tasks),
+            {"sigma": float(scales.spread)},
+        )  # fmt: skip
 
     def resolve(self, tasks: Any) -> HierarchicalModel:
         """The model with every default of its hyperprior filled in, scaled to these tasks.

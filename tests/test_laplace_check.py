@@ -22,8 +22,7 @@ from hierbayes.adaptation.skewness import largest
 from hierbayes.adaptation.sobol import student_nodes
 from hierbayes.checks.laplace_check import _flags, effective_count
 from hierbayes.evidence.nodes import jackknife_error, pooled
-from hierbayes.meta.information import vector_of
-from hierbayes.meta.layout_of_phi import Layout
+from hierbayes.meta.information import x_of
 from hierbayes.numerics import float64, to_numpy
 
 QUIET = dict(num_draws=1, num_chains=1)
@@ -374,11 +373,11 @@ def test_what_need_not_be_checked_is_refused(slopes, radon, radon_ml):
         hb.checks.laplace_check(replace(fit, method="full Bayes", phi_draws=draws))
 
 
-def test_the_vector_of_phi_is_the_layouts_inverse(slopes):
+def test_x_of_phi_is_the_inverse_of_phi_of_x(slopes):
     _, tasks, fit = slopes
     resolved = fit.model
     with float64():
         beliefs = resolved.phi_distributions(tasks)
-        layout = Layout.of(resolved.shape(tasks), resolved.scales(tasks), beliefs)
+        space = resolved.space(tasks)
         v = np.array([0.3, -0.2, 0.7, 0.4, 0.6])
-        close(vector_of(layout, to_numpy(layout.phi(jnp.asarray(v)))), v, rtol=1e-9)
+        close(x_of(space, to_numpy(space.phi(jnp.asarray(v)))), v, rtol=1e-9)

@@ -46,7 +46,7 @@ def test_slopes_of_all_of_phi_are_differences(family):
     model, tasks = hb.from_formula("y ~ x + z + (1 + x | g)", frame, family=family)
     with float64():
         evidence = ApproximateEvidence(model.resolve(tasks), tasks, 21)
-        at = np.linspace(0.2, 0.9, evidence.layout.size)
+        at = np.linspace(0.2, 0.9, evidence.space.size)
         claimed = evidence.value_and_slope(at)[1]
         gradient(lambda v: evidence.value_and_slope(v)[0], at, claimed, rtol=1e-6)
 

@@ -18,8 +18,7 @@ from scipy import special, stats
 
 import hierbayes as hb
 from hierbayes.meta.correlations import HELD, at_the_boundary, held_entries
-from hierbayes.meta.information import observed_information, vector_of
-from hierbayes.meta.layout_of_phi import Layout
+from hierbayes.meta.information import observed_information, x_of
 from hierbayes.meta.without_one import WithoutOne
 from hierbayes.numerics import float64, to_numpy
 
@@ -73,9 +72,9 @@ def test_against_differences_of_everything(evidence, counts):
     assert abs(phi["corr"][0, 1]) < 0.999
     with float64():
         beliefs = fit.model.phi_distributions(tasks)
-        layout = Layout.of(fit.model.shape(tasks), fit.model.scales(tasks), beliefs)
-        v, h = vector_of(layout, phi), 1e-3
-        named = jax.jit(layout.phi)
+        space = fit.model.space(tasks)
+        v, h = x_of(space, phi), 1e-3
+        named = jax.jit(space.phi)
         total = WithoutOne(fit.model, tasks, fit.info["num_nodes"])
 
         def mean(v):
@@ -189,7 +188,7 @@ def test_correlations_at_their_end_are_said_and_held(aligned):
     phi = {name: np.asarray(value) for name, value in fit.phi.items()}
     with float64():
         known = observed_information(fit.model, fit.tasks, phi, 1, with_belief=False)
-    corr = known.around.layout.at["corr"]
+    corr = known.around.space.at["corr"]
     assert not known.inside[corr].any()
     assert known.inside.sum() == len(known.inside) - 1
 
@@ -222,11 +221,11 @@ def test_a_pair_with_no_spread_in_it_has_no_correlation(counts):
     resolved = model.resolve(tasks)
     with float64():
         beliefs = resolved.phi_distributions(tasks)
-        layout = Layout.of(resolved.shape(tasks), resolved.scales(tasks), beliefs)
+        space = resolved.space(tasks)
     corr = np.array([[1.0, 0.3], [0.3, 1.0]])
-    held, said = held_entries(layout, {"tau": np.array([0.5, 0.0]), "corr": corr})
+    held, said = held_entries(space, {"tau": np.array([0.5, 0.0]), "corr": corr})
     assert held.sum() == 1
     assert said == []
-    held, said = held_entries(layout, {"tau": np.array([0.5, 0.2]), "corr": corr})
+    held, said = held_entries(space, {"tau": np.array([0.5, 0.2]), "corr": corr})
     assert not held.any()
     assert said == []

@@ -38,7 +38,6 @@ from hierbayes.meta.better_evidence import (
     scrambled_sobol,
 )
 from hierbayes.meta.information import observed_information
-from hierbayes.meta.layout_of_phi import Layout
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_rng, float64, log_diagonal_sum, solve_lower
 from hierbayes.tasks import Tasks
@@ -163,7 +162,7 @@ def laplace_check(fit: Fit, *, seed: int | jax.Array = 0) -> Any:
         index=pd.Index(tasks.names, name="task"),
     )
     table["flag"] = _flags(table)
-    names = entry_names(known.around.layout)
+    names = known.around.space.entry_names(fit.tasks.labels.by_dim)
     table.attrs = {
         "total_error": float(away.sum()),
         "total_reference_error": total_error,
@@ -245,21 +244,3 @@ def _flags(table: Any) -> list[str]:
         ", ".join(name for name, up in zip(raised, row, strict=True) if up)
         for row in zip(*raised.values(), strict=True)
     ]
-
-
-def entry_names(layout: Layout) -> list[str]:
-    """The entries of φ's vector by name: ``mu[Intercept]``, ``tau[x]``, ``corr[Intercept, x]``."""
-    shape = layout.shape
-    coef = list(shape.coef)
-    inner: dict[str, list[str]] = {
-        "mu": [coef[i] for i in layout.free],
-        "gamma": [f"{c}, {w}" for c in coef for w in shape.task_predictors],
-        "beta": list(shape.shared),
-        "tau": coef,
-        "corr": [f"{coef[b[k]]}, {coef[b[i]]}" for b in layout.blocks for i in range(len(b))
-                 for k in range(i)],
-    }  # fmt: skip
-    names: list[str] = []
-    for name in layout.at:
-        names += [f"{name}[{label}]" for label in inner[name]] if name in inner else [name]
-    return names

@@ -13,6 +13,7 @@ import numpyro.distributions as dist
 
 from hierbayes.errors import InputError
 from hierbayes.likelihoods.alike import Alike, copies_as_weights
+from hierbayes.phi import Part
 from hierbayes.tasks import Task, Tasks
 
 
@@ -104,6 +105,11 @@ class Likelihood(abc.ABC):
     def parameters(self) -> tuple[str, ...]:
         """Names of the likelihood's own parameters in φ."""
         return ()
+
+    def parts(self, shared: Sequence[str]) -> list[Part]:
+        """What of φ the likelihood owns: β of the columns that tasks share, and its parameters."""
+        beta = [Part("beta", ("shared",), (len(shared),))] if shared else []
+        return beta + [Part(name, (), (), "belief") for name in self.parameters()]
 
     def kernel(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any

@@ -23,7 +23,6 @@ from hierbayes.evidence.quadrature import log_evidence
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.better_evidence import AroundPhi, newton_shift
 from hierbayes.meta.correlations import held_entries
-from hierbayes.meta.layout_of_phi import Layout, along_phi, belief_in, phi_at
 from hierbayes.meta.optimum import (
     Optimum,
     ValueAndSlope,
@@ -33,10 +32,11 @@ from hierbayes.meta.optimum import (
     polish,
     unsettled,
 )
-from hierbayes.meta.posterior_mode import finite, off_the_boundary, pinned
+from hierbayes.meta.posterior_mode import finite, off_the_boundary
 from hierbayes.meta.rough_start import rough_start
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
+from hierbayes.phi.space import Space, belief_in, phi_at, standard_errors
 from hierbayes.rows import Rows, Whole, rows_of
 from hierbayes.tasks import Tasks
 
@@ -73,8 +73,8 @@ NEAR_ZERO = 0.01
 ENDLESS = 20.0
 """Units beyond which an effect that all tasks share is said to have no estimate."""
 
-LEAST_START = 0.1
-"""Half units of τ below which the search does not begin."""
+LEAST_START = 0.01
+"""Units of τ below which the search does not begin."""
 
 SURELY = 10.0
 """Nats by which some spread is better than none, of tasks as if they were Gaussian, for complete
@@ -87,14 +87,14 @@ SAMPLE, LEAST_SAMPLE = 16, 2000
 @functools.partial(jax.jit, static_argnums=0)
 def _value_and_slope(
     model: HierarchicalModel,
-    layout: Layout,
+    space: Space,
     vector: Any,
     rows: Rows | Whole,
     start: Any,
     rule: Rule | Rays | None,
 ) -> Any:
     def minus(v: jax.Array) -> Any:
-        found = log_evidence(model.likelihood, model.prior, rows, layout.phi(v), start, rule)
+        found = log_evidence(model.likelihood, model.prior, rows, space.phi(v), start, rule)
         return -found.log_evidence.sum(), found
 
     (value, found), slope = jax.value_and_grad(minus, has_aux=True)(vector)
@@ -108,13 +108,11 @@ class ApproximateEvidence:
     """
 
     def __init__(
-        self, model: HierarchicalModel, tasks: Tasks, num_nodes: int, layout: Layout | None = None
+        self, model: HierarchicalModel, tasks: Tasks, num_nodes: int, space: Space | None = None
     ):
         self.model, self.num_nodes = model.without_encoder(), num_nodes
         self.rows = jax.tree.map(jnp.asarray, rows_of(tasks, model.likelihood))
-        self.layout = layout or Layout.of(
-            model.shape(tasks), model.scales(tasks), model.phi_distributions(tasks)
-        )
+        self.space = model.space(tasks) if space is None else space
         self.start = jnp.zeros((len(tasks.coef), tasks.num_tasks))
         self.unfinished = np.zeros(tasks.num_tasks, bool)
 
@@ -122,7 +120,7 @@ class ApproximateEvidence:
         """Minus the log evidence and its slope; every call starts from the last call's modes."""
         rule = rule_of(self.num_nodes, len(self.start))
         value, slope, mode, converged = _value_and_slope(
-            self.model, self.layout, vector, self.rows, self.start, rule
+            self.model, self.space, vector, self.rows, self.start, rule
         )
         if np.isfinite(float(value)):
             self.start, self.unfinished = mode, ~np.asarray(converged)
@@ -192,21 +190,17 @@ class _Search:
     share: float = 1.0
 
     @property
-    def layout(self) -> Layout:
-        return self.evidence.layout
+    def space(self) -> Space:
+        return self.evidence.space
 
     def phi(self, vector: np.ndarray) -> dict[str, np.ndarray]:
-        return to_numpy(phi_at(self.layout, vector))
+        return to_numpy(phi_at(self.space, vector))
 
     @property
     def first(self) -> np.ndarray:
         """Tasks alike but for some spread, at the overall level."""
-        shape, scales = self.model.shape(self.tasks), self.model.scales(self.tasks)
-        d, q = len(shape.coef), len(shape.task_predictors)
-        phi = {"mu": np.where(shape.free_mean, scales.mu_location, 0.0), "tau": 0.5 * scales.coef}
-        phi |= {"gamma": np.zeros((d, q)), "beta": np.zeros(len(shape.shared))}
-        phi |= dict(self.layout.own)
-        return self.layout.vector(phi, 0.5)
+        scales = self.model.scales(self.tasks)
+        return self.space.x({"mu": scales.mu_location, "tau": 0.5 * scales.coef})
 
     def run(self, near: np.ndarray | None = None) -> np.ndarray:
         """The best vector, from one nearby or from afar.
@@ -214,7 +208,7 @@ class _Search:
         Of many tasks a sample shows the way, and lends the curvature: its steps are Newton's but
         for a few per cent, and the slope is that of all tasks.
         """
-        layout, lower = self.layout, self.layout.lower
+        space, lower = self.space, self.space.lower
         start, around, pooled = self.first if near is None else near, None, None
         sample = self._sample
         if near is None:
@@ -227,27 +221,28 @@ class _Search:
             around = sample._as_all
         if pooled is None and (near is not None or around is not None):
             best = polish(self.value_and_slope, start, lower, around)
-            if best.problem is None and (best.x[layout.at["tau"]] > NEAR_ZERO).all():
+            if best.problem is None and (best.x[space.at["tau"]] > NEAR_ZERO).all():
                 return best.x
         rivals = None if pooled is None else [self.without_spread(pooled)]
-        return off_the_boundary(self.value_and_slope, [start], layout, rivals).x
+        return off_the_boundary(self.value_and_slope, [start], space, rivals).x
 
     def begin(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Where to start, and complete pooling where that may be better than any spread."""
-        start, layout = self.first, self.layout
-        rough = rough_start(self.model, self.tasks, layout.own)
+        start, space = self.first, self.space
+        rough = rough_start(self.model, self.tasks, space.starts)
         if rough is None:
             return start, None
-        better = layout.vector(rough.best, LEAST_START)
+        better = space.near(rough.best, LEAST_START)
         if self.value_and_slope(better)[0] < self.value_and_slope(start)[0]:
             start = better
-        return start, layout.vector(rough.pooled, 0.0) if rough.gap < SURELY else None
+        return start, space.near(rough.pooled) if rough.gap < SURELY else None
 
     def without_spread(self, vector: np.ndarray) -> np.ndarray:
         """The best vector with every τ at zero."""
-        layout = self.layout
+        space = self.space
         rest = np.ones(len(vector), bool)
-        rest[layout.at["tau"]] = rest[layout.at["corr"]] = False
+        for name in {"tau", "corr"} & set(space.names):
+            rest[space.at[name]] = False
         full = np.where(rest, vector, 0.0)
         if not rest.any():
             return full
@@ -257,7 +252,7 @@ class _Search:
             value, slope = self.value_and_slope(full)
             return value, slope[rest]
 
-        full[rest] = minimise(value_and_slope, [vector[rest]], layout.lower[rest]).x
+        full[rest] = minimise(value_and_slope, [vector[rest]], space.lower[rest]).x
         return full
 
     @functools.cached_property
@@ -266,7 +261,7 @@ class _Search:
         if len(self.tasks) < SAMPLE * LEAST_SAMPLE:
             return None
         some = self.tasks.take(np.arange(0, len(self.tasks), SAMPLE))
-        evidence = ApproximateEvidence(self.model, some, self.evidence.num_nodes, self.layout)
+        evidence = ApproximateEvidence(self.model, some, self.evidence.num_nodes, self.space)
         return replace(self, tasks=some, evidence=evidence, share=len(some) / len(self.tasks))
 
     def _as_all(self, x: np.ndarray) -> ValueAndSlope:
@@ -281,10 +276,10 @@ class _Search:
 
     def refuse_endless(self, vector: np.ndarray) -> None:
         """Refuse tasks whose evidence grows for ever with μ or τ, where the search has run off."""
-        likelihood, layout = self.model.likelihood, self.layout
+        likelihood, space = self.model.likelihood, self.space
         if not (isinstance(likelihood, GeneralisedLinear) and likelihood.linear):
             return
-        tau, mu = vector[layout.at["tau"]], vector[layout.at["mu"]] - self.first[layout.at["mu"]]
+        tau, mu = vector[space.at["tau"]], vector[space.at["mu"]] - self.first[space.at["mu"]]
         far = max(tau.max(), np.abs(mu).max(initial=0.0))
         if far < ENDLESS / 2 or determined(self.tasks, likelihood).rows.any():
             return
@@ -326,34 +321,36 @@ class _Search:
 
     @functools.cached_property
     def _belief(self) -> Any:
-        return belief_in(self.layout, self.model.phi_distributions(self.tasks))
+        return belief_in(self.space, self.model.phi_distributions(self.tasks))
 
     def finish(self, vector: np.ndarray, error: float, *, judged: bool) -> Integrated:
         """The optimum there, with standard errors and what is to be said."""
-        layout, evidence = self.layout, self.evidence
+        space, evidence = self.space, self.evidence
         used, by_nodes = evidence.num_nodes, len(self.tasks.coef) <= MOST_DIMENSIONS
         phi = self.phi(vector)
-        held, warnings = held_entries(layout, phi)
-        inside = (vector > layout.lower) & ~held
+        held, warnings = held_entries(space, phi)
+        inside = (vector > space.lower) & ~held
         hessian = curvature(self.value_and_slope, vector, inside)
-        errors = layout.errors(inside, hessian, phi)
+        along = space.along(vector, inside, hessian)
+        errors = standard_errors(along)
         log_density = -evidence.value_and_slope(vector)[0]
         value, slope = self.value_and_slope(vector)
         if (problem := unsettled(slope[inside], hessian, value)) is not None:
             warnings.append(problem)
-        if np.isnan(errors["mu"][layout.free]).any():
+        if np.isnan(space["mu"].entries(errors["mu"])).any():
             flattest = np.linalg.eigh(hessian)[1][:, 0]
             entry = np.flatnonzero(inside)[np.abs(flattest).argmax()]
-            name = next(n for n, at in layout.at.items() if at.start <= entry < at.stop)
+            name = next(n for n, at in space.at.items() if at.start <= entry < at.stop)
             warnings.append(
                 "standard errors are NaN: the evidence is flat, or not concave, at the estimate, "
                 f"most of all along {name}, which these data hardly determine"
             )
         elif np.isnan(errors["tau"]).any():
             warnings.append("standard errors of tau are NaN where the estimate lies at tau = 0")
-        endless = np.abs(vector[layout.at["beta"]]) > ENDLESS
+        endless = np.abs(vector[space.at.get("beta", slice(0))]) > ENDLESS
         if endless.any():
-            names = [n for n, far in zip(layout.shape.shared, endless, strict=True) if far]
+            shared = self.tasks.labels.shared
+            names = [n for n, far in zip(shared, endless, strict=True) if far]
             warnings.append(
                 f"the estimate of beta for {listing(names)} runs to infinity: the column separates "
                 'the outcomes; criterion="map", or full_bayes, holds it by its hyperprior'
@@ -367,7 +364,7 @@ class _Search:
         remarks = []
         if judged:
             tilt = np.asarray(self._belief(vector)[1]) if self.with_belief else 0.0
-            around = AroundPhi(evidence.rows, layout, vector, evidence.start)
+            around = AroundPhi(evidence.rows, space, vector, evidence.start)
             shift = newton_shift(evidence.model, around, inside, hessian, tilt).surely
             if shift > LARGE_SHIFT:
                 remarks.append(
@@ -376,8 +373,7 @@ class _Search:
                        else "from where the integral itself would put it; use full_bayes")
                 )  # fmt: skip
         posterior = log_density + float(self._belief(vector)[0]) if self.with_belief else None
-        along = along_phi(layout, vector, inside, hessian)
         optimum = Optimum(
-            pinned(phi, layout.shape), log_density, errors, warnings, posterior, along
+            phi, log_density, errors, warnings, posterior, along
         )
         return Integrated(optimum, used, error, remarks, evidence.start)

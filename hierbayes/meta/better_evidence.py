@@ -24,8 +24,8 @@ from hierbayes.adaptation.quadrature import grid
 from hierbayes.adaptation.sobol import student_nodes
 from hierbayes.adaptation.whitened import Stand, Whitened, at_modes
 from hierbayes.evidence.nodes import by_replicate, jackknife_error, pooled
-from hierbayes.meta.layout_of_phi import FLAT, Layout
 from hierbayes.model import HierarchicalModel
+from hierbayes.phi.space import FLAT, Space
 from hierbayes.rows import Rows, Whole
 
 NODES = {1: 7, 2: 7, 3: 5}
@@ -67,13 +67,13 @@ class AroundPhi(NamedTuple):
     """φ's vector around φ̂: ``rows`` of the tasks, ``vector`` (P,) of φ̂, ``modes`` (d, J) in z."""
 
     rows: Rows | Whole
-    layout: Layout
+    space: Space
     vector: Any
     modes: Any
 
     def tasks(self, model: HierarchicalModel, vector: Any) -> Whitened:
         """Every Ψ_j at φ."""
-        return Whitened.at(model.likelihood, model.prior, self.rows, self.layout.phi(vector))
+        return Whitened.at(model.likelihood, model.prior, self.rows, self.space.phi(vector))
 
 
 @functools.partial(jax.jit, static_argnums=0)

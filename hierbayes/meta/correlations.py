@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from hierbayes.meta.layout_of_phi import Layout
+from hierbayes.phi.space import Space
 
 SINGULAR = 1e-4
 """Relative size of a direction's standard deviation below which it counts as zero, as in lme4."""
@@ -28,21 +28,21 @@ def at_the_boundary(corr: np.ndarray, blocks: Iterable[Sequence[int]]) -> bool:
     )
 
 
-def held_entries(layout: Layout, phi: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[str]]:
+def held_entries(space: Space, phi: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[str]]:
     """Entries of φ's vector (P,) of bool that stand for correlations to be held, and why.
 
     All of them where a correlation lies at its boundary; of a pair with τ = 0 in it, the pair's,
     which nothing depends on.
     """
-    held = np.zeros(layout.size, bool)
-    if "corr" not in phi or not layout.blocks:
+    held = np.zeros(space.size, bool)
+    if "corr" not in phi or not space.blocks:
         return held, []
     spread = phi["tau"] > 0
-    if at_the_boundary(phi["corr"], [[i for i in b if spread[i]] for b in layout.blocks]):
-        held[layout.at["corr"]] = True
+    if at_the_boundary(phi["corr"], [[i for i in b if spread[i]] for b in space.blocks]):
+        held[space.at["corr"]] = True
         return held, [HELD]
-    start = layout.at["corr"].start
-    for b in layout.blocks:
+    start = space.at["corr"].start
+    for b in space.blocks:
         size = len(b) * (len(b) - 1) // 2
         held[start : start + size] = len(b) == 2 and not spread[list(b)].all()
         start += size

@@ -3,7 +3,7 @@ r"""The observed information of a φ̂ that is known already, and the tasks arou
 .. math:: I(\hat\varphi) = -\nabla^2 \Big[\sum_j \log \hat p(D_j \mid \hat\varphi)
           \left[+ \log p(\hat\varphi)\right]\Big]
 
-in the coordinates of φ's vector (:mod:`hierbayes.meta.layout_of_phi`) that lie inside their bounds:
+in the coordinates of φ's vector (:mod:`hierbayes.phi.space`) that lie inside their bounds:
 τ = 0 and correlations of ±1 are held.
 """
 
@@ -12,17 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from numpyro.distributions.transforms import CorrCholeskyTransform
 
 from hierbayes.meta.approximate_evidence import ApproximateEvidence
 from hierbayes.meta.better_evidence import AroundPhi
 from hierbayes.meta.correlations import HELD, held_entries
-from hierbayes.meta.layout_of_phi import Layout, belief_in
 from hierbayes.meta.optimum import curvature
-from hierbayes.meta.supports import LINES
 from hierbayes.model import HierarchicalModel
+from hierbayes.phi.space import Space, belief_in
 from hierbayes.tasks import Tasks
 
 HARDLY = 1e-10
@@ -42,28 +39,9 @@ class Information(NamedTuple):
     tilt: np.ndarray
 
 
-def vector_of(layout: Layout, phi: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The vector whose φ this is: the inverse of :meth:`Layout.phi`.
-
-    Correlations at their boundary have no entries without bounds; they stand by 1e-10 inside.
-    """
-    v = np.zeros(layout.size)
-    v[layout.at["mu"]] = np.asarray(phi["mu"])[layout.free]
-    for name in ("tau", "gamma", "beta"):
-        if name in phi:
-            v[layout.at[name]] = np.ravel(phi[name])
-    v = v / layout.units
-    for name, kind in layout.lines:
-        line = LINES[kind]
-        v[layout.at[name]] = line.inverse(phi[name]) - line.inverse(layout.own[name])
-    if layout.blocks and "corr" in phi:
-        share = HARDLY if HELD in held_entries(layout, phi)[1] else 0.0
-        parts = []
-        for b in layout.blocks:
-            corr = (1 - share) * phi["corr"][np.ix_(b, b)] + share * np.eye(len(b))
-            parts.append(CorrCholeskyTransform()._inverse(jnp.linalg.cholesky(corr)))
-        v[layout.at["corr"]] = np.concatenate(parts)
-    return v
+def x_of(space: Space, phi: Mapping[str, np.ndarray]) -> np.ndarray:
+    """x of φ, where correlations at their boundary stand by 1e-10 inside it."""
+    return space.x(phi, shrunk=HARDLY if HELD in held_entries(space, phi)[1] else 0.0)
 
 
 def observed_information(
@@ -95,9 +73,9 @@ def observed_information(
     """
     phi = {name: np.asarray(value, float) for name, value in phi.items()}
     evidence = ApproximateEvidence(model, tasks, num_nodes)
-    layout, vector = evidence.layout, vector_of(evidence.layout, phi)
-    held, _ = held_entries(layout, phi)
-    belief = belief_in(layout, model.phi_distributions(tasks)) if with_belief else None
+    space, vector = evidence.space, x_of(evidence.space, phi)
+    held, _ = held_entries(space, phi)
+    belief = belief_in(space, model.phi_distributions(tasks)) if with_belief else None
 
     def value_and_slope(v: np.ndarray) -> tuple[float, np.ndarray]:
         value, slope = evidence.value_and_slope(v)
@@ -106,9 +84,9 @@ def observed_information(
             value, slope = value - float(more), slope - np.asarray(tilt)
         return value, slope
 
-    inside = (vector > layout.lower) & ~held
+    inside = (vector > space.lower) & ~held
     hessian = curvature(value_and_slope, vector, inside)
     value_and_slope(vector)  # leaves the modes where phi has them
-    tilt = np.zeros(layout.size) if belief is None else np.asarray(belief(vector)[1])
-    return Information(AroundPhi(evidence.rows, layout, vector, evidence.start), inside, hessian,
+    tilt = np.zeros(space.size) if belief is None else np.asarray(belief(vector)[1])
+    return Information(AroundPhi(evidence.rows, space, vector, evidence.start), inside, hessian,
                        tilt)  # fmt: skip

@@ -19,20 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.evidence.exact import log_evidence
-from hierbayes.meta.layout_of_phi import Layout, along_phi, belief_in, phi_at
 from hierbayes.meta.marginal import maximise_likelihood
 from hierbayes.meta.optimum import Optimum, curvature
-from hierbayes.meta.posterior_mode import finite, off_the_boundary, pinned
+from hierbayes.meta.posterior_mode import finite, off_the_boundary
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
+from hierbayes.phi.space import Space, belief_in, phi_at, standard_errors
 from hierbayes.priors import Gaussian, Prior, StudentT
 from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _value_and_slope(prior: Prior, layout: Layout, vector: Any, stats: Statistics) -> Any:
-    return jax.value_and_grad(lambda v: -log_evidence(stats, prior, layout.phi(v)).sum())(vector)
+def _value_and_slope(prior: Prior, space: Space, vector: Any, stats: Statistics) -> Any:
+    return jax.value_and_grad(lambda v: -log_evidence(stats, prior, space.phi(v)).sum())(vector)
 
 
 def maximise_mixture(resolved: HierarchicalModel, tasks: Tasks, *, with_belief: bool) -> Optimum:
@@ -44,26 +44,26 @@ def maximise_mixture(resolved: HierarchicalModel, tasks: Tasks, *, with_belief: 
     with float64():
         stats = jax.tree.map(jnp.asarray, placed_statistics(tasks))
         beliefs = resolved.phi_distributions(tasks)
-        layout = Layout.of(resolved.shape(tasks), resolved.scales(tasks), beliefs)
-        belief = belief_in(layout, beliefs) if with_belief else None
+        space = resolved.space(tasks)
+        belief = belief_in(space, beliefs) if with_belief else None
 
         def value_and_slope(v: np.ndarray) -> tuple[float, np.ndarray]:
-            value, slope = _value_and_slope(prior, layout, v, stats)
+            value, slope = _value_and_slope(prior, space, v, stats)
             if belief is not None:
                 more, tilt = belief(v)
                 value, slope = value - more, slope - tilt
             return finite(float(value), np.asarray(slope))
 
-        starts = [layout.vector(start | {"tau": share * start["tau"]}, floor)
-                  for share, floor in ((0.7, 0.5), (0.3, 0.1))]  # fmt: skip
-        pooled = layout.vector(start | {"tau": 0 * start["tau"]}, 0.0)
-        best = off_the_boundary(value_and_slope, starts, layout, [pooled])
-        inside = best.x > layout.lower
+        starts = [space.near(start | {"tau": share * start["tau"]}, floor)
+                  for share, floor in ((0.7, 0.05), (0.3, 0.01))]  # fmt: skip
+        pooled = space.near(start | {"tau": 0 * start["tau"]})
+        best = off_the_boundary(value_and_slope, starts, space, [pooled])
+        inside = best.x > space.lower
         errors_at = curvature(value_and_slope, best.x, inside)
-        phi = to_numpy(phi_at(layout, best.x))
-        errors = layout.errors(inside, errors_at, phi)
-        along = along_phi(layout, best.x, inside, errors_at)
-        evidence = -float(_value_and_slope(prior, layout, best.x, stats)[0])
+        phi = to_numpy(phi_at(space, best.x))
+        along = space.along(best.x, inside, errors_at)
+        errors = standard_errors(along)
+        evidence = -float(_value_and_slope(prior, space, best.x, stats)[0])
         posterior = None if belief is None else evidence + float(belief(best.x)[0])
     warnings = [best.problem] if best.problem else []
     if np.isnan(errors["tau"]).any():
@@ -71,4 +71,4 @@ def maximise_mixture(resolved: HierarchicalModel, tasks: Tasks, *, with_belief: 
             "standard errors of tau are NaN where the estimate lies at tau = 0 or the criterion is "
             "not concave there"
         )
-    return Optimum(pinned(phi, layout.shape), evidence, errors, warnings, posterior, along)
+    return Optimum(phi, evidence, errors, warnings, posterior, along)

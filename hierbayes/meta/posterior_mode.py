@@ -17,7 +17,6 @@ import numpyro.distributions as dist
 
 from hierbayes.evidence.exact import log_evidence
 from hierbayes.meta.correlations import SINGULAR
-from hierbayes.meta.layout_of_phi import Layout, along_phi, phi_at
 from hierbayes.meta.marginal import maximise_likelihood
 from hierbayes.meta.optimum import (
     Minimum,
@@ -30,7 +29,7 @@ from hierbayes.meta.optimum import (
 )
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
-from hierbayes.priors.hyperprior import Shape
+from hierbayes.phi.space import Space, phi_at, standard_errors
 from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
 
@@ -64,19 +63,18 @@ def resolve_for_mode(model: HierarchicalModel, tasks: Tasks) -> HierarchicalMode
 
 def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
     """φ̂ at the mode of p(φ | D), with standard errors from the Hessian."""
-    shape, scales = resolved.shape(tasks), resolved.scales(tasks)
     start = maximise_likelihood(resolved, tasks, reml=False)
     with float64():
         stats = jax.tree.map(jnp.asarray, placed_statistics(tasks))
         beliefs = resolved.phi_distributions(tasks)
-        layout = Layout.of(shape, scales, beliefs)
+        space = resolved.space(tasks)
 
         def log_density(phi: dict[str, Any], stats: Statistics) -> tuple[Any, Any]:
             evidence = log_evidence(stats, resolved.prior, phi).sum()
-            return evidence, layout.log_belief(phi, beliefs)
+            return evidence, space.log_belief(phi, beliefs)
 
         def objective(v: jax.Array, stats: Statistics) -> Any:
-            return -sum(log_density(layout.phi(v), stats))
+            return -sum(log_density(space.phi(v), stats))
 
         # as an argument, or every device would hold all tasks
         slope = jax.jit(jax.value_and_grad(objective))
@@ -85,16 +83,15 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
             value, gradient = slope(v, stats)
             return finite(float(value), np.asarray(gradient))
 
-        starts = [layout.vector(start.phi, floor) for floor in (0.5, 0.1)]
-        pooled = layout.vector(start.phi | {"tau": 0 * start.phi["tau"]}, 0.0)
-        best = off_the_boundary(value_and_slope, starts, layout, [pooled])
-        inside = best.x > layout.lower
+        starts = [space.near(start.phi, floor) for floor in (0.05, 0.01)]
+        pooled = space.near(start.phi | {"tau": 0 * start.phi["tau"]})
+        best = off_the_boundary(value_and_slope, starts, space, [pooled])
+        inside = best.x > space.lower
         hessian = curvature(value_and_slope, best.x, inside)
-        phi = to_numpy(phi_at(layout, best.x))
+        phi = to_numpy(phi_at(space, best.x))
         evidence, belief = jax.jit(log_density)(phi, stats)
-        errors = layout.errors(inside, hessian, phi)
-        along = along_phi(layout, best.x, inside, hessian)
-    phi = pinned(phi, shape)
+        along = space.along(best.x, inside, hessian)
+    errors = standard_errors(along)
     warnings = [best.problem] if best.problem else []
     if np.isnan(errors["tau"]).any():
         warnings.append(
@@ -112,7 +109,7 @@ def finite(value: float, slope: np.ndarray) -> tuple[float, np.ndarray]:
 def off_the_boundary(
     value_and_slope: ValueAndSlope,
     starts: list[np.ndarray],
-    layout: Layout,
+    space: Space,
     rivals: list[np.ndarray] | None = None,
 ) -> Minimum:
     """The minimum, with a τ that is zero but for rounding exactly zero where that costs nothing.
@@ -122,13 +119,13 @@ def off_the_boundary(
     """
 
     def climb(*starts: np.ndarray) -> Minimum:
-        return _climbed(value_and_slope, list(starts), layout)
+        return _climbed(value_and_slope, list(starts), space)
 
     best = climb(*starts)
     if rivals is None:
         return best
     for _ in range(3):
-        others = [*rivals, *_other_sizes(best.x, layout)]
+        others = [*rivals, *_other_sizes(best.x, space)]
         values = [value_and_slope(x)[0] for x in others]
         rival = others[int(np.argmin(values))]
         again = highest(climb, best, [rival], value_and_slope)
@@ -138,9 +135,9 @@ def off_the_boundary(
     return best
 
 
-def _other_sizes(x: np.ndarray, layout: Layout) -> list[np.ndarray]:
+def _other_sizes(x: np.ndarray, space: Space) -> list[np.ndarray]:
     """The vector with each τ at other sizes, and with all of them together."""
-    tau = np.arange(len(x))[layout.at["tau"]]
+    tau = np.arange(len(x))[space.at["tau"]]
     size = np.where(x[tau] > 0, x[tau], 1.0)
     places = [tau[[i]] for i in range(len(tau))] + ([tau] if len(tau) > 1 else [])
     found = []
@@ -152,21 +149,21 @@ def _other_sizes(x: np.ndarray, layout: Layout) -> list[np.ndarray]:
     return found
 
 
-def _climbed(value_and_slope: ValueAndSlope, starts: list[np.ndarray], layout: Layout) -> Minimum:
+def _climbed(value_and_slope: ValueAndSlope, starts: list[np.ndarray], space: Space) -> Minimum:
     """From the best of the starts.
 
     τ = 0 is always stationary: a search that steps there stays, wherever the minimum is. From a τ
     that is raised again, damped Newton steps go to zero only where the way leads down; with a
     correlation of either sign, since one that is zero may be what makes them.
     """
-    lower, spread = layout.lower, layout.lower == 0
+    lower, spread = space.lower, space.lower == 0
     best = minimise(value_and_slope, starts, lower)
     flat = spread & (best.x < SINGULAR)
     if flat.any():
         raised = np.where(flat, RAISED, best.x)
         ends = []
-        for sign in (0.0, 1.0, -1.0) if layout.blocks else (0.0,):
-            raised[layout.at["corr"]] = sign * TILTED
+        for sign in (0.0, 1.0, -1.0) if space.blocks else (0.0,):
+            raised[space.at["corr"]] = sign * TILTED
             ends.append(descend(value_and_slope, raised, lower, lambda x: value_and_slope))
         near = min(ends, key=lambda x: value_and_slope(x)[0])
         again = minimise(value_and_slope, [near], lower)
@@ -175,8 +172,3 @@ def _climbed(value_and_slope: ValueAndSlope, starts: list[np.ndarray], layout: L
     if value_and_slope(snapped)[0] <= best.value + 1e-12 * abs(best.value):
         return replace(best, x=snapped)
     return best
-
-
-def pinned(phi: dict[str, np.ndarray], shape: Shape) -> dict[str, np.ndarray]:
-    """φ with means that the model holds at zero exactly there."""
-    return phi | {"mu": np.where(shape.free_mean, phi["mu"], 0.0)}

@@ -31,7 +31,7 @@ from hierbayes.fit.fit import check_fit
 from hierbayes.fit.outward import moments_outward
 from hierbayes.meta.better_evidence import AroundPhi
 from hierbayes.meta.information import observed_information
-from hierbayes.meta.layout_of_phi import FLAT
+from hierbayes.phi.space import FLAT
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.tasks import Tasks
@@ -138,11 +138,11 @@ def covariance_by_phi(
         num = tasks.num_tasks
         return ByPhi(*(np.full(s, np.nan) for s in ((num, d, d), (num, d, p), (p, p))))
     # (p, d, J) by the information's root, one sum of squares a task
-    root, layout = vectors / np.sqrt(values), known.around.layout
+    root, space = vectors / np.sqrt(values), known.around.space
     white = np.einsum("pq,pkj->qkj", root, slopes)
-    moves = np.zeros((layout.size, len(values)))
+    moves = np.zeros((space.size, len(values)))
     moves[known.inside] = root
-    beta = (moves * np.asarray(layout.units)[:, None])[layout.at["beta"]]
+    beta = (moves * np.asarray(space.units)[:, None])[space.at.get("beta", slice(0))]
     return ByPhi(
         np.einsum("qkj,qlj->jkl", white, white), np.einsum("qkj,pq->jkp", white, beta),
         beta @ beta.T,

@@ -16,21 +16,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.evidence.over_draws import NODES, of_tasks
-from hierbayes.meta.layout_of_phi import Layout, belief_in
 from hierbayes.meta.posterior_mode import finite, off_the_boundary
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
+from hierbayes.phi.space import Space, belief_in
 from hierbayes.rows import Rows, Whole, rows_of
 from hierbayes.tasks import Tasks
 
 
+SHRUNK = 1e-3
+"""Share of the identity in the correlations that a search sets out from, for none to be ±1."""
+
+
 @functools.partial(jax.jit, static_argnums=(0, 6))
 def _sum(
-    model: HierarchicalModel, layout: Layout, vector: Any, rows: Rows | Whole, start: Any,
+    model: HierarchicalModel, space: Space, vector: Any, rows: Rows | Whole, start: Any,
     counted: Any, num_nodes: int,
 ) -> Any:  # fmt: skip
     def minus(v: Any) -> Any:
-        values, _ = of_tasks(model, layout.phi(v), rows, start, counted, num_nodes)
+        values, _ = of_tasks(model, space.phi(v), rows, start, counted, num_nodes)
         return -values.sum()
 
     return jax.value_and_grad(minus)(vector)
@@ -43,9 +47,7 @@ class WithoutOne:
         self.model, self.plain, self.tasks = model, model.without_encoder(), tasks
         self.num_nodes = NODES.get(len(tasks.coef), 1) if num_nodes is None else num_nodes
         self.rows = rows_of(tasks, model.likelihood)
-        self.layout = Layout.of(
-            model.shape(tasks), model.scales(tasks), model.phi_distributions(tasks)
-        )
+        self.space = model.space(tasks)
         self.every = np.ones(tasks.num_tasks, bool)
         self.start = np.zeros((len(tasks.coef), tasks.num_tasks))
 
@@ -59,35 +61,21 @@ class WithoutOne:
         scores = np.full(self.tasks.num_tasks, np.nan)
         known = {name: np.asarray(value) for name, value in phi.items()}
         with float64():
-            begin = self.layout.vector(known, 0.0) + self._correlations(known)
+            begin = self.space.x(known, shrunk=SHRUNK)
             beliefs = self.model.phi_distributions(self.tasks)
-            belief = belief_in(self.layout, beliefs) if with_belief else None
+            belief = belief_in(self.space, beliefs) if with_belief else None
             for j in np.flatnonzero(self.tasks.sizes > 0):
                 counted = self.every.copy()
                 counted[j] = False
                 given = (self.rows, self.start, counted, self.num_nodes)
 
                 def value_and_slope(v: np.ndarray, given: Any = given) -> Any:
-                    value, slope = _sum(self.plain, self.layout, v, *given)
+                    value, slope = _sum(self.plain, self.space, v, *given)
                     if belief is not None:
                         more, tilt = belief(v)
                         value, slope = value - more, slope - tilt
                     return finite(float(value), np.asarray(slope))
 
-                x = off_the_boundary(value_and_slope, [begin], self.layout).x
-                scores[j] = self.of_tasks(self.layout.phi(jnp.asarray(x)))[j]
+                x = off_the_boundary(value_and_slope, [begin], self.space).x
+                scores[j] = self.of_tasks(self.space.phi(jnp.asarray(x)))[j]
         return scores
-
-    def _correlations(self, phi: dict[str, np.ndarray]) -> np.ndarray:
-        """The vector's part that :meth:`Layout.vector` leaves at zero: correlations as they are."""
-        v, layout = np.zeros(self.layout.size), self.layout
-        if not layout.blocks or "corr" not in phi:
-            return v
-        from numpyro.distributions.transforms import CorrCholeskyTransform
-
-        parts = []
-        for b in layout.blocks:
-            corr = 0.999 * phi["corr"][np.ix_(b, b)] + 0.001 * np.eye(len(b))
-            parts.append(np.asarray(CorrCholeskyTransform()._inverse(np.linalg.cholesky(corr))))
-        v[layout.at["corr"]] = np.concatenate(parts)
-        return v

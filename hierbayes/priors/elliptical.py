@@ -17,6 +17,7 @@ import numpy as np
 from hierbayes import inputs
 from hierbayes.errors import InputError, suggestion
 from hierbayes.numerics import semidefinite_root
+from hierbayes.phi import Part
 from hierbayes.priors.base import Phi, Prior
 
 
@@ -73,6 +74,19 @@ class Elliptical(Prior):
         """Which coefficients have a mean to be learned, (d,) of bool."""
         self._known(self.zero_mean, coef, "zero_mean")
         return np.array([c not in self.zero_mean for c in coef], dtype=bool)
+
+    def parts(self, coef: Sequence[str], task_predictors: Sequence[str]) -> list[Part]:
+        """μ where it is free, Γ, τ and R."""
+        d, q = len(coef), len(task_predictors)
+        free = tuple(np.flatnonzero(self.free_mean(coef)).tolist())
+        blocks = tuple(b for b in self.blocks(coef) if len(b) > 1)
+        parts = [Part("mu", ("coef",), (d,), learned=free)]
+        if q:
+            parts.append(Part("gamma", ("coef", "task_predictor"), (d, q)))
+        parts.append(Part("tau", ("coef",), (d,), "spread"))
+        if blocks:
+            parts.append(Part("corr", ("coef", "coef_bis"), (d, d), "correlation", blocks=blocks))
+        return parts
 
     def _known(self, names: Sequence[str], coef: Sequence[str], argument: str) -> None:
         kind = type(self).__name__

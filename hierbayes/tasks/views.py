@@ -75,6 +75,14 @@ class Labels:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", unwritable(self.names))
 
+    @property
+    def by_dim(self) -> dict[str, tuple[str, ...]]:
+        """The names along each dimension of φ."""
+        return {
+            "coef": self.coef, "coef_bis": self.coef, "shared": self.shared,
+            "task_predictor": self.task_predictors,
+        }  # fmt: skip
+
     def position(self, name: Any) -> int | None:
         """Position of the task of this name, compared as text; None where there is none."""
         return self._number_of_text.get(str(name))

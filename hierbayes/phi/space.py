@@ -1,0 +1,366 @@
+r"""φ as one object: its parts by name, where each may lie, and φ as a vector x of order one.
+
+.. math:: \varphi = \varphi(x), \qquad
+          \log p(x) = \log p(\varphi(x)) + \log \left|\tfrac{d\varphi}{dx}\right|
+
+Likelihood, prior and adaptation each state the parts of φ that they own; a space is their product.
+Searches and samplers see x alone. A search has τ itself as an entry with the bound τ ≥ 0, where it
+may well end; a sampler wants no bounds (:meth:`Space.opened`), and there
+
+.. math:: \tau = u \log(1 + e^x)
+
+is a straight line of x where τ is large beside its unit u and a logarithm where it is small, so
+that τ → 0 lies at −∞, in a tail no heavier than an exponential one of width u.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from numpyro.distributions.transforms import (
+    CorrCholeskyTransform,
+    IdentityTransform,
+    Transform,
+    biject_to,
+)
+
+from hierbayes.errors import InputError
+
+Support = Literal["real", "spread", "open spread", "correlation", "belief"]
+
+FLAT = 1e-12
+"""Curvature, beside the largest, below which a direction is taken as not curved at all."""
+
+TINY = 1e-300
+"""Stands for τ = 0 in densities: NumPyro's half-normal gives 0 none, though it may be the mode."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One name of φ as its owner states it.
+
+    ``support``: "real"; "spread", a standard deviation, which may be zero; "correlation", a matrix
+    with correlations inside ``blocks`` of positions alone; "belief", where its prior lies.
+    ``learned``: the flat positions of entries that are; the others are zero. None: all.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    support: Support = "real"
+    learned: tuple[int, ...] | None = None
+    blocks: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Entries of x."""
+        if self.support == "correlation":
+            return sum(len(b) * (len(b) - 1) // 2 for b in self.blocks)
+        return int(np.prod(self.shape)) if self.learned is None else len(self.learned)
+
+    def array(self, entries: Any) -> Any:
+        """The part (…) with these values (n,) in the places of its learned entries."""
+        if self.learned is None:
+            return entries.reshape(self.shape)
+        flat = jnp.zeros(int(np.prod(self.shape)), entries.dtype)
+        return flat.at[np.array(self.learned, int)].set(entries).reshape(self.shape)
+
+    def entries(self, array: Any) -> Any:
+        """The learned entries (n,) of an array of the part's shape."""
+        flat = np.ravel(array)
+        return flat if self.learned is None else flat[np.array(self.learned, int)]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["units", "origin", "transforms"],
+    meta_fields=["parts"],
+)
+@dataclass(frozen=True)
+class Space:
+    """The parts of φ, and x (n,) with φ(x): entries in ``units`` (n,) around ``origin`` (n,).
+
+    ``transforms``: NumPyro's, by the name of a part whose prior says where it lies. A pytree whose
+    numbers are leaves, so that programs serve every space of the same parts.
+    """
+
+    parts: tuple[Part, ...]
+    units: Any
+    origin: Any
+    transforms: dict[str, Transform]
+
+    @classmethod
+    def of(
+        cls,
+        parts: Sequence[Part],
+        units: Mapping[str, Any],
+        beliefs: Mapping[str, dist.Distribution],
+        starts: Mapping[str, float],
+    ) -> Space:
+        """The product of some parts.
+
+        ``units`` by name, of entries that are real or spreads; ``starts`` by name: φ at x = 0 where
+        that is not what a prior's support suggests.
+        """
+        transforms = {
+            p.name: _transform_of(p.name, beliefs[p.name]) for p in parts if p.support == "belief"
+        }
+        bare = cls(tuple(parts), None, None, transforms)
+        scale, origin = np.ones(bare.size), np.zeros(bare.size)
+        for part in parts:
+            at = bare.at[part.name]
+            if part.support in ("real", "spread"):
+                scale[at] = part.entries(np.broadcast_to(units[part.name], part.shape))
+            elif part.name in starts:
+                origin[at] = np.asarray(transforms[part.name]._inverse(starts[part.name]))
+        return replace(bare, units=scale, origin=origin)
+
+    # ----------------------------------------------------------------------- names
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parts' names, in the order of x."""
+        return tuple(p.name for p in self.parts)
+
+    def __getitem__(self, name: str) -> Part:
+        """The part of this name."""
+        return self.parts[self.names.index(name)]
+
+    @property
+    def at(self) -> dict[str, slice]:
+        """Where each part lies in x."""
+        ends = np.cumsum([0, *(p.size for p in self.parts)]).tolist()
+        return {p.name: slice(*ends[i : i + 2]) for i, p in enumerate(self.parts)}
+
+    @property
+    def size(self) -> int:
+        """The length of x."""
+        return sum(p.size for p in self.parts)
+
+    @property
+    def lower(self) -> np.ndarray:
+        """Bounds of x: a standard deviation may be zero, nothing else has one."""
+        lower = np.full(self.size, -np.inf)
+        for part in self.parts:
+            if part.support == "spread":
+                lower[self.at[part.name]] = 0.0
+        return lower
+
+    def entry_names(self, labels: Mapping[str, Sequence[str]]) -> list[str]:
+        """The entries of x: ``mu[Intercept]``, ``tau[x]``, ``corr[Intercept, x]``, ``sigma``.
+
+        ``labels`` by dimension.
+        """
+        found = []
+        for part in self.parts:
+            if part.support == "correlation":
+                coef = labels[part.dims[0]]
+                pairs = [(b[k], b[i]) for b in part.blocks for i in range(len(b)) for k in range(i)]
+                found += [f"{part.name}[{coef[k]}, {coef[i]}]" for k, i in pairs]
+            elif part.dims:
+                each = [", ".join(c) for c in itertools.product(*(labels[d] for d in part.dims))]
+                found += [f"{part.name}[{c}]" for c in part.entries(each)]
+            else:
+                found.append(part.name)
+        return found
+
+    @property
+    def starts(self) -> dict[str, Any]:
+        """φ at x = 0 of the parts that lie where their prior does."""
+        names = [p.name for p in self.parts if p.support == "belief"]
+        own = self.only(*names)
+        return {n: np.asarray(v) for n, v in own.phi(np.zeros(own.size)).items()}
+
+    @property
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
+        """Groups of correlated coefficients."""
+        return next((p.blocks for p in self.parts if p.support == "correlation"), ())
+
+    def only(self, *names: str) -> Space:
+        """The space of some of the parts alone."""
+        places = [range(self.size)[self.at[n]] for n in self.names if n in names]
+        where = np.array([i for r in places for i in r], int)
+        return Space(
+            tuple(p for p in self.parts if p.name in names),
+            self.units[where], self.origin[where],
+            {n: t for n, t in self.transforms.items() if n in names},
+        )  # fmt: skip
+
+    def opened(self) -> Space:
+        """The space without bounds, for samplers."""
+        parts = tuple(
+            replace(p, support="open spread") if p.support == "spread" else p for p in self.parts
+        )
+        return replace(self, parts=parts)
+
+    # ------------------------------------------------------------------- φ from x, and back
+
+    def _values(self, part: Part, x: Any) -> Any:
+        """The learned entries (n,) of a part, from all of x."""
+        at = self.at[part.name]
+        entries, unit, origin = x[at], self.units[at], self.origin[at]
+        if part.support == "open spread":
+            return unit * jax.nn.softplus(entries)
+        if part.support == "belief":
+            return self.transforms[part.name](origin + unit * entries)
+        return origin + unit * entries
+
+    def phi(self, x: Any) -> dict[str, Any]:
+        """φ by name."""
+        return {
+            p.name: _correlations(p, x[self.at[p.name]])
+            if p.support == "correlation"
+            else p.array(self._values(p, x))
+            for p in self.parts
+        }
+
+    def x(self, phi: Mapping[str, Any], *, shrunk: float = 0.0) -> np.ndarray:
+        """x of φ: the inverse of :meth:`phi`; use it in float64.
+
+        ``shrunk``: the share of the identity that correlations are mixed with, since those of ±1
+        have no place in x.
+        """
+        found = np.zeros(self.size)
+        for part in self.parts:
+            at = self.at[part.name]
+            if part.name not in phi:
+                continue
+            if part.support == "correlation":
+                found[at] = _inverse_correlations(part, np.asarray(phi[part.name]), shrunk)
+                continue
+            values, unit = part.entries(phi[part.name]), np.asarray(self.units[at])
+            if part.support == "open spread":
+                found[at] = inverse_softplus(values / unit)
+            elif part.support == "belief":
+                values = np.asarray(self.transforms[part.name]._inverse(values))
+                found[at] = (values - self.origin[at]) / unit
+            else:
+                found[at] = (values - self.origin[at]) / unit
+        return found
+
+    def near(self, phi: Mapping[str, Any], floor: float = 0.0) -> np.ndarray:
+        """x from which a search sets out: no spread below ``floor`` units, and no correlations."""
+        found = self.x({n: v for n, v in phi.items() if n != "corr"})
+        for part in self.parts:
+            if part.support == "spread":
+                found[self.at[part.name]] = np.maximum(found[self.at[part.name]], floor)
+        return found
+
+    # ------------------------------------------------------------------------ densities
+
+    def log_belief(self, phi: Mapping[str, Any], beliefs: Mapping[str, dist.Distribution]) -> Any:
+        """log p(φ) as a mode has it: of τ and R themselves, and of what a family owns as in x."""
+        total: Any = 0.0
+        for part in self.parts:
+            value, belief = phi[part.name], beliefs[part.name]
+            if part.support == "spread":
+                value = jnp.where(value > 0, value, TINY)
+            total = total + jnp.sum(jnp.asarray(belief.log_prob(value)))
+            if part.support == "belief":
+                total = total + _log_slope(self.transforms[part.name], phi[part.name])
+        return jnp.asarray(total)
+
+    # ---------------------------------------------------------------- what is known of φ̂
+
+    def along(
+        self, x: np.ndarray, inside: np.ndarray, hessian: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """How φ moves at x along independent normal directions of unit size, by name (…, r).
+
+        ``hessian`` (p, p) of minus the criterion in the coordinates that are ``inside``; NaN
+        outside of them, and everywhere off a maximum. Use it in float64.
+        """
+        values = np.linalg.eigvalsh(hessian)
+        moves = np.full((self.size, int(inside.sum())), np.nan)
+        if values.size and values[0] > FLAT * values[-1]:
+            moves[inside] = root_of(np.linalg.inv(hessian))
+        return {n: np.asarray(v) for n, v in _along(self, x, moves).items()}
+
+
+def standard_errors(along: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """By name, from how φ moves; of correlations none are told."""
+    return {n: np.sqrt((v**2).sum(-1)) for n, v in along.items() if n != "corr"}
+
+
+@jax.jit
+def phi_at(space: Space, x: Any) -> dict[str, jax.Array]:
+    """φ by name, compiled once for all spaces of the same parts."""
+    return space.phi(x)
+
+
+@jax.jit
+def _along(space: Space, x: Any, moves: Any) -> dict[str, jax.Array]:
+    known = jnp.nan_to_num(moves)
+    turned = jax.vmap(lambda m: jax.jvp(space.phi, (x,), (m,))[1], -1, -1)(known)
+    for part in space.parts:
+        if part.support != "correlation":  # entry by entry, so that what is not known stays so
+            lost = jnp.isnan(moves[space.at[part.name]])
+            marks = jax.vmap(part.array, -1, -1)(lost.astype(moves.dtype))
+            turned[part.name] = jnp.where(marks > 0, jnp.nan, turned[part.name])
+    return turned
+
+
+@jax.jit
+def _belief(space: Space, beliefs: Any, x: Any) -> tuple[jax.Array, jax.Array]:
+    return jax.value_and_grad(lambda v: space.log_belief(space.phi(v), beliefs))(x)
+
+
+def belief_in(
+    space: Space, beliefs: Mapping[str, dist.Distribution]
+) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
+    """log p(φ) as :meth:`Space.log_belief` has it, and its slope, as functions of x."""
+    return functools.partial(_belief, space, {n: beliefs[n] for n in space.names})
+
+
+def root_of(covariance: np.ndarray) -> np.ndarray:
+    """A with A Aᵀ the covariance matrix, NaN where that is not known."""
+    if not np.isfinite(covariance).all():
+        return np.full_like(covariance, np.nan)
+    units = np.sqrt(np.maximum(np.diag(covariance), 1e-300))
+    values, vectors = np.linalg.eigh(covariance / np.outer(units, units))
+    return units[:, None] * vectors * np.sqrt(np.maximum(values, 0.0))
+
+
+def inverse_softplus(value: Any) -> Any:
+    """x with log(1 + eˣ) = value."""
+    return value + np.log(-np.expm1(-value))
+
+
+def _transform_of(name: str, belief: dist.Distribution) -> Transform:
+    if belief.shape() != ():
+        raise InputError(
+            f"the prior of {name!r} has shape {belief.shape()}: here parameters beside mu, tau, "
+            'corr, beta and gamma are single numbers; full_bayes(method="nuts") takes others'
+        )
+    transform = biject_to(belief.support)
+    return IdentityTransform() if transform is None else transform
+
+
+def _log_slope(transform: Transform, value: Any) -> Any:
+    return transform.log_abs_det_jacobian(transform._inverse(value), value)
+
+
+def _correlations(part: Part, entries: Any) -> Any:
+    corr, start = jnp.eye(part.shape[0]), 0
+    for b in part.blocks:
+        size = len(b) * (len(b) - 1) // 2
+        factor = CorrCholeskyTransform()(entries[start : start + size])
+        corr = corr.at[np.ix_(b, b)].set(factor @ factor.T)
+        start += size
+    return corr
+
+
+def _inverse_correlations(part: Part, corr: np.ndarray, shrunk: float) -> np.ndarray:
+    found = []
+    for b in part.blocks:
+        block = (1 - shrunk) * corr[np.ix_(b, b)] + shrunk * np.eye(len(b))
+        found.append(np.asarray(CorrCholeskyTransform()._inverse(jnp.linalg.cholesky(block))))
+    return np.concatenate(found)
