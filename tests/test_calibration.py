@@ -17,6 +17,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from assertions import close, refuses
+from hierbayes.meta.scales_of_phi import Coordinates
 from scipy import stats
 
 import hierbayes as hb
@@ -27,7 +28,6 @@ from hierbayes.checks.quantities import quantities, rank
 from hierbayes.checks.uniformity import band, counts_below, leaving, p_value
 from hierbayes.checks.verdicts import shape_of
 from hierbayes.meta import collapsed_sampling
-from hierbayes.meta.scales_of_phi import Coordinates
 from hierbayes.simulation import draw_phi, draw_theta, simulate
 
 WRONG = 1e-6

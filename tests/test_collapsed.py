@@ -17,6 +17,7 @@ import numpyro.distributions as dist
 import pytest
 from assertions import close, monte_carlo
 from conftest import QUICK, quietly
+from hierbayes.meta.scales_of_phi import Coordinates, Units, inverse_softplus
 from scipy import integrate as quadrature
 from scipy import linalg, stats
 from test_evidence import case
@@ -33,7 +34,6 @@ from hierbayes.evidence.integrated import (
 from hierbayes.meta import collapsed_sampling
 from hierbayes.meta.collapsed import Collapsed
 from hierbayes.meta.independence import Proposal, fit_proposal, run_chains
-from hierbayes.meta.scales_of_phi import Coordinates, Units, inverse_softplus
 from hierbayes.numerics import float64
 from hierbayes.statistics import row_scale, statistics
 

@@ -377,7 +377,6 @@ def test_x_of_phi_is_the_inverse_of_phi_of_x(slopes):
     _, tasks, fit = slopes
     resolved = fit.model
     with float64():
-        beliefs = resolved.phi_distributions(tasks)
         space = resolved.space(tasks)
         v = np.array([0.3, -0.2, 0.7, 0.4, 0.6])
         close(x_of(space, to_numpy(space.phi(jnp.asarray(v)))), v, rtol=1e-9)

@@ -20,7 +20,7 @@ from scipy import special, stats
 
 import hierbayes as hb
 from hierbayes.numerics import float64
-from hierbayes.priors.assembled import Assembled
+from hierbayes.phi.assembled import Assembled
 
 HYPER = dict(
     mu=dist.Normal(0.5, 2.0), tau=dist.HalfCauchy(1.5), corr=2.0, beta=dist.Normal(0.0, 3.0),

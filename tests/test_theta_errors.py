@@ -71,7 +71,6 @@ def test_against_differences_of_everything(evidence, counts):
     phi = {name: np.asarray(value) for name, value in fit.phi.items()}
     assert abs(phi["corr"][0, 1]) < 0.999
     with float64():
-        beliefs = fit.model.phi_distributions(tasks)
         space = fit.model.space(tasks)
         v, h = x_of(space, phi), 1e-3
         named = jax.jit(space.phi)
@@ -220,7 +219,6 @@ def test_a_pair_with_no_spread_in_it_has_no_correlation(counts):
     model, tasks = counts
     resolved = model.resolve(tasks)
     with float64():
-        beliefs = resolved.phi_distributions(tasks)
         space = resolved.space(tasks)
     corr = np.array([[1.0, 0.3], [0.3, 1.0]])
     held, said = held_entries(space, {"tau": np.array([0.5, 0.0]), "corr": corr})

@@ -241,8 +241,7 @@ class _Search:
         """The best vector with every τ at zero."""
         space = self.space
         rest = np.ones(len(vector), bool)
-        for name in {"tau", "corr"} & set(space.names):
-            rest[space.at[name]] = False
+        rest[space.at["tau"]] = rest[space.at["corr"]] = False
         full = np.where(rest, vector, 0.0)
         if not rest.any():
             return full
@@ -347,7 +346,7 @@ class _Search:
             )
         elif np.isnan(errors["tau"]).any():
             warnings.append("standard errors of tau are NaN where the estimate lies at tau = 0")
-        endless = np.abs(vector[space.at.get("beta", slice(0))]) > ENDLESS
+        endless = np.abs(vector[space.at["beta"]]) > ENDLESS
         if endless.any():
             shared = self.tasks.labels.shared
             names = [n for n, far in zip(shared, endless, strict=True) if far]
@@ -373,7 +372,5 @@ class _Search:
                        else "from where the integral itself would put it; use full_bayes")
                 )  # fmt: skip
         posterior = log_density + float(self._belief(vector)[0]) if self.with_belief else None
-        optimum = Optimum(
-            phi, log_density, errors, warnings, posterior, along
-        )
+        optimum = Optimum(phi, log_density, errors, warnings, posterior, along)
         return Integrated(optimum, used, error, remarks, evidence.start)

@@ -21,7 +21,6 @@ from hierbayes.evidence.exact import log_evidence
 from hierbayes.meta.chart_of_phi import Around, Chart, Made, phi_and_density
 from hierbayes.meta.collapsed import Point, in_batches
 from hierbayes.meta.mixture_mode import maximise_mixture
-from hierbayes.meta.scales_of_phi import Units
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import to_numpy
 from hierbayes.priors import StudentT
@@ -67,8 +66,8 @@ class ByMixture:
         assert isinstance(model.prior, StudentT)
         optimum = maximise_mixture(model, tasks, with_belief=True)
         self.chart = chart = Chart(model, tasks, optimum)
-        self.made, self.proper, self.units = chart.made, chart.proper, chart.around.units
-        self.num_coef, self.num_tasks = len(chart.made.shape.coef), tasks.num_tasks
+        self.made, self.proper, self.units = chart.made, chart.proper, chart.units
+        self.num_coef, self.num_tasks = len(tasks.coef), tasks.num_tasks
         self.spread = tasks.sharding is not None
         self.num_nodes = len(mixing(model.prior.df, self.num_coef).precision)
         self.stats = jax.tree.map(jnp.asarray, placed_statistics(tasks))
@@ -84,20 +83,16 @@ class ByMixture:
         together = self.num_nodes * max(self.num_tasks, 1)
         return 2 ** int(np.log2(np.clip(NUMBERS_AT_ONCE // together, 1, MOST_AT_ONCE)))
 
-    def prepare(self, units: Units, x: np.ndarray) -> None:
+    def prepare(self, units: np.ndarray, x: np.ndarray) -> None:
         """Nothing is to be prepared."""
         del units, x
 
-    def rescaled(self, x: np.ndarray, units: Units, new: Units) -> np.ndarray:
-        """The same point in other units."""
-        return self.chart.rescaled(x, units, new)
+    def _given(self, units: np.ndarray) -> Given:
+        return Given(self.stats, self.chart.around.within(units))
 
-    def _given(self, units: Units) -> Given:
-        return Given(self.stats, self.chart.around._replace(units=units))
-
-    def log_density(self, units: Units) -> Callable[[Any, Any], Any]:
+    def log_density(self, units: np.ndarray) -> Callable[[Any, Any], Any]:
         """The density of one point; without e."""
-        given = Given(to_numpy(self.stats), self.chart.around._replace(units=units))
+        given = to_numpy(self._given(units))
         return lambda x, e: _point(self.made, given, x).log_density
 
     @property
@@ -105,19 +100,19 @@ class ByMixture:
         """None: the density is exact."""
         return None
 
-    def refine(self, units: Units, xs: np.ndarray) -> bool:
+    def refine(self, units: np.ndarray, xs: np.ndarray) -> bool:
         """The density is exact: nothing is to be refined."""
         del units, xs
         return False
 
-    def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
+    def value_and_slope(self, units: np.ndarray, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the log density at x and its slope, for a minimiser."""
         value, slope = _value_and_slope(self.made, self._given(units), x)
         value = -float(value)
         return (value if np.isfinite(value) else 1e300), -np.nan_to_num(np.asarray(slope))
 
     def points(
-        self, units: Units, xs: np.ndarray, es: np.ndarray,
+        self, units: np.ndarray, xs: np.ndarray, es: np.ndarray,
         advance: Callable[[], Any] = lambda: None, *, rough: bool = False,
     ) -> Point:  # fmt: skip
         """φ by name (n, …) and log densities (n,) at xs, in batches of one shape."""

@@ -41,7 +41,6 @@ from hierbayes.meta.approximate_evidence import (
 )
 from hierbayes.meta.chart_of_phi import Around, Chart, Made, phi_and_density
 from hierbayes.meta.collapsed import Point, in_batches
-from hierbayes.meta.scales_of_phi import Units
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import (
     cholesky,
@@ -115,9 +114,9 @@ class Given(NamedTuple):
     modes: Any
     known: Known | None
 
-    def within(self, units: Units) -> Given:
+    def within(self, units: np.ndarray) -> Given:
         """The same in other units."""
-        return self._replace(around=self.around._replace(units=units))
+        return self._replace(around=self.around.within(units))
 
 
 class Rough(NamedTuple):
@@ -235,8 +234,8 @@ class ByQuadrature:
 
     def __init__(self, model: HierarchicalModel, tasks: Tasks, found: Integrated, modes: Any):
         self.chart = chart = Chart(model, tasks, found.optimum)
-        self.made, self.proper, self.units = chart.made, chart.proper, chart.around.units
-        self.num_coef, self.num_tasks = len(chart.made.shape.coef), tasks.num_tasks
+        self.made, self.proper, self.units = chart.made, chart.proper, chart.units
+        self.num_coef, self.num_tasks = len(tasks.coef), tasks.num_tasks
         self.num_nodes, self.error = found.num_nodes, found.error
         self.names, self.bimodal = tasks.names, np.zeros(tasks.num_tasks, bool)
         self.rows = jax.tree.map(jnp.asarray, rows_of(tasks, model.likelihood))
@@ -256,28 +255,24 @@ class ByQuadrature:
         cells = self.rows.num_cells or 1
         return 2 ** int(np.log2(np.clip(ROWS_AT_ONCE // cells, 1, MOST_AT_ONCE)))
 
-    def prepare(self, units: Units, x: np.ndarray) -> None:
+    def prepare(self, units: np.ndarray, x: np.ndarray) -> None:
         """Find the modes at x, and how they move from there."""
         modes, known = _modes_near(self.made, self.given.within(units), jnp.asarray(x))
         self.given = self.given._replace(modes=modes, known=known)
 
-    def rescaled(self, x: np.ndarray, units: Units, new: Units) -> np.ndarray:
-        """The same point in other units."""
-        return self.chart.rescaled(x, units, new)
-
-    def log_density(self, units: Units) -> Callable[[Any, Any], Any]:
+    def log_density(self, units: np.ndarray) -> Callable[[Any, Any], Any]:
         """The density of one point; without e."""
         given = self.given.within(units)
         return lambda x, e: _point(self.made, given, x).log_density
 
-    def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
+    def value_and_slope(self, units: np.ndarray, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the log density at x and its slope, for a minimiser."""
         value, slope = _value_and_slope(self.made, self.given.within(units), x)
         value = -float(value)
         return (value if np.isfinite(value) else 1e300), -np.nan_to_num(np.asarray(slope))
 
     def points(
-        self, units: Units, xs: np.ndarray, es: np.ndarray,
+        self, units: np.ndarray, xs: np.ndarray, es: np.ndarray,
         advance: Callable[[], Any] = lambda: None, *, rough: bool = False,
     ) -> Point:  # fmt: skip
         """φ by name (n, …) and log densities (n,) at xs, in batches of one shape."""
@@ -297,7 +292,7 @@ class ByQuadrature:
             log_density[far] = found(_point, xs[far]).log_density
         return Point(phi, log_density)
 
-    def refine(self, units: Units, xs: np.ndarray) -> bool:
+    def refine(self, units: np.ndarray, xs: np.ndarray) -> bool:
         """Hold the density against finer nodes at draws x; True where finer ones took over."""
         some = self._judged(xs)
         values: dict[int, np.ndarray] = {}
@@ -333,7 +328,7 @@ class ByQuadrature:
         order = np.argsort(xs[:, : self.num_coef], axis=0)
         return xs[np.unique(order[ranks])]
 
-    def _values(self, units: Units, xs: np.ndarray, num_nodes: int) -> np.ndarray:
+    def _values(self, units: np.ndarray, xs: np.ndarray, num_nodes: int) -> np.ndarray:
         given = self.given.within(units)._replace(rule=nodes_of(num_nodes, self.num_coef))
         call = functools.partial(_points, _point, self.made, given)
         return np.asarray(in_batches(call, (xs,), self.at_once).log_density)

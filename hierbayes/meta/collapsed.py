@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 
 from hierbayes.evidence.integrated import (
     IntegratedProblem,
@@ -32,14 +33,15 @@ from hierbayes.evidence.integrated import (
     integrated_problem,
     least_squares,
 )
-from hierbayes.meta.scales_of_phi import Beliefs, Coordinates, Units, fixed_by_name
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import one_behind, solve_upper, to_numpy
-from hierbayes.priors.hyperprior import Shape
+from hierbayes.phi.space import Placed, Space, log_prob
 from hierbayes.priors.normality import as_normal, improper
 from hierbayes.sharding import num_shares
 from hierbayes.statistics import placed_statistics
 from hierbayes.tasks import Tasks
+
+Beliefs = dict[str, dist.Distribution]
 
 MOST_AT_ONCE = 2048
 """Points of one compiled call: one shape, so one compilation."""
@@ -61,78 +63,53 @@ class Point(NamedTuple):
     log_density: Any
 
 
-@dataclass(frozen=True)
-class Structure:
-    """All that decides a compiled program, and nothing that does not."""
+class Spaces(NamedTuple):
+    """``psi``, of what is sampled: (τ, R, σ), and ``fixed``: b = (μ, Γ, β) as it is."""
 
-    coordinates: Coordinates
-    shape: Shape
-    exact: bool
+    psi: Space
+    fixed: Space
 
-    def __hash__(self) -> int:
-        return hash((self.coordinates, self._names_do_not_matter()))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Structure) and (
-            (self.coordinates, self.exact, self._names_do_not_matter())
-            == (other.coordinates, other.exact, other._names_do_not_matter())
-        )
-
-    def _names_do_not_matter(self) -> Any:
-        s = self.shape
-        return s.free_mean, len(s.shared), len(s.task_predictors)
-
-    @property
-    def num_fixed(self) -> int:
-        """P, the number of fixed effects b."""
-        free, p, q = self._names_do_not_matter()
-        return sum(free) + len(free) * q + p
-
-    def fixed(self, b: jax.Array) -> dict[str, jax.Array]:
-        """b by name; pinned means are zero."""
-        free, p, q = self._names_do_not_matter()
-        return fixed_by_name(free, p, q, b)
-
-    def flat(self, values: dict[str, np.ndarray]) -> np.ndarray:
-        """b from arrays by name."""
-        parts = [np.asarray(values["mu"])[np.array(self.shape.free_mean)]]
-        parts += [np.ravel(values[name]) for name in ("gamma", "beta") if name in values]
-        return np.concatenate(parts)
+    @classmethod
+    def of(cls, space: Space) -> Spaces:
+        """The two parts of φ's space."""
+        fixed = space.only("mu", "gamma", "beta")
+        plain = replace(fixed, units=np.ones(fixed.size))
+        return cls(space.only("tau", "corr", "sigma").opened(), plain)
 
 
 def point(
-    structure: Structure, problem: IntegratedProblem, beliefs: Beliefs, units: Units, x: Any,
-    e: Any, *, fast: bool = False,
+    spaces: Spaces, problem: IntegratedProblem, beliefs: Beliefs, x: Any, e: Any, *,
+    exact: bool, fast: bool = False,
 ) -> Point:  # fmt: skip
-    """φ and the log density at (x, e)."""
-    scales = structure.coordinates.scales(x, units, beliefs)
-    found = integrate(problem, scales.root, scales.sigma, fast=fast)
-    total = scales.log_density + found.log_evidence
+    """φ and the log density at (x, e); ``exact``: of beliefs on b that are all normal."""
+    at = spaces.psi.placed(x, beliefs)
+    found = integrate(problem, *root_and_noise(at), fast=fast)
+    total = at.log_density + found.log_evidence
     b = found.mean
-    if structure.num_fixed:
+    if spaces.fixed.size:
         b = b + solve_upper(found.factor[:, :, None], e[:, None])[:, 0]
-    named = structure.fixed(b)
-    if not structure.exact:
-        total = total + _correction(structure, problem, beliefs, named, b)
+    named = spaces.fixed.phi(b)
+    if not exact:
+        total = total + _correction(problem, beliefs, named, b)
     total = jnp.where(jnp.isnan(total), -jnp.inf, total)
-    return Point(named | scales.phi, total)
+    return Point(named | at.phi, total)
 
 
-def _correction(
-    structure: Structure, problem: IntegratedProblem, beliefs: Beliefs, named: Any, b: Any
-) -> jax.Array:
+def root_and_noise(at: Placed) -> tuple[Any, Any]:
+    """L with Σ = L Lᵀ (d, d), and σ: one where the errors are known."""
+    tau = at.phi["tau"]
+    root = jnp.eye(len(tau)) if at.root is None else at.root
+    return tau[:, None] * root, at.phi.get("sigma", jnp.ones(()))
+
+
+def _correction(problem: IntegratedProblem, beliefs: Beliefs, named: Any, b: Any) -> jax.Array:
     """log p(b) − log s(b)."""
     location, precision = problem.belief
     flat = precision == 0
     log_scale = jnp.log(jnp.where(flat, 1.0, precision / (2 * jnp.pi)))
     stand_in = 0.5 * (log_scale - precision * (b - location) ** 2).sum()
     total = -stand_in
-    for name in named:
-        if name in beliefs:
-            support: Any = beliefs[name].support
-            log_prob = jnp.sum(jnp.asarray(beliefs[name].log_prob(named[name])))
-            total = total + jnp.where(jnp.all(support(named[name])), log_prob, -jnp.inf)
-    return total
+    return total + sum(log_prob(beliefs[name], value) for name, value in named.items())
 
 
 class Target(NamedTuple):
@@ -143,17 +120,17 @@ class Target(NamedTuple):
 
     problem: IntegratedProblem
     beliefs: list[Any]
-    units: Units
+    spaces: Spaces
 
 
-Compiled = tuple[Structure, Any]
-"""What a compiled program is made for: the structure, and how beliefs are put together."""
+Compiled = tuple[bool, Any]
+"""What a compiled program is made for: whether b is exact, and how beliefs are put together."""
 
 
 def _point(made_for: Compiled, target: Target, x: Any, e: Any, *, fast: bool = False) -> Point:
-    structure, how = made_for
+    exact, how = made_for
     beliefs = jax.tree.unflatten(how, target.beliefs)
-    return point(structure, target.problem, beliefs, target.units, x, e, fast=fast)
+    return point(target.spaces, target.problem, beliefs, x, e, exact=exact, fast=fast)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -169,10 +146,9 @@ def _value_and_slope(made_for: Compiled, target: Target, x: Any, e: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _amplification(made_for: Compiled, target: Target, x: Any) -> jax.Array:
-    structure, how = made_for
-    beliefs = jax.tree.unflatten(how, target.beliefs)
-    scales = structure.coordinates.scales(x, target.units, beliefs)
-    return amplification(target.problem, scales.root, scales.sigma)
+    beliefs = jax.tree.unflatten(made_for[1], target.beliefs)
+    at = target.spaces.psi.placed(x, beliefs)
+    return amplification(target.problem, *root_and_noise(at))
 
 
 def in_batches(
@@ -193,20 +169,21 @@ def in_batches(
 class Collapsed:
     """The collapsed posterior of a model and its tasks; use it inside ``numerics.float64()``.
 
-    ``units`` are rough sizes of τ and σ, to start from.
+    ``units`` (d,) are rough sizes of τ, to start from.
     """
 
     has_rough = False
 
     def __init__(self, model: HierarchicalModel, tasks: Tasks):
-        shape, stats = model.shape(tasks), placed_statistics(tasks)
+        stats, space = placed_statistics(tasks), model.space(tasks)
         self.beliefs = model.phi_distributions(tasks)
         normals = {n: as_normal(self.beliefs[n]) for n in ("mu", "gamma", "beta")
                    if n in self.beliefs}  # fmt: skip
-        exact = all(normal.exact for normal in normals.values())
-        self.structure = Structure(Coordinates.of(shape), shape, exact)
+        self.exact = all(normal.exact for normal in normals.values())
         self._leaves, how = jax.tree.flatten(self.beliefs)
-        self._made_for = (self.structure, how)
+        self._made_for = (self.exact, how)
+        spaces = Spaces.of(space)
+        self.num_coef, self.num_white = space["tau"].size, spaces.fixed.size
         self.fast = False
         self.num_tasks, self.spread = tasks.num_tasks, tasks.sharding is not None
         chunk, self.together = None, self.num_tasks
@@ -216,48 +193,38 @@ class Collapsed:
             chunk = self.together = CHUNK
         self.proper = not any(map(improper, self.beliefs.values()))
         location, precision = (
-            self.structure.flat({n: getattr(a, part) for n, a in normals.items()})
+            spaces.fixed.x({n: getattr(a, part) for n, a in normals.items()})
             for part in ("location", "precision")
         )
-        centre, residual = least_squares(stats, shape.free_mean)
-        self.units = Units(0.3 * model.scales(tasks).coef, float(residual) or 1.0)
+        free = model.shape(tasks).free_mean
+        centre, residual = least_squares(stats, free)
+        psi = spaces.psi
+        if "sigma" in psi.names:
+            psi = psi.around(sigma=float(residual) or 1.0)
+        self.spaces = spaces._replace(psi=psi)
+        self.units = 0.3 * model.scales(tasks).coef
         self.problem = integrated_problem(
-            stats, shape.free_mean, centre, NormalBelief(location, precision), chunk
+            stats, free, centre, NormalBelief(location, precision), chunk
         )
-
-    @property
-    def num_coef(self) -> int:
-        """Entries of x that are τ's."""
-        return self.structure.coordinates.num_coef
-
-    @property
-    def num_white(self) -> int:
-        """Entries of e."""
-        return self.structure.num_fixed
-
-    @property
-    def exact(self) -> bool:
-        """Whether the density does not depend on e."""
-        return self.structure.exact
 
     @property
     def start(self) -> np.ndarray:
         """A first guess of x, in ``units``."""
-        return self.structure.coordinates.vector(self.units.tau, self.units.sigma, self.units)
+        return self._in(self.units).psi.x({"tau": self.units})
 
-    def rescaled(self, x: np.ndarray, units: Units, new: Units) -> np.ndarray:
-        """The same point in other units."""
-        return self.structure.coordinates.rescaled(x, units, new)
+    def _in(self, units: np.ndarray) -> Spaces:
+        return self.spaces._replace(psi=self.spaces.psi.in_units(tau=units))
 
-    def prepare(self, units: Units, x: np.ndarray) -> None:
+    def prepare(self, units: np.ndarray, x: np.ndarray) -> None:
         """Compute with explicit inverses where they lose next to nothing around x."""
         self.fast = self.well_conditioned(units, x)
 
-    def log_density(self, units: Units) -> Callable[[Any, Any], Any]:
+    def log_density(self, units: np.ndarray) -> Callable[[Any, Any], Any]:
         """The density of one point (x, e)."""
         # NumPyro holds what a potential is made of, in its own programs: on each device all of it
         problem = to_numpy(self.problem)
-        return lambda x, e: point(self.structure, problem, self.beliefs, units, x, e).log_density
+        spaces = to_numpy(self._in(units))
+        return lambda x, e: point(spaces, problem, self.beliefs, x, e, exact=self.exact).log_density
 
     @property
     def at_once(self) -> int:
@@ -265,11 +232,11 @@ class Collapsed:
         most = np.clip(NUMBERS_AT_ONCE // max(self.together, 1), 1, MOST_AT_ONCE)
         return 2 ** int(np.log2(most))
 
-    def _target(self, units: Units) -> Target:
-        return Target(self.problem, self._leaves, units)
+    def _target(self, units: np.ndarray) -> Target:
+        return Target(self.problem, self._leaves, self._in(units))
 
     def points(
-        self, units: Units, xs: np.ndarray, es: np.ndarray,
+        self, units: np.ndarray, xs: np.ndarray, es: np.ndarray,
         advance: Callable[[], Any] = lambda: None, *, rough: bool = False,
     ) -> Point:  # fmt: skip
         """φ by name (n, …) and log densities (n,) at (xs, es), in batches of one shape.
@@ -283,7 +250,7 @@ class Collapsed:
             (xs, es), self.at_once, advance,
         )  # fmt: skip
 
-    def well_conditioned(self, units: Units, x: np.ndarray) -> bool:
+    def well_conditioned(self, units: np.ndarray, x: np.ndarray) -> bool:
         """Whether explicit inverses lose next to nothing around x."""
         found = _amplification(self._made_for, self._target(units), x)
         return float(found) < LARGEST_AMPLIFICATION
@@ -293,14 +260,14 @@ class Collapsed:
         """None: the density is exact."""
         return None
 
-    def refine(self, units: Units, xs: np.ndarray) -> bool:
+    def refine(self, units: np.ndarray, xs: np.ndarray) -> bool:
         """The density is exact: nothing is to be refined."""
         del units, xs
         return False
 
-    def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
+    def value_and_slope(self, units: np.ndarray, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the log density at (x, e = 0) and its slope, for a minimiser."""
-        e = np.zeros(self.structure.num_fixed)
+        e = np.zeros(self.num_white)
         value, slope = _value_and_slope(self._made_for, self._target(units), x, e)
         value = -float(value)
         return (value if np.isfinite(value) else 1e300), -np.nan_to_num(np.asarray(slope))

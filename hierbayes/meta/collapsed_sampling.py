@@ -24,9 +24,9 @@ from hierbayes.meta.independence import (
 )
 from hierbayes.meta.optimum import curvature
 from hierbayes.meta.sampling import run_potential
-from hierbayes.meta.scales_of_phi import Units
 from hierbayes.meta.surrogate import run_two_stages
 from hierbayes.numerics import as_key
+from hierbayes.phi.space import inverse_softplus
 
 LEAST_ACCEPTANCE = 0.2
 """Share of accepted proposals below which NUTS takes over."""
@@ -82,7 +82,7 @@ class Doubted(Exception):
 class Located(NamedTuple):
     """The mode of the collapsed posterior: units of τ, x, and a root of the inverse Hessian."""
 
-    units: Units
+    units: np.ndarray
     mode: np.ndarray
     root: np.ndarray
 
@@ -102,7 +102,7 @@ class Density(Protocol):
     has_rough: bool
     proper: bool
     spread: bool
-    units: Units
+    units: np.ndarray
 
     @property
     def start(self) -> np.ndarray:
@@ -114,29 +114,25 @@ class Density(Protocol):
         """Points of one compiled call."""
         ...
 
-    def value_and_slope(self, units: Units, x: np.ndarray) -> tuple[float, np.ndarray]:
+    def value_and_slope(self, units: np.ndarray, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the density at (x, 0) and its slope."""
         ...
 
-    def prepare(self, units: Units, x: np.ndarray) -> None:
+    def prepare(self, units: np.ndarray, x: np.ndarray) -> None:
         """Take note of where points will lie."""
 
     def points(
-        self, units: Units, xs: np.ndarray, es: np.ndarray, advance: Callable[[], Any] = ...,
+        self, units: np.ndarray, xs: np.ndarray, es: np.ndarray, advance: Callable[[], Any] = ...,
         *, rough: bool = False,
     ) -> Point:  # fmt: skip
         """φ by name and log densities of many points."""
         ...
 
-    def rescaled(self, x: np.ndarray, units: Units, new: Units) -> np.ndarray:
-        """The same point in other units."""
-        ...
-
-    def log_density(self, units: Units) -> Callable[[Any, Any], Any]:
+    def log_density(self, units: np.ndarray) -> Callable[[Any, Any], Any]:
         """The density of one point (x, e), for JAX."""
         ...
 
-    def refine(self, units: Units, xs: np.ndarray) -> bool:
+    def refine(self, units: np.ndarray, xs: np.ndarray) -> bool:
         """Judge the density at draws x (n, k); True where it is another, and better, thereafter."""
         ...
 
@@ -249,11 +245,12 @@ def locate(target: Density) -> Located:
     hessian = curvature(lambda v: target.value_and_slope(units, v), found, np.ones(len(x), bool))
     covariance = _inverse(hessian)
     slope = 1.0 / (1.0 + np.exp(-found[:d]))  # of softplus: dτ/dx in units
-    spread = units.tau * slope * np.sqrt(np.diag(covariance)[:d])
-    own = Units(np.clip(spread, 1e-3 * units.tau, 1e3 * units.tau), units.sigma)
-    mode = target.rescaled(found, units, own)
+    spread = units * slope * np.sqrt(np.diag(covariance)[:d])
+    own = np.clip(spread, 1e-3 * units, 1e3 * units)
+    mode = found.copy()
+    mode[:d] = inverse_softplus(units * np.logaddexp(0.0, found[:d]) / own)
     stretch = np.ones(len(x))
-    stretch[:d] = units.tau * slope * (1.0 + np.exp(-mode[:d])) / own.tau
+    stretch[:d] = units * slope * (1.0 + np.exp(-mode[:d])) / own
     return Located(own, mode, np.linalg.cholesky(covariance * np.outer(stretch, stretch)))
 
 

@@ -31,9 +31,9 @@ from hierbayes.fit.fit import check_fit
 from hierbayes.fit.outward import moments_outward
 from hierbayes.meta.better_evidence import AroundPhi
 from hierbayes.meta.information import observed_information
-from hierbayes.phi.space import FLAT
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
+from hierbayes.phi.space import FLAT
 from hierbayes.tasks import Tasks
 
 REML_HAS_NONE = (
@@ -142,7 +142,7 @@ def covariance_by_phi(
     white = np.einsum("pq,pkj->qkj", root, slopes)
     moves = np.zeros((space.size, len(values)))
     moves[known.inside] = root
-    beta = (moves * np.asarray(space.units)[:, None])[space.at.get("beta", slice(0))]
+    beta = (moves * np.asarray(space.units)[:, None])[space.at["beta"]]
     return ByPhi(
         np.einsum("qkj,qlj->jkl", white, white), np.einsum("qkj,pq->jkp", white, beta),
         beta @ beta.T,

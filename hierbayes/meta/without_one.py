@@ -23,7 +23,6 @@ from hierbayes.phi.space import Space, belief_in
 from hierbayes.rows import Rows, Whole, rows_of
 from hierbayes.tasks import Tasks
 
-
 SHRUNK = 1e-3
 """Share of the identity in the correlations that a search sets out from, for none to be ±1."""
 

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,14 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions.transforms import (
     CorrCholeskyTransform,
+    CorrMatrixCholeskyTransform,
     IdentityTransform,
     Transform,
     biject_to,
 )
 
 from hierbayes.errors import InputError
+from hierbayes.phi.assembled import Assembled
 
 Support = Literal["real", "spread", "open spread", "correlation", "belief"]
 
@@ -136,9 +139,10 @@ class Space:
 
     @property
     def at(self) -> dict[str, slice]:
-        """Where each part lies in x."""
+        """Where each part lies in x; nowhere, of names that are none of φ's."""
         ends = np.cumsum([0, *(p.size for p in self.parts)]).tolist()
-        return {p.name: slice(*ends[i : i + 2]) for i, p in enumerate(self.parts)}
+        places = {p.name: slice(*ends[i : i + 2]) for i, p in enumerate(self.parts)}
+        return defaultdict(lambda: slice(0), places)
 
     @property
     def size(self) -> int:
@@ -254,6 +258,20 @@ class Space:
                 found[self.at[part.name]] = np.maximum(found[self.at[part.name]], floor)
         return found
 
+    def in_units(self, **units: Any) -> Space:
+        """The same parts in other units, by name."""
+        scale = jnp.asarray(self.units)
+        for name, unit in units.items():
+            scale = scale.at[self.at[name]].set(unit)
+        return replace(self, units=scale)
+
+    def around(self, **phi: Any) -> Space:
+        """The same parts with x = 0 elsewhere, where they lie as their priors do."""
+        origin = np.array(self.origin)
+        for name, value in phi.items():
+            origin[self.at[name]] = np.asarray(self.transforms[name]._inverse(value))
+        return replace(self, origin=origin)
+
     # ------------------------------------------------------------------------ densities
 
     def log_belief(self, phi: Mapping[str, Any], beliefs: Mapping[str, dist.Distribution]) -> Any:
@@ -267,6 +285,33 @@ class Space:
             if part.support == "belief":
                 total = total + _log_slope(self.transforms[part.name], phi[part.name])
         return jnp.asarray(total)
+
+    def placed(self, x: Any, beliefs: Mapping[str, dist.Distribution]) -> Placed:
+        """φ at x, the root of R, and the density of x under p(φ), with the Jacobian."""
+        phi, total, root = {}, jnp.zeros(()), None
+        for part in self.parts:
+            entries, belief = x[self.at[part.name]], beliefs[part.name]
+            if part.support == "correlation":
+                root, more = _root_of_correlations(part, entries, belief)
+                phi[part.name] = root @ root.T
+                total = total + more
+                continue
+            phi[part.name] = part.array(self._values(part, x))
+            total = total + log_prob(belief, phi[part.name]) + self._log_jacobian(part, x)
+        return Placed(phi, root, total)
+
+    def _log_jacobian(self, part: Part, x: Any) -> Any:
+        """log |dφ/dx| of a part whose entries stand by themselves."""
+        at = self.at[part.name]
+        entries, unit = x[at], self.units[at]
+        total = jnp.log(jnp.asarray(unit)).sum()
+        if part.support == "open spread":
+            total = total + jax.nn.log_sigmoid(entries).sum()
+        elif part.support == "belief":
+            free = self.origin[at] + unit * entries
+            transform = self.transforms[part.name]
+            total = total + jnp.sum(transform.log_abs_det_jacobian(free, transform(free)))
+        return total
 
     # ---------------------------------------------------------------- what is known of φ̂
 
@@ -283,6 +328,14 @@ class Space:
         if values.size and values[0] > FLAT * values[-1]:
             moves[inside] = root_of(np.linalg.inv(hessian))
         return {n: np.asarray(v) for n, v in _along(self, x, moves).items()}
+
+
+class Placed(NamedTuple):
+    """φ by name, the root of its correlations (None without any), and the density of x."""
+
+    phi: dict[str, Any]
+    root: Any
+    log_density: Any
 
 
 def standard_errors(along: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -346,6 +399,38 @@ def _transform_of(name: str, belief: dist.Distribution) -> Transform:
 
 def _log_slope(transform: Transform, value: Any) -> Any:
     return transform.log_abs_det_jacobian(transform._inverse(value), value)
+
+
+def log_prob(belief: dist.Distribution, value: Any) -> jax.Array:
+    """The log density, −∞ outside the support, which NumPyro does not look at by itself."""
+    support: Any = belief.support
+    total = jnp.sum(jnp.asarray(belief.log_prob(value)))
+    return jnp.where(jnp.all(support(value)), total, -jnp.inf)
+
+
+def _root_of_correlations(part: Part, entries: Any, belief: dist.Distribution) -> tuple[Any, Any]:
+    """C with R = C Cᵀ, and the density of its entries in x."""
+    root, start, total = jnp.eye(part.shape[0]), 0, jnp.zeros(())
+    each = [p for p, _ in belief.parts] if isinstance(belief, Assembled) else [belief]
+    for b, one in zip(part.blocks, each, strict=True):
+        size = len(b) * (len(b) - 1) // 2
+        free = entries[start : start + size]
+        factor = jnp.asarray(CorrCholeskyTransform()(free))
+        total = total + CorrCholeskyTransform().log_abs_det_jacobian(free, factor)
+        total = total + _log_prob_of_factor(one, factor)
+        root = root.at[np.ix_(b, b)].set(factor)
+        start += size
+    return root, total
+
+
+def _log_prob_of_factor(belief: dist.Distribution, factor: jax.Array) -> jax.Array:
+    """The log density of R = C Cᵀ as one of the entries of C below its diagonal."""
+    if isinstance(belief, dist.LKJ):  # needs no factorisation
+        over_factors = dist.LKJCholesky(belief.dimension, belief.concentration)
+        return jnp.asarray(over_factors.log_prob(factor))
+    to_factor: Any = CorrMatrixCholeskyTransform()
+    corr = factor @ factor.T
+    return jnp.asarray(belief.log_prob(corr)) - to_factor.log_abs_det_jacobian(corr, factor)
 
 
 def _correlations(part: Part, entries: Any) -> Any:

@@ -17,7 +17,7 @@ import numpyro.distributions as dist
 
 from hierbayes.errors import InputError
 from hierbayes.numerics import float64, standard_promotion
-from hierbayes.priors.assembled import Assembled
+from hierbayes.phi.assembled import Assembled
 
 _KNOWN: dict[type, Callable[[Any, np.random.Generator, tuple[int, ...]], np.ndarray]] = {
     dist.Normal: lambda b, rng, n: rng.normal(b.loc, b.scale, n),

@@ -12,8 +12,8 @@ import numpyro.distributions as dist
 from hierbayes.errors import InputError
 from hierbayes.likelihoods import Likelihood
 from hierbayes.numerics import standard_promotion
+from hierbayes.phi.assembled import Assembled
 from hierbayes.priors import beliefs
-from hierbayes.priors.assembled import Assembled
 from hierbayes.priors.scales import Scales
 from hierbayes.tasks import Tasks
 

@@ -22,7 +22,7 @@ from numpyro.distributions import constraints
 from hierbayes import inputs
 from hierbayes.errors import InputError, listing
 from hierbayes.numerics import as_rng
-from hierbayes.priors.assembled import Assembled
+from hierbayes.phi.assembled import Assembled
 from hierbayes.priors.learned_json import MOST_COMPONENTS, read_json, write_json
 from hierbayes.priors.roots import Structure, structure_of, sub_root, tidy
 from hierbayes.priors.student_t import degrees_of_freedom, root_precision

@@ -8,7 +8,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 from hierbayes.numerics import float64
-from hierbayes.priors.assembled import Assembled
+from hierbayes.phi.assembled import Assembled
 
 
 class AsNormal(NamedTuple):
