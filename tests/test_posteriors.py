@@ -117,9 +117,7 @@ DRAWS = {
     (eight_schools, "nuts"): 12_000,
     (eight_schools_flat, "collapsed"): 40_000,
     (rats, "collapsed"): 5_000,
-    (rats, "nuts"): 12_000,
     (radon_partially_pooled, "collapsed"): 5_000,
-    (radon_partially_pooled, "nuts"): 6_000,
     (radon_hierarchical_intercept, "collapsed"): 7_000,
     (radon_hierarchical_intercept, "nuts"): 6_000,
 }
