@@ -27,7 +27,8 @@ if not {"PYTEST_XDIST_WORKER", "JAX_COMPILATION_CACHE_DIR"} & set(os.environ):
     }
 
 # OpenBLAS's threads, no help with small matrices, spin on after every call and take the other
-# worker's core; NumPy reads this when it is imported
+# worker's core; NumPy reads this when it is imported, which a plugin may have done here already,
+# but not in the workers
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # and the rest of it into making them fast, which tests of a few numbers do not need; the docs, the

@@ -232,6 +232,11 @@ def too_wide(model: Any, tasks: hb.Tasks, seed: int) -> dict[str, np.ndarray]:
     return draws | {"mu": centre + 1.6 * (draws["mu"] - centre)}
 
 
+@functools.cache
+def checked(sampler: Any) -> Calibration:
+    return hb.check_calibration(MEANS, SCHOOLS, 300, sampler=sampler, seed=2)
+
+
 @pytest.mark.parametrize(
     ("sampler", "caught", "words"),
     [
@@ -243,7 +248,7 @@ def too_wide(model: Any, tasks: hb.Tasks, seed: int) -> dict[str, np.ndarray]:
 )
 def test_wrong_samplers_are_caught(sampler, caught, words):
     """The controls, on 300 data sets; the exact sampler passes on as many."""
-    found = hb.check_calibration(MEANS, SCHOOLS, 300, sampler=sampler, seed=2)
+    found = checked(sampler)
     assert found.corrected[caught] < WRONG, found.p_values
     assert words in found.verdict
     assert caught in found.failed
@@ -269,7 +274,7 @@ def test_a_variance_in_the_place_of_a_sd_is_caught():
 
 def test_the_prior_passes_on_parameters_alone():
     """Why data-dependent quantities are ranked."""
-    found = hb.check_calibration(MEANS, SCHOOLS, 300, sampler=from_the_prior, seed=2)
+    found = checked(from_the_prior)
     assert all(label.startswith(("log likelihood", "prediction")) for label in found.failed)
 
 
@@ -475,7 +480,7 @@ def test_ranks_of_full_bayes_are_uniform(full):
 @pytest.mark.slow
 def test_ranks_of_full_bayes_are_uniform_on_data_simulated_by_numpy_alone():
     rng, ranks = np.random.default_rng(0), []
-    for seed in range(SIMULATIONS):
+    for seed in range(120):
         phi, theta, tasks = simulated(seed)
         fit = hb.full_bayes(MODEL, tasks, num_draws=198, num_chains=1, seed=seed, progress=False)
         alone = {name: value[None] for name, value in phi.items()}
@@ -572,8 +577,8 @@ def test_wrong_samplers_of_regressions_are_caught(sampler, caught):
     ("family", "hyperprior", "num_simulations"),
     [
         (hb.likelihoods.Poisson(), {}, 100),
-        (hb.likelihoods.Bernoulli(), {}, 100),
-        (hb.likelihoods.StudentT(df=4.0), {"sigma": dist.HalfNormal(1.0)}, 60),
+        (hb.likelihoods.Bernoulli(), {}, 60),
+        (hb.likelihoods.StudentT(df=4.0), {"sigma": dist.HalfNormal(1.0)}, 40),
     ],
     ids=["poisson", "bernoulli", "student"],
 )
@@ -583,8 +588,17 @@ def test_full_bayes_by_quadrature_is_calibrated(family, hyperprior, num_simulati
     tasks = hb.Tasks.from_arrays([(np.ones((n, 1)), np.arange(n) % 2.0) for n in SIZES])
     prior = hb.HyperPrior(mu=dist.Normal(0.0, 1.0), tau=dist.HalfNormal(1.0), **hyperprior)
     model = hb.HierarchicalModel(family, hb.priors.Gaussian(), prior)
+
+    def sampler(model: hb.HierarchicalModel, tasks: hb.Tasks, seed: int) -> hb.Fit:
+        # where a t has two modes NUTS takes over, whose warm-up is most of the time
+        return hb.full_bayes(
+            model, tasks, num_draws=155, num_chains=1, num_warmup=300, seed=seed, progress=False
+        )
+
     # ranks among 31 draws tell of next to as small errors as those among 99
-    found = hb.check_calibration(model, tasks, num_simulations, num_draws=31, seed=1)
+    found = hb.check_calibration(
+        model, tasks, num_simulations, sampler=sampler, num_draws=31, seed=1
+    )
     assert min(found.p_values.values()) > 1e-3, found.p_values
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 import numpyro.distributions as dist
 import pytest
@@ -100,9 +101,9 @@ def test_what_the_sampler_goes_by_is_the_exact_density(model, data):
         dear = target.points(located.units, xs, xs[:, :0])
         rough = target.points(located.units, xs, xs[:, :0], rough=True)
         around = target.given.within(located.units).around
+        of_phi = jax.jit(lambda x: phi_and_density(target.made, around, x)[1])
         exact = [
-            float(phi_and_density(target.made, around, x)[1])
-            + evidence(tasks, {name: value[i] for name, value in dear.phi.items()})
+            float(of_phi(x)) + evidence(tasks, {name: value[i] for name, value in dear.phi.items()})
             for i, x in enumerate(xs)
         ]
     assert np.ptp(exact) > 10.0  # there is something to follow

@@ -107,6 +107,7 @@ def test_one_row_of_large_weight():
     assert found.log_evidence >= profile_of_slopes(np.ones(32), y, g, weight, grid) - 1e-6
 
 
+@pytest.mark.slow
 def test_hostile_studies():
     """Precisions over five orders of magnitude, three studies or twelve."""
     rng = np.random.default_rng(5)
@@ -119,6 +120,7 @@ def test_hostile_studies():
         assert found.log_evidence >= profile_of_means(y, se, reml=reml).max() - 1e-5
 
 
+@pytest.mark.slow
 def test_correlated_slopes_are_no_worse_than_any_smaller_model():
     """Of nested models the larger is at least as likely: τ = 0, no correlation, one τ alone."""
     rng = np.random.default_rng(2)
@@ -260,6 +262,7 @@ def test_densities_of_large_counts_are_exact():
 # -------------------------------------------------------- nothing to maximise
 
 
+@pytest.mark.slow
 def test_groups_that_are_all_or_nothing_have_no_maximum():
     frame = pd.DataFrame(dict(g=np.arange(8), n=10, y=[0, 0, 0, 0, 10, 10, 10, 10]))
     model, tasks = hb.from_formula("p(y, n) ~ 1 + (1 | g)", frame)
@@ -323,6 +326,7 @@ def test_without_fixed_effects(family, alike):
 # -------------------------------------------------------- what it costs
 
 
+@pytest.mark.slow
 def test_the_simulation_of_coverage_is_left_out_where_it_would_cost_more_than_the_fit():
     rng = np.random.default_rng(0)
     frame = pd.DataFrame(rng.normal(size=(600, 60)), columns=[f"v{i}" for i in range(60)])

@@ -251,18 +251,24 @@ def far_away(formula, **settings):
     return hb.from_formula(formula, away, **settings)
 
 
+WHERE = ("'x'", "standard deviations from zero", "subtract its mean")
+
+
 def test_where_the_origin_matters_a_warning_names_the_column():
-    """Independent effects, beliefs of one's own on τ, a step size: as stated, and said."""
-    said = ("'x'", "standard deviations from zero", "subtract its mean")
+    """Independent effects, a step size: as stated, and said."""
     apart = quietly(hb.empirical_bayes, *far_away("y ~ x + z + w + (x || g)"))
-    assert_said(apart.warnings, *said)
-    tight = hb.HyperPrior(tau=dist.HalfNormal(1.0))
-    stated = quietly(hb.empirical_bayes, *far_away(FORMULA, hyperprior=tight), "map")
-    assert_said(stated.warnings, *said)
+    assert_said(apart.warnings, *WHERE)
     model, tasks = far_away(FORMULA)
-    assert_said(quietly(hb.maml, model, tasks, 1, 1e-9).warnings, *said)
+    assert_said(quietly(hb.maml, model, tasks, 1, 1e-9).warnings, *WHERE)
     for free in (hb.empirical_bayes, hb.no_pooling):
         assert not any("from zero" in w for w in quietly(free, model, tasks).warnings)
+
+
+@pytest.mark.slow
+def test_beliefs_of_ones_own_are_held_where_the_columns_lie():
+    tight = hb.HyperPrior(tau=dist.HalfNormal(1.0))
+    stated = quietly(hb.empirical_bayes, *far_away(FORMULA, hyperprior=tight), "map")
+    assert_said(stated.warnings, *WHERE)
 
 
 def test_independent_effects_stay_as_stated():
@@ -291,6 +297,7 @@ def test_a_step_that_is_given_is_one_in_the_users_columns():
     close(fit.theta.values[0], fit.phi["mu"] + 1e-3 * rows.T @ left / 0.25, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_program_has_the_joint_density_and_sites_of_both_columns():
     """Sampled as ``mu_centred`` and the like; ``mu``, ``theta`` in the user's columns follow."""
     from numpyro.handlers import seed, substitute, trace

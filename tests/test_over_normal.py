@@ -190,7 +190,7 @@ def test_known_rates_beyond_scipys_quantiles():
 
 def test_a_new_task_at_a_point_phi():
     rng = np.random.default_rng(3)
-    task = np.repeat(range(20), 3)
+    task = np.repeat(range(20), 5)
     y = rng.poisson(np.exp(rng.normal(9.5, 0.6, 20)[task]))
     frame = pd.DataFrame({"g": [f"t{k}" for k in task], "y": y})
     fit = hb.empirical_bayes(*hb.from_formula("y ~ 1 + (1 | g)", frame, family="poisson"))

@@ -40,8 +40,11 @@ def data(family, num_tasks, rows=4, seed=0):
 @pytest.mark.parametrize(
     "family",
     [
-        "negative_binomial",
-        *(pytest.param(f, marks=pytest.mark.slow) for f in ("bernoulli", "poisson", "gamma")),
+        "poisson",
+        *(
+            pytest.param(f, marks=pytest.mark.slow)
+            for f in ("bernoulli", "negative_binomial", "gamma")
+        ),
     ],
 )
 def test_slopes_of_all_of_phi_are_differences(family):
