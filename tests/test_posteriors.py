@@ -118,7 +118,6 @@ DRAWS = {
     (rats, "collapsed"): 5_000,
     (radon_partially_pooled, "collapsed"): 5_000,
     (radon_hierarchical_intercept, "collapsed"): 7_000,
-    (radon_hierarchical_intercept, "nuts"): 6_000,
 }
 
 
