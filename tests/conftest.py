@@ -26,6 +26,11 @@ if not {"PYTEST_XDIST_WORKER", "JAX_COMPILATION_CACHE_DIR"} & set(os.environ):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
+# OpenBLAS's threads, no help with small matrices, spin on after every call and take the other
+# worker's core; NumPy reads this when it is imported, which a plugin may have done here already,
+# but not in the workers
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # and the rest of it into making them fast, which tests of a few numbers do not need; the docs, the
 # examples and one more run of .ci/run have programs as users get them
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":

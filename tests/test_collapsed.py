@@ -7,7 +7,6 @@ of known targets within Monte-Carlo error.
 
 from __future__ import annotations
 
-import functools
 import sys
 
 import jax
@@ -48,7 +47,16 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+FAST = ("intercepts", "three, pinned", "known errors", "weights and offset")
+INTEGRATE = jax.jit(integrate, static_argnames="fast")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(made_of, id=name, marks=[] if name in FAST else pytest.mark.slow)
+        for name, made_of in CASES.items()
+    ]
+)
 def one(request):
     return case(**request.param)
 
@@ -67,9 +75,7 @@ def integrated(one, belief, centre=None, fast=False):
         problem = integrated_problem(stats_of, shape.free_mean, start, belief)
         corr = one.phi.get("corr", np.eye(len(one.phi["tau"])))
         root = one.phi["tau"][:, None] * np.linalg.cholesky(corr)
-        found = jax.jit(functools.partial(integrate, fast=fast))(
-            problem, root, one.phi.get("sigma", 1.0)
-        )
+        found = INTEGRATE(problem, root, one.phi.get("sigma", 1.0), fast=fast)
         return tuple(np.asarray(part) for part in found)
 
 
@@ -81,8 +87,8 @@ def dense(one):
     w = tasks.task_predictors[tasks.task_of_row]
     moved = [tasks.predictors[:, [i]] * w for i in range(len(shape.coef))]
     fixed = np.column_stack([tasks.predictors[:, free], *moved, tasks.shared])
-    with float64():
-        sigma_theta = np.asarray(jax.jit(one.model.prior.covariance)(phi))
+    tau = phi["tau"]
+    sigma_theta = phi.get("corr", np.eye(len(tau))) * np.outer(tau, tau)
     noise = (phi.get("sigma", 1.0) / row_scale(tasks)) ** 2
     same = tasks.task_of_row[:, None] == tasks.task_of_row[None]
     covariance = same * (tasks.predictors @ sigma_theta @ tasks.predictors.T) + np.diag(noise)
@@ -127,7 +133,7 @@ def test_inverses_lose_what_amplification_says():
 
     With one direction alone V has eigenvalues σ² and τ², and inverses cancel.
     """
-    lost = []
+    lost, amplified = [], jax.jit(amplification)
     for sigma in (1.0, 1e-2, 1e-4, 1e-7):
         rng = np.random.default_rng(0)
         x = np.stack([np.ones((30, 6)), rng.normal(size=(30, 6))], -1)
@@ -137,11 +143,13 @@ def test_inverses_lose_what_amplification_says():
         with float64():
             belief = NormalBelief(np.zeros(2), np.ones(2))
             problem = integrated_problem(statistics(tasks), (True, True), np.zeros(2), belief)
-            both = [jax.jit(functools.partial(integrate, fast=fast)) for fast in (False, True)]
             root = np.array([[1.0, 0.0], [-1.0, 1e-9]])
-            stable, fast = (float(f(problem, root, sigma).log_evidence) for f in both)
+            stable, fast = (
+                float(INTEGRATE(problem, root, sigma, fast=fast).log_evidence)
+                for fast in (False, True)
+            )
             lost.append(abs(fast - stable))
-            bound = 1e-16 * float(amplification(problem, root, sigma))
+            bound = 1e-16 * float(amplified(problem, root, sigma))
         # 30: sums over tasks and entries; 1e-12: rounding of what does not cancel
         assert lost[-1] < 30 * bound + 1e-12 * abs(stable)
     assert lost[-1] > 1e-3  # else the bound bounds nothing
@@ -177,7 +185,13 @@ BELIEFS = {
 }
 
 
-@pytest.mark.parametrize("beliefs", BELIEFS.values(), ids=BELIEFS.keys())
+@pytest.mark.parametrize(
+    "beliefs",
+    [
+        pytest.param(b, id=name, marks=pytest.mark.slow if name not in ("default", "flat") else [])
+        for name, b in BELIEFS.items()
+    ],
+)
 def test_a_point_obeys_bayes_theorem(beliefs):
     """p(D, φ) |dψ/dx| = density(x, e) q(b | ψ, D), with q normal; for any e.
 
@@ -193,16 +207,19 @@ def test_a_point_obeys_bayes_theorem(beliefs):
         found = target.points(units, x[None], e[None])
         log_density, phi = found.log_density[0], {name: v[0] for name, v in found.phi.items()}
         corr_root = np.linalg.cholesky(phi["corr"])
-        inner = jax.jit(integrate)(target.problem, phi["tau"][:, None] * corr_root, phi["sigma"])
+        inner = INTEGRATE(target.problem, phi["tau"][:, None] * corr_root, phi["sigma"])
         b = np.asarray(inner.mean) + linalg.solve_triangular(inner.factor, e, trans=1, lower=True)
         q = stats.multivariate_normal(
             inner.mean, np.linalg.inv(np.asarray(inner.factor @ inner.factor.T))
         ).logpdf(b)
         close(phi["mu"], b[:2], rtol=1e-12)
         close(phi["beta"], b[2:], rtol=1e-12)
-        believed = sum(
-            float(np.sum(belief.log_prob(phi[name]))) for name, belief in target.beliefs.items()
-        )
+
+        @jax.jit
+        def believed_of(phi):
+            return sum(belief.log_prob(phi[name]).sum() for name, belief in target.beliefs.items())
+
+        believed = float(believed_of(phi))
 
         def free(x):
             found = Coordinates.of(shape).scales(jnp.asarray(x), units, target.beliefs).phi
@@ -360,13 +377,16 @@ def test_nuts_takes_beliefs_that_are_not_normal(monkeypatch):
     exact = hb.full_bayes(model, tasks, num_draws=4000, seed=1, progress=False)
     assert exact.info["sampler"] == "independence"
     monkeypatch.setattr(collapsed_sampling, "LEAST_ACCEPTANCE", 1.1)
-    fit = hb.full_bayes(model, tasks, num_draws=1000, seed=1, progress=False)
+    fit = hb.full_bayes(
+        model, tasks, num_draws=1000, num_chains=2, num_warmup=300, seed=1, progress=False
+    )
     for name in ("mu", "beta", "tau", "sigma"):
         for index in np.ndindex(exact.phi_draws[name].shape[2:]):
             known = exact.phi_draws[name][(..., *index)]
             monte_carlo(fit.phi_draws[name][(..., *index)], known.mean(), known.std(), k=6)
 
 
+@pytest.mark.slow
 def test_other_data_of_the_same_shape_compile_nothing(small):
     """Task names, values and default hyperpriors differ; shapes decide."""
     x = np.column_stack([np.ones(36), np.tile([0.0, 1.0, 2.0], 12)])
