@@ -329,6 +329,7 @@ def test_log_likelihood_of_the_draws_is_scipys(sampled):
         close(found[chain, draw], expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_new_tasks_get_laplace_draws(sampled, train_and_test):
     """The rows are used: with the same white noise, more ones mean a larger intercept."""
     test = train_and_test[1]

@@ -248,6 +248,7 @@ def test_an_exposure_needs_a_log_link():
             hb.from_formula("y ~ 1 + (1 | ward)", frame, family=family, exposure="days")
 
 
+@pytest.mark.slow
 def test_a_shared_column_that_separates_is_said():
     rng = np.random.default_rng(0)
     z = np.tile([0.0, 1.0], 60)
