@@ -100,7 +100,7 @@ METHODS: dict[str, tuple[Any, set[str]]] = {
 QUICK = {
     ("bernoulli", "maml"), ("binomial", "complete pooling"), ("poisson", "no pooling"),
     ("negative binomial", "complete pooling"), ("student", "complete pooling"),
-    ("gamma", "no pooling"),
+    ("gamma", "complete pooling"),
 }  # fmt: skip
 """Pairs that run with the fast tests: every family. ``test_contract`` has every method."""
 
@@ -108,7 +108,7 @@ OWN_WAYS = {
     # own parameters: within tasks, from support and query, under evidence, with beliefs of theirs
     "negative binomial": ("maml", "ml", "map", "full Bayes"),
     "student": ("no pooling", "maml", "imaml", "ml", "map", "full Bayes"),
-    "gamma": ("maml", "reptile", "laplace", "full Bayes"),
+    "gamma": ("no pooling", "maml", "reptile", "laplace", "full Bayes"),
     # curvature without a bound, trials in support and query, the only one of both bounds
     "poisson": ("maml", "reptile", "imaml"),
     "binomial": ("maml", "imaml", "full Bayes"),

@@ -121,10 +121,10 @@ def test_the_drift_is_the_same_in_every_call_and_an_estimate():
 
 
 def test_one_task_by_name_and_as_a_pair():
-    _, free = made("bernoulli")
-    model, _ = MODELS["bernoulli"]
+    _, free = made("gaussian")
+    model, sigma = MODELS["gaussian"]
     x, y = TASKS.predictors[:15], TASKS.outcome[:15]
-    alone = hb.equivalent_prior(model, (x, y), PHI, 4, 0.01, rank=40)
+    alone = hb.equivalent_prior(model, (x, y), PHI, 4, 0.01, sigma=sigma, rank=40)
     for one in (free["a"], alone):
         close(one.posterior_mean, free.posterior_mean[0], rtol=1e-9)
         close(one.precision_times(VECTORS[0]), free.precision_times(VECTORS[0])[0], rtol=1e-9)
@@ -313,7 +313,8 @@ def test_conjugate_gradients_that_do_not_converge():
 
 def test_measures_that_are_not_known_are_reported(monkeypatch):
     monkeypatch.setattr(white, "MAX_PRODUCTS", 1)
-    _, free = both("bernoulli")
+    model, _ = MODELS["bernoulli"]
+    free = hb.equivalent_prior(model, TASKS, PHI, 4, 0.01, rank=40)
     unknown = np.isnan(free.validity.missed)
     assert unknown.tolist() == [True, True, False, True, True]  # c has no rows
     assert any("conjugate gradients did not converge" in m for m in free.messages)

@@ -108,7 +108,7 @@ def fit_at(apply, tasks, optimiser=None):
     ],
 )
 def test_adapting_and_predicting_see_a_tasks_own_rows(name, sizes, optimiser):
-    support, asked = some_tasks(sizes), some_tasks((3, 3, 2), seed=1)
+    support, asked = some_tasks(sizes), some_tasks((3, 3, 3), seed=1)
     fit = fit_at(MIXING[name], support, optimiser)
     weights = fit.model.likelihood.weights
     wanted = written_out(MIXING[name], weights, fit.phi["mu"], support, asked, 3, 0.05)
