@@ -106,10 +106,9 @@ def test_laplaces_evidence_is_exact_where_rows_are_normal(learned):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::hierbayes.FitWarning")
-@pytest.mark.parametrize("evidence", ["laplace", "quadrature"])
-def test_evidence_is_the_familys(pair, evidence):
+def test_evidence_is_the_familys(pair):
     """Two ways to the same maximum: log evidence to 1e-6, where a maximum is flat; φ̂ to 1e-3."""
-    family, program = (hb.empirical_bayes(m, ragged(), evidence=evidence) for m in pair)
+    family, program = (hb.empirical_bayes(m, ragged(), evidence="quadrature") for m in pair)
     close(program.log_evidence, family.log_evidence, rtol=0, atol=1e-6)
     for name in ("mu", "tau"):
         close(program.phi[name], family.phi[name], rtol=0, atol=1e-3)
