@@ -107,7 +107,7 @@ FAST = {
 
 OWN_WAYS = {
     # own parameters: within tasks, from support and query, under evidence, with beliefs of theirs
-    "negative binomial": ("maml", "ml", "map", "full Bayes"),
+    "negative binomial": ("maml", "ml", "map"),
     "student": ("no pooling", "maml", "imaml", "ml", "map", "full Bayes"),
     "gamma": ("no pooling", "maml", "reptile", "laplace"),
     # curvature without a bound, trials in support and query, the only one of both bounds
@@ -176,12 +176,12 @@ def test_every_method_serves_every_family(family, method):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::hierbayes.errors.FitWarning")
-@pytest.mark.parametrize("family", ["poisson", "bernoulli", "student"])
+@pytest.mark.parametrize("family", ["poisson", "bernoulli"])
 def test_comparison_by_task_scores_methods(family):
     tasks = simulated(family, num_tasks=4, sizes=(6, 7))  # one size: refits share their programs
     names = ["no pooling", "complete pooling", "full Bayes"]
     if family == "poisson":  # refitted from nothing without each task, which one family shows
-        names += ["ml", "laplace", "maml", "imaml"]
+        names += ["ml", "laplace", "maml"]
     fits = {name: METHODS[name][0](model(family), tasks) for name in names}
     comparison = hb.compare(fits)
     scores = comparison.table["log_density"]
@@ -425,7 +425,7 @@ def separated() -> tuple[hb.HierarchicalModel, hb.Tasks]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::hierbayes.errors.FitWarning")
-@pytest.mark.parametrize("method", ["imaml", "map", "laplace", "full Bayes"])
+@pytest.mark.parametrize("method", ["imaml", "map", "full Bayes"])
 def test_the_prior_holds_separated_tasks(method):
     """Finite everywhere; under full Bayes and MAP no estimate runs off."""
     bare, tasks = separated()
