@@ -36,6 +36,7 @@ def hospitals(reference):
     return pd.DataFrame({"hospital": [f"h{i:02d}" for i in range(len(r))], "r": r, "n": n})
 
 
+@pytest.mark.slow
 # four digits, as lme4 prints and stops: its optimum lies 4e-5 below ours in the log likelihood
 def test_laplace_is_lme4s(surgical, shared):
     fits = json.loads((shared / "reference" / "lme4_fits.json").read_text(encoding="utf-8"))
