@@ -232,6 +232,7 @@ def test_flow_and_ridge_regression_never_differ_by_more_than_1_2984():
     assert ratio.min() > 1 - 1e-12
 
 
+@pytest.mark.slow
 def test_flow_runs_along_the_slope():
     """A logistic slope, against SciPy's integrator at 1e-12."""
     with float64():

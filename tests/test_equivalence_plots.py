@@ -101,6 +101,7 @@ def test_a_task_without_a_single_optimum_says_so(gaussian, ax):
     close(curve(ax, "MAP estimates")[-1], [Y[0], PHI[1]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_posterior_is_drawn_as_ellipses_of_its_moments(radon, radon_ml, ax):
     task, names = radon.tasks["ST LOUIS"], ("floor", "Intercept")
     hb.plots.adaptation_path(

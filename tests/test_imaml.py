@@ -209,6 +209,7 @@ def test_optimum_is_least_squares():
 # ------------------------------------------------------------------------ λ as learned
 
 
+@pytest.mark.slow
 def test_normal_means_are_the_regression_of_query_means_on_support_means():
     """w = S_vy / S_yy, λ = (n/σ²)(1 − w)/w, μ̂ = (v̄ − w ȳ)/(1 − w); found: w right to 7e-9."""
     tasks = normal_means(300, 8, 0.45, 1.2, seed=6)

@@ -89,10 +89,8 @@ def linear_batch(condition, d=12, num_tasks=3, seed=0):
     return (x, y), (rng.normal(size=(num_tasks, 4, d)), rng.normal(size=(num_tasks, 4)))
 
 
-@pytest.mark.parametrize(
-    "condition",
-    [214.0, pytest.param(1e6, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", [214.0, 1e6])
 def test_the_implicit_gradient_of_linear_tasks_is_the_dense_one(condition):
     """1e-10 of the system is left: up to the condition times that of the gradient, and 1e-9."""
     batch, start = linear_batch(condition), np.zeros(12)

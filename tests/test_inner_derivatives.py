@@ -311,7 +311,8 @@ def test_equal_step_sizes_for_all_coefficients_are_one_step_size():
         close(each, one, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("which", ["network", pytest.param("linear", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["network", "linear"])
 def test_steps_on_the_mean_are_steps_on_the_sum_divided_by_the_rows(which):
     model, tasks = (network(), curves()) if which == "network" else (LINEAR, regressions())
     mean = reached(GradientSteps(4, 0.1, loss="mean"), model, tasks, phi_of(model))

@@ -165,7 +165,8 @@ def test_our_summary_of_draws_in_any_order_of_names(families, name):
     assert {"mean", "sd", "r_hat", "ess_bulk"} <= set(table.columns)
 
 
-@pytest.mark.parametrize("name", ["corr", pytest.param("gamma", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["corr", "gamma"])
 def test_labels_outlive_files(families, name, tmp_path):
     fit = families[name]
     fit.save(tmp_path / "fit.nc")
@@ -271,6 +272,7 @@ def test_two_places_never_share_a_label():
     close(table.loc["theta['a', 'b, c']", "estimate"], 4.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_cost_grows_as_the_number_of_tasks():
     """20,000 tasks named by strings in a second; 16 times 5,000's cost where it is quadratic."""
     size = 20_000

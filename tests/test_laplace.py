@@ -207,6 +207,7 @@ class Cauchy(hb.likelihoods.Gaussian):
         return dist.Cauchy(location, 1.0)
 
 
+@pytest.mark.slow
 def test_a_task_without_a_maximum_is_named():
     """Rows at ±10 under a Cauchy: at the prior's mean, 0, the slope is 0.
 

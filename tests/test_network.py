@@ -329,6 +329,7 @@ def test_rows_of_no_task_the_fit_knows_are_predicted_at_the_prior():
     close(fit.predict(new, target="population").mean, f, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_tasks_without_rows_are_predicted_by_no_numbers():
     for name in OUTCOMES:
         fit = fit_at(perceptron(name), some_tasks(name))
@@ -339,6 +340,7 @@ def test_tasks_without_rows_are_predicted_by_no_numbers():
 # ------------------------------------------------------------------------- precision
 
 
+@pytest.mark.slow
 def test_float32_is_computed_in_and_float64_leaves():
     seen = set()
 

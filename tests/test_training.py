@@ -345,6 +345,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(kept, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_written_along_the_way(tmp_path, monkeypatch):
     """Every minute; here after every call."""
     monkeypatch.setattr("hierbayes.meta.checkpoint.EVERY", -1.0)
@@ -421,6 +422,7 @@ def test_steps_that_diverge_at_the_start_are_refused():
         fitted(num_steps=5, step_size=1e12)
 
 
+@pytest.mark.slow
 def test_a_generator_that_ends_ends_the_run_with_a_warning():
     source = hb.Episodes.from_generator(lambda seed: waves(33, seed))
     with pytest.warns(hb.FitWarning, match=r"stopped after 33 batches, 60 meta-steps were asked"):
@@ -451,6 +453,7 @@ def test_a_resumed_generator_that_has_grown_shorter_is_refused(tmp_path):
 # ------------------------------------------------------------------- said and refused
 
 
+@pytest.mark.slow
 def test_the_progress_bar_shows_the_score_and_that_of_held_out_tasks(capsys, monkeypatch):
     from tqdm import std
 
