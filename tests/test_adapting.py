@@ -135,6 +135,7 @@ def test_rows_that_were_learned_from_count_once(schools, without_a):
     np.testing.assert_array_equal(mixed.phis["mu"], alone.phis["mu"])
 
 
+@pytest.mark.slow
 def test_what_new_rows_of_a_known_task_say_is_what_they_add(radon_rows):
     """Half of each county's rows first, the rest of three counties after: as fitting to both.
 
@@ -152,6 +153,7 @@ def test_what_new_rows_of_a_known_task_say_is_what_they_add(radon_rows):
     assert (np.abs(found.theta.values - whole.theta.values) < 4.5 * error).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("county", ["ANOKA", "COOK"])
 def test_a_held_out_county_is_as_if_fitted_with_the_others(county):
     """52 houses and 2, of level and floor: 4,000 draws on either side, counted as 2,000."""
@@ -222,7 +224,9 @@ def test_namesakes_are_new_tasks(schools, without_a):
 # ------------------------------------------------------------------------------ one by one
 
 
-@pytest.mark.parametrize("learn", [hb.empirical_bayes, hb.imaml])
+@pytest.mark.parametrize(
+    "learn", [hb.empirical_bayes, pytest.param(hb.imaml, marks=pytest.mark.slow)]
+)
 def test_the_order_in_which_rows_arrive_does_not_matter(learn, radon_rows):
     """Where the posterior is exact: in four parts, and all at once."""
     model, first, _ = radon_rows
@@ -252,12 +256,15 @@ def _sites():
                          "y": rng.normal(1.0, 1.0, 40)})  # fmt: skip
 
 
-def test_full_bayes_one_by_one_is_full_bayes_at_once(schools):
-    """B to F fitted, then G, then H: the same weights on the same draws as both at once."""
-    model, tasks = schools
-    fit = fitted(model, tasks[list("BCDEF")], num_draws=500)
-    steps = fit.adapt(tasks[["H"]], after=fit.adapt(tasks[["G"]]), seed=9)
-    at_once = fit.adapt(tasks[["G", "H"]], seed=9)
+def test_full_bayes_one_by_one_is_full_bayes_at_once(schools, without_a):
+    """B to H fitted, then A, then a ninth: the same weights on the same draws as both at once."""
+    _, tasks = schools
+    both = tasks[["A", "B"]]
+    both = replace(both, outcome=np.array([28.0, 12.0]), labels=replace(
+        both.labels, names=np.array(["A", "I"])))  # fmt: skip
+    steps = without_a.adapt(both[["I"]], after=without_a.adapt(both[["A"]]), seed=9)
+    at_once = without_a.adapt(both, seed=9)
+    assert "has learned" in at_once.remarks[0]
     np.testing.assert_array_equal(steps.phis["tau"], at_once.phis["tau"])
     close(steps.theta.values, at_once.theta.values, rtol=1e-12)
 
@@ -299,6 +306,7 @@ def model_phi(model, tasks):
     return quietly_fit(hb.empirical_bayes, model, tasks).phi
 
 
+@pytest.mark.slow
 def test_counts_are_weighed_by_their_quadrature_evidence():
     """φ after new counts, against fitting all: means within 4 standard errors of both."""
     rng = np.random.default_rng(12)
