@@ -232,7 +232,8 @@ USER = hb.HyperPrior(
 )
 
 
-@pytest.mark.parametrize("which", ["default", pytest.param("user", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["default", "user"])
 def test_map_is_scipys_mode_of_the_dense_posterior(which):
     """Maximised over (μ, τ, β, ρ, log σ): densities of τ and ρ, and that of log σ, which is σ p(σ).
 
@@ -323,7 +324,12 @@ def test_map_takes_the_users_prior_on_tau_as_it_is():
 # ----------------------------------------------------------------------- invariance
 
 
-@pytest.mark.parametrize("criterion", ["ml", "reml", "map"])
+with_map_slow = pytest.mark.parametrize(
+    "criterion", ["ml", "reml", pytest.param("map", marks=pytest.mark.slow)]
+)
+
+
+@with_map_slow
 def test_units_do_not_matter(criterion):
     """y → a y + c, x → b x: φ̂ follows, and the density of y falls by a factor a a row."""
     frame, (a, b, c) = ragged(), (250.0, 1e-3, -40.0)
@@ -345,7 +351,7 @@ def test_units_do_not_matter(criterion):
     assert second.log_evidence == pytest.approx(first.log_evidence + change, rel=1e-9)
 
 
-@pytest.mark.parametrize("criterion", ["ml", "reml", "map"])
+@with_map_slow
 def test_order_does_not_matter(criterion):
     frame = ragged()
     shuffled = frame.sample(frac=1.0, random_state=3)
@@ -508,13 +514,8 @@ def test_the_layouts_of_this_file_are_what_they_say():
         assert max(value(at + step), value(at - step)) < value(at)
 
 
-@pytest.mark.parametrize(
-    ("size", "criterion"),
-    [
-        (3, "ml"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, "reml"), (5, "ml")]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "criterion"), [(3, "ml"), (5, "reml")])
 def test_singular_covariances_are_ordinary(size, criterion):
     # one direction varies between six tasks, so the estimated covariance lacks rank, as lme4's
     # does in such data; theta, draws and the prior must stay finite all the same

@@ -151,8 +151,14 @@ SPREADS = {
 }
 
 
-@pytest.mark.parametrize("criterion", ["ml", "reml"])
-@pytest.mark.parametrize("name", list(SPREADS))
+@pytest.mark.parametrize(
+    ("name", "criterion"),
+    [
+        pytest.param(name, kind, marks=pytest.mark.slow if "radon" in name else ())
+        for name in SPREADS
+        for kind in ("ml", "reml")
+    ],
+)
 def test_standard_errors_of_tau_and_sigma_are_the_profiled_hessians(name, criterion):
     """Inverse Hessian in (τ, σ, ρ) of the dense evidence, fixed effects maximised out.
 
