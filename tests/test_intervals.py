@@ -183,6 +183,7 @@ def test_bootstrap_of_new_tasks_is_the_mixture_too(slopes, mixed):
     close(mixed.on(slopes[1]).theta.values, mixed.theta.values, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_bootstrap_refits_scatter_around_the_fit(slopes):
     """μ* and σ* have φ̂ as their centre and its standard errors as their spread.
 
@@ -267,6 +268,7 @@ def test_kass_steffey_off_the_diagonal(slopes):
     close(fit.adapted.sd.values, errors, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_kass_steffey_of_counts():
     rng = np.random.default_rng(3)
     g = np.repeat(np.arange(12), 5)

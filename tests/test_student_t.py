@@ -203,14 +203,14 @@ def test_without_spread_it_is_complete_pooling(wide):
 
 
 def test_draws_have_the_moments(wide, rng):
-    """20,000 draws: means within four standard errors, covariances within 10 % of the variances.
+    """5,000 draws: means within four standard errors, covariances within 10 % of the variances.
 
     A task without rows has t₄ as its posterior, no fourth moment, and a test of its own.
     """
     tasks, phi = wide
     adapted = MixedScales()(STUDENT, tasks, phi)
     assert adapted.covariance is not None
-    size = 20_000
+    size = 5_000
     at_one = MixedScales().draws_at(STUDENT, tasks, phi, size, 1)
     phis = {name: np.repeat(value[None], size, 0) for name, value in phi.items()}
     each = MixedScales().draws(STUDENT, tasks, phis, 2)
@@ -331,6 +331,7 @@ def eight(schools, heavy_schools) -> hb.Fit:
     return hb.full_bayes(heavy_schools, schools.tasks, seed=0, progress=False)
 
 
+@pytest.mark.slow
 def test_empirical_bayes_is_at_scipys_maximum(schools, heavy_schools):
     """Eight schools under t₄, mode of p(φ | D), by Nelder and Mead on integrals over θ."""
     model = heavy_schools
@@ -528,18 +529,17 @@ def test_leaving_tasks_out_prefers_the_student_with_an_outlier(outlying, robust,
 
 @pytest.mark.slow
 def test_leaving_tasks_out_is_indifferent_without_one():
-    """Thirty Gaussian tasks: t₄ gains nothing, and loses less than 0.15 nats a task.
+    """Twice sixteen Gaussian tasks: t₄ gains nothing, and loses less than 0.15 nats a task.
 
     That is about what ∫ N log (N / t₄) costs in two dimensions at its best scale, 0.1 nats.
     """
-    tasks = simulated(30, seed=2)
-    scores = [
-        hb.checks.leave_one_task_out(
-            hb.full_bayes(model, tasks, num_draws=500, num_chains=2, seed=0, progress=False)
-        )["log_density"]
-        for model in (GAUSSIAN, STUDENT)
-    ]
-    gap = scores[1] - scores[0]
+
+    def scores(model: hb.HierarchicalModel, tasks: hb.Tasks) -> np.ndarray:
+        fit = hb.full_bayes(model, tasks, num_draws=500, num_chains=2, seed=0, progress=False)
+        return np.asarray(hb.checks.leave_one_task_out(fit)["log_density"])
+
+    both = [simulated(16, seed) for seed in (2, 3)]  # the programs of sixteen tasks are there
+    gap = np.concatenate([scores(STUDENT, tasks) - scores(GAUSSIAN, tasks) for tasks in both])
     assert gap.sum() < 2 * gap.std() * np.sqrt(len(gap))
     assert gap.mean() > -0.15
 
@@ -587,6 +587,7 @@ def test_what_needs_a_gaussian_prior_is_refused_in_words(outlying, robust, eight
         hb.full_bayes(binary, flags, "collapsed")
 
 
+@pytest.mark.slow
 def test_baselines_and_steps_do_not_ask_the_prior(outlying):
     """They take only its centre: the same numbers as under a Gaussian prior."""
     for method in (hb.no_pooling, hb.complete_pooling, hb.reptile):
@@ -619,10 +620,10 @@ def test_binary_tasks_go_by_nuts(tmp_path):
 
 
 @pytest.mark.slow
-def test_collapsed_and_joint_sampling_agree(outlying):
+def test_collapsed_and_joint_sampling_agree(schools, heavy_schools):
     """4 × 7,000 draws of NUTS, non-centred, against the collapsed posterior's moments."""
     fits = [
-        hb.full_bayes(STUDENT, outlying, method, num_draws=draws, seed=5, progress=False)
+        hb.full_bayes(heavy_schools, schools.tasks, method, num_draws=draws, seed=5, progress=False)
         for method, draws in (("collapsed", 10_000), ("nuts", 7_000))
     ]
     assert fits[0].phi_draws is not None
@@ -630,6 +631,6 @@ def test_collapsed_and_joint_sampling_agree(outlying):
     expected = {
         name: {"mean": posterior[name].mean(("chain", "draw")).values,
                "sd": posterior[name].std(("chain", "draw")).values}
-        for name in ("mu", "tau", "sigma", "theta")
+        for name in ("mu", "tau", "theta")
     }  # fmt: skip
     assert_agreement(fits[1].datatree["posterior"], expected)

@@ -111,12 +111,14 @@ def test_p_values_are_uniform_though_phi_is_learned(rng):
 
 
 def test_heavy_tails_are_found_and_a_student_prior_suggested(rng):
-    fit = quietly(hb.empirical_bayes, levels(rng.standard_t(2, 80), rng))
+    fit = quietly(hb.empirical_bayes, levels(rng.standard_t(2, 120), rng))
     found = task_effects(fit)
     assert float(found.p_value.sel(coef="level")) < 1e-3
     assert any("StudentT" in remark and "heavy" in remark for remark in found.remarks)
     # the control: Gaussian tasks of the same number, nothing to say
-    assert task_effects(quietly(hb.empirical_bayes, levels(rng.normal(size=80), rng))).remarks == ()
+    assert (
+        task_effects(quietly(hb.empirical_bayes, levels(rng.normal(size=120), rng))).remarks == ()
+    )
 
 
 def test_two_kinds_of_tasks_and_skewed_ones_are_told_apart(rng):
