@@ -248,6 +248,7 @@ def test_skewness_of_a_share_is_its_formula(fifty_one):
     assert (found["residual"] < 1e-8).all()
 
 
+@pytest.mark.slow
 def test_of_quadrature_little_is_left():
     """0.02: the number of nodes is enough where 1e-3 of log p̂ are left."""
     fit = hb.empirical_bayes(*binomials(2, PAIRS), evidence="quadrature", **QUIET)

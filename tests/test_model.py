@@ -166,10 +166,11 @@ def test_non_centring_is_a_change_of_variables():
 @pytest.mark.slow
 def test_mcmc_runs_the_program():
     model, tasks, _, _ = made(1, shared=1)
-    mcmc = MCMC(NUTS(model.numpyro_program(tasks)), num_warmup=5, num_samples=5, progress_bar=False)
+    mcmc = MCMC(NUTS(model.numpyro_program(tasks)), num_warmup=5, num_samples=5, num_chains=2,
+                chain_method="vectorized", progress_bar=False)  # fmt: skip
     mcmc.run(jax.random.key(0))
-    draws = mcmc.get_samples()
-    assert draws["theta"].shape == (5, 4, 1)
+    draws = mcmc.get_samples(group_by_chain=True)
+    assert draws["theta"].shape == (2, 5, 4, 1)
     assert set(draws) == {"mu", "tau", "beta", "sigma", "theta"}
     assert all(np.isfinite(value).all() for value in draws.values())
 

@@ -139,6 +139,7 @@ def test_one_node_is_laplace(rng):
         close(values[j], laplace, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_more_nodes_come_nearer(rng):
     likelihood = LIKELIHOODS["Bernoulli"]
     tasks, phi = tasks_of(likelihood, rng, 1), phi_of(1) | {"tau": np.array([2.0])}
@@ -315,9 +316,9 @@ def test_posterior_moments_are_those_of_a_grid(rng):
 
 
 @pytest.mark.parametrize("d", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_draws_have_the_posteriors_moments(d, rng):
+def test_draws_have_the_posteriors_moments(d):
     """20,000 draws at one φ of single rows, least normal: four standard errors of each mean."""
-    likelihood = LIKELIHOODS["Bernoulli"]
+    likelihood, rng = LIKELIHOODS["Bernoulli"], np.random.default_rng(2)  # skewed by 0.45 and more
     tasks = tasks_of(likelihood, rng, d, sizes=(1, 2, 3))
     phi = phi_of(d) | {"tau": np.array([2.5, 1.5])[:d]}
     model = hb.HierarchicalModel(likelihood, hb.priors.Gaussian())

@@ -183,6 +183,7 @@ def test_three_coefficients_against_importance_sampling(rng):
     assert abs(np.exp(found) - densities.mean()) < 4 * error
 
 
+@pytest.mark.slow
 def test_many_degrees_of_freedom_are_the_gaussian_prior(wide):
     """E g(λ) = g(1) + g''(1)/ν + …: at ν = 1e8 the difference is of order 1e-8."""
     tasks, phi = wide
