@@ -237,7 +237,7 @@ USER = hb.HyperPrior(
 def test_map_is_scipys_mode_of_the_dense_posterior(which):
     """Maximised over (μ, τ, β, ρ, log σ): densities of τ and ρ, and that of log σ, which is σ p(σ).
 
-    SciPy's Nelder-Mead, restarted until it stays, finds a mode to about 1e-6; the densities agree
+    SciPy's BFGS, restarted until it stays, finds a mode to about 1e-6; the densities agree
     to rounding.
     """
     frame = ragged()
