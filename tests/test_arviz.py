@@ -21,6 +21,7 @@ matplotlib.use("Agg")
 few_draws = pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")
 
 
+@pytest.mark.slow
 def test_summary_names_what_it_summarises(radon_full):
     table: Any = arviz_stats.summary(radon_full.datatree, var_names=["mu", "tau", "beta", "sigma"])
     names = ["mu[Intercept]", "mu[floor]", "tau[Intercept]", "tau[floor]", "beta[log_uranium]",

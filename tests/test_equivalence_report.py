@@ -128,6 +128,7 @@ def written_out(here, there):
 # -------------------------------------------------------------------------- the rungs
 
 
+@pytest.mark.slow
 def test_rungs_are_fits_that_arviz_reads(report, study):
     import arviz_stats
 

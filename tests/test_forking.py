@@ -25,6 +25,7 @@ for when in ("before", "after"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_is_refused_after_a_fit_and_works_before_one():
     run = subprocess.run(

@@ -86,9 +86,7 @@ def along_every_direction(located: Located) -> np.ndarray:
     return (located.mode + moves).reshape(-1, len(spread))
 
 
-@pytest.mark.parametrize(
-    ("model", "data"), [pytest.param(STUDENT, heavy, marks=pytest.mark.slow), (COUNTS, large)]
-)
+@pytest.mark.parametrize(("model", "data"), [(STUDENT, heavy), (COUNTS, large)])
 def test_what_the_sampler_goes_by_is_the_exact_density(model, data):
     """But for a constant: quadrature to 0.01, which its nodes were chosen for; Laplace's to 0.02.
 

@@ -173,9 +173,7 @@ SHORT = dict(num_meta_steps=2, batch_size=3, held_out=4, evaluate_every=2, progr
 
 @pytest.mark.parametrize(
     ("method", "from_tasks"),
-    [("reptile", True)]
-    + [pytest.param(m, False, marks=pytest.mark.slow) for m in METHODS]
-    + [pytest.param("maml", True, marks=pytest.mark.slow)],
+    [("reptile", True), ("maml", True)] + [(m, False) for m in METHODS],
 )
 def test_apply_never_sees_a_row_that_is_not_the_tasks(method, from_tasks):
     """Episodes of 5 and 3 rows; a fixed set of tasks of 6, split 3 and 3; adapted and predicted."""

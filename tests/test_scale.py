@@ -168,6 +168,7 @@ def compilations(function):
     return len(found)
 
 
+@pytest.mark.slow
 def test_other_data_of_one_shape_compile_nothing():
     def fit(num_tasks, seed):
         return lambda: hb.empirical_bayes(MODEL, simulated(num_tasks, seed=seed), num_draws=1)
@@ -241,6 +242,7 @@ print(json.dumps([hits, misses, jax.config.jax_compilation_cache_dir == before])
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     def process():
         command = [sys.executable, "-c", COUNT_HITS, str(tmp_path / "new" / "folder")]

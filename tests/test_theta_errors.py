@@ -100,6 +100,7 @@ def test_against_differences_of_everything(evidence, counts):
     assert np.abs(np.sqrt(plain**2 + more) / plain - 1).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_surgical_is_nearer_to_its_full_posterior(shared):
     """Full Bayes by quadrature over φ: at every hospital wider than both, and nearer to these."""
     reference = json.loads((shared / "reference" / "surgical.json").read_text(encoding="utf-8"))

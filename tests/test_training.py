@@ -218,7 +218,7 @@ def cut_at_call(monkeypatch, number):
     monkeypatch.setattr(sources._SampledFeed, "chunk", cut)
 
 
-@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("number", [1, 5])
 def test_a_run_that_was_cut_and_resumed_ends_bit_equal(whole, monkeypatch, tmp_path, number):
     path = tmp_path / "run.npz"
     monkeypatch.setattr(training, "LONGEST", 7)
@@ -387,7 +387,7 @@ def overflowing(at, task=2):
     )
 
 
-@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 33])
+@pytest.mark.parametrize("at", [0, 33])
 def test_a_score_that_is_not_finite_ends_the_run_where_it_was(at, tmp_path):
     path = tmp_path / "run"
     with pytest.warns(hb.FitWarning, match=f"not finite at meta-step {at}, in task 2 of its batch"):
