@@ -11,6 +11,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from importlib import util
+from itertools import count
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ if not {"PYTEST_XDIST_WORKER", "JAX_COMPILATION_CACHE_DIR"} & set(os.environ):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+
+# OpenBLAS's threads, no help with small matrices, spin on after every call and take the other
+# worker's core; NumPy reads this when it is imported, which a plugin may have done here already,
+# but not in the workers
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # and the rest of it into making them fast, which tests of a few numbers do not need; the docs, the
 # examples and one more run of .ci/run have programs as users get them
@@ -87,11 +93,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 MOST_MAPPINGS = 30_000
 """Every compiled program holds memory mappings; Linux grants a process 65,530, then it dies."""
 
+_tests = count(1)
+
 
 @pytest.fixture(autouse=True)
 def room_for_programs() -> Any:
     """Programs compiled for earlier tests are dropped before they are too many."""
     yield
+    if next(_tests) % 16:  # counting takes as long as a quick test
+        return
     mappings = Path("/proc/self/maps")
     if mappings.exists():
         with mappings.open("rb") as lines:

@@ -160,6 +160,7 @@ def test_importing_loads_little_and_changes_nothing():
     assert state["backend"] is False, "no device is started by an import"
 
 
+@pytest.mark.slow
 def test_the_report_on_an_import_sees_what_is_loaded():
     """The control."""
     state = state_after_import(

@@ -40,6 +40,25 @@ def one_by_one(tasks, theta, beta):
     return jax.ops.segment_sum(each, tasks.task_of_row, tasks.num_tasks)
 
 
+def with_derivatives(tasks, theta, beta):
+    """The same, its slope (J, 2) and each task's own curvature (2, 2, J)."""
+
+    def total(t):
+        return one_by_one(tasks, t, beta).sum()
+
+    bend = jnp.einsum("jajb->abj", jax.hessian(total)(theta))
+    return one_by_one(tasks, theta, beta), jax.grad(total)(theta), bend
+
+
+@jax.jit
+def by_blocks(rows, theta, beta):
+    """From the blocks: the values, twice, slopes and curvatures."""
+    known = rows.under(BERNOULLI, {"beta": beta})
+    at = known.to_second_order(BERNOULLI, theta.T, {}, damped=False)
+    value = known.log_likelihood(BERNOULLI, theta.T, {})
+    return value, at.value, known.constant, at.slope, at.curvature
+
+
 @pytest.mark.parametrize(
     ("seed", "sizes", "offset", "scale"),
     [
@@ -57,16 +76,12 @@ def test_blocks_say_what_rows_say(seed, sizes, offset, scale):
     if sum(sizes) >= 8 * len(sizes):
         assert isinstance(rows, BinaryRows)
     with float64():
-        known = rows.under(BERNOULLI, {"beta": beta})
-        at = known.to_second_order(BERNOULLI, jnp.asarray(theta.T), {}, damped=False)
-        right = one_by_one(tasks, theta, beta)
-        slope = jax.grad(lambda t: one_by_one(tasks, t, beta).sum())(theta)
-        bend = jax.hessian(lambda t: one_by_one(tasks, t, beta).sum())(theta)
-        own = np.einsum("jajb->abj", np.asarray(bend))
-        close(at.value + known.constant, right, rtol=1e-10, atol=1e-10)
-        close(known.log_likelihood(BERNOULLI, jnp.asarray(theta.T), {}), at.value, rtol=1e-12)
-        close(at.slope, np.asarray(slope).T, rtol=1e-9, atol=1e-9)
-        close(at.curvature, -own, rtol=1e-9, atol=1e-9)
+        value, again, constant, slope, curvature = by_blocks(rows, theta, beta)
+        right, of_rows, bend = jax.jit(lambda t: with_derivatives(tasks, t, beta))(theta)
+        close(again + constant, right, rtol=1e-10, atol=1e-10)
+        close(value, again, rtol=1e-12)
+        close(slope, np.asarray(of_rows).T, rtol=1e-9, atol=1e-9)
+        close(curvature, -np.asarray(bend), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [0.5, 60.0])
@@ -78,16 +93,16 @@ def test_slopes_in_phi_are_those_of_rows(scale):
     rows = rows_of(tasks, BERNOULLI)
     assert isinstance(rows, BinaryRows)
 
-    def by_blocks(beta):
+    @jax.jit
+    @jax.grad
+    def of_blocks(beta, rows):
         known = rows.under(BERNOULLI, {"beta": beta})
-        return known.log_likelihood(BERNOULLI, jnp.asarray(theta.T), {}).sum()
+        return known.log_likelihood(BERNOULLI, theta.T, {}).sum()
 
     with float64():
-        rows = jax.tree.map(jnp.asarray, rows)
-        beta = jnp.array([0.7])
-        found, right = (
-            jax.grad(of)(beta) for of in (by_blocks, lambda b: one_by_one(tasks, theta, b).sum())
-        )
+        beta = np.array([0.7])
+        found = of_blocks(beta, rows)
+        right = jax.jit(jax.grad(lambda b: one_by_one(tasks, theta, b).sum()))(beta)
     close(found, right, rtol=1e-10)
 
 

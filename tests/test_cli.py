@@ -137,6 +137,7 @@ def test_overwrite_replaces_results_and_nothing_else(houses, tmp_path):
     assert (out / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_module_and_help_run_as_a_user_types_them():
     run = subprocess.run(
         [sys.executable, "-m", "hierbayes", "--help"], capture_output=True, text=True,

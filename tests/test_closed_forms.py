@@ -103,7 +103,7 @@ def test_type_two_maximum_likelihood_finds_the_population(type_two):
     close(type_two.adapted.adapted.covariance.ravel(), np.full(40, V), rtol=1e-7)
 
 
-@pytest.mark.parametrize("num_steps", [1, 5])
+@pytest.mark.parametrize("num_steps", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_the_optimum_of_maml_is_the_bayes_posterior(num_steps, type_two):
     """φ* = μ, w* = Bayes shrinkage, σ_q² = s² + v; prior 1/τ² and posterior those of type-II ML."""
     found = maml(num_steps, learn_step_size=True)
@@ -125,6 +125,7 @@ def test_the_optimum_of_maml_is_the_bayes_posterior(num_steps, type_two):
     assert np.ptp(implied.posterior_mean) > 1
 
 
+@pytest.mark.slow
 def test_every_number_of_steps_on_the_ridge_is_the_same_optimum():
     """(K, η) is not identified: μ, σ_q, the query rows' density and θ_K are the same for all K.
 
@@ -145,9 +146,9 @@ def test_every_number_of_steps_on_the_ridge_is_the_same_optimum():
     assert best - beside.info["query_log_density"] == pytest.approx(least, rel=0.01)
 
 
-@pytest.mark.parametrize("w", [0.1, 0.8])
-def test_off_the_optimum_the_error_is_the_expected_one(w):
+def test_off_the_optimum_the_error_is_the_expected_one():
     """φ* = μ for any w ≠ 1, and σ_q² = s² + (1 − w)²τ² + w² s²/n."""
+    w = 0.8
     found = maml(20, ridge(20, w))
     close(found.phi["mu"], [MU], rtol=1e-7)
     expected = S**2 + (1 - w) ** 2 * TAU**2 + w**2 * S**2 / N_SUPPORT
@@ -200,9 +201,10 @@ def sampled(seed, num_tasks=120, rows=10, s=1.2, tau=0.9):
     return pd.DataFrame({"task": task, "y": y, "se": s})
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_methods_are_the_estimators_that_are_simulated(seed):
+@pytest.mark.slow
+def test_the_methods_are_the_estimators_that_are_simulated():
     """hb.maml is the regression, whatever K; hb.empirical_bayes the moments of all rows."""
+    seed = 0
     frame = sampled(seed)
     known, tasks = hb.from_formula("y ~ 1 + (1 | task)", frame, known_se="se")
     support, query = tasks.split(0.5, seed=seed)
@@ -223,6 +225,7 @@ def test_the_methods_are_the_estimators_that_are_simulated(seed):
     assert abs(phi - mean) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_regression_on_parts_of_unequal_size():
     """T8 with three support and five query rows: ŵ and φ̂ of least squares of v̄_j on ȳ_j."""
     tasks = hb.Tasks.from_arrays([

@@ -7,7 +7,6 @@ of known targets within Monte-Carlo error.
 
 from __future__ import annotations
 
-import functools
 import sys
 
 import jax
@@ -17,7 +16,6 @@ import numpyro.distributions as dist
 import pytest
 from assertions import close, monte_carlo
 from conftest import QUICK, quietly
-from hierbayes.meta.scales_of_phi import Coordinates, Units, inverse_softplus
 from scipy import integrate as quadrature
 from scipy import linalg, stats
 from test_evidence import case
@@ -35,6 +33,7 @@ from hierbayes.meta import collapsed_sampling
 from hierbayes.meta.collapsed import Collapsed
 from hierbayes.meta.independence import Proposal, fit_proposal, run_chains
 from hierbayes.numerics import float64
+from hierbayes.phi.space import inverse_softplus
 from hierbayes.statistics import row_scale, statistics
 
 CASES = {
@@ -48,7 +47,16 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+FAST = ("intercepts", "three, pinned", "known errors", "weights and offset")
+INTEGRATE = jax.jit(integrate, static_argnames="fast")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(made_of, id=name, marks=[] if name in FAST else pytest.mark.slow)
+        for name, made_of in CASES.items()
+    ]
+)
 def one(request):
     return case(**request.param)
 
@@ -67,9 +75,7 @@ def integrated(one, belief, centre=None, fast=False):
         problem = integrated_problem(stats_of, shape.free_mean, start, belief)
         corr = one.phi.get("corr", np.eye(len(one.phi["tau"])))
         root = one.phi["tau"][:, None] * np.linalg.cholesky(corr)
-        found = jax.jit(functools.partial(integrate, fast=fast))(
-            problem, root, one.phi.get("sigma", 1.0)
-        )
+        found = INTEGRATE(problem, root, one.phi.get("sigma", 1.0), fast=fast)
         return tuple(np.asarray(part) for part in found)
 
 
@@ -81,8 +87,8 @@ def dense(one):
     w = tasks.task_predictors[tasks.task_of_row]
     moved = [tasks.predictors[:, [i]] * w for i in range(len(shape.coef))]
     fixed = np.column_stack([tasks.predictors[:, free], *moved, tasks.shared])
-    with float64():
-        sigma_theta = np.asarray(jax.jit(one.model.prior.covariance)(phi))
+    tau = phi["tau"]
+    sigma_theta = phi.get("corr", np.eye(len(tau))) * np.outer(tau, tau)
     noise = (phi.get("sigma", 1.0) / row_scale(tasks)) ** 2
     same = tasks.task_of_row[:, None] == tasks.task_of_row[None]
     covariance = same * (tasks.predictors @ sigma_theta @ tasks.predictors.T) + np.diag(noise)
@@ -127,7 +133,7 @@ def test_inverses_lose_what_amplification_says():
 
     With one direction alone V has eigenvalues σ² and τ², and inverses cancel.
     """
-    lost = []
+    lost, amplified = [], jax.jit(amplification)
     for sigma in (1.0, 1e-2, 1e-4, 1e-7):
         rng = np.random.default_rng(0)
         x = np.stack([np.ones((30, 6)), rng.normal(size=(30, 6))], -1)
@@ -137,11 +143,13 @@ def test_inverses_lose_what_amplification_says():
         with float64():
             belief = NormalBelief(np.zeros(2), np.ones(2))
             problem = integrated_problem(statistics(tasks), (True, True), np.zeros(2), belief)
-            both = [jax.jit(functools.partial(integrate, fast=fast)) for fast in (False, True)]
             root = np.array([[1.0, 0.0], [-1.0, 1e-9]])
-            stable, fast = (float(f(problem, root, sigma).log_evidence) for f in both)
+            stable, fast = (
+                float(INTEGRATE(problem, root, sigma, fast=fast).log_evidence)
+                for fast in (False, True)
+            )
             lost.append(abs(fast - stable))
-            bound = 1e-16 * float(amplification(problem, root, sigma))
+            bound = 1e-16 * float(amplified(problem, root, sigma))
         # 30: sums over tasks and entries; 1e-12: rounding of what does not cancel
         assert lost[-1] < 30 * bound + 1e-12 * abs(stable)
     assert lost[-1] > 1e-3  # else the bound bounds nothing
@@ -150,8 +158,8 @@ def test_inverses_lose_what_amplification_says():
 def test_inverses_are_left_where_they_lose_much(radon):
     with float64():
         target = Collapsed(radon.model.resolve(radon.tasks), radon.tasks)
-        coordinates = target.structure.coordinates
-        at = {s: coordinates.vector(np.ones(2), s, target.units) for s in (0.5, 1e-5)}
+        psi = target.within(target.units).psi
+        at = {s: psi.x({"tau": np.ones(2), "sigma": s}) for s in (0.5, 1e-5)}
         assert target.well_conditioned(target.units, at[0.5])
         assert not target.well_conditioned(target.units, at[1e-5])
 
@@ -177,7 +185,13 @@ BELIEFS = {
 }
 
 
-@pytest.mark.parametrize("beliefs", BELIEFS.values(), ids=BELIEFS.keys())
+@pytest.mark.parametrize(
+    "beliefs",
+    [
+        pytest.param(b, id=name, marks=pytest.mark.slow if name not in ("default", "flat") else [])
+        for name, b in BELIEFS.items()
+    ],
+)
 def test_a_point_obeys_bayes_theorem(beliefs):
     """p(D, φ) |dψ/dx| = density(x, e) q(b | ψ, D), with q normal; for any e.
 
@@ -187,25 +201,27 @@ def test_a_point_obeys_bayes_theorem(beliefs):
     with float64():
         target = Collapsed(model, tasks)
         units = target.units
-        shape = target.structure.shape
         rng = np.random.default_rng(3)
         x, e = 0.3 * rng.normal(size=4), rng.normal(size=3)
         found = target.points(units, x[None], e[None])
         log_density, phi = found.log_density[0], {name: v[0] for name, v in found.phi.items()}
         corr_root = np.linalg.cholesky(phi["corr"])
-        inner = jax.jit(integrate)(target.problem, phi["tau"][:, None] * corr_root, phi["sigma"])
+        inner = INTEGRATE(target.problem, phi["tau"][:, None] * corr_root, phi["sigma"])
         b = np.asarray(inner.mean) + linalg.solve_triangular(inner.factor, e, trans=1, lower=True)
         q = stats.multivariate_normal(
             inner.mean, np.linalg.inv(np.asarray(inner.factor @ inner.factor.T))
         ).logpdf(b)
         close(phi["mu"], b[:2], rtol=1e-12)
         close(phi["beta"], b[2:], rtol=1e-12)
-        believed = sum(
-            float(np.sum(belief.log_prob(phi[name]))) for name, belief in target.beliefs.items()
-        )
+
+        @jax.jit
+        def believed_of(phi):
+            return sum(belief.log_prob(phi[name]).sum() for name, belief in target.beliefs.items())
+
+        believed = float(believed_of(phi))
 
         def free(x):
-            found = Coordinates.of(shape).scales(jnp.asarray(x), units, target.beliefs).phi
+            found = target.within(units).psi.phi(x)
             return jnp.array([*found["tau"], found["corr"][1, 0], found["sigma"]])
 
         jacobian = np.linalg.slogdet(np.asarray(jax.jit(jax.jacfwd(free))(x)))[1]
@@ -217,7 +233,7 @@ def test_density_is_nothing_outside_the_support():
     model, tasks = believing(tau=dist.Uniform(0.0, 0.5))
     with float64():
         target = Collapsed(model, tasks)
-        units = Units(np.full(2, 0.1), 1.0)
+        units = np.full(2, 0.1)
         inside = np.array([*inverse_softplus(np.array([4.0, 4.0])), 0.0, 0.0])
         outside = np.array([*inverse_softplus(np.array([4.0, 6.0])), 0.0, 0.0])
         values = target.points(units, np.stack([inside, outside]), np.zeros((2, 3))).log_density
@@ -230,16 +246,16 @@ def test_units_are_a_matter_of_description():
     model, tasks = believing()
     with float64():
         target = Collapsed(model, tasks)
-        coordinates = target.structure.coordinates
-        old, new = target.units, Units(np.array([0.05, 2.0]), 0.4)
+        old, new = target.units, np.array([0.05, 2.0])
         x = np.random.default_rng(0).normal(size=(6, 4))
-        moved = coordinates.rescaled(x, old, new)
-        at = jax.jit(jax.vmap(lambda v, u: coordinates.scales(v, u, target.beliefs), (0, None)))
-        before, after = at(x, old), at(moved, new)
+        one, other = (target.within(units).psi for units in (old, new))
+        moved = np.stack([other.x(one.phi(v)) for v in x])
+        at = jax.jit(jax.vmap(lambda s, v: s.placed(v, target.beliefs), (None, 0)))
+        before, after = at(one, x), at(other, moved)
         for name in ("tau", "corr", "sigma"):
             close(after.phi[name], before.phi[name], rtol=1e-12)
         slope = [1 / (1 + np.exp(-v[:, :2])) for v in (x, moved)]
-        stretch = np.log(slope[0] * old.tau / (slope[1] * new.tau)).sum(1)
+        stretch = np.log(slope[0] * old / (slope[1] * new)).sum(1)
         close(after.log_density + stretch, before.log_density, rtol=1e-11)
 
 
@@ -360,13 +376,16 @@ def test_nuts_takes_beliefs_that_are_not_normal(monkeypatch):
     exact = hb.full_bayes(model, tasks, num_draws=4000, seed=1, progress=False)
     assert exact.info["sampler"] == "independence"
     monkeypatch.setattr(collapsed_sampling, "LEAST_ACCEPTANCE", 1.1)
-    fit = hb.full_bayes(model, tasks, num_draws=1000, seed=1, progress=False)
+    fit = hb.full_bayes(
+        model, tasks, num_draws=1000, num_chains=2, num_warmup=300, seed=1, progress=False
+    )
     for name in ("mu", "beta", "tau", "sigma"):
         for index in np.ndindex(exact.phi_draws[name].shape[2:]):
             known = exact.phi_draws[name][(..., *index)]
             monte_carlo(fit.phi_draws[name][(..., *index)], known.mean(), known.std(), k=6)
 
 
+@pytest.mark.slow
 def test_other_data_of_the_same_shape_compile_nothing(small):
     """Task names, values and default hyperpriors differ; shapes decide."""
     x = np.column_stack([np.ones(36), np.tile([0.0, 1.0, 2.0], 12)])

@@ -4,6 +4,8 @@ The reference is the closed form r = (1 − ηλ)^K, s = (1 − r)/λ, p = r/s i
 expm1 and log1p where 1 − r would cancel; momentum is run as its own scalar recursion.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,10 @@ from hierbayes.adaptation.descent import check_linear
 from hierbayes.numerics import float64
 
 ETA = 0.4
+
+# what users call on arrays op by op, in one program
+precision_of = functools.partial(jax.jit, static_argnums=1)(implied_precision)
+responses_of_flow = jax.jit(lambda t, lam: Flow(t).responses(lam))
 
 
 def exact_precision(curvature, num_steps, eta=ETA):
@@ -38,7 +44,7 @@ def test_precision_is_the_closed_form(num_steps):
     """Relative to max(|r|, 1 − |r|)⁻¹ nothing cancels: K roundings, so 1e-13 for K = 33."""
     lam = np.array(XS) / ETA
     with float64():
-        found = np.asarray(implied_precision(lam, num_steps, ETA))
+        found = np.asarray(precision_of(lam, num_steps, ETA))
     close(found, [exact_precision(one, num_steps) for one in lam], rtol=1e-13 * (1 + num_steps))
 
 
@@ -47,7 +53,7 @@ def test_precision_without_curvature(num_steps):
     """1/(Kη) − (K+1)λ/(2K) + c λ²: a tenth of λ leaves a hundredth of the remainder."""
     lam = np.array([0.0, 1e-2, 1e-3])
     with float64():
-        found = np.asarray(implied_precision(lam, num_steps, ETA))
+        found = np.asarray(precision_of(lam, num_steps, ETA))
     close(found[0], 1 / (num_steps * ETA), rtol=1e-15)
     rest = found - 1 / (num_steps * ETA) + (num_steps + 1) * lam / (2 * num_steps)
     if num_steps == 1:  # p = 1/η − λ has no further term
@@ -115,7 +121,7 @@ def test_no_step_leaves_a_gap_at_many_steps():
     """K = 10⁶ by doubling: r = exp(K log1p(−x)) to K roundings."""
     x, num_steps = 1e-6, 10**6
     with float64():
-        left, moved = Descent(num_steps, ETA).responses(np.array([x / ETA]))
+        left, moved = jax.jit(Descent(num_steps, ETA).responses)(np.array([x / ETA]))
     close(left, [np.exp(num_steps * np.log1p(-x))], rtol=1e-9)
     close(moved, [-np.expm1(num_steps * np.log1p(-x)) * ETA / x], rtol=1e-9)
 
@@ -151,7 +157,7 @@ LAMBDAS = np.array([-0.3, 0.0, 1e-9, 0.2, 1.0, 2.0])
 )
 def test_responses_are_the_scalar_recursion(descent, etas, beta, nesterov):
     with float64():
-        left, moved = (np.asarray(v) for v in descent.responses(LAMBDAS))
+        left, moved = (np.asarray(v) for v in jax.jit(descent.responses)(LAMBDAS))
     expected = np.array([scalar_recursion(lam, etas, beta, nesterov) for lam in LAMBDAS])
     close(left, expected[:, 0], rtol=1e-13, atol=1e-15)
     close(moved, expected[:, 1], rtol=1e-13)
@@ -186,9 +192,9 @@ def test_flow_beside_no_curvature():
     u = np.array([1e-16, 1e-8, 9.99e-4, 1.001e-3, 0.1, 3.0, 40.0])
     u = np.concatenate([-u[:-1], u])
     with float64():
-        left, moved = (np.asarray(v) for v in Flow(t).responses(u / t))
+        left, moved = (np.asarray(v) for v in responses_of_flow(t, u / t))
         at_zero = [float(v) for v in Flow(t).responses(0.0)]
-        slope = jax.grad(lambda lam: Flow(t).responses(lam)[1])(0.0)
+        slope = jax.jit(jax.grad(lambda lam: Flow(t).responses(lam)[1]))(0.0)
     wide = np.asarray(u / t, np.longdouble) * t
     close(left, np.exp(-wide), rtol=1e-14)
     close(moved, t * -np.expm1(-wide) / wide, rtol=1e-15 * 4)
@@ -200,8 +206,8 @@ def test_flow_is_the_limit_of_many_steps():
     """Error O(1/K) at Kη = t: slope −1 of its logarithm, next order 1/K² bends it by 1 %."""
     t, lam, steps = 1.7, np.array([-0.2, 0.0, 0.4, 1.3, 3.0]), np.array([256, 512, 1024])
     with float64():
-        limit = np.asarray(Flow(t).responses(lam))
-        errors = [np.asarray(Descent(int(k), t / k).responses(lam)) - limit for k in steps]
+        limit = np.asarray(responses_of_flow(t, lam))
+        errors = [np.asarray(jax.jit(Descent(int(k), t / k).responses)(lam)) - limit for k in steps]
     sizes = np.abs(errors)
     moving = lam != 0  # without curvature both are exact
     slopes = np.diff(np.log(sizes[:, :, moving]), axis=0) / np.log(2)
@@ -219,13 +225,14 @@ def test_flow_and_ridge_regression_never_differ_by_more_than_1_2984():
     )
     t, u = 0.6, np.append(np.geomspace(1e-3, 1e3, 2001), best.x)
     with float64():
-        left, _ = Flow(t).responses(u / t)
+        left, _ = responses_of_flow(t, u / t)
     ratio = (1 - np.asarray(left)) / (u / (1 + u))
     close(ratio.max(), -best.fun, rtol=1e-12)
     close([best.x, ratio.max()], [1.793, 1.2984], rtol=3e-4)  # as printed, four digits
     assert ratio.min() > 1 - 1e-12
 
 
+@pytest.mark.slow
 def test_flow_runs_along_the_slope():
     """A logistic slope, against SciPy's integrator at 1e-12."""
     with float64():

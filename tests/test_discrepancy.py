@@ -57,6 +57,7 @@ def test_the_posterior_mean_is_the_actual_steps(beta):
     close(found.curvature, np.linalg.eigvalsh(bend_at(x, phi)), rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_other_methods_run_on_actual_tasks():
     """A schedule with a matrix, and with another multiple of it at every step."""
     x, y, phi = logistic()
@@ -304,6 +305,7 @@ def test_no_measure_against_a_map_estimate_without_a_prior():
     assert not any("no longer" in m for m in found.messages)
 
 
+@pytest.mark.slow
 def test_a_posterior_that_is_not_concave_is_reported():
     """The Hessian at θ_K plus P may be indefinite: then no maximum is near, and ½ρ² is inf.
 

@@ -69,7 +69,7 @@ def balanced_solution(design, y, criterion):
 
 
 @pytest.mark.parametrize("criterion", ["ml", "reml"])
-@pytest.mark.parametrize("d", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("d", [2, *(pytest.param(d, marks=pytest.mark.slow) for d in (1, 3))])
 def test_balanced_layout(d, criterion):
     design, num_tasks = DESIGNS[d], 40
     tasks, y = balanced(num_tasks, design, np.arange(1.0, d + 1), ROOTS[d], 0.8, seed=d)
@@ -232,11 +232,12 @@ USER = hb.HyperPrior(
 )
 
 
-@pytest.mark.parametrize("which", ["default", pytest.param("user", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["default", "user"])
 def test_map_is_scipys_mode_of_the_dense_posterior(which):
     """Maximised over (μ, τ, β, ρ, log σ): densities of τ and ρ, and that of log σ, which is σ p(σ).
 
-    SciPy's Nelder-Mead, restarted until it stays, finds a mode to about 1e-6; the densities agree
+    SciPy's BFGS, restarted until it stays, finds a mode to about 1e-6; the densities agree
     to rounding.
     """
     frame = ragged()
@@ -272,6 +273,8 @@ def test_map_is_scipys_mode_of_the_dense_posterior(which):
         run = optimize.minimize(
             lambda v: -log_density(v), best, method="BFGS", options={"gtol": 1e-9}
         )
+        if np.array_equal(run.x, best):
+            break
         best = run.x
     assert at == pytest.approx(best, abs=2e-6)
     assert found.log_posterior == pytest.approx(-run.fun, rel=1e-11)
@@ -323,7 +326,7 @@ def test_map_takes_the_users_prior_on_tau_as_it_is():
 # ----------------------------------------------------------------------- invariance
 
 
-@pytest.mark.parametrize("criterion", ["ml", "reml", "map"])
+@pytest.mark.parametrize("criterion", ["ml", "reml", pytest.param("map", marks=pytest.mark.slow)])
 def test_units_do_not_matter(criterion):
     """y → a y + c, x → b x: φ̂ follows, and the density of y falls by a factor a a row."""
     frame, (a, b, c) = ragged(), (250.0, 1e-3, -40.0)
@@ -345,7 +348,7 @@ def test_units_do_not_matter(criterion):
     assert second.log_evidence == pytest.approx(first.log_evidence + change, rel=1e-9)
 
 
-@pytest.mark.parametrize("criterion", ["ml", "reml", "map"])
+@pytest.mark.parametrize("criterion", ["ml", "reml"])
 def test_order_does_not_matter(criterion):
     frame = ragged()
     shuffled = frame.sample(frac=1.0, random_state=3)
@@ -436,7 +439,9 @@ def parallel_lines():
     ), levels
 
 
-@pytest.mark.parametrize("bars", ["(1 + x || g)", "(1 + x | g)"])
+@pytest.mark.parametrize(
+    "bars", ["(1 + x || g)", pytest.param("(1 + x | g)", marks=pytest.mark.slow)]
+)
 def test_one_of_two_directions_without_variance(bars):
     """τ̂ of the slope is exactly 0; the rest is the fit of y ~ 1 + x + (1 | g)."""
     frame, _ = parallel_lines()
@@ -508,13 +513,8 @@ def test_the_layouts_of_this_file_are_what_they_say():
         assert max(value(at + step), value(at - step)) < value(at)
 
 
-@pytest.mark.parametrize(
-    ("size", "criterion"),
-    [
-        (3, "ml"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, "reml"), (5, "ml")]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "criterion"), [(3, "ml"), (5, "reml")])
 def test_singular_covariances_are_ordinary(size, criterion):
     # one direction varies between six tasks, so the estimated covariance lacks rank, as lme4's
     # does in such data; theta, draws and the prior must stay finite all the same

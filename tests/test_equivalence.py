@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from assertions import close, refuses
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hierbayes as hb
@@ -90,6 +90,7 @@ def assert_map(implied, tasks, phi, expected, sigma=SIGMA, beta=None):
 # ----------------------------------------------------------------- T1: θ_K is the MAP estimate
 
 
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 10**6),
     num_steps=st.sampled_from([1, 4, 5]),
@@ -352,6 +353,7 @@ def test_divergence_is_refused_naming_task_and_limit(rows, num_steps):
         hb.equivalent_prior(GAUSSIAN, tasks, [0.0], num_steps, 0.1, sigma=1.0)
 
 
+@pytest.mark.slow
 def test_divergence_of_momentum_and_of_preconditioned_steps():
     tasks = normal_means([5, 50], ["few", "many"])
     with refuses("diverge", "'many'", "momentum"):
@@ -395,6 +397,7 @@ def test_heavy_ball_beyond_the_optimum_has_no_prior():
     assert np.isnan(implied.covariance).all()
 
 
+@pytest.mark.slow
 def test_a_list_of_equal_preconditioners_is_one_preconditioner():
     """Short steps in steep units: nothing overshoots, whatever the size of η itself."""
     tasks, phi = ragged(12)

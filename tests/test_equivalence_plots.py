@@ -101,6 +101,7 @@ def test_a_task_without_a_single_optimum_says_so(gaussian, ax):
     close(curve(ax, "MAP estimates")[-1], [Y[0], PHI[1]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_posterior_is_drawn_as_ellipses_of_its_moments(radon, radon_ml, ax):
     task, names = radon.tasks["ST LOUIS"], ("floor", "Intercept")
     hb.plots.adaptation_path(
@@ -165,7 +166,7 @@ def test_the_mesh_holds_implied_precisions_and_nothing_where_there_is_no_prior(g
     edges = mesh.get_coordinates()[:, 0, 1]
     centres = np.sqrt(edges[1:] * edges[:-1])
     task = np.ones((1, 1)), np.ones(1)  # λ = 1 at sigma = 1
-    for row, k in [(100, 1), (200, 3), (250, 12), (330, 2), (355, 4)]:
+    for row, k in [(100, 1), (200, 1), (250, 12), (330, 2), (355, 2)]:
         prior = hb.equivalent_prior(gaussian, task, [0.0], k, centres[row], sigma=1.0)
         close(values[row, k - 1], np.clip(prior.precision[0, 0], 1e-3, 1e3))
     odd = np.arange(1, 13) % 2 == 1

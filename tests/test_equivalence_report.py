@@ -8,6 +8,7 @@ Sleepstudy with days held out, more of them for some subjects, so that curvature
 Distances are written out here with inverses and determinants; the posterior's own row has none.
 """
 
+import functools
 import itertools
 
 import jax
@@ -43,17 +44,22 @@ class Study:
         self.test = frame[~kept]
         self.model, self.tasks = hb.from_formula(FORMULA, frame[kept])
         self.eb = quietly(hb.empirical_bayes, self, num_draws=50, num_chains=2)
-        self.scaled = quietly(hb.maml, self, num_steps=3)  # its steps are of scaled columns
-        sigma = float(self.scaled.phi["sigma"])
+        sigma = float(hb.no_pooling(self.model, self.tasks).phi["sigma"])
         self.curvature = np.array([
             np.linalg.eigvalsh(x.T @ x)[-1] / sigma**2
             for x in np.split(self.tasks.predictors, self.tasks.starts[1:-1])
         ])  # fmt: skip
         self.maml = quietly(hb.maml, self, num_steps=3, step_size=1 / self.curvature.max())
+        close(self.maml.phi["sigma"], sigma, rtol=1e-12)  # curvatures are those of its steps
         self.full = self.posterior()
         if sampled:
             settings = dict(num_draws=200, num_warmup=200, num_chains=2, progress=False)
             self.full = quietly(hb.full_bayes, self, **settings)
+
+    @functools.cached_property
+    def scaled(self):
+        """Its steps are of scaled columns."""
+        return quietly(hb.maml, self, num_steps=3)
 
     def posterior(self):
         """θ drawn exactly under 400 independent φ around φ̂: a posterior, and no minute of NUTS."""
@@ -122,6 +128,7 @@ def written_out(here, there):
 # -------------------------------------------------------------------------- the rungs
 
 
+@pytest.mark.slow
 def test_rungs_are_fits_that_arviz_reads(report, study):
     import arviz_stats
 
@@ -374,6 +381,7 @@ def test_steps_are_those_of_the_fit_unless_others_are_asked_for(study):
     assert auto == pytest.approx(1 / study.curvature.max(), rel=1e-10)
 
 
+@pytest.mark.slow
 def test_steps_in_scaled_columns_are_a_preconditioner_in_the_users(study):
     """θ = P θ' makes θ' + η ∇' the step θ + η P Pᵀ ∇, so the rung stands where the fit has θ."""
     found = study.report(study.scaled).fits[STEPS]

@@ -195,6 +195,7 @@ def test_draws_are_of_the_implied_posterior():
     assert found["a"].draws(7).shape == (7, 3)
 
 
+@pytest.mark.slow
 def test_flow_is_the_limit_of_short_steps():
     """θ and P of K = 1,000 steps of t / K: within O(1/K), and ten times nearer than K = 100."""
     limit = asked(num_steps=None, step_size=None, time=0.3)
@@ -208,6 +209,7 @@ def test_flow_is_the_limit_of_short_steps():
 # ------------------------------------------------------------------------- fits and frames
 
 
+@pytest.mark.slow
 def test_maml_steps_from_its_own_phi(radon, radon_maml):
     """fit.theta are K steps from φ on all rows: the implied posterior's means, DataFrame or not."""
     info = radon_maml.info
@@ -269,6 +271,7 @@ def test_a_fit_brings_its_phi_and_its_steps(small):
     assert described(own.method) == "3 steps of 0.02"
 
 
+@pytest.mark.slow
 def test_the_best_steps_can_be_passed_on(small):
     """``settings``: whole K where there is one, the time of gradient flow where that is best."""
     phi = {"mu": np.zeros(2), "tau": np.ones(2), "sigma": 0.6}
@@ -282,11 +285,12 @@ def test_the_best_steps_can_be_passed_on(small):
     assert set(steps.settings) in ({"time"}, {"num_steps", "step_size"})
 
 
+@pytest.mark.slow
 def test_steps_on_the_mean_loss_are_steps_over_n():
     """Each task as if alone with η / n: all shrink alike where rows are alike (methods.md 2.1)."""
-    tasks = hb.Tasks.from_arrays([(np.ones((n, 1)), np.arange(float(n))) for n in (2, 10, 100)])
+    tasks = hb.Tasks.from_arrays([(np.ones((n, 1)), np.arange(float(n))) for n in (5, 6, 8)])
     mean = hb.equivalent_prior(GAUSSIAN, tasks, [0.0], 5, 0.1, sigma=1.0, loss="mean")
-    for j, n in enumerate((2, 10, 100)):
+    for j, n in enumerate((5, 6, 8)):
         task = tasks.take([j])
         alone = hb.equivalent_prior(GAUSSIAN, task, [0.0], 5, 0.1 / n, sigma=1.0)
         close(mean.precision[j], alone.precision[0], rtol=1e-11)
@@ -294,7 +298,7 @@ def test_steps_on_the_mean_loss_are_steps_over_n():
     close(mean.shrinkage[:, 0], np.full(3, 1 - 0.9**5), rtol=1e-12)
     assert (np.diff(mean.precision[:, 0, 0]) > 0).all()  # tighter with more rows
     close(mean.strength[:, 0], mean.precision[:, 0, 0], rtol=1e-12)
-    close(mean.table["largest_curvature"], [2.0, 10.0, 100.0], rtol=1e-12)
+    close(mean.table["largest_curvature"], [5.0, 6.0, 8.0], rtol=1e-12)
 
 
 @pytest.mark.parametrize(

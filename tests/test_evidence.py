@@ -84,8 +84,6 @@ def case(
 
 
 VARIANTS = {
-    "d=1": dict(d=1),
-    "d=2": dict(d=2),
     "d=6": dict(d=6),  # beyond the unrolled algebra: LAPACK's path
     "d=2, independent, shared": dict(d=2, correlated=False, shared=2),
     "d=3, blocks": dict(d=3, correlated=[("x0", "x2")], zero_mean=("x1",)),
@@ -94,7 +92,17 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys(), scope="module")
+QUICK = ("d=3, everything", "d=1, known_se and weight")
+"""Together they have every feature of the data; those of the prior go with the slow tests."""
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(made, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, made in VARIANTS.items()
+    ],
+    scope="module",
+)
 def variant(request: pytest.FixtureRequest) -> Case:
     return case(**request.param)
 
@@ -206,9 +214,11 @@ def test_gradients_in_every_phi_are_finite_differences(variant):
     with float64():
         at, unpack = pack(variant.phi)
         stats_ = statistics(variant.tasks)
-        total = jax.jit(lambda v: log_evidence(stats_, variant.model.prior, unpack(v)).sum())
-        claimed = np.asarray(jax.jit(jax.grad(total))(at))
-        gradient(lambda v: float(total(v)), at, claimed)
+        total = jax.jit(jax.value_and_grad(
+            lambda v: log_evidence(stats_, variant.model.prior, unpack(v)).sum()
+        ))  # fmt: skip
+        claimed = np.asarray(total(at)[1])
+        gradient(lambda v: float(total(v)[0]), at, claimed)
         assert (np.abs(claimed) > 1e-6).sum() >= len(at) - len(variant.model.prior.zero_mean) - 3
 
 
@@ -343,7 +353,10 @@ def test_the_profiled_criterion_is_dense_generalised_least_squares(variant, reml
     close(found.log_evidence, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["d=2", "d=1, known_se and weight"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("d=2, independent, shared", marks=pytest.mark.slow), "d=1, known_se and weight"],
+)
 def test_the_profiles_slopes_are_finite_differences(name):
     c = case(**VARIANTS[name])
     with float64():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 import numpyro.distributions as dist
 import pytest
@@ -58,7 +59,7 @@ def evidence(tasks: hb.Tasks, phi: dict[str, Any]) -> float:
         wide = mu + tau * np.linspace(-9.0, 9.0, 2001)
         if "sigma" in phi:
             sigma = float(phi["sigma"])
-            near = (y + sigma * np.sinh(np.linspace(-12.0, 12.0, 1001))).ravel()
+            near = (y + sigma * np.sinh(np.linspace(-12.0, 12.0, 401))).ravel()
             places = np.unique(np.concatenate([wide, near]))
             log_p = stats.t.logpdf(y, 4.0, places, sigma).sum(0)
         else:
@@ -98,9 +99,9 @@ def test_what_the_sampler_goes_by_is_the_exact_density(model, data):
         dear = target.points(located.units, xs, xs[:, :0])
         rough = target.points(located.units, xs, xs[:, :0], rough=True)
         around = target.given.within(located.units).around
+        of_phi = jax.jit(lambda x: phi_and_density(target.made, around, x)[1])
         exact = [
-            float(phi_and_density(target.made, around, x)[1])
-            + evidence(tasks, {name: value[i] for name, value in dear.phi.items()})
+            float(of_phi(x)) + evidence(tasks, {name: value[i] for name, value in dear.phi.items()})
             for i, x in enumerate(xs)
         ]
     assert np.ptp(exact) > 10.0  # there is something to follow
@@ -108,6 +109,7 @@ def test_what_the_sampler_goes_by_is_the_exact_density(model, data):
     close(rough.log_density - rough.log_density[4], np.array(exact) - exact[4], atol=0.02)
 
 
+@pytest.mark.slow
 def test_points_that_newton_does_not_reach_have_the_density_itself():
     """Modes held in z, as if nothing were known of how they move: two steps lead nowhere."""
     tasks = heavy()
@@ -122,6 +124,7 @@ def test_points_that_newton_does_not_reach_have_the_density_itself():
     assert np.abs(rough - dear).max() < 0.1  # Laplace's error where Newton's method has ended
 
 
+@pytest.mark.slow
 def test_the_posterior_of_tau_is_that_of_tasks_known_exactly():
     """μ and τ given θ_j, the tasks' medians, right to 0.005: by NumPy alone, on a grid.
 

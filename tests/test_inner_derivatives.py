@@ -18,7 +18,7 @@ from hierbayes.adaptation import GradientSteps
 from hierbayes.numerics import float64
 from hierbayes.tasks.views import Task
 
-SIZES = [4, 3, 6]
+SIZES = [4, 3, 4]
 """Rows of the tasks: ragged, so that the shorter ones are filled up."""
 
 
@@ -60,7 +60,7 @@ def reached(steps, model, tasks, phi):
     """θ_K of every task (J, d), rows arranged as the steps want them."""
     rows = steps.arrange(model, tasks)
     with float64():
-        return np.asarray(jax.jit(lambda phi: steps.steps(model, phi, *rows))(phi))
+        return np.asarray(jax.jit(lambda phi, *rows: steps.steps(model, phi, *rows))(phi, *rows))
 
 
 def weighing(model):
@@ -85,9 +85,9 @@ def value_and_slope(steps, model, tasks, phi):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 7, 16])
+@pytest.mark.parametrize("num_steps", [1, 7, 16])
 def test_recomputed_steps_have_the_derivative_of_kept_ones(num_steps):
-    """1, 2 and 7 do not fill segments of √K steps."""
+    """1 and 7 do not fill segments of √K steps, 16 does."""
     phi = phi_of(network(), step_size=np.asarray(0.05))
     kept, again = (
         value_and_slope(GradientSteps(num_steps, derivative=derivative), network(), curves(), phi)
@@ -109,6 +109,7 @@ def test_the_derivative_through_the_steps_is_that_of_differences():
             gradient(lambda value, n=name: run(phi | {n: value}), phi[name], slope[name])
 
 
+@pytest.mark.slow
 def test_the_derivative_in_a_step_size_for_each_weight_is_that_of_differences():
     steps = GradientSteps(4, derivative="rematerialised")
     phi = phi_of(network(), step_size=np.linspace(0.01, 0.1, 10))
@@ -125,16 +126,19 @@ def test_the_derivative_in_a_step_size_for_each_weight_is_that_of_differences():
 def written_out(model, task, theta, eta, num_steps):
     """(θ_K, the slopes at θ_0 … θ_{K−1}) of one task, step by step."""
     slopes = []
-    uphill = jax.jit(jax.grad(lambda t: log_likelihood(model, task, t)))
     for _ in range(num_steps):
-        slopes.append(uphill(theta))
+        slopes.append(np.asarray(uphill(model)(theta, task.predictors, task.outcome)))
         theta = theta + eta * slopes[-1]
     return theta, slopes
 
 
-def log_likelihood(model, task, theta):
+@functools.cache
+def uphill(model):
+    return jax.jit(jax.grad(lambda theta, x, y: log_likelihood(model, x, y, theta)))
+
+
+def log_likelihood(model, x, y, theta):
     """The normal log density of a task's rows at σ = 0.8, but for its constant."""
-    x, y = task.predictors, task.outcome
     f = model.likelihood.apply(model.likelihood.tree(theta), x)[:, 0]
     return -0.5 * ((y - f) ** 2).sum() / 0.64
 
@@ -167,6 +171,7 @@ def test_first_order_takes_the_slope_at_the_last_point_with_slopes_held():
     close(value, unrolled, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_first_order_of_an_outcome_is_its_slope_at_the_adapted_weights():
     """As MAML uses it: the gradient of the query rows at θ_K, taken as that in μ."""
     steps = GradientSteps(3, 0.05, derivative="first-order")
@@ -207,8 +212,8 @@ def exact(tasks, phi):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "per_coefficient", "tau"),
-    [("sum", False, 0.7), ("mean", True, np.array([0.5, 1.1])), ("sum", True, 0.7)],
-    ids=["one tau", "mean, two taus, two step sizes", "two step sizes"],
+    [("sum", False, 0.7), ("mean", True, np.array([0.5, 1.1]))],
+    ids=["one tau", "mean, two taus, two step sizes"],
 )
 def test_the_implicit_derivative_is_that_of_the_maximum(loss, per_coefficient, tau):
     """The slowest of 1,500 steps leaves (1 − 0.02)^1500 = 1e-13 of the way.
@@ -297,6 +302,7 @@ def test_a_step_size_for_each_coefficient_is_a_diagonal_preconditioner():
             close(found[j], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_equal_step_sizes_for_all_coefficients_are_one_step_size():
     for model, tasks in ((network(), curves()), (LINEAR, regressions())):
         d = len(phi_of(model)["mu"])
@@ -305,12 +311,14 @@ def test_equal_step_sizes_for_all_coefficients_are_one_step_size():
         close(each, one, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["network", "linear"])
 def test_steps_on_the_mean_are_steps_on_the_sum_divided_by_the_rows(which):
     model, tasks = (network(), curves()) if which == "network" else (LINEAR, regressions())
     mean = reached(GradientSteps(4, 0.1, loss="mean"), model, tasks, phi_of(model))
     for j, n in enumerate(SIZES):
-        alone = reached(GradientSteps(4, 0.1 / n), model, tasks.take([j]), phi_of(model))
+        phi = phi_of(model, step_size=np.asarray(0.1 / n))
+        alone = reached(GradientSteps(4), model, tasks.take([j]), phi)
         close(mean[j], alone[0], rtol=1e-12, atol=1e-12)
 
 
@@ -341,7 +349,6 @@ def test_a_task_without_rows_stays_at_the_prior():
 
 OPTIMISERS = {
     "adam": optax.adam(0.05),
-    "momentum": optax.sgd(0.01, momentum=0.8),
     "nesterov": optax.sgd(0.01, momentum=0.8, nesterov=True),
     "clipped": optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.3)),
     "decaying": optax.adamw(optax.exponential_decay(0.05, 2, 0.5), weight_decay=0.1),
@@ -363,7 +370,7 @@ def test_an_optimiser_runs_for_each_task_by_itself(name, which):
 
             def falling(theta, task=task):
                 if model is network():
-                    return -log_likelihood(model, task, theta)
+                    return -log_likelihood(model, task.predictors, task.outcome, theta)
                 return 0.5 * ((task.outcome - task.predictors @ theta) ** 2).sum() / 0.64
 
             @jax.jit
@@ -395,10 +402,11 @@ def test_the_path_begins_at_the_prior_and_ends_where_the_steps_do():
     phi, steps = phi_of(network()), GradientSteps(4, 0.05)
     task = curves().take([1])
     with float64():
-        path = np.asarray(steps.path(network(), phi, Task(
+        rows = Task(
             task.predictors, task.shared, task.task_predictors[0], task.outcome, {},
             np.ones(task.num_rows, bool),
-        )))  # fmt: skip
+        )  # fmt: skip
+        path = np.asarray(jax.jit(lambda phi: steps.path(network(), phi, rows))(phi))
     assert path.shape == (5, 10)
     close(path[0], phi["mu"])
     close(path[-1], reached(steps, network(), curves(), phi)[1], rtol=1e-12, atol=1e-12)

@@ -183,6 +183,7 @@ def test_bootstrap_of_new_tasks_is_the_mixture_too(slopes, mixed):
     close(mixed.on(slopes[1]).theta.values, mixed.theta.values, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_bootstrap_refits_scatter_around_the_fit(slopes):
     """μ* and σ* have φ̂ as their centre and its standard errors as their spread.
 
@@ -227,7 +228,7 @@ def test_saved_and_loaded(intervals, means, tmp_path):
 
 def test_kass_steffey_is_the_delta_method():
     """V_j + g I⁻¹ gᵀ for normal means, g and I by differences of m_j and of the log evidence."""
-    y, se = np.append(Y, [3.5, -2.0, 6.0]), np.linspace(0.6, 1.4, 10)
+    y, se = Y, np.linspace(0.6, 1.4, 7)
     fit = quietly(*normal_means(y, se), intervals="kass-steffey", **QUIET)
     mu, tau = float(fit.phi["mu"][0]), float(fit.phi["tau"][0])
     assert tau > 0.5
@@ -256,6 +257,7 @@ def test_kass_steffey_is_the_delta_method():
     assert fit.on(fit.tasks).info["intervals"] == "plain"
 
 
+@pytest.mark.slow
 def test_kass_steffey_off_the_diagonal(slopes):
     """The covariance added is a whole matrix: xᵀ C x for predictions, positive semidefinite."""
     fit, plain = (quietly(*slopes, intervals=k, **QUIET) for k in ("kass-steffey", "plain"))
@@ -266,6 +268,7 @@ def test_kass_steffey_off_the_diagonal(slopes):
     close(fit.adapted.sd.values, errors, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_kass_steffey_of_counts():
     rng = np.random.default_rng(3)
     g = np.repeat(np.arange(12), 5)
@@ -279,11 +282,11 @@ def test_kass_steffey_of_counts():
 
 def test_kass_steffey_at_the_boundary_says_what_it_leaves_out():
     """With τ̂ = 0 only μ's standard error is counted: 1 / √J."""
-    y = np.array([0.1, -0.1, 0.2, 0.0, -0.2])
+    y = np.array([0.1, -0.1, 0.2, 0.0, -0.2, 0.1, -0.1])
     with pytest.warns(hb.FitWarning, match="counts nothing of tau for 'Intercept'"):
         fit = hb.empirical_bayes(*normal_means(y), intervals="kass-steffey", **QUIET)
     assert fit.phi["tau"][0] == 0
-    close(fit.adapted.sd.values[:, 0], np.full(5, 1 / np.sqrt(5)), rtol=1e-9)
+    close(fit.adapted.sd.values[:, 0], np.full(7, 1 / np.sqrt(7)), rtol=1e-9)
 
 
 # ---------------------------------------------------------------- expected coverage
@@ -306,13 +309,13 @@ def test_at_zero_the_coverage_is_that_of_a_tau_which_is_not():
 
     The package's grid has steps of 6 %.
     """
-    y = np.array([0.3, -0.5, 0.8, 0.0, -0.9, 1.2])
+    y = np.array([0.3, -0.5, 0.8, 0.0, -0.9, 1.2, -0.7])
     with pytest.warns(hb.FitWarning, match="where the evidence times tau is largest"):
         fit = hb.empirical_bayes(*normal_means(y), **QUIET)
     assert fit.phi["tau"][0] == 0
     tau = np.linspace(1e-3, 5, 100_000)
     total, squares = 1 + tau**2, ((y - y.mean()) ** 2).sum()
-    best = tau[np.argmax(-3 * np.log(total) - squares / (2 * total) + np.log(tau))]
+    best = tau[np.argmax(-3.5 * np.log(total) - squares / (2 * total) + np.log(tau))]
     found = expected.expected_coverage(fit.model, fit.tasks, fit.phi, reml=False)
     close(found.tau, [best], rtol=0.04)
     assert found.coverage[0] < 0.6
@@ -419,7 +422,7 @@ def test_interval_coverage_of_normal_means():
 
 
 def test_interval_coverage_refuses(means, slopes):
-    zero = quietly(*normal_means(np.array([0.1, -0.1, 0.2, 0.0, -0.2])), **QUIET)
+    zero = quietly(*normal_means(np.array([0.1, -0.1, 0.2, 0.0, -0.2, 0.1, -0.1])), **QUIET)
     with refuses("tau is 0 in this fit", "phi="):
         hb.checks.interval_coverage(zero)
     fit = quietly(*slopes, **QUIET)

@@ -118,8 +118,9 @@ def full(families):
     return families["corr"]
 
 
-@pytest.mark.parametrize("name", ["corr", "gamma", "own"])
-@pytest.mark.parametrize("group", ["posterior", "prior"])
+@pytest.mark.parametrize(
+    ("name", "group"), [("corr", "posterior"), ("gamma", "prior"), ("own", "posterior")]
+)
 def test_arvizs_own_summary_of_the_tree(families, name, group):
     tree = families[name].datatree
     assert {"theta", "mu", "tau"} <= set(tree[group].data_vars)
@@ -164,6 +165,7 @@ def test_our_summary_of_draws_in_any_order_of_names(families, name):
     assert {"mean", "sd", "r_hat", "ess_bulk"} <= set(table.columns)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["corr", "gamma"])
 def test_labels_outlive_files(families, name, tmp_path):
     fit = families[name]
@@ -200,8 +202,12 @@ STEPS = {
 }
 
 
+QUICK = ("empirical Bayes", "no pooling")
+
+
 @pytest.mark.parametrize(
-    "method", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in STEPS)]
+    "method",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in METHODS | STEPS],
 )
 def test_fits_without_draws_give_estimates_and_their_errors(method):
     fit = (METHODS | STEPS)[method](*hb.from_formula("y ~ 1 + x + (1 + x | who)", data()))
@@ -266,6 +272,7 @@ def test_two_places_never_share_a_label():
     close(table.loc["theta['a', 'b, c']", "estimate"], 4.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_cost_grows_as_the_number_of_tasks():
     """20,000 tasks named by strings in a second; 16 times 5,000's cost where it is quadratic."""
     size = 20_000

@@ -140,6 +140,7 @@ def test_logistic_tasks_against_scipy():
     close(found.covariance[1], covariance, rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_the_posterior_becomes_normal_with_more_rows():
     """On a grid: the mean's distance to the mode falls as 1/√n, the sd's error as 1/n.
 
@@ -168,6 +169,7 @@ def test_the_posterior_becomes_normal_with_more_rows():
     assert (off < 5 / sizes[:, None]).all()
 
 
+@pytest.mark.slow
 def test_separable_tasks_and_rare_events_reach_their_mode():
     """All ones, ones split perfectly by x, and 30 to 200 ones of 200 where the prior says 2 %.
 
@@ -205,6 +207,7 @@ class Cauchy(hb.likelihoods.Gaussian):
         return dist.Cauchy(location, 1.0)
 
 
+@pytest.mark.slow
 def test_a_task_without_a_maximum_is_named():
     """Rows at ±10 under a Cauchy: at the prior's mean, 0, the slope is 0.
 

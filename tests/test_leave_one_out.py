@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from assertions import close, refuses
-from conftest import QUICK, Problem, quietly
+from conftest import Problem, quietly
 from scipy import special, stats
 
 import hierbayes as hb
+from hierbayes.adaptation import Laplace
 from hierbayes.checks import leave_one_row_out, leave_one_task_out
 from hierbayes.checks.evidence_of_tasks import evidence_of
 from hierbayes.checks.importance import leave_one_out, relative_efficiency
@@ -45,7 +46,7 @@ def test_agreement_has_teeth():
 
 
 class Grid:
-    """p(μ, τ | D) of normal means with known noise, on 200 × 400 Gauss–Legendre nodes."""
+    """p(μ, τ | D) of normal means with known noise, on 400 × 200 Gauss–Legendre nodes."""
 
     def __init__(self, fit: hb.Fit):
         self.tasks = fit.tasks
@@ -54,7 +55,7 @@ class Grid:
         span = 8 * float(np.ptp(y))
         mu, mu_weight = self.nodes(y.mean() - span, y.mean() + span, 400)
         # τ = exp(t): nodes where the posterior is, near zero and far out alike
-        t, t_weight = self.nodes(np.log(1e-4 * span), np.log(span), 400)
+        t, t_weight = self.nodes(np.log(1e-4 * span), np.log(span), 200)
         self.mu, self.tau = np.meshgrid(mu, np.exp(t), indexing="ij")
         prior = np.asarray(beliefs["mu"].log_prob(mu[:, None])).reshape(len(mu), -1).sum(1)[:, None]
         of_tau = np.asarray(beliefs["tau"].log_prob(np.exp(t)[:, None])).reshape(len(t), -1).sum(1)
@@ -90,10 +91,10 @@ def eight(schools):
 
 @pytest.fixture(scope="module")
 def wild():
-    """Seven tasks, one of them five standard deviations off: without it τ is another."""
-    y = [0.3, -0.5, 0.1, 0.6, 5.0, -0.2, 0.9]
+    """Eight tasks, one of them five standard deviations off: without it τ is another."""
+    y = [0.3, -0.5, 0.1, 0.6, 5.0, -0.2, 0.9, -0.4]
     tasks = hb.Tasks.from_arrays(
-        [(np.ones((1, 1)), [v]) for v in y], names=list("abcdefg"), known_se=[[1.0]] * 7
+        [(np.ones((1, 1)), [v]) for v in y], names=list("abcdefgh"), known_se=[[1.0]] * 8
     )
     model = hb.HierarchicalModel(hb.likelihoods.Gaussian(known_se=True), hb.priors.Gaussian())
     return quietly(hb.full_bayes, Problem(model, tasks), **ENOUGH)
@@ -122,6 +123,7 @@ def test_tasks_left_out_by_importance_are_integrals_on_a_grid(eight):
         agree(plain, exact_by_task(eight), found["error"])
 
 
+@pytest.mark.slow
 def test_every_task_refitted_agrees_with_importance(eight, schools):
     """T18: brute force, a fit without each school, same settings."""
     from hierbayes.checks.leave_one_task_out import _averaged, _refits
@@ -143,7 +145,7 @@ def test_only_tasks_with_a_high_k_are_refitted(wild):
     with pytest.warns(hb.FitWarning, match=r"'e'.*Pareto k above.*refit=True"):
         rough = leave_one_task_out(wild)
     high = rough["pareto_k"] > rough["good_k"]
-    assert high.tolist() == [False] * 4 + [True] + [False] * 2
+    assert high.tolist() == [False] * 4 + [True] + [False] * 3
     found = leave_one_task_out(wild, refit=True)
     np.testing.assert_array_equal(found["refitted"], high)
     close(found["log_density"][~high], rough["log_density"][~high])
@@ -249,9 +251,13 @@ def ragged():
     return Problem(model, tasks)
 
 
-def test_rows_left_out_are_integrals_on_a_grid(ragged):
-    fit = quietly(hb.full_bayes, ragged, **ENOUGH)
-    tasks, grid = ragged.tasks, Grid(fit)
+@pytest.fixture(scope="module")
+def of_ragged(ragged):
+    return quietly(hb.full_bayes, ragged, **ENOUGH)
+
+
+def test_rows_left_out_are_integrals_on_a_grid(ragged, of_ragged):
+    fit, tasks, grid = of_ragged, ragged.tasks, Grid(of_ragged)
     each = [grid.of_task(j) for j in range(tasks.num_tasks)]
     whole = grid.log_evidence(*each)
     expected = []
@@ -273,15 +279,15 @@ def test_rows_left_out_are_integrals_on_a_grid(ragged):
         agree(special.logsumexp(own, 0) - np.log(len(own)), expected, found["error"])
 
 
-def test_rows_in_pieces_are_the_same_rows(ragged, monkeypatch):
-    fit = quietly(hb.full_bayes, ragged, **QUICK)
-    whole = leave_one_row_out(fit)
-    monkeypatch.setattr("hierbayes.evidence.without_row.NUMBERS_AT_ONCE", 200 * 4)
-    pieces = leave_one_row_out(fit)
+def test_rows_in_pieces_are_the_same_rows(of_ragged, monkeypatch):
+    whole = leave_one_row_out(of_ragged)
+    monkeypatch.setattr("hierbayes.evidence.without_row.NUMBERS_AT_ONCE", 4000 * 4)
+    pieces = leave_one_row_out(of_ragged)
     close(pieces["log_density"].values, whole["log_density"].values, rtol=1e-12)
     close(pieces["pareto_k"].values, whole["pareto_k"].values, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_rows_of_large_tasks_agree_with_conditional_importance(rng):
     """Where a task has 40 rows the conditional weights are good too, and ask the same question."""
     arrays = []
@@ -343,7 +349,13 @@ def counts():
 
 
 def test_rows_of_counts_are_conditional_importance(counts, monkeypatch):
-    fit = quietly(hb.empirical_bayes, counts, num_draws=500)
+    # draws like those of a posterior: what was learned does not matter here
+    tasks = counts.tasks
+    totals = np.bincount(tasks.task_of_row, tasks.outcome, minlength=5)
+    near = np.log((totals + 1) / (tasks.sizes + 1))[:, None]
+    draws = near + 0.15 * np.random.default_rng(3).normal(size=(4, 500, 5, 1))
+    point = {"mu": np.array([1.0]), "tau": np.array([0.5])}
+    fit = hb.Fit("empirical Bayes", counts.model, tasks, point, Laplace(), theta_draws=draws)
     found = leave_one_row_out(fit)
     expected = arviz_stats.loo(fit.datatree, pointwise=True, reff=1.0)
     close(found["log_density"].values, expected.elpd_i.values, rtol=1e-9)
@@ -353,6 +365,7 @@ def test_rows_of_counts_are_conditional_importance(counts, monkeypatch):
     close(leave_one_row_out(fit)["log_density"].values, found["log_density"].values, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_where_tasks_are_identical_there_is_nothing_to_weigh():
     """Draws of θ are one point where τ̂ = 0: every row has the density of that point."""
     rows = np.array([0.0, 1.0, 2.0])
@@ -365,6 +378,7 @@ def test_where_tasks_are_identical_there_is_nothing_to_weigh():
     assert (found["error"] == 0).all()
 
 
+@pytest.mark.slow
 def test_rows_that_weights_cannot_leave_out_are_counted():
     """One count of 40 in a task of its own: the posterior of its θ is of that row alone."""
     tasks = hb.Tasks.from_arrays(
@@ -404,6 +418,7 @@ def test_a_draw_without_a_number_is_not_passed_over():
     assert found.log_density[2] == -1.5
 
 
+@pytest.mark.slow
 def test_a_refit_integrates_as_the_fit_did():
     from hierbayes.checks.leave_one_task_out import _refit
 
@@ -414,4 +429,6 @@ def test_a_refit_integrates_as_the_fit_did():
         family="bernoulli",
     )
     fit = hb.empirical_bayes(model, tasks, evidence="laplace")
-    assert _refit(fit, tasks.take(range(10))).info["evidence"] == "laplace"
+    assert fit.info["evidence"] == "laplace"
+    # as many tasks, and the fit's programs serve; quadrature is what it would take by itself
+    assert _refit(fit, tasks.take(range(12))).info["evidence"] == "laplace"

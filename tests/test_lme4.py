@@ -78,7 +78,15 @@ def fitted(name: str) -> hb.Fit:
     return hb.empirical_bayes(model, tasks, criterion, num_draws=1)
 
 
-@pytest.fixture(scope="module", params=list(LME4))
+OFTEN = ("sleepstudy_corr_ML", "sleepstudy_indep_REML", "dyestuff_REML", "radon_slope_REML",
+         "radon_int_uranium_ML")  # fmt: skip
+"""Each kind of model, and both criteria; the others go with the slow tests."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in LME4],
+)
 def both(request) -> tuple[hb.Fit, dict]:
     """One fit of hierbayes and lme4's."""
     return fitted(request.param), LME4[request.param]
@@ -127,7 +135,14 @@ def test_standard_deviations_and_correlation(both):
         assert np.diag(fit.phi["corr"]).tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", [name for name in LME4 if "ranef" in LME4[name]])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
+        for name in LME4
+        if "ranef" in LME4[name]
+    ],
+)
 def test_conditional_modes_and_variances(name):
     fit, expected = fitted(name), LME4[name]
     assert [str(name) for name in fit.tasks.names] == LEVELS[fit.tasks.labels.task]
@@ -151,8 +166,20 @@ SPREADS = {
 }
 
 
-@pytest.mark.parametrize("criterion", ["ml", "reml"])
-@pytest.mark.parametrize("name", list(SPREADS))
+@pytest.mark.parametrize(
+    ("name", "criterion"),
+    [
+        pytest.param(
+            name,
+            kind,
+            marks=()
+            if f"{name}_{kind.upper()}" in OFTEN and name != "radon_slope"
+            else pytest.mark.slow,
+        )
+        for name in SPREADS
+        for kind in ("ml", "reml")
+    ],
+)
 def test_standard_errors_of_tau_and_sigma_are_the_profiled_hessians(name, criterion):
     """Inverse Hessian in (τ, σ, ρ) of the dense evidence, fixed effects maximised out.
 

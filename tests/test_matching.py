@@ -250,7 +250,7 @@ def test_risk_and_divergence_are_those_of_the_matrices(criterion):
     assert steps.by_task["rows"].tolist() == [0, 1, 3, 2, 7, 12]
 
 
-@pytest.mark.parametrize("criterion", ["risk", "kl"])
+@pytest.mark.parametrize("criterion", ["risk", pytest.param("kl", marks=pytest.mark.slow)])
 def test_no_other_step_size_is_better(criterion):
     """A search by SciPy over 0 < ηλ_max ≤ 1 finds nothing lower, nor flow at any time."""
     steps = asked(criterion=criterion)

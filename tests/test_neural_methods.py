@@ -55,14 +55,13 @@ def fitted(model, adaptation, phi, tasks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_steps", [1, 2, 5])
-@pytest.mark.parametrize("sizes", [(5, 5, 5), (6, 2, 4)])
-def test_the_implied_variance_is_exact_where_f_is_linear(num_steps, sizes):
-    """var f = xᵀ Σ_K x with Σ_K = Σ_k η (I − ηH)^k, by its recursion in NumPy; ragged too."""
-    model, tasks, eta = line(), some_tasks(sizes), 0.02
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_the_implied_variance_is_exact_where_f_is_linear(num_steps):
+    """var f = xᵀ Σ_K x with Σ_K = Σ_k η (I − ηH)^k, by its recursion in NumPy; ragged tasks."""
+    model, tasks, eta = line(), some_tasks((5, 2, 4)), 0.02
     fit = fitted(model, LinearisedSteps(num_steps, eta), PHI, tasks)
     rng = np.random.default_rng(5)
-    new = hb.Tasks.from_arrays([(rng.normal(size=(n, 2)), np.zeros(n)) for n in (3, 1, 4)])
+    new = hb.Tasks.from_arrays([(rng.normal(size=(n, 2)), np.zeros(n)) for n in (5, 1, 4)])
     seen = fit.predict(new)
     for j, (low, high) in enumerate(zip(tasks.starts[:-1], tasks.starts[1:], strict=True)):
         x = columns(tasks.predictors[low:high])
@@ -122,7 +121,8 @@ def test_log_shrinkage_is_half_the_dense_log_determinant():
     steps = LinearisedSteps(3, 0.05)
     task = jax.tree.map(lambda v: v[0], tasks.block(np.arange(3), 5))
     with float64():
-        found = float(steps.log_shrinkage(model, PHI, jnp.asarray(PHI["mu"]), task, task))
+        shrinkage = jax.jit(lambda theta: steps.log_shrinkage(model, PHI, theta, task, task))
+        found = float(shrinkage(jnp.asarray(PHI["mu"])))
     x = columns(tasks.predictors[:5])
     dense = np.linalg.slogdet(np.eye(3) + 0.15 * x.T @ x / PHI["sigma"] ** 2)[1]
     close(found, 0.5 * dense, rtol=1e-10)
@@ -135,7 +135,11 @@ def test_llamas_evidence_is_that_of_maml_less_the_weighted_determinant():
     steps = LinearisedSteps(3, 0.05)
     with float64():
         value = {
-            w: np.asarray(LaplacePredictive(steps, w).of_tasks(model, PHI, block, block))
+            w: np.asarray(
+                jax.jit(
+                    lambda phi, w=w: LaplacePredictive(steps, w).of_tasks(model, phi, block, block)
+                )(PHI)
+            )
             for w in (0.0, 1.0, 0.25)
         }
     assert (value[0.0] > value[1.0]).all()
@@ -150,7 +154,7 @@ def test_the_divergence_of_q_is_scipys_sum_over_weights():
     mean, log_sd = rng.normal(size=4), rng.normal(size=4)
     phi = {"mu": rng.normal(size=4), "tau": rng.uniform(0.5, 2, 4)}
     with float64():
-        found = float(divergence((jnp.asarray(mean), jnp.asarray(log_sd)), phi))
+        found = float(jax.jit(divergence)((mean, log_sd), phi))
     draws = mean + np.exp(log_sd) * np.random.default_rng(3).standard_normal((200_000, 4))
     q = stats.norm(mean, np.exp(log_sd)).logpdf(draws)
     p = stats.norm(phi["mu"], phi["tau"]).logpdf(draws)
@@ -206,7 +210,7 @@ def test_the_hyperprior_is_scipys():
     expected_value = stats.norm.logpdf(phi["mu"]).sum()
     expected_value += stats.gamma(2.0, scale=1 / 0.5).logpdf(phi["tau"] ** -2.0).sum()
     with float64():
-        found = float(log_hyperprior(phi, (2.0, 0.5)))
+        found = float(jax.jit(lambda phi: log_hyperprior(phi, (2.0, 0.5)))(phi))
     close(found, expected_value, rtol=1e-10)
 
 
@@ -244,6 +248,7 @@ def test_nuts_says_what_it_needs():
 # ----------------------------------------------------------------------- equivalence
 
 
+@pytest.mark.slow
 def test_meta_sgd_implies_the_precision_of_its_inverse_step_sizes_less_the_curvature():
     """One step with B = diag(α): P = diag(1/α) − H exactly (methods.md 1.1)."""
     model, tasks = line(), some_tasks()

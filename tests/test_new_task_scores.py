@@ -157,6 +157,7 @@ def test_what_cannot_be_scored_is_refused(fits, unseen, radon_ml):
         new_task_scores(fits["EB"], support, replace(query, outcome=None))
 
 
+@pytest.mark.slow
 def test_joint_densities_of_counts_are_integrals(rng):
     """Poisson tasks with one coefficient: SciPy's adaptive quadrature over θ, 1e-8 relative."""
     arrays = [(np.ones((5, 1)), rng.poisson(np.exp(rng.normal(1, 0.6)), 5)) for _ in range(10)]

@@ -50,6 +50,14 @@ def implied():
     return hb.meta.implied_posterior(fit, *episodes.draw(4))
 
 
+def at_a_point():
+    model, tasks = network()
+    size = model.likelihood.weights.size
+    phi = {"mu": np.linspace(-1, 1, size), "sigma": np.asarray(0.7)}
+    steps = hb.adaptation.GradientSteps(2, 0.05)
+    return hb.fit.Fit("steps", model, model.tasks(tasks), phi, steps)
+
+
 FITS = {
     "no pooling": lambda: hb.no_pooling(*sleep()),
     "complete pooling": lambda: hb.complete_pooling(*sleep()),
@@ -59,6 +67,7 @@ FITS = {
     "MAML": lambda: hb.maml(*sleep(), num_meta_steps=3),
     "Student-t prior": lambda: hb.empirical_bayes(*schools(prior=hb.priors.StudentT())),
     "Student-t likelihood": lambda: hb.complete_pooling(*schools("student_t")),
+    "network at a point": at_a_point,
     "network": lambda: hb.maml(*network(), num_steps=2, num_meta_steps=2, progress=False),
     "its implied posterior": implied,
 }
@@ -70,7 +79,13 @@ def through_cloudpickle(fit):
     return pickle.loads(cloudpickle.dumps(fit))
 
 
-@pytest.mark.parametrize("name", FITS)
+COSTLY = {"network", "its implied posterior", "Student-t prior", "Student-t likelihood", "MAML"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in COSTLY else []) for name in FITS],
+)
 def test_every_kind_of_fit_comes_back_equal(name):
     """Fresh, and after everything that is made when first read has been made."""
     fit = FITS[name]()

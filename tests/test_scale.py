@@ -43,7 +43,7 @@ def problem_of(tasks, **criterion):
 ROOT = np.array([[0.7, 0.0], [0.2, 0.5]])
 
 
-@pytest.mark.parametrize("reml", [False, True])
+@pytest.mark.parametrize("reml", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sigma", [np.nan, 0.9])
 def test_the_pass_gives_value_slopes_and_curvature_of_the_profile(reml, sigma):
     """Sums over chunks against the evidence itself: 1e-12, curvature by differences 1e-8.
@@ -104,7 +104,11 @@ def test_statistics_on_a_device_give_the_same_problem():
         np.testing.assert_allclose(a, b, rtol=1e-11)
 
 
-@pytest.mark.parametrize("tau", [(0.6, 0.4), (0.6, 0.0), (0.0, 0.0)], ids=str)
+@pytest.mark.parametrize(
+    "tau",
+    [(0.6, 0.0), *(pytest.param(t, marks=pytest.mark.slow) for t in ((0.6, 0.4), (0.0, 0.0)))],
+    ids=str,
+)
 def test_the_estimate_is_the_one_without_shortcuts(tau, monkeypatch):
     """5,000 tasks by samples and single passes, against quasi-Newton on the evidence itself."""
     tasks = simulated(5000, tau=tau, seed=3)
@@ -164,6 +168,7 @@ def compilations(function):
     return len(found)
 
 
+@pytest.mark.slow
 def test_other_data_of_one_shape_compile_nothing():
     def fit(num_tasks, seed):
         return lambda: hb.empirical_bayes(MODEL, simulated(num_tasks, seed=seed), num_draws=1)
@@ -237,6 +242,7 @@ print(json.dumps([hits, misses, jax.config.jax_compilation_cache_dir == before])
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     def process():
         command = [sys.executable, "-c", COUNT_HITS, str(tmp_path / "new" / "folder")]

@@ -33,19 +33,25 @@ def network() -> hb.HierarchicalModel:
     )
 
 
+@cache
+def waves() -> hb.Episodes:
+    """One source: its sampler is compiled once."""
+    return hb.datasets.sinusoids(3)
+
+
 DOORS = {
     "full_bayes": lambda s: hb.full_bayes(*schools(), seed=s),
     "empirical_bayes": lambda s: hb.empirical_bayes(*schools(), seed=s),
     "maml": lambda s: hb.maml(*schools(), seed=s),
-    "maml on episodes": lambda s: hb.maml(network(), hb.datasets.sinusoids(3), seed=s),
+    "maml on episodes": lambda s: hb.maml(network(), waves(), seed=s),
     "imaml": lambda s: hb.imaml(*schools(), seed=s),
     "reptile": lambda s: hb.reptile(*schools(), seed=s),
-    "reptile on episodes": lambda s: hb.reptile(network(), hb.datasets.sinusoids(3), seed=s),
-    "llama": lambda s: hb.meta.llama(network(), hb.datasets.sinusoids(3), seed=s),
-    "abml": lambda s: hb.meta.abml(network(), hb.datasets.sinusoids(3), seed=s),
+    "reptile on episodes": lambda s: hb.reptile(network(), waves(), seed=s),
+    "llama": lambda s: hb.meta.llama(network(), waves(), seed=s),
+    "abml": lambda s: hb.meta.abml(network(), waves(), seed=s),
     "split": lambda s: schools()[1].split(seed=s),
     "hold_out": lambda s: schools()[1].hold_out(seed=s),
-    "Episodes.draw": lambda s: hb.datasets.sinusoids(3).draw(2, seed=s),
+    "Episodes.draw": lambda s: waves().draw(2, seed=s),
     "simulate": lambda s: hb.simulation.simulate(*schools(), seed=s),
     "check_calibration": lambda s: hb.check_calibration(*schools(), seed=s),
     "interval_coverage": lambda s: hb.checks.interval_coverage(point(), seed=s),
@@ -67,7 +73,7 @@ def test_what_is_no_seed_is_refused_by_name_at_every_door(place):
 
 def test_integers_of_any_kind_and_keys_are_seeds():
     tasks = schools()[1]
-    rows = [hb.datasets.sinusoids(3).draw(1, seed=s)[0].outcome
+    rows = [waves().draw(1, seed=s)[0].outcome
             for s in (7, np.int8(7), np.uint64(7), np.array(7), jax.numpy.asarray(7))]  # fmt: skip
     assert all(np.array_equal(rows[0], other) for other in rows)
     typed, old = jax.random.key(7), jax.random.PRNGKey(7)
@@ -76,5 +82,5 @@ def test_integers_of_any_kind_and_keys_are_seeds():
 
 
 def test_a_large_seed_is_not_the_small_one_that_32_bits_leave_of_it():
-    draws = [hb.datasets.sinusoids(3).draw(1, seed=s)[0].outcome for s in (5, 2**32 + 5)]
+    draws = [waves().draw(1, seed=s)[0].outcome for s in (5, 2**32 + 5)]
     assert not np.array_equal(*draws)

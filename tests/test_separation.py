@@ -97,24 +97,32 @@ def wards():
     )
 
 
-def test_the_fits_say_so_without_a_warning(wards):
-    fits = [hb.empirical_bayes(*wards, num_draws=1, num_chains=1),
-            hb.full_bayes(*wards, num_draws=200, num_chains=2, progress=False)]  # fmt: skip
-    for fit in fits:
-        (said,) = fit.info["remarks"]
-        assert said.startswith("4 of 8 tasks have outcomes that are all alike")
-        assert "('a', 'c', 'e' and 1 more)" in said
-        assert "held by the prior alone" in said
-        assert not [w for w in fit.warnings if "prior alone" in w]
-        assert np.isfinite(fit.theta.values).all()
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(
+            lambda m, t: hb.empirical_bayes(m, t, num_draws=1, num_chains=1), id="empirical Bayes"
+        ),
+        pytest.param(
+            lambda m, t: hb.full_bayes(m, t, num_draws=200, num_chains=2, progress=False),
+            id="full Bayes", marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_the_fits_say_so_without_a_warning(wards, method):
+    fit = method(*wards)
+    (said,) = fit.info["remarks"]
+    assert said.startswith("4 of 8 tasks have outcomes that are all alike")
+    assert "('a', 'c', 'e' and 1 more)" in said
+    assert "held by the prior alone" in said
+    assert not [w for w in fit.warnings if "prior alone" in w]
+    assert np.isfinite(fit.theta.values).all()
 
 
 def test_counts_are_told_in_their_words():
     data = pd.DataFrame({"g": list("aabbccdd"), "y": [0, 0, 1, 2, 3, 0, 4, 1]})
-    fit = hb.empirical_bayes(
-        *hb.from_formula("y ~ 1 + (1 | g)", data, family="poisson"), num_draws=1, num_chains=1
-    )
-    (said,) = fit.info["remarks"]
+    _, tasks = hb.from_formula("y ~ 1 + (1 | g)", data, family="poisson")
+    (said,) = separation.remark(tasks, POISSON)
     assert said.startswith("1 of 4 tasks have outcomes that are all zero")
     assert "'a'" in said
 
@@ -130,7 +138,7 @@ def test_nothing_is_said_where_nothing_is(radon_ml):
 # ------------------------------------------------------- other words that were missing
 
 
-@pytest.mark.parametrize("learned", [True, "coef"])
+@pytest.mark.parametrize("learned", [True, pytest.param("coef", marks=pytest.mark.slow)])
 def test_a_learned_step_of_nothing_is_said(learned):
     """Rows of a task that sum to zero: what some say of the others is wrong, so no step is best."""
     rng = np.random.default_rng(0)
@@ -144,8 +152,8 @@ def test_a_learned_step_of_nothing_is_said(learned):
 
 
 def test_a_learned_step_of_something_is_not():
-    tasks = normal_means(40, 8, 1.0, 0.5, seed=3)
-    fit = hb.maml(GAUSSIAN, tasks, 2, learn_step_size=True, progress=False)
+    tasks = normal_means(200, 6, 1.0, 0.5, seed=3)
+    fit = hb.maml(GAUSSIAN, tasks, 3, learn_step_size=True, progress=False)
     assert not any("not adapted" in said for said in fit.warnings)
 
 

@@ -37,6 +37,7 @@ def test_integration_gives_the_closed_forms():
     assert anchors.unadapted_error() == pytest.approx(UNADAPTED, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_the_sinusoids_of_the_package_have_these_errors():
     # 20,000 tasks of 20 rows: within four standard errors over tasks, which are near 1 %
     _, query = hb.datasets.sinusoids(1, 20).batch(20_000, seed=3)

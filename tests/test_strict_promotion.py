@@ -21,7 +21,7 @@ def fitted(family: str) -> list[Any]:
     return [*fit.phi.values(), fit.theta.values, fit.log_evidence, new.mean]
 
 
-@pytest.mark.parametrize("family", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("family", ["gaussian", pytest.param("bernoulli", marks=pytest.mark.slow)])
 def test_strict_promotion_changes_nothing(family):
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         strict = fitted(family)

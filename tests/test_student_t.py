@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
@@ -18,9 +19,11 @@ from scipy import integrate, optimize, special, stats
 import hierbayes as hb
 from hierbayes.adaptation import MixedScales
 from hierbayes.evidence import Exact
+from hierbayes.evidence.exact import log_evidence
 from hierbayes.meta.mixture_mode import maximise_mixture
 from hierbayes.numerics import float64
 from hierbayes.priors.student_t import mixing
+from hierbayes.statistics import statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore::hierbayes.FitWarning")
 
@@ -62,13 +65,13 @@ def integral_over_theta(
 ) -> tuple[float, float, float]:
     """log ∫ N(mean; θ, se²) t_ν(θ; μ, τ²) dθ, and θ's posterior mean and sd.
 
-    Gauss–Legendre with 40 nodes between marks that lie close beside the peaks of likelihood and
-    prior: a direct integral over θ, which knows of no scale mixture.
+    Gauss–Legendre with 20 nodes, as good as 40 to 1e-13, between marks that lie close beside the
+    peaks of likelihood and prior: a direct integral over θ, which knows of no scale mixture.
     """
     far = np.geomspace(1e-3, 1e4, 40)
     marks = [mu + tau * np.concatenate([-far, [0.0], far]), mean + se * np.linspace(-40, 40, 81)]
     edges = np.unique(np.concatenate(marks))
-    nodes, weights = np.polynomial.legendre.leggauss(40)
+    nodes, weights = np.polynomial.legendre.leggauss(20)
     half = 0.5 * np.diff(edges)[:, None]
     theta = 0.5 * (edges[1:] + edges[:-1])[:, None] + half * nodes
     logs = stats.norm.logpdf(mean, theta, se) + stats.t.logpdf(theta, df, mu, tau)
@@ -180,6 +183,7 @@ def test_three_coefficients_against_importance_sampling(rng):
     assert abs(np.exp(found) - densities.mean()) < 4 * error
 
 
+@pytest.mark.slow
 def test_many_degrees_of_freedom_are_the_gaussian_prior(wide):
     """E g(λ) = g(1) + g''(1)/ν + …: at ν = 1e8 the difference is of order 1e-8."""
     tasks, phi = wide
@@ -200,14 +204,14 @@ def test_without_spread_it_is_complete_pooling(wide):
 
 
 def test_draws_have_the_moments(wide, rng):
-    """20,000 draws: means within four standard errors, covariances within 10 % of the variances.
+    """5,000 draws: means within four standard errors, covariances within 10 % of the variances.
 
     A task without rows has t₄ as its posterior, no fourth moment, and a test of its own.
     """
     tasks, phi = wide
     adapted = MixedScales()(STUDENT, tasks, phi)
     assert adapted.covariance is not None
-    size = 20_000
+    size = 5_000
     at_one = MixedScales().draws_at(STUDENT, tasks, phi, size, 1)
     phis = {name: np.repeat(value[None], size, 0) for name, value in phi.items()}
     each = MixedScales().draws(STUDENT, tasks, phis, 2)
@@ -254,9 +258,10 @@ def test_the_joint_density_is_the_programs_and_scipys(wide, rng):
         sites = {f"{n}_centred" if n in at.changed() else n: v for n, v in own.items()}
         name = "theta_centred" if "theta" in at.changed() else "theta"
 
+        compiled = jax.jit(lambda t: log_density(centred, (), {}, sites | {name: t})[0])
+
         def density(t: np.ndarray) -> float:
-            inside = at.theta_inward(t, phi.get("beta"))
-            return float(log_density(centred, (), {}, sites | {name: inside})[0])
+            return float(compiled(at.theta_inward(t, phi.get("beta"))))
 
         found, moved = density(theta), density(other)
         in_z = float(jax.jit(lambda t: log_density(free, (), {}, sites | {"z": t})[0])(z))
@@ -316,10 +321,21 @@ def robust(outlying) -> hb.Fit:
     return hb.empirical_bayes(STUDENT, outlying, num_draws=200, num_chains=2)
 
 
-def test_empirical_bayes_is_at_scipys_maximum(schools):
-    """Eight schools under t₄, mode of p(φ | D), by Nelder and Mead on integrals over θ."""
+@pytest.fixture(scope="module")
+def heavy_schools(schools) -> hb.HierarchicalModel:
     hyperprior = hb.HyperPrior(mu=dist.Normal(0.0, 10.0), tau=dist.HalfNormal(10.0))
-    model = replace(heavy(schools.model), hyperprior=hyperprior).resolve(schools.tasks)
+    return replace(heavy(schools.model), hyperprior=hyperprior).resolve(schools.tasks)
+
+
+@pytest.fixture(scope="module")
+def eight(schools, heavy_schools) -> hb.Fit:
+    return hb.full_bayes(heavy_schools, schools.tasks, seed=0, progress=False)
+
+
+@pytest.mark.slow
+def test_empirical_bayes_is_at_scipys_maximum(schools, heavy_schools):
+    """Eight schools under t₄, mode of p(φ | D), by Nelder and Mead on integrals over θ."""
+    model = heavy_schools
     y, se = schools.tasks.outcome, schools.tasks.slots["known_se"]
 
     def minus(at: np.ndarray) -> float:
@@ -398,7 +414,7 @@ def test_the_learned_prior_is_a_t(robust):
     assert prior.df == 4.0
     scale = np.outer(robust.phi["tau"], robust.phi["tau"]) * robust.phi["corr"]
     with float64():
-        found = float(np.asarray(prior.log_prob(np.array([3.0, 0.0]))))
+        found = float(jax.jit(lambda at: prior.log_prob(at))(np.array([3.0, 0.0])))
     expected = stats.multivariate_t.logpdf([3.0, 0.0], robust.phi["mu"], scale, df=4.0)
     close(found, expected, rtol=1e-6)
 
@@ -409,12 +425,13 @@ def test_a_learned_prior_without_scale():
     def learned(root, df=4.0):
         return hb.priors.LearnedPrior(("a", "b"), location, np.array([root]), df=df)
 
+    sample = jax.jit(lambda prior: prior.sample(jax.random.key(0), (50,)))
     line = learned([[0.0, 0.0], [0.0, 3.0]])
-    draws = np.asarray(line.sample(jax.random.key(0), (50,)))
+    draws = np.asarray(sample(line))
     assert (draws[:, 0] == 1.0).all()
     assert draws[:, 1].std() > 1
     flat = learned([[1.0, 0.0], [2.0, 0.0]])
-    away = np.asarray(flat.sample(jax.random.key(0), (50,))) - location
+    away = np.asarray(sample(flat)) - location
     close(away[:, 1], 2 * away[:, 0], rtol=1e-4, atol=1e-5)
     close(flat.variance, [2.0, 8.0], rtol=1e-12)
     close(flat.mean, location[0], rtol=0)
@@ -442,6 +459,19 @@ def sampled(outlying) -> hb.Fit:
     return hb.full_bayes(STUDENT, outlying, num_draws=500, num_chains=2, seed=3, progress=False)
 
 
+def test_full_bayes_integrates_theta_out_of_schools(eight, schools):
+    """It does not need NUTS, and what it learns is a mixture of t₄."""
+    assert eight.info["sampler"] == "independence"
+    assert eight.info["acceptance"] > 0.5
+    assert (eight.predict(target="new").sd > eight.predict(target="population").sd).all()
+    assert eight.prior.df == 4.0
+    assert len(eight.prior.weights) > 1
+    adapted = eight.adapt(schools.tasks.take([0]))
+    sd = float(eight.adapted.sd[0, 0])
+    assert abs(adapted.theta.values[0, 0] - eight.theta.values[0, 0]) < 0.2 * sd
+
+
+@pytest.mark.slow
 def test_full_bayes_integrates_theta_out(sampled, robust, outlying):
     """It agrees with φ̂ to within a posterior sd or so, and does not need NUTS."""
     assert sampled.info["sampler"] == "independence"
@@ -456,23 +486,24 @@ def test_full_bayes_integrates_theta_out(sampled, robust, outlying):
     assert abs(adapted.theta.values[0, 0] - sampled.theta.values[0, 0]) < 0.2
 
 
-def test_the_evidence_of_full_bayes_is_the_integral(schools):
+def test_the_evidence_of_full_bayes_is_the_integral(schools, heavy_schools, eight):
     """log p(D) of eight schools under t₄ against a grid in (μ, log τ) of exact evidences.
 
     The grid is spectral: both priors and evidence are smooth, and its halves agree to 1e-6.
     """
-    model = heavy(schools.model).resolve(schools.tasks)
-    fit = hb.full_bayes(model, schools.tasks, seed=0, progress=False)
+    model, fit = heavy_schools, eight
     belief = model.phi_distributions(schools.tasks)
     mu, log_tau = np.linspace(-40, 60, 81), np.linspace(-9, 6, 61)
-    logs = np.array([
-        [Exact()(model, schools.tasks, {"mu": np.array([m]), "tau": np.exp([t])}).sum() + t
-         for t in log_tau] for m in mu
-    ])  # fmt: skip
     with float64():
-        at_mu = np.array([float(np.sum(belief["mu"].log_prob(np.array([m])))) for m in mu])
-        at_tau = [float(np.sum(belief["tau"].log_prob(np.exp([t])))) for t in log_tau]
-    logs += at_mu[:, None] + np.array(at_tau)
+        rows = statistics(schools.tasks)
+
+        def log_joint(m, t):
+            found = log_evidence(rows, model.prior, {"mu": m[None], "tau": jnp.exp(t)[None]}).sum()
+            beliefs = belief["mu"].log_prob(m[None]), belief["tau"].log_prob(jnp.exp(t)[None])
+            return found + t + sum(b.sum() for b in beliefs)
+
+        over_tau = jax.vmap(log_joint, (None, 0))
+        logs = jax.jit(lambda m, t: jax.lax.map(lambda one: over_tau(one, t), m))(mu, log_tau)
     expected = special.logsumexp(logs) + np.log((mu[1] - mu[0]) * (log_tau[1] - log_tau[0]))
     assert fit.evidence is not None
     assert fit.info["log_evidence_se"] < 0.02
@@ -482,6 +513,7 @@ def test_the_evidence_of_full_bayes_is_the_integral(schools):
 # ------------------------------------------------------------------------ checks
 
 
+@pytest.mark.slow
 def test_leaving_tasks_out_prefers_the_student_with_an_outlier(outlying, robust, sampled):
     """The outlier alone costs the Gaussian φ̂ more than 50 nats, and full Bayes more than 10."""
     by_t = hb.checks.leave_one_task_out(robust)["log_density"].sum()
@@ -498,31 +530,28 @@ def test_leaving_tasks_out_prefers_the_student_with_an_outlier(outlying, robust,
 
 @pytest.mark.slow
 def test_leaving_tasks_out_is_indifferent_without_one():
-    """Thirty Gaussian tasks: t₄ gains nothing, and loses less than 0.15 nats a task.
+    """Twice sixteen Gaussian tasks: t₄ gains nothing, and loses less than 0.15 nats a task.
 
     That is about what ∫ N log (N / t₄) costs in two dimensions at its best scale, 0.1 nats.
     """
-    tasks = simulated(30, seed=2)
-    scores = [
-        hb.checks.leave_one_task_out(
-            hb.full_bayes(model, tasks, num_draws=500, num_chains=2, seed=0, progress=False)
-        )["log_density"]
-        for model in (GAUSSIAN, STUDENT)
-    ]
-    gap = scores[1] - scores[0]
+
+    def scores(model: hb.HierarchicalModel, tasks: hb.Tasks) -> np.ndarray:
+        fit = hb.full_bayes(model, tasks, num_draws=500, num_chains=2, seed=0, progress=False)
+        return np.asarray(hb.checks.leave_one_task_out(fit)["log_density"])
+
+    both = [simulated(16, seed) for seed in (2, 3)]  # the programs of sixteen tasks are there
+    gap = np.concatenate([scores(STUDENT, tasks) - scores(GAUSSIAN, tasks) for tasks in both])
     assert gap.sum() < 2 * gap.std() * np.sqrt(len(gap))
     assert gap.mean() > -0.15
 
 
 @pytest.mark.slow
-def test_leaving_tasks_out_by_importance_is_the_refits(schools):
+def test_leaving_tasks_out_by_importance_is_the_refits(schools, heavy_schools, eight):
     """PSIS over φ's draws against full Bayes without the task, eight schools, within 0.1 nats.
 
     The refit's density is the average of the task's evidence over the refit's draws.
     """
-    model = heavy(schools.model).resolve(schools.tasks)
-    fit = hb.full_bayes(model, schools.tasks, seed=0, progress=False)
-    found = hb.checks.leave_one_task_out(fit)["log_density"]
+    model, found = heavy_schools, hb.checks.leave_one_task_out(eight)["log_density"]
     for j in (0, 5):
         rest = schools.tasks.take(np.delete(np.arange(8), j))
         again = hb.full_bayes(model, rest, seed=1, progress=False)
@@ -538,7 +567,7 @@ def test_leaving_tasks_out_by_importance_is_the_refits(schools):
 # -------------------------------------------------------------- what is not there
 
 
-def test_what_needs_a_gaussian_prior_is_refused_in_words(outlying, robust, sampled):
+def test_what_needs_a_gaussian_prior_is_refused_in_words(outlying, robust, eight, schools):
     for call in (
         lambda: hb.imaml(STUDENT, outlying),
         lambda: hb.empirical_bayes(STUDENT, outlying, "reml"),
@@ -547,7 +576,7 @@ def test_what_needs_a_gaussian_prior_is_refused_in_words(outlying, robust, sampl
         with refuses("StudentT prior", "full_bayes"):
             call()
     with refuses("equivalence_report", "Gaussian"):
-        hb.equivalence_report(hb.reptile(STUDENT, outlying), sampled)
+        hb.equivalence_report(hb.reptile(eight.model, schools.tasks), eight)
     binary = hb.HierarchicalModel(hb.likelihoods.Bernoulli(), hb.priors.StudentT(4))
     flags = hb.Tasks.from_arrays(
         [(x.reshape(-1, 1), (x > 0).astype(float)) for x in np.random.default_rng(0).normal(
@@ -559,6 +588,7 @@ def test_what_needs_a_gaussian_prior_is_refused_in_words(outlying, robust, sampl
         hb.full_bayes(binary, flags, "collapsed")
 
 
+@pytest.mark.slow
 def test_baselines_and_steps_do_not_ask_the_prior(outlying):
     """They take only its centre: the same numbers as under a Gaussian prior."""
     for method in (hb.no_pooling, hb.complete_pooling, hb.reptile):
@@ -591,10 +621,10 @@ def test_binary_tasks_go_by_nuts(tmp_path):
 
 
 @pytest.mark.slow
-def test_collapsed_and_joint_sampling_agree(outlying):
+def test_collapsed_and_joint_sampling_agree(schools, heavy_schools):
     """4 × 7,000 draws of NUTS, non-centred, against the collapsed posterior's moments."""
     fits = [
-        hb.full_bayes(STUDENT, outlying, method, num_draws=draws, seed=5, progress=False)
+        hb.full_bayes(heavy_schools, schools.tasks, method, num_draws=draws, seed=5, progress=False)
         for method, draws in (("collapsed", 10_000), ("nuts", 7_000))
     ]
     assert fits[0].phi_draws is not None
@@ -602,6 +632,6 @@ def test_collapsed_and_joint_sampling_agree(outlying):
     expected = {
         name: {"mean": posterior[name].mean(("chain", "draw")).values,
                "sd": posterior[name].std(("chain", "draw")).values}
-        for name in ("mu", "tau", "sigma", "theta")
+        for name in ("mu", "tau", "theta")
     }  # fmt: skip
     assert_agreement(fits[1].datatree["posterior"], expected)

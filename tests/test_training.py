@@ -168,12 +168,6 @@ def test_equal_seeds_end_bit_equal_and_others_do_not(whole):
 
 
 @pytest.mark.slow
-def test_how_meta_steps_are_cut_into_calls_changes_nothing(whole, monkeypatch):
-    monkeypatch.setattr(training, "LONGEST", 7)
-    assert_equal_fits(whole, fitted())
-
-
-@pytest.mark.slow
 def test_the_users_flag_for_float64_stays_and_changes_nothing(whole):
     with jax.enable_x64(True):
         assert_equal_fits(whole, fitted())
@@ -279,11 +273,15 @@ def test_a_finished_run_is_read_back_and_can_be_made_longer(whole, monkeypatch, 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(batch_size=5), ("another run", "batch_size=4 there, 5 here", "another path")),
+        pytest.param(
+            dict(batch_size=5),
+            ("another run", "batch_size=4 there, 5 here", "another path"),
+            marks=pytest.mark.slow,
+        ),
         (dict(step_size=0.02), ("another run", "step_size=0.01 there, 0.02 here")),
         (dict(seed=3, loss="sum"), ("seed=0 there, 3 here", "loss='mean' there, 'sum' here")),
         (dict(derivative="first-order"), ("derivative='unrolled' there",)),
-        (dict(model=network(5)), ("other weights",)),
+        pytest.param(dict(model=network(5)), ("other weights",), marks=pytest.mark.slow),
         (dict(optimiser=optax.sgd(0.1)), ("another optimiser's state",)),
     ],
     ids=["batch size", "step size", "two", "derivative", "network", "optimiser"],
@@ -330,10 +328,9 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_before_any_work(tmp_path
         fitted(checkpoint=tmp_path)
 
 
-def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "run"
-    fitted(checkpoint=path, num_meta_steps=20)
-    before = path.read_bytes()
+def test_a_checkpoint_is_written_whole_or_not_at_all(kept, tmp_path, monkeypatch):
+    path, before = tmp_path / "run", kept
+    path.write_bytes(before)
     save = np.savez
 
     def full(file, **arrays):
@@ -348,6 +345,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_written_along_the_way(tmp_path, monkeypatch):
     """Every minute; here after every call."""
     monkeypatch.setattr("hierbayes.meta.checkpoint.EVERY", -1.0)
@@ -424,6 +422,7 @@ def test_steps_that_diverge_at_the_start_are_refused():
         fitted(num_steps=5, step_size=1e12)
 
 
+@pytest.mark.slow
 def test_a_generator_that_ends_ends_the_run_with_a_warning():
     source = hb.Episodes.from_generator(lambda seed: waves(33, seed))
     with pytest.warns(hb.FitWarning, match=r"stopped after 33 batches, 60 meta-steps were asked"):
@@ -442,6 +441,7 @@ def test_a_generator_with_too_few_tasks_to_hold_out_is_refused():
         fitted(source)
 
 
+@pytest.mark.slow
 def test_a_resumed_generator_that_has_grown_shorter_is_refused(tmp_path):
     path = tmp_path / "run"
     fitted(hb.Episodes.from_generator(lambda seed: waves(70, seed)), checkpoint=path)
@@ -453,6 +453,7 @@ def test_a_resumed_generator_that_has_grown_shorter_is_refused(tmp_path):
 # ------------------------------------------------------------------- said and refused
 
 
+@pytest.mark.slow
 def test_the_progress_bar_shows_the_score_and_that_of_held_out_tasks(capsys, monkeypatch):
     from tqdm import std
 

@@ -37,11 +37,22 @@ def some_rows():
     return data
 
 
-def test_fits_comparisons_and_new_rows_leave_the_filters_alone(untouched):
+@pytest.mark.parametrize(
+    "method",
+    [
+        hb.complete_pooling,
+        pytest.param(hb.empirical_bayes, marks=pytest.mark.slow),
+        pytest.param(
+            lambda m, t: hb.full_bayes(m, t, num_draws=50, num_warmup=50, progress=False),
+            id="full Bayes", marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_fits_comparisons_and_new_rows_leave_the_filters_alone(untouched, method):
     data = some_rows()
     model, tasks = hb.from_formula("y ~ 1 + x + kind + np.log(x**2) + (1 | g)", data)
-    fit = hb.full_bayes(model, tasks, num_draws=50, num_warmup=50, progress=False)
-    table = hb.compare({"full": fit, "pooled": hb.complete_pooling(model, tasks)}).table
+    fit = method(model, tasks)
+    table = hb.compare({"one": fit, "pooled": hb.complete_pooling(model, tasks)}).table
     fit.predict(data.head(3))
     assert np.isfinite(table["log_density"]).all()
     assert untouched == []

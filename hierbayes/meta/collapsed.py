@@ -210,9 +210,10 @@ class Collapsed:
     @property
     def start(self) -> np.ndarray:
         """A first guess of x, in ``units``."""
-        return self._in(self.units).psi.x({"tau": self.units})
+        return self.within(self.units).psi.x({"tau": self.units})
 
-    def _in(self, units: np.ndarray) -> Spaces:
+    def within(self, units: np.ndarray) -> Spaces:
+        """The spaces of ψ and b with τ in these units."""
         return self.spaces._replace(psi=self.spaces.psi.in_units(tau=units))
 
     def prepare(self, units: np.ndarray, x: np.ndarray) -> None:
@@ -223,7 +224,7 @@ class Collapsed:
         """The density of one point (x, e)."""
         # NumPyro holds what a potential is made of, in its own programs: on each device all of it
         problem = to_numpy(self.problem)
-        spaces = to_numpy(self._in(units))
+        spaces = to_numpy(self.within(units))
         return lambda x, e: point(spaces, problem, self.beliefs, x, e, exact=self.exact).log_density
 
     @property
@@ -233,7 +234,7 @@ class Collapsed:
         return 2 ** int(np.log2(most))
 
     def _target(self, units: np.ndarray) -> Target:
-        return Target(self.problem, self._leaves, self._in(units))
+        return Target(self.problem, self._leaves, self.within(units))
 
     def points(
         self, units: np.ndarray, xs: np.ndarray, es: np.ndarray,
