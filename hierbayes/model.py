@@ -114,19 +114,28 @@ class HierarchicalModel:
         """Natural units of f and of every coefficient in these tasks."""
         return Scales.of(tasks, self.likelihood)
 
-    def space(self, tasks: Tasks) -> Space:
-        """φ as an object, in these tasks' units: what the prior and the likelihood own of it."""
+    def space(self, tasks: Tasks, *names: str) -> Space:
+        """φ as an object, in these tasks' units: what the prior and the likelihood own of it.
+
+        ``names``: of some parts alone.
+        """
         prior, labels, scales = self.prior, tasks.labels, self.scales(tasks)
         assert isinstance(prior, Elliptical)
         parts = prior.parts(tasks.coef, labels.task_predictors)
+        parts += self.likelihood.parts(labels.shared)
+        if names:
+            parts = [p for p in parts if p.name in names]
+        asked = any(p.support == "belief" for p in parts)
         units = {
             "mu": scales.mu, "gamma": scales.coef[:, None] / scales.task_predictors,
             "tau": scales.coef, "beta": scales.shared,
         }  # fmt: skip
-        return Space.of(
-            parts + self.likelihood.parts(labels.shared), units, self.phi_distributions(tasks),
-            {"sigma": float(scales.spread)},
-        )  # fmt: skip
+        beliefs = self.phi_distributions(tasks) if asked else {}
+        return Space.of(parts, units, beliefs, {"sigma": float(scales.spread)})
+
+    def fixed(self, tasks: Tasks) -> Space:
+        """b = (μ, Γ, β), as it is."""
+        return self.space(tasks, "mu", "gamma", "beta").plain()
 
     def resolve(self, tasks: Any) -> HierarchicalModel:
         """The model with every default of its hyperprior filled in, scaled to these tasks.

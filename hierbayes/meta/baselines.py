@@ -21,7 +21,7 @@ from hierbayes.evidence.profile import profile, profile_problem
 from hierbayes.fit import Fit
 from hierbayes.fit.outward import Entered, enter
 from hierbayes.likelihoods.generalised import GeneralisedLinear
-from hierbayes.meta.marginal import fixed_along, named_fixed
+from hierbayes.meta.marginal import fixed_along
 from hierbayes.meta.own_parameters import over_all
 from hierbayes.meta.own_parameters import within as within_likelihood
 from hierbayes.model import HierarchicalModel, check_model
@@ -187,7 +187,7 @@ def complete_pooling(model: HierarchicalModel, tasks: Any) -> Fit:
     resolved, tasks = entered.inner_model, entered.inner_tasks
     if not model.likelihood.gaussian_in_theta:
         return _pooled(entered, started)
-    shape = resolved.shape(tasks)
+    shape, fixed = resolved.shape(tasks), resolved.fixed(tasks)
     known_noise = "sigma" not in shape.parameters
     d = len(shape.coef)
     with float64():
@@ -195,8 +195,8 @@ def complete_pooling(model: HierarchicalModel, tasks: Any) -> Fit:
             placed_statistics(tasks), shape, reml=False, known_noise=known_noise
         )
         best = profile(problem, np.zeros((d, d)))
-    phi = named_fixed(shape, np.asarray(best.fixed)) | {"tau": np.zeros(d)}
-    errors = named_fixed(shape, np.sqrt(np.diag(np.asarray(best.covariance))))
+    phi = fixed.phi(np.asarray(best.fixed)) | {"tau": np.zeros(d)}
+    errors = fixed.phi(np.sqrt(np.diag(np.asarray(best.covariance))))
     if not known_noise:
         phi["sigma"] = np.asarray(best.sigma)
     adaptation = Conjugate()
@@ -205,7 +205,7 @@ def complete_pooling(model: HierarchicalModel, tasks: Any) -> Fit:
         standard_errors=errors, evidence=float(best.log_evidence),
         info={"seconds": time.perf_counter() - started},
     )  # fmt: skip
-    return entered.leave(fit, fixed_along(shape, np.asarray(best.covariance)))
+    return entered.leave(fit, fixed_along(fixed, np.asarray(best.covariance)))
 
 
 def _pooled(entered: Entered, started: float) -> Fit:

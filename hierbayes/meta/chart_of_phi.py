@@ -11,7 +11,6 @@ funnel, as wide as τ / √J: the units of μ and Γ grow with τ,
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +80,7 @@ class Chart:
         self.proper = not any(map(improper, beliefs.values()))
         phi, errors, scales = optimum.phi, optimum.standard_errors, model.scales(tasks)
         rough = space.only("mu", "gamma", "beta")
-        fixed = replace(rough, units=np.ones(rough.size))
+        fixed = rough.plain()
         unit = fixed.x(errors)
         unit = np.where(np.isfinite(unit) & (unit > 0), unit, 0.1 * rough.units)
         each = 1.0 / max(tasks.num_tasks, 1)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -72,9 +71,8 @@ class Spaces(NamedTuple):
     @classmethod
     def of(cls, space: Space) -> Spaces:
         """The two parts of φ's space."""
-        fixed = space.only("mu", "gamma", "beta")
-        plain = replace(fixed, units=np.ones(fixed.size))
-        return cls(space.only("tau", "corr", "sigma").opened(), plain)
+        fixed = space.only("mu", "gamma", "beta").plain()
+        return cls(space.only("tau", "corr", "sigma").opened(), fixed)
 
 
 def point(

@@ -8,7 +8,7 @@ whose diagonal may reach zero: Λ is where τ = 0 is an ordinary point (see
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,10 +28,10 @@ from hierbayes.meta.optimum import (
     highest,
     minimise,
     polish,
-    root_of,
 )
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
+from hierbayes.phi.space import Space, root_of
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
@@ -43,7 +43,7 @@ SURELY = 20.0
 
 def maximise_likelihood(model: HierarchicalModel, tasks: Tasks, *, reml: bool) -> Optimum:
     """φ̂ of type-II maximum likelihood or REML, with standard errors."""
-    shape = model.shape(tasks)
+    shape, fixed = model.shape(tasks), model.fixed(tasks)
     known_noise = "sigma" not in shape.parameters
     with float64():
         evidence, seen, whole = _laid_out(tasks, shape)
@@ -55,14 +55,13 @@ def maximise_likelihood(model: HierarchicalModel, tasks: Tasks, *, reml: bool) -
         best = nearby.profile
         sigma = float(best.sigma)
         covariance = sigma**2 * root @ root.T
-        phi = _phi(shape, np.asarray(best.fixed), covariance, sigma, known_noise)
+        phi = fixed.phi(np.asarray(best.fixed)) | _spread(shape, covariance, sigma, known_noise)
         errors, remarks, along = _standard_errors(
             nearby, shape, phi, np.asarray(best.covariance), known_noise, tasks
         )
-        fixed_errors = named_fixed(shape, np.sqrt(np.diag(np.asarray(best.covariance))))
-    errors |= {name: se for name, se in fixed_errors.items() if name in phi}
+    errors |= fixed.phi(np.sqrt(np.diag(np.asarray(best.covariance))))
     warnings = ([found.problem] if found.problem else []) + remarks
-    along |= fixed_along(shape, np.asarray(best.covariance))
+    along |= fixed_along(fixed, np.asarray(best.covariance))
     return Optimum(phi, float(best.log_evidence), errors, warnings, along=along)
 
 
@@ -175,11 +174,11 @@ def _snap(
     return trial if at_zero <= value + 1e-7 * max(1.0, abs(value)) else root
 
 
-def _phi(
-    shape: Shape, fixed: np.ndarray, covariance: np.ndarray, sigma: float, known_noise: bool
+def _spread(
+    shape: Shape, covariance: np.ndarray, sigma: float, known_noise: bool
 ) -> dict[str, np.ndarray]:
     tau = np.sqrt(np.diag(covariance))
-    phi = {"mu": np.zeros(len(tau)), "tau": tau} | named_fixed(shape, fixed)
+    phi = {"tau": tau}
     if shape.correlated:
         safe = np.where(tau > 0, tau, 1.0)
         corr = covariance / np.outer(safe, safe)
@@ -189,23 +188,9 @@ def _phi(
     return phi
 
 
-def named_fixed(shape: Shape, values: np.ndarray) -> dict[str, np.ndarray]:
-    """The fixed effects b = (μ_free, Γ, β) by name; pinned means are zero."""
-    d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
-    free = np.array(shape.free_mean)
-    mu: Any = np.zeros(d)
-    mu[free] = values[: free.sum()]
-    named = {"mu": mu}
-    if q:
-        named["gamma"] = values[free.sum() : free.sum() + d * q].reshape(d, q)
-    if p:
-        named["beta"] = values[len(values) - p :]
-    return named
-
-
-def fixed_along(shape: Shape, covariance: np.ndarray) -> dict[str, np.ndarray]:
+def fixed_along(fixed: Space, covariance: np.ndarray) -> dict[str, np.ndarray]:
     """How the fixed effects move along independent normal directions, by name (…, r)."""
-    each = [named_fixed(shape, column) for column in root_of(covariance).T]
+    each = [fixed.phi(column) for column in root_of(covariance).T]
     if not each:
         return {}
     return {name: np.stack([one[name] for one in each], -1) for name in each[0]}

@@ -35,15 +35,6 @@ class Optimum:
     along: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def root_of(covariance: np.ndarray) -> np.ndarray:
-    """A with A Aᵀ the covariance matrix, NaN where that is not known."""
-    if not np.isfinite(covariance).all():
-        return np.full_like(covariance, np.nan)
-    units = np.sqrt(np.maximum(np.diag(covariance), 1e-300))
-    values, vectors = np.linalg.eigh(covariance / np.outer(units, units))
-    return units[:, None] * vectors * np.sqrt(np.maximum(values, 0.0))
-
-
 @dataclass(frozen=True)
 class Minimum:
     """Where a bounded minimisation ended; ``problem`` says why it may not be a minimum."""

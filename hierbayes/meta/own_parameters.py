@@ -292,7 +292,7 @@ def over_all(model: HierarchicalModel, tasks: Tasks, without: int | None = None)
         moves = covariance[:count, :count] * np.outer(units, units)
     errors = to_numpy(_errors(shape, spread, units, phi))
     said = _said(shape.parameters, x[count:], low[count:], high[count:])
-    return Found(phi, -value, errors, said, fixed_along(shape, moves))
+    return Found(phi, -value, errors, said, fixed_along(model.fixed(tasks), moves))
 
 
 def _errors(shape: Any, spread: np.ndarray, units: np.ndarray, phi: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import numpy as np
 from hierbayes.evidence.profile import profile_problem
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.first_look import look, sample_of
-from hierbayes.meta.marginal import named_fixed
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.statistics import statistics
@@ -58,7 +57,7 @@ def rough_start(model: HierarchicalModel, tasks: Tasks, own: dict[str, Any]) -> 
     scale = [name for name in likelihood.parameters() if name in FROM_SIGMA]
     with float64(), np.errstate(all="ignore"):
         working = _working(model, tasks, own, weighed=not scale)
-        shape = model.shape(tasks)
+        shape, fixed = model.shape(tasks), model.fixed(tasks)
         problem = profile_problem(statistics(working), shape, reml=False, known_noise=not scale)
         try:
             many, _ = sample_of(problem)
@@ -70,7 +69,9 @@ def rough_start(model: HierarchicalModel, tasks: Tasks, own: dict[str, Any]) -> 
             effects, sigma = many.estimates(root)
             sigma = float(sigma[0])
             tau = sigma * np.linalg.norm(root[:, :, 0], axis=1)
-            phi = dict(own) | named_fixed(shape, many.fixed_effects(effects)[:, 0]) | {"tau": tau}
+            phi = (
+                dict(own) | fixed.phi(np.asarray(many.fixed_effects(effects)[:, 0])) | {"tau": tau}
+            )
             found.append(phi | {name: FROM_SIGMA[name](sigma) for name in scale})
         gap = float(seen.at_zero[0] - seen.loss[0])
     fine = all(np.isfinite(value).all() for phi in found for value in phi.values())

@@ -73,8 +73,12 @@ class Part:
         """The part (…) with these values (n,) in the places of its learned entries."""
         if self.learned is None:
             return entries.reshape(self.shape)
-        flat = jnp.zeros(int(np.prod(self.shape)), entries.dtype)
-        return flat.at[np.array(self.learned, int)].set(entries).reshape(self.shape)
+        places, size = np.array(self.learned, int), int(np.prod(self.shape))
+        if isinstance(entries, np.ndarray):
+            flat = np.zeros(size)
+            flat[places] = entries
+            return flat.reshape(self.shape)
+        return jnp.zeros(size, entries.dtype).at[places].set(entries).reshape(self.shape)
 
     def entries(self, array: Any) -> Any:
         """The learned entries (n,) of an array of the part's shape."""
@@ -197,6 +201,10 @@ class Space:
             self.units[where], self.origin[where],
             {n: t for n, t in self.transforms.items() if n in names},
         )  # fmt: skip
+
+    def plain(self) -> Space:
+        """The same parts, each entry as it is: x in the user's own units."""
+        return replace(self, units=np.ones(self.size), origin=np.zeros(self.size))
 
     def opened(self) -> Space:
         """The space without bounds, for samplers."""
