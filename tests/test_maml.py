@@ -73,6 +73,32 @@ def test_optimum_is_least_squares():
     assert found.warnings == ()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_normal_means_with_equal_sizes(num_steps):
+    """μ̂ = (v̄ − w ȳ) / (1 − w), with v the query rows and y the support rows."""
+    tasks = normal_means(60, 8, 1.0, 0.9)
+    eta = 0.03
+    found = hb.maml(GAUSSIAN, tasks, num_steps, eta, sigma=0.9, seed=3)
+    support, query = tasks.split(0.5, seed=3)
+    w = 1 - (1 - eta * 4 / 0.81) ** num_steps
+    y_bar = support.outcome.reshape(60, 4).mean(1)
+    mu = (query.outcome.mean() - w * y_bar.mean()) / (1 - w)
+    residual = query.outcome.reshape(60, 4) - ((1 - w) * mu + w * y_bar)[:, None]
+    assert found.phi["mu"] == pytest.approx([mu], rel=1e-7)
+    assert float(found.phi["sigma_query"]) == pytest.approx(np.sqrt((residual**2).mean()), rel=1e-8)
+    assert float(found.phi["sigma"]) == 0.9
+
+
+@pytest.mark.slow
+def test_a_step_beyond_the_largest_curvature_is_said_to_overshoot(rng):
+    tasks = hb.Tasks.from_arrays([(np.ones((4, 1)), rng.normal(size=4)) for _ in range(12)])
+    model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
+    # σ = 1 and four rows: λ = 4, so 0.3 lies between 1/λ = 0.25 and 2/λ = 0.5
+    with pytest.warns(hb.FitWarning, match="longer than 1/λ_max"):
+        hb.maml(model, tasks, num_steps=1, step_size=0.3, sigma=1.0)
+
+
 def test_one_row_tasks_only_ask():
     """A task of one row stays at μ in the inner loop; its row is a query row."""
     tasks = normal_means(40, [1, 2, 3, 7] * 10, 1.0, 0.8, seed=2)

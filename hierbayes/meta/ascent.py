@@ -105,7 +105,7 @@ def _lbfgs(
     )  # fmt: skip
     x, value, slope = np.asarray(run.x), float(run.fun), np.asarray(run.jac)
     if len(x) <= POLISHED and np.linalg.norm(slope) <= CONVERGED:
-        x, value, slope = newton(loss, x, np.full(len(x), -np.inf), flat=1e-8)
+        x, value, slope, _ = newton(loss, x, np.full(len(x), -np.inf), flat=1e-8)
     value = np.nan if value >= TOO_FAR else -value
     return unravel(jnp.asarray(x)), value, float(np.linalg.norm(slope)), int(run.nit)
 

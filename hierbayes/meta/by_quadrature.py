@@ -61,8 +61,8 @@ MOST_AT_ONCE = 1024
 FINEST_GRID = {1: 61, 2: 31, 3: 13}
 """Nodes a dimension up to which a grid is held against a finer one; beyond, rays."""
 
-LEAST_JUDGED, MOST_JUDGED = 32, 256
-"""Draws of φ at which quadrature is judged."""
+FEW = 64
+"""Draws of φ at which quadrature is judged, and points of the smaller of two compiled calls."""
 
 MOST_WORK = 200_000
 """Nodes × rows of one point up to which nodes are raised: beyond, NUTS is the quicker."""
@@ -281,7 +281,8 @@ class ByQuadrature:
 
         def found(of: Any, at: np.ndarray) -> Any:
             call = functools.partial(_points, of, self.made, given)
-            return in_batches(call, (at,), self.at_once, advance)
+            at_once = min(FEW, self.at_once) if len(at) <= FEW else self.at_once
+            return in_batches(call, (at,), at_once, advance)
 
         if not rough:
             return found(_point, xs)
@@ -323,15 +324,14 @@ class ByQuadrature:
 
     def _judged(self, xs: np.ndarray) -> np.ndarray:
         """Draws evenly spread over the ranks of every τ, the smallest and the largest included."""
-        size = int(np.clip(self.at_once, LEAST_JUDGED, MOST_JUDGED)) // self.num_coef
-        ranks = np.unique(np.linspace(0, len(xs) - 1, max(2, size)).astype(int))
+        ranks = np.unique(np.linspace(0, len(xs) - 1, FEW // self.num_coef).astype(int))
         order = np.argsort(xs[:, : self.num_coef], axis=0)
         return xs[np.unique(order[ranks])]
 
     def _values(self, units: np.ndarray, xs: np.ndarray, num_nodes: int) -> np.ndarray:
         given = self.given.within(units)._replace(rule=nodes_of(num_nodes, self.num_coef))
         call = functools.partial(_points, _point, self.made, given)
-        return np.asarray(in_batches(call, (xs,), self.at_once).log_density)
+        return np.asarray(in_batches(call, (xs,), min(FEW, self.at_once)).log_density)
 
     @property
     def doubt(self) -> str | None:

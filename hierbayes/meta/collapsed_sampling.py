@@ -38,7 +38,7 @@ TOO_LIGHT = 0.7
 """Pareto's k̂ of weights from which on a proposal has tails too light: more of it is to reach far,
 or, where no more can, NUTS takes over."""
 
-GOOD_TAIL, LEAST_TAIL = 0.5, 0.1
+GOOD_TAIL, LEAST_TAIL = 0.25, 0.1
 """Shares of the draws that are to be effective beyond the quantiles 5 % and 95 %: for proposals to
 be left as they are, and for NUTS not to take over."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -101,10 +101,21 @@ def polish(
 
     ``near(x)``, where given, is the criterion around x, cheap and exact to second order.
     """
-    x, value, slope = newton(value_and_slope, x, lower, near)
-    free = ~((x <= lower) & (slope >= 0))
-    hessian = curvature(value_and_slope if near is None else near(x), x, free)
-    return Minimum(x, float(value), unsettled(slope[free], hessian, value))
+    end = newton(value_and_slope, x, lower, near)
+    free = ~((end.x <= lower) & (end.slope >= 0))
+    hessian = end.hessian
+    if hessian is None or hessian.shape[0] != free.sum():
+        hessian = curvature(value_and_slope if near is None else near(end.x), end.x, free)
+    return Minimum(end.x, float(end.value), unsettled(end.slope[free], hessian, end.value))
+
+
+class Stepped(NamedTuple):
+    """Where Newton's steps ended; ``hessian``, of the free coordinates, where it is known there."""
+
+    x: np.ndarray
+    value: float
+    slope: np.ndarray
+    hessian: np.ndarray | None
 
 
 def newton(
@@ -113,12 +124,13 @@ def newton(
     lower: np.ndarray,
     near: Near | None = None,
     flat: float = 0.0,
-) -> tuple[np.ndarray, float, np.ndarray]:
-    """(x, value, slope) after the steps of :func:`polish`.
+) -> Stepped:
+    """The steps of :func:`polish`.
 
     None is taken where some direction has less than the share ``flat`` of the largest curvature.
     """
     value, slope = value_and_slope(x)
+    hessian = None
     for _ in range(20):
         free = ~((x <= lower) & (slope >= 0))
         if not free.any():
@@ -143,7 +155,8 @@ def newton(
         x, value, slope = trial, after, slope_after
         if settled:
             break
-    return x, value, slope
+        hessian = None
+    return Stepped(x, value, slope, hessian)
 
 
 def descend(

@@ -276,7 +276,7 @@ def over_all(model: HierarchicalModel, tasks: Tasks, without: int | None = None)
             return after, slope[inside]
 
         none = np.full(int(inside.sum()), -np.inf)
-        better, value, _ = newton(of_inside, x[inside], none, flat=1e-10)
+        better, value, _, _ = newton(of_inside, x[inside], none, flat=1e-10)
         x[inside] = better
         hessian = curvature(of_inside, better, np.ones(len(better), bool))
         phi = to_numpy(_phi(shape, x, units))

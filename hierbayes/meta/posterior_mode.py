@@ -103,6 +103,8 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
 
 def finite(value: float, slope: np.ndarray) -> tuple[float, np.ndarray]:
     """A criterion and its slope as a minimiser can use them."""
+    if np.isfinite(value) and np.isfinite(slope).all():
+        return value, np.array(slope)
     return (value if np.isfinite(value) else 1e300), np.nan_to_num(slope)
 
 

@@ -234,8 +234,11 @@ def _spread(matrix: np.ndarray, mixes: bool, phi: Mapping[str, Any]) -> dict[str
     elif traced:
         root = semidefinite_root(phi["corr"])
     else:
-        with float64():
-            root = np.asarray(semidefinite_root(jnp.asarray(phi["corr"])))
+        try:
+            root = np.linalg.cholesky(phi["corr"])
+        except np.linalg.LinAlgError:  # of correlations of one
+            with float64():
+                root = np.asarray(semidefinite_root(jnp.asarray(phi["corr"])))
     rows = matrix @ (tau[..., :, None] * root)
     found = xp.sqrt((rows**2).sum(-1))
     unit = rows / xp.where(found > 0, found, 1.0)[..., None]
