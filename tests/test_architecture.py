@@ -16,8 +16,8 @@ import hierbayes
 PACKAGE = Path(hierbayes.__file__).parent
 
 ROOMS = [
-    "errors", "inputs", "files", "numerics", "sharding", "tasks", "statistics", "phi", "likelihoods",
-    "rows", "priors",
+    "errors", "inputs", "files", "numerics", "sharding", "tasks", "statistics", "phi",
+    "likelihoods", "rows", "priors",
     "model", "simulation", "formula", "adaptation", "evidence", "fit", "meta", "checks", "plots",
     "calibration", "comparison", "datasets", "cli",
 ]  # fmt: skip

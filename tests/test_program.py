@@ -334,6 +334,20 @@ def test_parameters_live_where_their_priors_do():
     assert abs(fit.phi["shift"] + 1.5) < 4 / np.sqrt(540)
 
 
+@pytest.mark.filterwarnings("ignore::hierbayes.FitWarning")
+def test_a_parameter_lies_where_its_prior_does(learned):
+    """The maximum of the evidence knows of a prior only where that cuts it off."""
+    anywhere = learned.phi["noise"]
+
+    def noise_within(low, high):
+        hyper = replace(NOISE, extra={"noise": dist.Uniform(low * anywhere, high * anywhere)})
+        model = hb.HierarchicalModel(hb.likelihoods.from_numpyro(noisy), PRIOR, hyper)
+        return hb.empirical_bayes(model, even(), evidence="laplace").phi["noise"] / anywhere
+
+    assert noise_within(0.5, 2.0) == pytest.approx(1.0, abs=1e-5)  # slopes vanish to 1e-9 of a nat
+    assert noise_within(1.5, 2.0) == pytest.approx(1.5, abs=1e-3)
+
+
 # ------------------------------------------------------------------------ bad input
 
 
@@ -354,8 +368,6 @@ def test_programs_that_are_no_likelihood_are_refused():
     refused(noisy, "asks phi for 'noise'")
     refused(lambda theta, phi, task: theta[None] @ task.predictors, "does not run on task 0")
     refused(together, "tasks of different lengths need one a row", ragged(), NOISE)
-    positive = hb.HyperPrior(extra={"noise": dist.Uniform(0.5, 2.0)})
-    refused(noisy, "has support", hyper=positive)
     with pytest.raises(ValueError, match="takes a function of"):
         hb.likelihoods.from_numpyro("y ~ x")
     with pytest.raises(ValueError, match="every entry of θ once"):

@@ -34,7 +34,6 @@ from numpyro.distributions.transforms import (
     biject_to,
 )
 
-from hierbayes.errors import InputError
 from hierbayes.phi.assembled import Assembled
 
 Support = Literal["real", "spread", "open spread", "correlation", "belief"]
@@ -118,7 +117,7 @@ class Space:
         that is not what a prior's support suggests.
         """
         transforms = {
-            p.name: _transform_of(p.name, beliefs[p.name]) for p in parts if p.support == "belief"
+            p.name: _transform_of(beliefs[p.name]) for p in parts if p.support == "belief"
         }
         bare = cls(tuple(parts), None, None, transforms)
         scale, origin = np.ones(bare.size), np.zeros(bare.size)
@@ -395,12 +394,7 @@ def inverse_softplus(value: Any) -> Any:
     return value + np.log(-np.expm1(-value))
 
 
-def _transform_of(name: str, belief: dist.Distribution) -> Transform:
-    if belief.shape() != ():
-        raise InputError(
-            f"the prior of {name!r} has shape {belief.shape()}: here parameters beside mu, tau, "
-            'corr, beta and gamma are single numbers; full_bayes(method="nuts") takes others'
-        )
+def _transform_of(belief: dist.Distribution) -> Transform:
     transform = biject_to(belief.support)
     return IdentityTransform() if transform is None else transform
 
