@@ -5,7 +5,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from sphinx.errors import SphinxError
 
 import hierbayes
 
@@ -54,7 +53,10 @@ def test_one_description_is_enough_for_a_name_that_is_public_twice(check):
     )
 
 
+@pytest.mark.slow  # with the documentation's libraries
 def test_the_build_stops_at_a_missing_name(check):
+    from sphinx.errors import SphinxError
+
     names = set(check.public_names(hierbayes))
 
     class Environment:

@@ -450,8 +450,31 @@ def test_a_module_that_can_be_called_is_weights_and_no_init():
     assert hb.likelihoods.Network(lambda p, x: x @ p, drawn).weights.size == 2
 
 
+def refuses_to_draw(*given):
+    tasks = some_tasks((6, 6))
+    for apply, weights in given:
+        model = hb.HierarchicalModel(hb.likelihoods.Network(apply, weights), GAUSSIAN)
+        with refuses("apply", "the same f", "dropout"):
+            hb.maml(model, tasks, 1, **SHORT)
+        head = hb.likelihoods.LastLayer(apply, weights)
+        with refuses("apply", "the same f", "dropout"):
+            head.num_features(tasks.predictors)
+
+
 def test_apply_that_draws_is_refused():
     import equinox
+
+    drop = equinox.nn.Dropout(0.5)
+    refuses_to_draw(
+        (lambda p, x: jax.vmap(drop)(x) @ p, np.ones(1)),
+        (lambda p, x: drop(x, key=jax.random.key(0)) @ p, np.ones(1)),
+        (lambda p, x: x @ p + jax.random.normal(jax.random.key(0), (len(x),)), np.ones(1)),
+        (lambda p, x, key: x @ p, np.ones(1)),
+    )
+
+
+@pytest.mark.slow
+def test_flax_modules_that_draw_are_refused():
     from flax import linen
 
     class Linen(linen.Module):
@@ -461,22 +484,10 @@ def test_apply_that_draws_is_refused():
 
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
     params = jax.jit(Linen().init)(keys, np.ones((2, 1), np.float32))
-    drop = equinox.nn.Dropout(0.5)
-    tasks = some_tasks((6, 6))
-    for apply, given in (
+    refuses_to_draw(
         (Linen().apply, params),
         (lambda p, x: Linen().apply(p, x, rngs={"dropout": jax.random.key(0)}), params),
-        (lambda p, x: jax.vmap(drop)(x) @ p, np.ones(1)),
-        (lambda p, x: drop(x, key=jax.random.key(0)) @ p, np.ones(1)),
-        (lambda p, x: x @ p + jax.random.normal(jax.random.key(0), (len(x),)), np.ones(1)),
-        (lambda p, x, key: x @ p, np.ones(1)),
-    ):
-        model = hb.HierarchicalModel(hb.likelihoods.Network(apply, given), GAUSSIAN)
-        with refuses("apply", "the same f", "dropout"):
-            hb.maml(model, tasks, 1, **SHORT)
-        head = hb.likelihoods.LastLayer(apply, given)
-        with refuses("apply", "the same f", "dropout"):
-            head.num_features(tasks.predictors)
+    )
 
 
 def test_rows_of_another_width_are_refused_and_a_number_is_weights():
