@@ -171,9 +171,13 @@ METHODS = {
 SHORT = dict(num_meta_steps=2, batch_size=3, held_out=4, evaluate_every=2, progress=False)
 
 
+OFTEN = ("maml", "imaml", "reptile")
+
+
 @pytest.mark.parametrize(
     ("method", "from_tasks"),
-    [("reptile", True), ("maml", True)] + [(m, False) for m in METHODS],
+    [("reptile", True), ("maml", True)]
+    + [pytest.param(m, False, marks=() if m in OFTEN else pytest.mark.slow) for m in METHODS],
 )
 def test_apply_never_sees_a_row_that_is_not_the_tasks(method, from_tasks):
     """Episodes of 5 and 3 rows; a fixed set of tasks of 6, split 3 and 3; adapted and predicted."""
