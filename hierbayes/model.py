@@ -24,7 +24,7 @@ from hierbayes.likelihoods import Likelihood
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.numerics import float64, triangle
-from hierbayes.phi import Space
+from hierbayes.phi import Part, Space
 from hierbayes.priors import HyperPrior, Prior
 from hierbayes.priors.beliefs import refuse_negative
 from hierbayes.priors.column_map import ColumnMap
@@ -114,24 +114,31 @@ class HierarchicalModel:
         """Natural units of f and of every coefficient in these tasks."""
         return Scales.of(tasks, self.likelihood)
 
-    def space(self, tasks: Tasks, *names: str) -> Space:
-        """φ as an object, in these tasks' units: what the prior and the likelihood own of it.
-
-        ``names``: of some parts alone.
-        """
-        prior, labels, scales = self.prior, tasks.labels, self.scales(tasks)
+    def parts(self, tasks: Tasks) -> list[Part]:
+        """What the prior and the likelihood own of φ."""
+        prior, labels = self.prior, tasks.labels
         assert isinstance(prior, Elliptical)
-        parts = prior.parts(tasks.coef, labels.task_predictors)
-        parts += self.likelihood.parts(labels.shared)
-        if names:
-            parts = [p for p in parts if p.name in names]
+        of_prior = prior.parts(tasks.coef, labels.task_predictors)
+        return of_prior + self.likelihood.parts(labels.shared)
+
+    def space(self, tasks: Tasks, *names: str, likelihood_alone: bool = False) -> Space:
+        """φ as an object, in these tasks' units.
+
+        ``names``: of some parts alone. ``likelihood_alone``: no prior says where the likelihood's
+        own parameters lie; they are positive.
+        """
+        scales = self.scales(tasks)
+        parts = [p for p in self.parts(tasks) if not names or p.name in names]
+        if likelihood_alone:
+            parts = [replace(p, support="positive") if p.moved else p for p in parts]
         asked = any(p.support == "belief" for p in parts)
         units = {
             "mu": scales.mu, "gamma": scales.coef[:, None] / scales.task_predictors,
             "tau": scales.coef, "beta": scales.shared,
         }  # fmt: skip
         beliefs = self.phi_distributions(tasks) if asked else {}
-        return Space.of(parts, units, beliefs, {"sigma": float(scales.spread)})
+        starts = {"sigma": float(scales.spread)}
+        return Space.of(parts, units=units, beliefs=beliefs, starts=starts)
 
     def fixed(self, tasks: Tasks) -> Space:
         """b = (μ, Γ, β), as it is."""

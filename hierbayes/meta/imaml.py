@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hierbayes import inputs
@@ -28,7 +27,7 @@ from hierbayes.meta.inner_loop import (
     check_optimiser,
     check_steps,
     inner_noise,
-    outer_parameters,
+    outer_space,
     refuse_idle,
     refuse_splits,
     side_by_side,
@@ -39,6 +38,7 @@ from hierbayes.meta.maml_on_episodes import maximise_predictive
 from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy
+from hierbayes.phi import Part, Space
 from hierbayes.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -177,22 +177,24 @@ def imaml(
     adaptation = Proximal()
     evidence = Predictive(adaptation)
     with float64():
-        start, to_phi = outer_parameters(resolved, tasks, fixed)
-        if given is None:
-            start["log_precision"] = jnp.zeros(len(units))
+        space = outer_space(resolved, tasks, fixed)
+        if given is None:  # x is the log of the precision, up to its sign
+            space += Space.of(
+                [Part("tau", ("coef",), units.shape, "positive")],
+                units={"tau": 0.5}, starts={"tau": STARTING_TAU * units},
+            )  # fmt: skip
+        else:
+            fixed = fixed | {"tau": 1 / np.sqrt(given)}
+        start = space.x({"mu": resolved.scales(tasks).mu_location})
 
-        def unpack(parameters: Any) -> dict[str, Any]:
-            if given is None:
-                tau = STARTING_TAU * units * jnp.exp(-0.5 * parameters["log_precision"])
-            else:
-                tau = 1 / jnp.sqrt(jnp.asarray(given))
-            return to_phi(parameters) | {"tau": tau}
+        def unpack(x: Any) -> dict[str, Any]:
+            return dict(fixed) | space.phi(x)
 
         support, asked = (side_by_side(parts) for parts in zip(*splits, strict=True))
         plain = resolved.without_encoder()
 
-        def objective(parameters: Any, *parts: Any) -> jax.Array:
-            return evidence.of_rows(plain, unpack(parameters), *parts).sum() / asked.num_rows
+        def objective(x: Any, *parts: Any) -> jax.Array:
+            return evidence.of_rows(plain, unpack(x), *parts).sum() / asked.num_rows
 
         data = evidence.arrange(plain, support, asked)
         best = maximise(objective, start, optimiser, num_meta_steps, progress, "iMAML", data)

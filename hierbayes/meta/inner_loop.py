@@ -9,12 +9,11 @@ the outer loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hierbayes import inputs
@@ -25,11 +24,9 @@ from hierbayes.meta.baselines import noise, refuse_idle_sigma
 from hierbayes.meta.own_parameters import own_parameters
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key
+from hierbayes.phi import Part, Space
 from hierbayes.statistics import statistics
 from hierbayes.tasks import Tasks
-
-Parameters = dict[str, jax.Array]
-"""Parameters of the outer loop by name, unconstrained and of order one."""
 
 
 def check_counts(**counts: int) -> None:
@@ -182,39 +179,20 @@ def side_by_side(parts: Sequence[Tasks]) -> Tasks:
     )
 
 
-def outer_parameters(
-    model: HierarchicalModel, tasks: Tasks, fixed: dict[str, Any]
-) -> tuple[Parameters, Callable[[Parameters], dict[str, Any]]]:
-    """Starting values of order one for μ, β, Γ and σ_query, and the way from them to φ.
+def query_space(model: HierarchicalModel, tasks: Tasks, fixed: Mapping[str, Any]) -> Space:
+    """How query rows are scored: ``sigma_query``, the plug-in predictive deviation, and the like.
 
-    ``sigma_query`` is the plug-in predictive deviation of the query rows; ``concentration_query``
-    and ``shape_query`` stand for it in other families, and families without parameters have none.
-    ``fixed`` is the part of φ that is not learned. The way to φ passes over parameters that it does
-    not know, so that a method can add its own to both.
+    ``concentration_query`` and ``shape_query`` stand for it in other families, and families without
+    parameters have none. ``fixed`` is the part of φ that is not learned.
     """
-    scales, shape = model.scales(tasks), model.shape(tasks)
-    free = jnp.asarray(shape.free_mean)
-    d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
-    start = {"mu": jnp.asarray(scales.mu_location / scales.coef)}
-    asked = query_parameters(model, fixed)
-    unit = {"sigma": scales.spread}
-    start |= {f"log_{name}_query": jnp.zeros(()) for name in asked}
-    if p:
-        start["beta"] = jnp.zeros(p)
-    if q:
-        start["gamma"] = jnp.zeros((d, q))
+    starts = dict(fixed) | {"sigma": model.scales(tasks).spread}
+    named = {f"{name}_query": starts[name] for name in query_parameters(model, fixed)}
+    return Space.of([Part(name, (), (), "positive") for name in named], starts=named)
 
-    def unpack(parameters: Parameters) -> dict[str, Any]:
-        phi: dict[str, Any] = {name: jnp.asarray(value) for name, value in fixed.items()}
-        phi["mu"] = jnp.where(free, parameters["mu"] * scales.coef, 0.0)
-        for name in asked:
-            if f"log_{name}_query" in parameters:
-                scale = unit[name] if name in unit else fixed[name]
-                phi[f"{name}_query"] = scale * jnp.exp(parameters[f"log_{name}_query"])
-        if p:
-            phi["beta"] = parameters["beta"] * scales.shared
-        if q:
-            phi["gamma"] = parameters["gamma"] * scales.coef[:, None] / scales.task_predictors
-        return phi
 
-    return start, unpack
+def outer_space(
+    model: HierarchicalModel, tasks: Tasks, fixed: Mapping[str, Any], *, queries: bool = True
+) -> Space:
+    """What an outer loop learns of φ: μ, Γ, β and, for ``queries``, how their rows are scored."""
+    space = model.space(tasks, "mu", "gamma", "beta").in_units(mu=model.scales(tasks).coef)
+    return space + query_space(model, tasks, fixed) if queries else space

@@ -10,8 +10,8 @@ import time
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 
 from hierbayes import inputs
 from hierbayes.adaptation import GradientSteps
@@ -33,7 +33,7 @@ from hierbayes.meta.inner_loop import (
     check_optimiser,
     check_steps,
     inner_noise,
-    outer_parameters,
+    outer_space,
     refuse_idle,
     refuse_splits,
     side_by_side,
@@ -43,6 +43,7 @@ from hierbayes.meta.maml_on_episodes import maximise_predictive
 from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy
+from hierbayes.phi import Part, Space
 from hierbayes.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -194,33 +195,35 @@ def maml(
     model.check(tasks, learns_prior=True)
     entered = enter_or_stay(model, tasks, stay=step_size != "auto" or inner_optimiser is not None)
     resolved, tasks = entered.inner_model, entered.inner_tasks
-    phi = inner_noise(resolved, tasks, sigma)
+    noise = inner_noise(resolved, tasks, sigma)
     loss = loss or "sum"
-    longest = 1.0 / float(largest_curvature(resolved, tasks, phi, loss).max())
+    longest = 1.0 / float(largest_curvature(resolved, tasks, noise, loss).max())
     eta = longest if step_size == "auto" else float(step_size)
-    check_step_size(eta, resolved, tasks, phi, loss)
-    free = not bounded(resolved, tasks, phi)
+    check_step_size(eta, resolved, tasks, noise, loss)
+    free = not bounded(resolved, tasks, noise)
     splits = support_query_splits(tasks, query, num_splits, seed, "MAML")
     fixed = None if learn_step_size or inner_optimiser is not None else eta
     adaptation = GradientSteps(num_steps, fixed, loss, inner_optimiser, derivative)
     evidence = Predictive(adaptation)
     with float64():
-        start, to_phi = outer_parameters(resolved, tasks, phi)
+        space = outer_space(resolved, tasks, noise)
         if learn_step_size:
-            share = min(eta / max(longest, eta), 0.9)
-            size = len(tasks.coef) if learn_step_size == "coef" else ()
-            start["step_size"] = jnp.full(size, np.log(share / (1 - share)))
+            top = max(longest, eta)
+            dims = ("coef",) if learn_step_size == "coef" else ()
+            steps = Part("step_size", dims, (len(tasks.coef),) * len(dims), "belief")
+            space += Space.of(
+                [steps], beliefs={"step_size": dist.Uniform(0.0, top)},
+                starts={"step_size": min(eta, 0.9 * top)},
+            )  # fmt: skip
+        start = space.x({"mu": resolved.scales(tasks).mu_location})
 
-        def unpack(parameters: Any) -> dict[str, Any]:
-            if not learn_step_size:
-                return to_phi(parameters)
-            learned = max(longest, eta) * jax.nn.sigmoid(parameters["step_size"])
-            return to_phi(parameters) | {"step_size": learned}
+        def unpack(x: Any) -> dict[str, Any]:
+            return dict(noise) | space.phi(x)
 
         support, asked = (side_by_side(parts) for parts in zip(*splits, strict=True))
 
-        def objective(parameters: Any, *parts: Any) -> jax.Array:
-            rows = evidence.of_rows(resolved, unpack(parameters), *parts)
+        def objective(x: Any, *parts: Any) -> jax.Array:
+            rows = evidence.of_rows(resolved, unpack(x), *parts)
             return rows.sum() / asked.num_rows
 
         data = evidence.arrange(resolved, support, asked)

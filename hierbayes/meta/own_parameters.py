@@ -33,10 +33,10 @@ from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.approximate_evidence import maximise_approximate
-from hierbayes.meta.marginal import fixed_along
 from hierbayes.meta.optimum import curvature, newton
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
+from hierbayes.phi.space import Space, phi_at, standard_errors
 from hierbayes.statistics import statistics
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.kept import kept
@@ -83,13 +83,12 @@ class Within:
     remarks: list[str]
 
 
-def _ranges(names: tuple[str, ...], spread: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(start, lower, upper) of the logarithms."""
+def _ranges(names: tuple[str, ...], spread: float) -> np.ndarray:
+    """(start, lower, upper) of the logarithms, (3, n)."""
     unit = {"sigma": spread}
     start = [unit.get(n, 1.0) * STARTS.get(n, 1.0) for n in names]
     ends = [np.asarray(RANGES.get(n, (1e-3, 1e6))) * unit.get(n, 1.0) for n in names]
-    low, high = np.array(ends).reshape(-1, 2).T
-    return np.log(start), np.log(low), np.log(high)
+    return np.log(np.column_stack([start, np.array(ends).reshape(-1, 2)]).T)
 
 
 def _said(names: tuple[str, ...], at: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[str]:
@@ -220,53 +219,34 @@ def _refuse_endless(names: tuple[str, ...], values: np.ndarray, where: str) -> N
 # ------------------------------------------------------------------------ over all tasks
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _pooled(model: HierarchicalModel, shape: Any, vector: Any, units: Any, data: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def _pooled(model: HierarchicalModel, space: Space, x: Any, data: Any) -> Any:
     def minus(v: Any) -> Any:
-        phi = _phi(shape, v, units)
+        phi = space.phi(v)
         thetas = model.prior.location(phi, data[0].task_predictors)
         return -model.likelihood.log_likelihood_of_rows(thetas, phi, *data).sum()
 
-    return jax.value_and_grad(minus)(vector)
-
-
-def _phi(shape: Any, vector: Any, units: Any) -> dict[str, Any]:
-    d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
-    places = np.flatnonzero(shape.free_mean)
-    count = len(places)
-    v = vector[: len(units)] * units
-    phi = {"mu": jnp.zeros(d).at[places].set(v[:count])}
-    if q:
-        phi["gamma"] = v[count : count + d * q].reshape(d, q)
-    if p:
-        phi["beta"] = v[count + d * q :]
-    return phi | {n: jnp.exp(vector[len(units) + i]) for i, n in enumerate(shape.parameters)}
+    return jax.value_and_grad(minus)(x)
 
 
 def over_all(model: HierarchicalModel, tasks: Tasks, without: int | None = None) -> Found:
     """μ, Γ, β and the family's own parameters with one θ for all tasks; ``without`` one task."""
-    shape, scales = model.shape(tasks), model.scales(tasks)
-    places = np.flatnonzero(shape.free_mean)
-    q = len(shape.task_predictors)
-    units = np.concatenate([
-        scales.coef[places],
-        np.ravel(scales.coef[:, None] / scales.task_predictors) if q else [],
-        scales.shared,
-    ])  # fmt: skip
-    start, low, high = _ranges(shape.parameters, scales.spread)
-    begin = np.zeros(len(units))
-    begin[: len(places)] = scales.mu_location[places] / units[: len(places)]
+    scales, own = model.scales(tasks), model.likelihood.parameters()
     mask = np.ones(tasks.num_rows, bool) if without is None else tasks.task_of_row != without
     data = replace(tasks.flat(), mask=mask), tasks.task_of_row
-    plain, count = model.without_encoder(), len(units)
-    low, high = np.append(np.full(count, -np.inf), low), np.append(np.full(count, np.inf), high)
+    plain = model.without_encoder()
     with float64():
+        space = model.space(tasks, "mu", "gamma", "beta", *own, likelihood_alone=True)
+        count = space.size - len(own)
+        begin = space.x({"mu": scales.mu_location})
+        begin[count:], low, high = _ranges(own, scales.spread) - space.origin[count:]
+        low, high = np.append(np.full(count, -np.inf), low), np.append(np.full(count, np.inf), high)
 
         def minus(v: np.ndarray) -> tuple[float, np.ndarray]:
-            value, slope = _pooled(plain, shape, v, units, data)
+            value, slope = _pooled(plain, space, v, data)
             return float(value), np.asarray(slope)
 
-        x, value = _minimise(minus, np.append(begin, start), low, high)
+        x, _ = _minimise(minus, begin, low, high)
         inside = (x > low + 1e-6) & (x < high - 1e-6)
 
         def of_inside(v: np.ndarray) -> tuple[float, np.ndarray]:
@@ -276,31 +256,18 @@ def over_all(model: HierarchicalModel, tasks: Tasks, without: int | None = None)
             return after, slope[inside]
 
         none = np.full(int(inside.sum()), -np.inf)
-        better, value, _, _ = newton(of_inside, x[inside], none, flat=1e-10)
-        x[inside] = better
-        hessian = curvature(of_inside, better, np.ones(len(better), bool))
-        phi = to_numpy(_phi(shape, x, units))
-    least = -np.inf
-    if np.isfinite(hessian).all():
-        least = np.linalg.eigvalsh(hessian).min(initial=np.inf)
-    if not (least > 1e-6 and np.abs(x[:count] - begin).max(initial=0.0) < FAR):
-        _refuse_separation(model, tasks, mask)
-    spread, moves = np.full(len(x), np.nan), np.full((count, count), np.nan)
-    if least > 0:
-        covariance = np.linalg.inv(hessian)
-        spread[inside] = np.sqrt(np.diag(covariance))
-        moves = covariance[:count, :count] * np.outer(units, units)
-    errors = to_numpy(_errors(shape, spread, units, phi))
-    said = _said(shape.parameters, x[count:], low[count:], high[count:])
-    return Found(phi, -value, errors, said, fixed_along(model.fixed(tasks), moves))
-
-
-def _errors(shape: Any, spread: np.ndarray, units: np.ndarray, phi: Any) -> dict[str, Any]:
-    count = len(units)
-    with float64():
-        named = _phi(shape, np.append(spread[:count], np.zeros(len(spread) - count)), units)
-    own = {n: phi[n] * spread[count + i] for i, n in enumerate(shape.parameters)}
-    return named | own
+        end = newton(of_inside, x[inside], none, flat=1e-10)
+        x[inside] = end.x
+        hessian = curvature(of_inside, end.x, np.ones(len(end.x), bool))
+        phi = to_numpy(phi_at(space, x))
+        finite = np.isfinite(hessian).all()
+        least = np.linalg.eigvalsh(hessian).min(initial=np.inf) if finite else -np.inf
+        if not (least > 1e-6 and np.abs(x - begin)[:count].max(initial=0.0) < FAR):
+            _refuse_separation(model, tasks, mask)
+        along = space.along(x, inside, hessian)
+    said = _said(own, *(v[count:] + space.origin[count:] for v in (x, low, high)))
+    fixed = {n: v for n, v in along.items() if n not in own}
+    return Found(phi, -end.value, standard_errors(along), said, fixed)
 
 
 def _refuse_separation(model: HierarchicalModel, tasks: Tasks, mask: np.ndarray) -> None:

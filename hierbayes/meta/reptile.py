@@ -30,19 +30,20 @@ from hierbayes.meta.ascent import maximise
 from hierbayes.meta.episodic import PLAIN_STEP, on_episodes
 from hierbayes.meta.fixed_point import follow
 from hierbayes.meta.inner_loop import (
-    Parameters,
     check_counts,
     check_optimiser,
     check_steps,
     inner_noise,
-    outer_parameters,
+    outer_space,
     query_parameters,
+    query_space,
     refuse_idle,
 )
 from hierbayes.meta.reptile_on_episodes import follow_moves
 from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy
+from hierbayes.phi import Space
 from hierbayes.sharding import place
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.layout import on_devices
@@ -178,13 +179,13 @@ def reptile(
     check_step_size(eta, resolved, tasks, fixed)
     adaptation = GradientSteps(num_steps, eta)
     with float64():
-        start, to_phi = outer_parameters(resolved, tasks, fixed)
-        start = {n: v for n, v in start.items() if not n.endswith("_query")}
+        space = outer_space(resolved, tasks, fixed, queries=False)
+        start = space.x({"mu": resolved.scales(tasks).mu_location})
         found = follow(
-            _direction(resolved, tasks, adaptation, to_phi), start, optimiser, num_meta_steps,
-            tolerance, progress, "Reptile", _data(resolved, tasks),
+            _direction(resolved, tasks, adaptation, space, fixed), start, optimiser,
+            num_meta_steps, tolerance, progress, "Reptile", _data(resolved, tasks),
         )  # fmt: skip
-        phi = to_numpy(to_phi(found.parameters))
+        phi = to_numpy(dict(fixed) | space.phi(found.parameters))
     remarks = list(found.warnings)
     if eta > longest * (1 + 1e-9):
         remarks.append(
@@ -216,21 +217,19 @@ def _direction(
     model: HierarchicalModel,
     tasks: Tasks,
     adaptation: GradientSteps,
-    to_phi: Callable[[Parameters], dict[str, Any]],
-) -> Callable[..., Parameters]:
-    """Where the tasks pull μ, Γ and β, in scaled parameters; a function of these and _data."""
-    plain, scales = model.without_encoder(), model.scales(tasks)
-    level = model.likelihood.units(tasks)[0]
+    space: Space,
+    fixed: dict[str, Any],
+) -> Callable[..., jax.Array]:
+    """Where the tasks pull x, that is μ, Γ and β in scaled units; of x and :func:`_data`."""
+    plain, level = model.without_encoder(), model.likelihood.units(tasks)[0]
 
-    def direction(parameters: Parameters, regression: Any, rows: Any, of_row: Any) -> Parameters:
-        phi = to_phi(parameters)
+    def direction(x: Any, regression: Any, rows: Any, of_row: Any) -> jax.Array:
+        phi = dict(fixed) | space.phi(x)
         thetas = adaptation.steps(plain, phi, rows, of_row)
         moves = thetas - plain.prior.location(phi, rows.task_predictors)
         effects = jnp.einsum("ckj,jc->ck", regression, moves)
-        pull = {"mu": effects[:, 0] / scales.coef}
-        if "gamma" in parameters:
-            pull["gamma"] = effects[:, 1:] * scales.task_predictors / scales.coef[:, None]
-        if "beta" in parameters:
+        pull = {"mu": effects[:, 0], "gamma": effects[:, 1:]}
+        if "beta" in phi:
 
             def log_likelihood(beta: Any) -> Any:
                 each = plain.likelihood.log_likelihood_of_rows(
@@ -245,8 +244,8 @@ def _direction(
             else:
                 curvature = -jax.hessian(log_likelihood)(phi["beta"])
             slope = jax.grad(log_likelihood)(phi["beta"])
-            pull["beta"] = jnp.linalg.solve(curvature, slope) / scales.shared
-        return pull
+            pull["beta"] = jnp.linalg.solve(curvature, slope)
+        return jnp.concatenate([p.entries(pull[p.name]) for p in space.parts]) / space.units
 
     return direction
 
@@ -291,19 +290,14 @@ def _query(
             "too narrow"
         ]  # fmt: skip
     evidence, plain = Predictive(adaptation), model.without_encoder()
-    unit = {"sigma": model.scales(tasks).spread}
     with float64():
+        space = query_space(model, tasks, fixed)
 
-        def at(logs: Any) -> dict[str, Any]:
-            found = {f"{n}_query": (fixed | unit)[n] * jnp.exp(value) for n, value in logs.items()}
-            return phi | found
-
-        def objective(logs: Any, *parts: Any) -> jax.Array:
-            return evidence.of_rows(plain, at(logs), *parts).sum() / asked.num_rows
+        def objective(x: Any, *parts: Any) -> jax.Array:
+            return evidence.of_rows(plain, phi | space.phi(x), *parts).sum() / asked.num_rows
 
         data = evidence.arrange(plain, support, asked)
-        start = {name: jnp.zeros(()) for name in names}
+        start = np.zeros(space.size)
         best = maximise(objective, start, None, 100, False, "Reptile's sigma_query", data)
-        learned = to_numpy(at(best.parameters))
-    found = {f"{name}_query": learned[f"{name}_query"] for name in names}
+        found = to_numpy(space.phi(best.parameters))
     return found, best.value * asked.num_rows, best.warnings

@@ -20,6 +20,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ import numpyro.distributions as dist
 from numpyro.distributions.transforms import (
     CorrCholeskyTransform,
     CorrMatrixCholeskyTransform,
+    ExpTransform,
     IdentityTransform,
     Transform,
     biject_to,
@@ -36,7 +38,7 @@ from numpyro.distributions.transforms import (
 
 from hierbayes.phi.assembled import Assembled
 
-Support = Literal["real", "spread", "open spread", "correlation", "belief"]
+Support = Literal["real", "spread", "open spread", "positive", "correlation", "belief"]
 
 FLAT = 1e-12
 """Curvature, beside the largest, below which a direction is taken as not curved at all."""
@@ -49,8 +51,9 @@ TINY = 1e-300
 class Part:
     """One name of φ as its owner states it.
 
-    ``support``: "real"; "spread", a standard deviation, which may be zero; "correlation", a matrix
-    with correlations inside ``blocks`` of positions alone; "belief", where its prior lies.
+    ``support``: "real"; "spread", a standard deviation, which may be zero; "positive", of which x
+    is the logarithm; "correlation", a matrix with correlations inside ``blocks`` of positions
+    alone; "belief", where its prior lies.
     ``learned``: the flat positions of entries that are; the others are zero. None: all.
     """
 
@@ -60,6 +63,11 @@ class Part:
     support: Support = "real"
     learned: tuple[int, ...] | None = None
     blocks: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def moved(self) -> bool:
+        """Whether entries go through a transform."""
+        return self.support in ("belief", "positive")
 
     @property
     def size(self) -> int:
@@ -81,7 +89,7 @@ class Part:
 
     def entries(self, array: Any) -> Any:
         """The learned entries (n,) of an array of the part's shape."""
-        flat = np.ravel(array)
+        flat = array.reshape(-1) if isinstance(array, jax.Array) else np.ravel(array)
         return flat if self.learned is None else flat[np.array(self.learned, int)]
 
 
@@ -94,8 +102,8 @@ class Part:
 class Space:
     """The parts of φ, and x (n,) with φ(x): entries in ``units`` (n,) around ``origin`` (n,).
 
-    ``transforms``: NumPyro's, by the name of a part whose prior says where it lies. A pytree whose
-    numbers are leaves, so that programs serve every space of the same parts.
+    ``transforms``: NumPyro's, by name, of positive parts and those whose prior says where they lie.
+    A pytree whose numbers are leaves, so that programs serve every space of the same parts.
     """
 
     parts: tuple[Part, ...]
@@ -107,27 +115,40 @@ class Space:
     def of(
         cls,
         parts: Sequence[Part],
-        units: Mapping[str, Any],
-        beliefs: Mapping[str, dist.Distribution],
-        starts: Mapping[str, float],
+        *,
+        units: Mapping[str, Any] = MappingProxyType({}),
+        beliefs: Mapping[str, dist.Distribution] = MappingProxyType({}),
+        starts: Mapping[str, Any] = MappingProxyType({}),
     ) -> Space:
-        """The product of some parts.
+        """The product of some parts; use it in float64.
 
-        ``units`` by name, of entries that are real or spreads; ``starts`` by name: φ at x = 0 where
-        that is not what a prior's support suggests.
+        ``units`` by name, one where none are given; ``starts`` by name: φ at x = 0 of parts that go
+        through a transform, where that is not its own.
         """
         transforms = {
-            p.name: _transform_of(beliefs[p.name]) for p in parts if p.support == "belief"
+            p.name: _transform_of(beliefs[p.name]) if p.support == "belief" else ExpTransform()
+            for p in parts
+            if p.moved
         }
         bare = cls(tuple(parts), None, None, transforms)
         scale, origin = np.ones(bare.size), np.zeros(bare.size)
         for part in parts:
             at = bare.at[part.name]
-            if part.support in ("real", "spread"):
+            if part.name in units and part.size:
                 scale[at] = part.entries(np.broadcast_to(units[part.name], part.shape))
-            elif part.name in starts:
-                origin[at] = np.asarray(transforms[part.name]._inverse(starts[part.name]))
+            if part.moved and part.name in starts:
+                start = part.entries(np.broadcast_to(starts[part.name], part.shape))
+                origin[at] = np.asarray(transforms[part.name]._inverse(start))
         return replace(bare, units=scale, origin=origin)
+
+    def __add__(self, other: Space) -> Space:
+        """The product of two spaces of different names."""
+        return Space(
+            self.parts + other.parts,
+            np.concatenate([self.units, other.units]),
+            np.concatenate([self.origin, other.origin]),
+            self.transforms | other.transforms,
+        )
 
     # ----------------------------------------------------------------------- names
 
@@ -181,8 +202,8 @@ class Space:
 
     @property
     def starts(self) -> dict[str, Any]:
-        """φ at x = 0 of the parts that lie where their prior does."""
-        names = [p.name for p in self.parts if p.support == "belief"]
+        """φ at x = 0 of the parts that go through a transform."""
+        names = [p.name for p in self.parts if p.moved]
         own = self.only(*names)
         return {n: np.asarray(v) for n, v in own.phi(np.zeros(own.size)).items()}
 
@@ -220,7 +241,7 @@ class Space:
         entries, unit, origin = x[at], self.units[at], self.origin[at]
         if part.support == "open spread":
             return unit * jax.nn.softplus(entries)
-        if part.support == "belief":
+        if part.moved:
             return self.transforms[part.name](origin + unit * entries)
         return origin + unit * entries
 
@@ -250,7 +271,7 @@ class Space:
             values, unit = part.entries(phi[part.name]), np.asarray(self.units[at])
             if part.support == "open spread":
                 found[at] = inverse_softplus(values / unit)
-            elif part.support == "belief":
+            elif part.moved:
                 values = np.asarray(self.transforms[part.name]._inverse(values))
                 found[at] = (values - self.origin[at]) / unit
             else:
@@ -269,7 +290,9 @@ class Space:
         """The same parts in other units, by name."""
         scale = jnp.asarray(self.units)
         for name, unit in units.items():
-            scale = scale.at[self.at[name]].set(unit)
+            part, each = self[name], jnp.broadcast_to(unit, self[name].shape).ravel()
+            each = each if part.learned is None else each[np.array(part.learned, int)]
+            scale = scale.at[self.at[name]].set(each)
         return replace(self, units=scale)
 
     def around(self, **phi: Any) -> Space:
@@ -289,7 +312,7 @@ class Space:
             if part.support == "spread":
                 value = jnp.where(value > 0, value, TINY)
             total = total + jnp.sum(jnp.asarray(belief.log_prob(value)))
-            if part.support == "belief":
+            if part.moved:
                 total = total + _log_slope(self.transforms[part.name], phi[part.name])
         return jnp.asarray(total)
 
@@ -314,7 +337,7 @@ class Space:
         total = jnp.log(jnp.asarray(unit)).sum()
         if part.support == "open spread":
             total = total + jax.nn.log_sigmoid(entries).sum()
-        elif part.support == "belief":
+        elif part.moved:
             free = self.origin[at] + unit * entries
             transform = self.transforms[part.name]
             total = total + jnp.sum(transform.log_abs_det_jacobian(free, transform(free)))
@@ -330,10 +353,11 @@ class Space:
         ``hessian`` (p, p) of minus the criterion in the coordinates that are ``inside``; NaN
         outside of them, and everywhere off a maximum. Use it in float64.
         """
-        values = np.linalg.eigvalsh(hessian)
         moves = np.full((self.size, int(inside.sum())), np.nan)
-        if values.size and values[0] > FLAT * values[-1]:
-            moves[inside] = root_of(np.linalg.inv(hessian))
+        if hessian.size and np.isfinite(hessian).all():
+            values = np.linalg.eigvalsh(hessian)
+            if values[0] > FLAT * values[-1]:
+                moves[inside] = root_of(np.linalg.inv(hessian))
         return {n: np.asarray(v) for n, v in _along(self, x, moves).items()}
 
 
