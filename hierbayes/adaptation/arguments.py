@@ -28,7 +28,7 @@ def read_phi(
     model: HierarchicalModel, tasks: Tasks, phi: Any, sigma: Any = None, beta: Any = None
 ) -> dict[str, np.ndarray]:
     """φ by name, from a fit's φ or from an array shaped like θ; finite and of the right shapes."""
-    labels, d = tasks.labels, len(tasks.coef)
+    labels = tasks.labels
     named = isinstance(phi, Mapping)
     found = dict(phi) if named else {"mu": phi}
     if sigma is not None and "sigma" not in model.likelihood.parameters():
@@ -36,7 +36,6 @@ def read_phi(
     found |= {k: v for k, v in {"sigma": sigma, "beta": beta}.items() if v is not None}
     if "mu" not in found:
         raise InputError(f"phi holds no 'mu' to start from; it holds {listing(sorted(found))}")
-    shapes: dict[str, tuple[int, ...]] = {"mu": (d,)}
     for name, columns, what in (
         ("beta", labels.shared, "shared columns"),
         ("gamma", labels.task_predictors, "task predictors"),
@@ -46,11 +45,8 @@ def read_phi(
                 f"phi holds {name!r}, but these tasks have no {what} for it to multiply; give "
                 "the tasks that phi was learned from, or leave it out"
             )
-        if columns and (name == "beta" or named):
-            lead = () if name == "beta" else (d,)
-            shapes[name] = (*lead, len(columns))
-    shapes |= dict.fromkeys(model.likelihood.parameters(), ())
-    shapes |= model.likelihood.shared_weights()
+    unread = {"tau", "corr"} | (set() if named else {"gamma"})
+    shapes = {p.name: p.shape for p in model.parts(tasks) if p.name not in unread}
     read = {}
     for name, shape in shapes.items():
         if name not in found:

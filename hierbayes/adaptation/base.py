@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from hierbayes.errors import NotApplicable
 from hierbayes.model import HierarchicalModel
+from hierbayes.phi import Part
 from hierbayes.tasks import Task, Tasks
 
 DRAWN_AT_ONCE = 30_000
@@ -82,12 +83,21 @@ class Adaptation(abc.ABC):
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
         """What each task of ``tasks`` concludes under φ."""
 
+    def parts(self, phi: Mapping[str, Any]) -> list[Part]:
+        """What the adaptation owns of a φ: its step sizes, where they are learned."""
+        return [step_sizes(np.shape(phi["step_size"]))] if "step_size" in phi else []
+
     def draws(
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: jax.Array
     ) -> np.ndarray:
         """Draws (S, J, d), one for each of the S values of φ; where A is a distribution."""
         del model, tasks, phis, key
         raise NotApplicable(f"{self.name}: a point estimate has no distribution to draw from")
+
+
+def step_sizes(shape: tuple[int, ...]) -> Part:
+    """η as a part of φ: one number, or one a coefficient."""
+    return Part("step_size", ("coef",) * len(shape), shape, "belief")
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,6 @@ def _sampled(
         warnings=(
             "tasks are not Gaussian, and their evidence has no closed form: the third rung is the "
             "posterior of theta at the full posterior's mean of phi, drawn by NUTS",
-            *remarks({"theta": theta}, None, stats, tasks),
+            *remarks({"theta": theta}, None, stats, tasks, {}),
         ),
     )  # fmt: skip

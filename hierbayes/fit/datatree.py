@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,18 +24,6 @@ if TYPE_CHECKING:
 LARGEST_LOG_LIKELIHOOD = 10_000_000
 """Draws × rows up to which the DataTree holds ``log_likelihood`` unasked (80 MB)."""
 
-DIMS = {
-    "mu": ("coef",),
-    "tau": ("coef",),
-    "corr": ("coef", "coef_bis"),
-    "beta": ("shared",),
-    "gamma": ("coef", "task_predictor"),
-    "theta": ("task", "coef"),
-    "features": ("weight",),
-    "f": ("row",),
-}
-
-
 PREDICTIVE = ("posterior_predictive", "prior", "prior_predictive")
 """Groups that can be drawn again, and are in no file."""
 
@@ -47,9 +36,10 @@ def build(fit: Fit, *, with_predictive: bool = True) -> Any:
     draws = _draws(fit)
     attrs = {"inference_library": "hierbayes", "method": fit.method}
     if draws:
-        groups["posterior"] = dataset(draws, fit.tasks, ("chain", "draw")).assign_attrs(attrs)
+        posterior = dataset(draws, fit.tasks, dims(fit), ("chain", "draw"))
+        groups["posterior"] = posterior.assign_attrs(attrs)
         if fit.sample_stats:
-            groups["sample_stats"] = dataset(fit.sample_stats, fit.tasks, ("chain", "draw"))
+            groups["sample_stats"] = dataset(fit.sample_stats, fit.tasks, {}, ("chain", "draw"))
         num_draws = np.prod(next(iter(draws.values())).shape[:2])
         if "theta" in draws and num_draws * fit.tasks.num_rows <= LARGEST_LOG_LIKELIHOOD:
             groups["log_likelihood"] = log_likelihood(fit.inside, _draws(fit.inside))
@@ -94,7 +84,7 @@ def _predictive(fit: Fit) -> tuple[dict[str, Any], dict[str, str]]:
         rows = _by_row(drawn.pop("y")[None], fit.tasks, ("chain", "draw"))
         groups["prior_predictive"] = xr.Dataset({"y": rows}, coords=coords)
         chained = {name: value[None] for name, value in drawn.items()}
-        groups["prior"] = dataset(chained, fit.tasks, ("chain", "draw"))
+        groups["prior"] = dataset(chained, fit.tasks, dims(fit), ("chain", "draw"))
     return groups, left_out
 
 
@@ -107,9 +97,9 @@ def _draws(fit: Fit) -> dict[str, np.ndarray]:
 def _point_estimate(fit: Fit) -> Any:
     adapted = fit.adapted
     values = {**fit.phi, "theta": adapted.adapted.mean}
-    tree = dataset(values, fit.tasks)
+    tree = dataset(values, fit.tasks, dims(fit))
     for name, se in fit.standard_errors.items():
-        tree[f"{name}_se"] = (_dims(name, np.ndim(se)), np.asarray(se))
+        tree[f"{name}_se"] = (dims(fit).get(name, ()), np.asarray(se))
     if adapted.adapted.covariance is not None:
         tree["theta_sd"] = adapted.sd
         if fit.theta_draws is None:
@@ -119,8 +109,18 @@ def _point_estimate(fit: Fit) -> Any:
     return tree
 
 
-def dataset(values: dict[str, Any], tasks: Tasks, lead: tuple[str, ...] = ()) -> Any:
-    """Arrays by name as a Dataset with labelled dimensions.
+Dims = Mapping[str, tuple[str, ...]]
+"""Names of the dimensions of each part of φ."""
+
+
+def dims(fit: Fit) -> Dims:
+    """Those of a fit's φ."""
+    parts = [*fit.model.parts(fit.tasks), *fit.adaptation.parts(fit.phi)]
+    return {p.name: p.dims for p in parts}
+
+
+def dataset(values: dict[str, Any], tasks: Tasks, dims: Dims, lead: tuple[str, ...] = ()) -> Any:
+    """Arrays by name as a Dataset with labelled dimensions; numbers where ``dims`` has no name.
 
     θ stands first. ArviZ's summary stacks values in the order in which the Dataset meets its
     dimensions, and labels them in each variable's own: after μ (coef) it would turn θ (task, coef)
@@ -128,31 +128,20 @@ def dataset(values: dict[str, Any], tasks: Tasks, lead: tuple[str, ...] = ()) ->
     """
     import xarray as xr
 
-    values = {name: values[name] for name in sorted(values, key=lambda name: name != "theta")}
-    coords: dict[str, Any] = {
-        "task": tasks.names,
-        "coef": list(tasks.coef),
-        "coef_bis": list(tasks.coef),
-        "shared": list(tasks.labels.shared),
-        "task_predictor": list(tasks.labels.task_predictors),
-    }
-    variables = {
-        name: ((*lead, *_dims(name, np.ndim(v) - len(lead))), np.asarray(v))
-        for name, v in values.items()
-    }
-    used = {d for dims, _ in variables.values() for d in dims}
+    named = {**dims, "theta": ("task", "coef")}
+    coords: dict[str, Any] = {d: list(labels) for d, labels in tasks.labels.by_dim.items()}
+    coords["task"] = tasks.names
+    variables = {}
+    for name in sorted(values, key=lambda name: name != "theta"):
+        value = np.asarray(values[name])
+        unnamed = tuple(f"{name}_dim_{i}" for i in range(value.ndim - len(lead)))
+        variables[name] = ((*lead, *named.get(name, unnamed)), value)
+    used = {d for over, _ in variables.values() for d in over}
     for axis, dim in enumerate(lead):
         first = next(iter(variables.values()), None)
         if first is not None:
             coords[dim] = np.arange(first[1].shape[axis])
     return xr.Dataset(variables, coords={d: c for d, c in coords.items() if d in used})
-
-
-def _dims(name: str, ndim: int) -> tuple[str, ...]:
-    """Names of an array's dimensions: a step size may be one number, or one a coefficient."""
-    if name == "step_size":
-        return ("coef",) * ndim
-    return DIMS.get(name, tuple(f"{name}_dim_{i}" for i in range(ndim)))
 
 
 def correlation_pairs(corr: Any) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import numpy as np
 
 from hierbayes.adaptation import Adapted
 from hierbayes.errors import InputError, listing
-from hierbayes.fit.datatree import DIMS
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Labels, Tasks
 from hierbayes.tasks.frames import as_names
@@ -250,17 +249,14 @@ def check_phi(
     phi: Mapping[str, np.ndarray], method: str, model: HierarchicalModel, tasks: Tasks, own: bool
 ) -> None:
     """Refuse a φ that is not this model's; ``own``: the model is the user's, not the file's."""
-    size = {
-        "coef": len(tasks.coef), "coef_bis": len(tasks.coef), "shared": len(tasks.labels.shared),
-        "task_predictor": len(tasks.labels.task_predictors),
-    }  # fmt: skip
+    parts = {p.name: p for p in model.parts(tasks)}
     for name in phi:
-        if own and name not in DIMS:
+        if own and name != "corr":
             array(phi, name)
         elif name == "step_size":
-            array(phi, name, () if phi[name].ndim == 0 else (size["coef"],))
-        elif not own or name == "corr":
-            array(phi, name, tuple(size.get(d) for d in DIMS.get(name, ())))
+            array(phi, name, () if phi[name].ndim == 0 else parts["mu"].shape)
+        else:
+            array(phi, name, parts[name].shape if name in parts else ())
     for name in ("tau", "sigma", "sigma_query"):
         with field(name):
             if name in phi and (phi[name] < 0).any():
@@ -272,11 +268,7 @@ def check_phi(
             if not unit or (np.linalg.eigvalsh(corr) < -1e-6).any():
                 refuse("it is no correlation matrix")
     if method in LEARNS_ALL and not own:
-        shape = model.shape(tasks)
-        needed = ["mu", "tau", *shape.parameters]
-        needed += ["corr"] * shape.correlated + ["beta"] * bool(shape.shared)
-        needed += ["gamma"] * bool(shape.task_predictors)
-        for name in needed:
+        for name in parts:
             with field(name):
                 if name not in phi:
                     refuse("it is missing")

@@ -90,7 +90,7 @@ def _of_draws(fit: Fit, draws: Mapping[str, np.ndarray]) -> tuple[Any, Entries]:
     import xarray as xr
 
     columns, entries = [], []
-    labelled = trees.dataset(dict(draws), fit.tasks, ("chain", "draw"))
+    labelled = trees.dataset(dict(draws), fit.tasks, trees.dims(fit), ("chain", "draw"))
     for name in draws:
         values = labelled[name]
         places, at = _entries(values, name, values.dims[2:])
@@ -112,7 +112,7 @@ def _of_point(fit: Fit, names: Sequence[str], errors: Mapping[str, Any]) -> tupl
     if ours is not None:
         estimates["theta"], spreads["theta"] = ours.adapted.mean, ours.sd.values
     spreads |= errors
-    labelled = trees.dataset(estimates, fit.tasks)
+    labelled = trees.dataset(estimates, fit.tasks, trees.dims(fit))
     columns, entries = [np.zeros((2, 0))], []
     for name in names:
         values = labelled[name]

@@ -148,10 +148,6 @@ class Likelihood(abc.ABC):
         """The tasks with alike rows as one, for f that is linear in θ."""
         return copies_as_weights(tasks)
 
-    def shared_weights(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the arrays in φ that f depends on beside θ and β, by name."""
-        return {}
-
     def plug_in(self, phi: dict[str, Any]) -> dict[str, Any]:
         """φ for scoring rows at a point θ: with ``sigma_query`` and the like in their places."""
         return phi | {n.removesuffix("_query"): phi[n] for n in phi if n.endswith("_query")}

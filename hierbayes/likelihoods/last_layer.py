@@ -22,6 +22,7 @@ from hierbayes.likelihoods.neural import (
     without_x,
 )
 from hierbayes.numerics import arithmetic
+from hierbayes.phi import Part
 from hierbayes.tasks import Task, Tasks
 
 
@@ -84,9 +85,9 @@ class LastLayer(Neural):
         apply, init = perceptron(sizes, activation)
         return LastLayer(lambda params, x: activation(apply(params, x)), init, intercept, dtype)
 
-    def shared_weights(self) -> dict[str, tuple[int, ...]]:
-        """The features' weights."""
-        return {"features": (self.weights.size,)}
+    def parts(self, shared: Sequence[str]) -> list[Part]:
+        """What every likelihood owns of φ, and the features' weights."""
+        return [*super().parts(shared), Part("features", ("weight",), (self.weights.size,))]
 
     def features(self, phi: dict[str, Any], x: Any) -> Any:
         """h (n, d) of rows x under φ, the constant included."""

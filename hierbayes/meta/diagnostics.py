@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hierbayes.fit.datatree import correlation_pairs, dataset
+from hierbayes.fit.datatree import Dims, correlation_pairs, dataset
 from hierbayes.fit.effective import statistics
 from hierbayes.tasks import Tasks
 
@@ -24,6 +24,7 @@ def remarks(
     theta: np.ndarray | None,
     sample_stats: dict[str, np.ndarray],
     tasks: Tasks,
+    dims: Dims,
 ) -> list[str]:
     """R̂, effective sample sizes and divergences, as sentences; empty where all is well."""
     found = []
@@ -44,7 +45,7 @@ def remarks(
     chains, per_chain = next(iter(draws.values())).shape[:2]
     if per_chain < 4:
         return found
-    rhat, ess, tail = _diagnostics(draws, theta, tasks)
+    rhat, ess, tail = _diagnostics(draws, theta, tasks, dims)
     if chains > 1 and (worst := max(rhat, key=lambda k: rhat[k])) and rhat[worst] > LARGEST_RHAT:
         found.append(
             f"R-hat is {rhat[worst]:.3f} for {worst} (at most {LARGEST_RHAT} wanted): the chains "
@@ -63,18 +64,18 @@ def remarks(
 
 
 def _diagnostics(
-    draws: dict[str, np.ndarray], theta: np.ndarray | None, tasks: Tasks
+    draws: dict[str, np.ndarray], theta: np.ndarray | None, tasks: Tasks, dims: Dims
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     """(R̂, bulk ESS, tail ESS) by parameter; constants have none."""
     import arviz_stats
 
-    tree = dataset(draws, tasks, ("chain", "draw"))
+    tree = dataset(draws, tasks, dims, ("chain", "draw"))
     if "corr" in tree:
         tree = tree.drop_vars("corr").assign(correlation_pairs(tree["corr"]))
     variables = {str(name): values for name, values in tree.data_vars.items()}
     if theta is not None:
         some = np.unique(np.linspace(0, tasks.num_tasks - 1, MOST_TASKS).astype(int))
-        judged = dataset({"theta": theta}, tasks, ("chain", "draw"))["theta"].isel(task=some)
+        judged = dataset({"theta": theta}, tasks, {}, ("chain", "draw"))["theta"].isel(task=some)
         variables["theta"] = judged
     results: list[dict[str, float]] = []
     for measure in (

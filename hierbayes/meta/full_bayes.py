@@ -227,7 +227,8 @@ def full_bayes(
             theta = flat.reshape(num_chains, num_draws, *flat.shape[1:])
     sure = info["sampler"] == "independence" and info["acceptance"] >= SURE
     if not sure or info["longest_stay"] > LONG_STAY:
-        remarks += judged(draws, theta, sample_stats, tasks)
+        dims = {p.name: p.dims for p in resolved.parts(tasks)}
+        remarks += judged(draws, theta, sample_stats, tasks, dims)
     phi = {name: value.mean(axis=(0, 1)) for name, value in draws.items()}
     sites = resolved.phi_distributions(tasks)
     fit = Fit(

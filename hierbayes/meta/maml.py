@@ -15,6 +15,7 @@ import numpyro.distributions as dist
 
 from hierbayes import inputs
 from hierbayes.adaptation import GradientSteps
+from hierbayes.adaptation.base import step_sizes
 from hierbayes.adaptation.gradient import Derivative
 from hierbayes.adaptation.step_length import (
     bounded,
@@ -43,7 +44,7 @@ from hierbayes.meta.maml_on_episodes import maximise_predictive
 from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy
-from hierbayes.phi import Part, Space
+from hierbayes.phi import Space
 from hierbayes.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -209,12 +210,11 @@ def maml(
         space = outer_space(resolved, tasks, noise)
         if learn_step_size:
             top = max(longest, eta)
-            dims = ("coef",) if learn_step_size == "coef" else ()
-            steps = Part("step_size", dims, (len(tasks.coef),) * len(dims), "belief")
             space += Space.of(
-                [steps], beliefs={"step_size": dist.Uniform(0.0, top)},
+                [step_sizes((len(tasks.coef),) if learn_step_size == "coef" else ())],
+                beliefs={"step_size": dist.Uniform(0.0, top)},
                 starts={"step_size": min(eta, 0.9 * top)},
-            )  # fmt: skip
+            )
         start = space.x({"mu": resolved.scales(tasks).mu_location})
 
         def unpack(x: Any) -> dict[str, Any]:

@@ -180,5 +180,5 @@ class ByNuts(Adaptation):
         flat = theta.reshape(-1, *theta.shape[2:])
         f = locations(model, flat, phi, tasks)
         judged = {"f": f.reshape(*theta.shape[:2], -1)}
-        said = remarks(judged, None, stats, tasks)
+        said = remarks(judged, None, stats, tasks, {"f": ("row",)})
         return Adapted(flat.mean(0), sample=flat, remarks=tuple(said))
