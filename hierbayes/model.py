@@ -131,12 +131,12 @@ class HierarchicalModel:
         parts = [p for p in self.parts(tasks) if not names or p.name in names]
         if likelihood_alone:
             parts = [replace(p, support="positive") if p.moved else p for p in parts]
-        asked = any(p.support == "belief" for p in parts)
+        own = [p.name for p in parts if p.support == "belief"]
         units = {
             "mu": scales.mu, "gamma": scales.coef[:, None] / scales.task_predictors,
             "tau": scales.coef, "beta": scales.shared,
         }  # fmt: skip
-        beliefs = self.phi_distributions(tasks) if asked else {}
+        beliefs = self.resolve(tasks).hyperprior.of_parameters(own) if own else {}
         starts = {"sigma": float(scales.spread)}
         return Space.of(parts, units=units, beliefs=beliefs, starts=starts)
 

@@ -152,7 +152,7 @@ class Space:
 
     # ----------------------------------------------------------------------- names
 
-    @property
+    @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """The parts' names, in the order of x."""
         return tuple(p.name for p in self.parts)
@@ -161,7 +161,7 @@ class Space:
         """The part of this name."""
         return self.parts[self.names.index(name)]
 
-    @property
+    @functools.cached_property
     def at(self) -> dict[str, slice]:
         """Where each part lies in x; nowhere, of names that are none of φ's."""
         ends = np.cumsum([0, *(p.size for p in self.parts)]).tolist()
@@ -288,11 +288,10 @@ class Space:
 
     def in_units(self, **units: Any) -> Space:
         """The same parts in other units, by name."""
-        scale = jnp.asarray(self.units)
+        scale = np.array(self.units)
         for name, unit in units.items():
-            part, each = self[name], jnp.broadcast_to(unit, self[name].shape).ravel()
-            each = each if part.learned is None else each[np.array(part.learned, int)]
-            scale = scale.at[self.at[name]].set(each)
+            part = self[name]
+            scale[self.at[name]] = part.entries(np.broadcast_to(unit, part.shape))
         return replace(self, units=scale)
 
     def around(self, **phi: Any) -> Space:

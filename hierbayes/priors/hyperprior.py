@@ -196,12 +196,17 @@ class HyperPrior:
                 [(row, (np.array(i), slice(None))) for i, row in enumerate(rows)],
                 np.zeros((d, q)),
             )
-        for name in shape.parameters:
+        return sites | self.of_parameters(shape.parameters)
+
+    def of_parameters(self, names: Sequence[str]) -> dict[str, dist.Distribution]:
+        """The beliefs about parameters of the likelihood's own, by name."""
+        found = {}
+        for name in names:
             belief = self.sigma if name == "sigma" else self.extra.get(name)
             if belief is None:
                 raise InputError(f"HyperPrior(extra=…) needs a prior for {name!r}")
-            sites[name] = belief
-        return sites
+            found[name] = belief
+        return found
 
     def scalable(self, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which coefficients, shared columns and task predictors have beliefs in any units.
