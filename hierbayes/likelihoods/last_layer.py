@@ -87,7 +87,8 @@ class LastLayer(Neural):
 
     def parts(self, shared: Sequence[str]) -> list[Part]:
         """What every likelihood owns of φ, and the features' weights."""
-        return [*super().parts(shared), Part("features", ("weight",), (self.weights.size,))]
+        features = Part("features", ("weight",), (self.weights.size,))
+        return [*Likelihood.parts(self, shared), features]
 
     def features(self, phi: dict[str, Any], x: Any) -> Any:
         """h (n, d) of rows x under φ, the constant included."""
