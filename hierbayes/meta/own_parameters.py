@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation.alone import (
@@ -91,14 +90,19 @@ def _ranges(names: tuple[str, ...], spread: float) -> np.ndarray:
     return np.log(np.column_stack([start, np.array(ends).reshape(-1, 2)]).T)
 
 
-def _said(names: tuple[str, ...], at: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[str]:
+def _said(
+    space: Space, names: tuple[str, ...], x: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> list[str]:
     """What to say of estimates at an end of their range."""
     remarks = []
-    for name, value, bottom, top in zip(names, at, low, high, strict=True):
+    for name in names:
+        (bottom,), (value,), (top,), (log,) = (
+            v[space.at[name]] for v in (low, x, high, space.origin)
+        )
         if min(value - bottom, top - value) < 1e-6:
             why = ENDS[name][0 if top - value < 1e-6 else 1]
             remarks.append(
-                f"{name} is estimated as {np.exp(value):.3g}, the end of its range: {why}"
+                f"{name} is estimated as {np.exp(value + log):.3g}, the end of its range: {why}"
             )
     return remarks
 
@@ -127,19 +131,13 @@ def _minimise(
     return np.asarray(run.x), float(run.fun)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _within(
-    model: HierarchicalModel, names: tuple[str, ...], vector: Any, units: Any, fixed: Any,
-    given: Any,
-) -> Any:  # fmt: skip
+@functools.partial(jax.jit, static_argnums=0)
+def _within(model: HierarchicalModel, space: Space, x: Any, fixed: Any, given: Any) -> Any:
     def minus(v: Any) -> Any:
-        p = len(units)
-        phi = dict(fixed) | {n: jnp.exp(v[p + i]) for i, n in enumerate(names)}
-        if p:
-            phi["beta"] = v[:p] * units
-        return -integrated(model, phi, given) / given.rows.mask.shape[0]
+        found = integrated(model, dict(fixed) | space.phi(v), given)
+        return -found / given.rows.mask.shape[0]
 
-    return jax.value_and_grad(minus)(vector)
+    return jax.value_and_grad(minus)(x)
 
 
 def within(model: HierarchicalModel, tasks: Tasks, sigma: float | None = None) -> Within:
@@ -164,22 +162,19 @@ def within(model: HierarchicalModel, tasks: Tasks, sigma: float | None = None) -
             "explain every row (they may have no more rows than coefficients); use empirical_bayes "
             "or full_bayes"
         )
-    units = model.scales(tasks).shared
-    start, low, high = _ranges(names, model.scales(tasks).spread)
-    far = np.full(len(shared), FAR)
-    low, high = np.concatenate([-far, low]), np.concatenate([far, high])
     with float64():
-        given = arranged(tasks, likelihood)
+        space = model.space(tasks, "beta", *names, likelihood_alone=True)
+        given, far = arranged(tasks, likelihood), np.full(len(shared), FAR)
+        logs = _ranges(names, model.scales(tasks).spread) - space.origin[len(far) :]
+        begin, low, high = np.column_stack([[0 * far, -far, far], logs])
         x, _ = _minimise(
-            lambda v: _within(model.without_encoder(), names, v, units, fixed, given),
-            np.concatenate([0 * far, start]), low, high,
-        )  # fmt: skip
-    p = len(shared)
-    _refuse_endless(shared, x[:p], "within tasks")
-    phi = {"beta": x[:p] * units} if p else {}
-    phi |= fixed | {n: np.exp(v) for n, v in zip(names, x[p:], strict=True)}
-    absorbed = rest.absorbed if p else ~fine
-    return Within(phi, rest.identified, absorbed, _said(names, x[p:], low[p:], high[p:]))
+            lambda v: _within(model.without_encoder(), space, v, fixed, given), begin, low, high
+        )
+        _refuse_endless(shared, x[: len(far)], "within tasks")
+        phi = to_numpy(phi_at(space, x))
+    absorbed = rest.absorbed if shared else ~fine
+    said = _said(space, names, x, low, high)
+    return Within(fixed | phi, rest.identified, absorbed, said)
 
 
 @kept
@@ -265,7 +260,7 @@ def over_all(model: HierarchicalModel, tasks: Tasks, without: int | None = None)
         if not (least > 1e-6 and np.abs(x - begin)[:count].max(initial=0.0) < FAR):
             _refuse_separation(model, tasks, mask)
         along = space.along(x, inside, hessian)
-    said = _said(own, *(v[count:] + space.origin[count:] for v in (x, low, high)))
+    said = _said(space, own, x, low, high)
     fixed = {n: v for n, v in along.items() if n not in own}
     return Found(phi, -end.value, standard_errors(along), said, fixed)
 
