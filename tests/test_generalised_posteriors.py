@@ -131,7 +131,7 @@ def test_collapsed_is_joint_nuts_with_correlated_slopes():
     frame = pd.DataFrame({"g": task, "x": x, "y": y.astype(float)})
     model, tasks = hb.from_formula("y ~ 1 + x + (1 + x | g)", frame, family="bernoulli")
     fits = {
-        m: hb.full_bayes(model, tasks, m, num_draws=1_500, seed=1, progress=False)
+        m: hb.full_bayes(model, tasks, m, num_draws=800, num_warmup=500, seed=1, progress=False)
         for m in ("collapsed", "nuts")
     }
     draws = {m: fit.datatree["posterior"].to_dataset() for m, fit in fits.items()}

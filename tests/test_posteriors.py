@@ -145,7 +145,7 @@ def test_posterior_is_the_reference(case, method):
 def test_rats_by_nuts_with_few_draws():
     """Joint sampling of two coefficients a task: means alone, of which few draws are enough."""
     model, tasks, expected = rats()
-    fit = hb.full_bayes(model, tasks, "nuts", num_draws=1_500, seed=0, progress=False)
+    fit = hb.full_bayes(model, tasks, "nuts", num_draws=800, num_warmup=500, seed=0, progress=False)
     assert_agreement(fit.datatree["posterior"].to_dataset(), expected, sds=False)
 
 
