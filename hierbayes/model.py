@@ -101,9 +101,7 @@ class HierarchicalModel:
 
     def shape(self, tasks: Tasks) -> Shape:
         """Names along φ's dimensions and the structure of the prior."""
-        prior = self.prior
-        if not isinstance(prior, Elliptical):
-            raise InputError(f"unknown prior {type(prior).__name__}")
+        prior = self._elliptical
         return Shape(
             tasks.coef, tasks.labels.shared, tasks.labels.task_predictors,
             prior.blocks(tasks.coef), tuple(prior.free_mean(tasks.coef).tolist()),
@@ -116,10 +114,15 @@ class HierarchicalModel:
 
     def parts(self, tasks: Tasks) -> list[Part]:
         """What the prior and the likelihood own of φ."""
-        prior, labels = self.prior, tasks.labels
-        assert isinstance(prior, Elliptical)
-        of_prior = prior.parts(tasks.coef, labels.task_predictors)
+        labels = tasks.labels
+        of_prior = self._elliptical.parts(tasks.coef, labels.task_predictors)
         return of_prior + self.likelihood.parts(labels.shared)
+
+    @property
+    def _elliptical(self) -> Elliptical:
+        if not isinstance(self.prior, Elliptical):
+            raise InputError(f"unknown prior {type(self.prior).__name__}")
+        return self.prior
 
     def space(self, tasks: Tasks, *names: str, likelihood_alone: bool = False) -> Space:
         """φ as an object, in these tasks' units.
@@ -142,7 +145,7 @@ class HierarchicalModel:
 
     def fixed(self, tasks: Tasks) -> Space:
         """b = (μ, Γ, β), as it is."""
-        return self.space(tasks, "mu", "gamma", "beta").plain()
+        return Space.of([p for p in self.parts(tasks) if p.name in ("mu", "gamma", "beta")])
 
     def resolve(self, tasks: Any) -> HierarchicalModel:
         """The model with every default of its hyperprior filled in, scaled to these tasks.

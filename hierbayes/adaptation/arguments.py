@@ -45,8 +45,9 @@ def read_phi(
                 f"phi holds {name!r}, but these tasks have no {what} for it to multiply; give "
                 "the tasks that phi was learned from, or leave it out"
             )
-    unread = {"tau", "corr"} | (set() if named else {"gamma"})
-    shapes = {p.name: p.shape for p in model.parts(tasks) if p.name not in unread}
+    d, q = len(tasks.coef), len(labels.task_predictors)
+    shapes = {"mu": (d,)} | ({"gamma": (d, q)} if q and named else {})
+    shapes |= {p.name: p.shape for p in model.likelihood.parts(labels.shared)}
     read = {}
     for name, shape in shapes.items():
         if name not in found:

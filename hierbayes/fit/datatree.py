@@ -97,9 +97,10 @@ def _draws(fit: Fit) -> dict[str, np.ndarray]:
 def _point_estimate(fit: Fit) -> Any:
     adapted = fit.adapted
     values = {**fit.phi, "theta": adapted.adapted.mean}
-    tree = dataset(values, fit.tasks, dims(fit))
+    named = dims(fit)
+    tree = dataset(values, fit.tasks, named)
     for name, se in fit.standard_errors.items():
-        tree[f"{name}_se"] = (dims(fit).get(name, ()), np.asarray(se))
+        tree[f"{name}_se"] = (named.get(name, ()), np.asarray(se))
     if adapted.adapted.covariance is not None:
         tree["theta_sd"] = adapted.sd
         if fit.theta_draws is None:

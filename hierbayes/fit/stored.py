@@ -255,6 +255,8 @@ def check_phi(
             array(phi, name)
         elif name == "step_size":
             array(phi, name, () if phi[name].ndim == 0 else parts["mu"].shape)
+        elif name == "corr":  # a model of the user's may have none
+            array(phi, name, parts["mu"].shape * 2)
         else:
             array(phi, name, parts[name].shape if name in parts else ())
     for name in ("tau", "sigma", "sigma_query"):

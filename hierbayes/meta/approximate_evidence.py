@@ -36,7 +36,7 @@ from hierbayes.meta.posterior_mode import finite, off_the_boundary
 from hierbayes.meta.rough_start import rough_start
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
-from hierbayes.phi.space import Space, belief_in, phi_at, standard_errors
+from hierbayes.phi.space import Space, at_an_end, belief_in, phi_at, standard_errors
 from hierbayes.rows import Rows, Whole, rows_of
 from hierbayes.tasks import Tasks
 
@@ -328,7 +328,8 @@ class _Search:
         used, by_nodes = evidence.num_nodes, len(self.tasks.coef) <= MOST_DIMENSIONS
         phi = self.phi(vector)
         held, warnings = held_entries(space, phi)
-        inside = (vector > space.lower) & ~held
+        inside = space.inside(vector) & ~held
+        warnings += at_an_end(space, vector)
         hessian = curvature(self.value_and_slope, vector, inside)
         along = space.along(vector, inside, hessian)
         errors = standard_errors(along)

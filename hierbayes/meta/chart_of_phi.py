@@ -1,8 +1,8 @@
 r"""φ as a point x without bounds around an optimum, where only θ is integrated out.
 
-.. math:: x = (\psi, v, b), \qquad \log p(\varphi(x)) + \log\left|\tfrac{d\varphi}{dx}\right|
+.. math:: x = (\psi, b), \qquad \log p(\varphi(x)) + \log\left|\tfrac{d\varphi}{dx}\right|
 
-x holds ψ = (τ, R) and the family's own parameters as in :mod:`hierbayes.phi.space`, and
+ψ = (τ, R, the family's own parameters) is as in :mod:`hierbayes.phi.space`, without bounds, and
 b = (μ, Γ, β) in units of its own. Few tasks that are known well leave μ a
 funnel, as wide as τ / √J: the units of μ and Γ grow with τ,
 

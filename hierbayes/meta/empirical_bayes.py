@@ -84,9 +84,9 @@ def empirical_bayes(
         A DataFrame goes through the model's formula.
     criterion : "ml", "reml" or "map"
         "map" maximises over (mu, tau, corr, beta, gamma, log sigma), with densities in tau and
-        corr and no Jacobian. Its default prior on τ is Gamma(2, rate → 0), density proportional
-        to τ, which keeps τ̂ off zero (Chung et al. 2013); a prior on τ given by the user is used
-        as it is.
+        corr and no Jacobian; under a prior on σ that ends, over σ's logit between the ends. Its
+        default prior on τ is Gamma(2, rate → 0), density proportional to τ, which keeps τ̂ off zero
+        (Chung et al. 2013); a prior on τ given by the user is used as it is.
     evidence : "auto", "exact", "laplace" or "quadrature"
         How θ_j is integrated out. Gaussian tasks are exact; under a Student-t prior but for one
         integral, which is right to 1e-10. Others take adaptive Gauss–Hermite quadrature, for up to

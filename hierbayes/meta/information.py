@@ -84,7 +84,7 @@ def observed_information(
             value, slope = value - float(more), slope - np.asarray(tilt)
         return value, slope
 
-    inside = (vector > space.lower) & ~held
+    inside = space.inside(vector) & ~held
     hessian = curvature(value_and_slope, vector, inside)
     value_and_slope(vector)  # leaves the modes where phi has them
     tilt = np.zeros(space.size) if belief is None else np.asarray(belief(vector)[1])

@@ -24,7 +24,7 @@ from hierbayes.meta.optimum import Optimum, curvature
 from hierbayes.meta.posterior_mode import finite, off_the_boundary
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
-from hierbayes.phi.space import Space, belief_in, phi_at, standard_errors
+from hierbayes.phi.space import Space, at_an_end, belief_in, phi_at, standard_errors
 from hierbayes.priors import Gaussian, Prior, StudentT
 from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
@@ -58,14 +58,14 @@ def maximise_mixture(resolved: HierarchicalModel, tasks: Tasks, *, with_belief: 
                   for share, floor in ((0.7, 0.05), (0.3, 0.01))]  # fmt: skip
         pooled = space.near(start | {"tau": 0 * start["tau"]})
         best = off_the_boundary(value_and_slope, starts, space, [pooled])
-        inside = best.x > space.lower
+        inside, ends = space.inside(best.x), at_an_end(space, best.x)
         errors_at = curvature(value_and_slope, best.x, inside)
         phi = to_numpy(phi_at(space, best.x))
         along = space.along(best.x, inside, errors_at)
         errors = standard_errors(along)
         evidence = -float(_value_and_slope(prior, space, best.x, stats)[0])
         posterior = None if belief is None else evidence + float(belief(best.x)[0])
-    warnings = [best.problem] if best.problem else []
+    warnings = [*([best.problem] if best.problem else []), *ends]
     if np.isnan(errors["tau"]).any():
         warnings.append(
             "standard errors of tau are NaN where the estimate lies at tau = 0 or the criterion is "

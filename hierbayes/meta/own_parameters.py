@@ -107,9 +107,7 @@ def _said(
     return remarks
 
 
-def _minimise(
-    function: Callable[[np.ndarray], Any], start: Any, low: Any, high: Any
-) -> tuple[np.ndarray, float]:
+def _minimise(function: Callable[[np.ndarray], Any], start: Any, low: Any, high: Any) -> np.ndarray:
     from scipy import optimize
 
     def finite(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -118,7 +116,7 @@ def _minimise(
         return (float(value), slope) if fine else (1e300, np.zeros(len(x)))
 
     if not len(start):  # nothing is to be learned
-        return np.asarray(start, float), float(np.asarray(function(start)[0]))
+        return np.asarray(start, float)
     run: Any = optimize.minimize(
         finite, start, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)),
         options={"maxiter": 1000, "ftol": 1e-15, "gtol": 1e-9},
@@ -128,7 +126,7 @@ def _minimise(
             "the likelihood is not finite where its parameters are looked for: rescale predictors "
             "or offsets so that the linear predictor is of order one"
         )
-    return np.asarray(run.x), float(run.fun)
+    return np.asarray(run.x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -167,7 +165,7 @@ def within(model: HierarchicalModel, tasks: Tasks, sigma: float | None = None) -
         given, far = arranged(tasks, likelihood), np.full(len(shared), FAR)
         logs = _ranges(names, model.scales(tasks).spread) - space.origin[len(far) :]
         begin, low, high = np.column_stack([[0 * far, -far, far], logs])
-        x, _ = _minimise(
+        x = _minimise(
             lambda v: _within(model.without_encoder(), space, v, fixed, given), begin, low, high
         )
         _refuse_endless(shared, x[: len(far)], "within tasks")
@@ -241,7 +239,7 @@ def over_all(model: HierarchicalModel, tasks: Tasks, without: int | None = None)
             value, slope = _pooled(plain, space, v, data)
             return float(value), np.asarray(slope)
 
-        x, _ = _minimise(minus, begin, low, high)
+        x = _minimise(minus, begin, low, high)
         inside = (x > low + 1e-6) & (x < high - 1e-6)
 
         def of_inside(v: np.ndarray) -> tuple[float, np.ndarray]:

@@ -29,7 +29,7 @@ from hierbayes.meta.optimum import (
 )
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
-from hierbayes.phi.space import Space, phi_at, standard_errors
+from hierbayes.phi.space import Space, at_an_end, phi_at, standard_errors
 from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
 
@@ -69,12 +69,12 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
         beliefs = resolved.phi_distributions(tasks)
         space = resolved.space(tasks)
 
-        def log_density(phi: dict[str, Any], stats: Statistics) -> tuple[Any, Any]:
-            evidence = log_evidence(stats, resolved.prior, phi).sum()
-            return evidence, space.log_belief(phi, beliefs)
+        def log_density(x: Any, stats: Statistics) -> tuple[Any, Any]:
+            evidence = log_evidence(stats, resolved.prior, space.phi(x)).sum()
+            return evidence, space.log_belief(x, beliefs)
 
-        def objective(v: jax.Array, stats: Statistics) -> Any:
-            return -sum(log_density(space.phi(v), stats))
+        def objective(x: jax.Array, stats: Statistics) -> Any:
+            return -sum(log_density(x, stats))
 
         # as an argument, or every device would hold all tasks
         slope = jax.jit(jax.value_and_grad(objective))
@@ -86,13 +86,13 @@ def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
         starts = [space.near(start.phi, floor) for floor in (0.05, 0.01)]
         pooled = space.near(start.phi | {"tau": 0 * start.phi["tau"]})
         best = off_the_boundary(value_and_slope, starts, space, [pooled])
-        inside = best.x > space.lower
+        inside, ends = space.inside(best.x), at_an_end(space, best.x)
         hessian = curvature(value_and_slope, best.x, inside)
         phi = to_numpy(phi_at(space, best.x))
-        evidence, belief = jax.jit(log_density)(phi, stats)
+        evidence, belief = jax.jit(log_density)(best.x, stats)
         along = space.along(best.x, inside, hessian)
     errors = standard_errors(along)
-    warnings = [best.problem] if best.problem else []
+    warnings = [*([best.problem] if best.problem else []), *ends]
     if np.isnan(errors["tau"]).any():
         warnings.append(
             "standard errors of tau are NaN where the mode lies at tau = 0 or the posterior "

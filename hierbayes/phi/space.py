@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -31,17 +30,20 @@ from numpyro.distributions.transforms import (
     CorrCholeskyTransform,
     CorrMatrixCholeskyTransform,
     ExpTransform,
-    IdentityTransform,
     Transform,
     biject_to,
 )
 
+from hierbayes.numerics import float64
 from hierbayes.phi.assembled import Assembled
 
 Support = Literal["real", "spread", "open spread", "positive", "correlation", "belief"]
 
 FLAT = 1e-12
 """Curvature, beside the largest, below which a direction is taken as not curved at all."""
+
+AT_AN_END = 1e-4
+"""How fast φ moves with x, beside the middle of its range, below which it is at an end of it."""
 
 TINY = 1e-300
 """Stands for τ = 0 in densities: NumPyro's half-normal gives 0 none, though it may be the mode."""
@@ -51,10 +53,10 @@ TINY = 1e-300
 class Part:
     """One name of φ as its owner states it.
 
-    ``support``: "real"; "spread", a standard deviation, which may be zero; "positive", of which x
-    is the logarithm; "correlation", a matrix with correlations inside ``blocks`` of positions
-    alone; "belief", where its prior lies.
-    ``learned``: the flat positions of entries that are; the others are zero. None: all.
+    ``support``: "real"; "spread", a standard deviation, which may be zero, and "open spread", the
+    same without a bound of x; "positive", of which x is the logarithm; "correlation", a matrix with
+    correlations inside ``blocks`` of positions alone; "belief", where its prior lies.
+    ``learned``: flat positions of the entries that are learned; the others are zero. None: all.
     """
 
     name: str
@@ -93,14 +95,23 @@ class Part:
         return flat if self.learned is None else flat[np.array(self.learned, int)]
 
 
+class _Places(dict[str, slice]):
+    """Slices by name; an empty one of names that are not there."""
+
+    def __missing__(self, name: str) -> slice:
+        return slice(0)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["units", "origin", "transforms"],
     meta_fields=["parts"],
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Space:
     """The parts of φ, and x (n,) with φ(x): entries in ``units`` (n,) around ``origin`` (n,).
+
+    Entries of correlations have neither, open spreads no origin.
 
     ``transforms``: NumPyro's, by name, of positive parts and those whose prior says where they lie.
     A pytree whose numbers are leaves, so that programs serve every space of the same parts.
@@ -125,8 +136,8 @@ class Space:
         ``units`` by name, one where none are given; ``starts`` by name: φ at x = 0 of parts that go
         through a transform, where that is not its own.
         """
-        transforms = {
-            p.name: _transform_of(beliefs[p.name]) if p.support == "belief" else ExpTransform()
+        transforms: dict[str, Any] = {
+            p.name: biject_to(beliefs[p.name].support) if p.support == "belief" else ExpTransform()
             for p in parts
             if p.moved
         }
@@ -138,7 +149,7 @@ class Space:
                 scale[at] = part.entries(np.broadcast_to(units[part.name], part.shape))
             if part.moved and part.name in starts:
                 start = part.entries(np.broadcast_to(starts[part.name], part.shape))
-                origin[at] = np.asarray(transforms[part.name]._inverse(start))
+                origin[at] = _free(transforms[part.name], start)
         return replace(bare, units=scale, origin=origin)
 
     def __add__(self, other: Space) -> Space:
@@ -159,14 +170,15 @@ class Space:
 
     def __getitem__(self, name: str) -> Part:
         """The part of this name."""
+        if name not in self.names:
+            raise KeyError(name)
         return self.parts[self.names.index(name)]
 
     @functools.cached_property
-    def at(self) -> dict[str, slice]:
+    def at(self) -> Mapping[str, slice]:
         """Where each part lies in x; nowhere, of names that are none of φ's."""
         ends = np.cumsum([0, *(p.size for p in self.parts)]).tolist()
-        places = {p.name: slice(*ends[i : i + 2]) for i, p in enumerate(self.parts)}
-        return defaultdict(lambda: slice(0), places)
+        return _Places({p.name: slice(*ends[i : i + 2]) for i, p in enumerate(self.parts)})
 
     @property
     def size(self) -> int:
@@ -181,6 +193,15 @@ class Space:
             if part.support == "spread":
                 lower[self.at[part.name]] = 0.0
         return lower
+
+    def inside(self, x: np.ndarray) -> np.ndarray:
+        """Entries of x, (n,) of bool, that are at no end of where their part may lie."""
+        found = x > self.lower
+        for part in self.parts:
+            if part.support == "belief":
+                ended = _flat(self.transforms[part.name], self._moved(part, x))
+                found[self.at[part.name]] &= ~ended
+        return found
 
     def entry_names(self, labels: Mapping[str, Sequence[str]]) -> list[str]:
         """The entries of x: ``mu[Intercept]``, ``tau[x]``, ``corr[Intercept, x]``, ``sigma``.
@@ -223,7 +244,7 @@ class Space:
         )  # fmt: skip
 
     def plain(self) -> Space:
-        """The same parts, each entry as it is: x in the user's own units."""
+        """The same parts, each entry as it is, in units of one."""
         return replace(self, units=np.ones(self.size), origin=np.zeros(self.size))
 
     def opened(self) -> Space:
@@ -241,9 +262,13 @@ class Space:
         entries, unit, origin = x[at], self.units[at], self.origin[at]
         if part.support == "open spread":
             return unit * jax.nn.softplus(entries)
-        if part.moved:
-            return self.transforms[part.name](origin + unit * entries)
-        return origin + unit * entries
+        free = origin + unit * entries
+        return self.transforms[part.name](free) if part.moved else free
+
+    def _moved(self, part: Part, x: Any) -> Any:
+        """The entries of a part as its transform takes them."""
+        at = self.at[part.name]
+        return self.origin[at] + self.units[at] * x[at]
 
     def phi(self, x: Any) -> dict[str, Any]:
         """φ by name."""
@@ -268,14 +293,13 @@ class Space:
             if part.support == "correlation":
                 found[at] = _inverse_correlations(part, np.asarray(phi[part.name]), shrunk)
                 continue
-            values, unit = part.entries(phi[part.name]), np.asarray(self.units[at])
+            values = part.entries(np.broadcast_to(phi[part.name], part.shape))
             if part.support == "open spread":
-                found[at] = inverse_softplus(values / unit)
-            elif part.moved:
-                values = np.asarray(self.transforms[part.name]._inverse(values))
-                found[at] = (values - self.origin[at]) / unit
-            else:
-                found[at] = (values - self.origin[at]) / unit
+                found[at] = inverse_softplus(values / self.units[at])
+                continue
+            if part.moved:
+                values = _free(self.transforms[part.name], values)
+            found[at] = (values - self.origin[at]) / self.units[at]
         return found
 
     def near(self, phi: Mapping[str, Any], floor: float = 0.0) -> np.ndarray:
@@ -295,25 +319,25 @@ class Space:
         return replace(self, units=scale)
 
     def around(self, **phi: Any) -> Space:
-        """The same parts with x = 0 elsewhere, where they lie as their priors do."""
+        """The same space with x = 0 at these values, of parts that go through a transform."""
         origin = np.array(self.origin)
         for name, value in phi.items():
-            origin[self.at[name]] = np.asarray(self.transforms[name]._inverse(value))
+            origin[self.at[name]] = _free(self.transforms[name], value)
         return replace(self, origin=origin)
 
     # ------------------------------------------------------------------------ densities
 
-    def log_belief(self, phi: Mapping[str, Any], beliefs: Mapping[str, dist.Distribution]) -> Any:
+    def log_belief(self, x: Any, beliefs: Mapping[str, dist.Distribution]) -> Any:
         """log p(φ) as a mode has it: of τ and R themselves, and of what a family owns as in x."""
-        total: Any = 0.0
+        phi, total = self.phi(x), jnp.zeros(())
         for part in self.parts:
             value, belief = phi[part.name], beliefs[part.name]
             if part.support == "spread":
                 value = jnp.where(value > 0, value, TINY)
             total = total + jnp.sum(jnp.asarray(belief.log_prob(value)))
             if part.moved:
-                total = total + _log_slope(self.transforms[part.name], phi[part.name])
-        return jnp.asarray(total)
+                total = total + self._log_jacobian(part, x)
+        return total
 
     def placed(self, x: Any, beliefs: Mapping[str, dist.Distribution]) -> Placed:
         """φ at x, the root of R, and the density of x under p(φ), with the Jacobian."""
@@ -337,7 +361,7 @@ class Space:
         if part.support == "open spread":
             total = total + jax.nn.log_sigmoid(entries).sum()
         elif part.moved:
-            free = self.origin[at] + unit * entries
+            free = self._moved(part, x)
             transform = self.transforms[part.name]
             total = total + jnp.sum(transform.log_abs_det_jacobian(free, transform(free)))
         return total
@@ -350,9 +374,9 @@ class Space:
         """How φ moves at x along independent normal directions of unit size, by name (…, r).
 
         ``hessian`` (p, p) of minus the criterion in the coordinates that are ``inside``; NaN
-        outside of them, and everywhere off a maximum. Use it in float64.
+        outside of them, and everywhere off a maximum or where none is inside. Use it in float64.
         """
-        moves = np.full((self.size, int(inside.sum())), np.nan)
+        moves = np.full((self.size, max(int(inside.sum()), 1)), np.nan)
         if hessian.size and np.isfinite(hessian).all():
             values = np.linalg.eigvalsh(hessian)
             if values[0] > FLAT * values[-1]:
@@ -366,6 +390,17 @@ class Placed(NamedTuple):
     phi: dict[str, Any]
     root: Any
     log_density: Any
+
+
+def at_an_end(space: Space, x: np.ndarray) -> list[str]:
+    """What to say of parts that an estimate has at an end of where their priors let them lie."""
+    inside, phi = space.inside(x), phi_at(space, x)
+    return [
+        f"{p.name} is estimated as {float(phi[p.name]):.3g}, an end of where its prior lets it "
+        "lie: it has no standard error, and those of the others hold it there"
+        for p in space.parts
+        if p.support == "belief" and not inside[space.at[p.name]].all()
+    ]
 
 
 def standard_errors(along: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -393,7 +428,7 @@ def _along(space: Space, x: Any, moves: Any) -> dict[str, jax.Array]:
 
 @jax.jit
 def _belief(space: Space, beliefs: Any, x: Any) -> tuple[jax.Array, jax.Array]:
-    return jax.value_and_grad(lambda v: space.log_belief(space.phi(v), beliefs))(x)
+    return jax.value_and_grad(lambda v: space.log_belief(v, beliefs))(x)
 
 
 def belief_in(
@@ -417,13 +452,19 @@ def inverse_softplus(value: Any) -> Any:
     return value + np.log(-np.expm1(-value))
 
 
-def _transform_of(belief: dist.Distribution) -> Transform:
-    transform = biject_to(belief.support)
-    return IdentityTransform() if transform is None else transform
+def _free(transform: Transform, value: Any) -> np.ndarray:
+    """What the transform takes to a value; where that is outside of its range, zero."""
+    with float64():
+        found = np.asarray(transform._inverse(value))
+    return np.where(np.isfinite(found), found, 0.0)
 
 
-def _log_slope(transform: Transform, value: Any) -> Any:
-    return transform.log_abs_det_jacobian(transform._inverse(value), value)
+def _flat(transform: Transform, free: Any) -> np.ndarray:
+    """Whether a transform has come to an end of its range, where it hardly moves."""
+    if isinstance(transform, ExpTransform):  # zero is as far away as infinity
+        return np.zeros(np.shape(free), bool)
+    slopes = [transform.log_abs_det_jacobian(v, transform(v)) for v in (free, 0.0 * free)]
+    return np.asarray(slopes[0] - slopes[1]) < np.log(AT_AN_END)
 
 
 def log_prob(belief: dist.Distribution, value: Any) -> jax.Array:
