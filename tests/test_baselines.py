@@ -265,7 +265,7 @@ def test_a_shared_effect_that_tasks_absorb_is_marked():
         "log_radon ~ 1 + floor + log_uranium + (1 | county)", hb.datasets.radon()
     )
     fit = hb.no_pooling(model, tasks)
-    assert not fit.adapted.adapted.identified.any()
+    assert not fit.adapted.posterior.identified.any()
     assert np.isnan(fit.adapted.sd.values).all()
     # its predictions of the counties' own houses stand all the same
     assert np.isfinite(fit.predict().mean).all()

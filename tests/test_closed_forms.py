@@ -100,7 +100,7 @@ def test_type_two_maximum_likelihood_finds_the_population(type_two):
     close(type_two.phi["mu"], [MU], rtol=1e-7)
     close(type_two.phi["tau"], [TAU], rtol=1e-7)
     close(type_two.phi["sigma"], S, rtol=1e-7)
-    close(type_two.adapted.adapted.covariance.ravel(), np.full(40, V), rtol=1e-7)
+    close(type_two.adapted.posterior.covariance.ravel(), np.full(40, V), rtol=1e-7)
 
 
 @pytest.mark.parametrize("num_steps", [pytest.param(1, marks=pytest.mark.slow), 5])
@@ -118,7 +118,7 @@ def test_the_optimum_of_maml_is_the_bayes_posterior(num_steps, type_two):
     close(implied.shrinkage.ravel(), np.full(40, BEST), rtol=1e-7)
     close(implied.posterior_covariance.ravel(), np.full(40, V), rtol=1e-7)
     close(implied.posterior_mean, type_two.theta.values, rtol=1e-7)
-    close(implied.posterior_covariance, type_two.adapted.adapted.covariance, rtol=1e-7)
+    close(implied.posterior_covariance, type_two.adapted.posterior.covariance, rtol=1e-7)
     # neither no pooling nor complete pooling would do
     y_bar = SUPPORT.outcome.reshape(-1, 4).mean(1)
     assert np.abs(implied.posterior_mean[:, 0] - y_bar).max() > 0.5

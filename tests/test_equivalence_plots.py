@@ -109,7 +109,7 @@ def test_the_posterior_is_drawn_as_ellipses_of_its_moments(radon, radon_ml, ax):
     )
     j, order = radon.tasks.labels.position("ST LOUIS"), [1, 0]
     mean = radon_ml.theta.values[j, order]
-    covariance = radon_ml.adapted.adapted.covariance[j][np.ix_(order, order)]
+    covariance = radon_ml.adapted.posterior.covariance[j][np.ix_(order, order)]
     curves = [line.get_xydata() for line in ax.lines if len(line.get_xydata()) == 181]
     for found, share in zip(curves, (0.5, 0.9), strict=True):
         away = found - mean

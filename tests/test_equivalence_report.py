@@ -105,7 +105,7 @@ def overshooting(study):
 
 
 def moments(fit):
-    return fit.adapted.adapted.mean, fit.adapted.adapted.covariance
+    return fit.adapted.posterior.mean, fit.adapted.posterior.covariance
 
 
 def written_out(here, there):
@@ -385,7 +385,7 @@ def test_steps_are_those_of_the_fit_unless_others_are_asked_for(study):
 def test_steps_in_scaled_columns_are_a_preconditioner_in_the_users(study):
     """θ = P θ' makes θ' + η ∇' the step θ + η P Pᵀ ∇, so the rung stands where the fit has θ."""
     found = study.report(study.scaled).fits[STEPS]
-    close(found.adapted.adapted.mean, study.scaled.theta.values, rtol=1e-9)
+    close(found.adapted.posterior.mean, study.scaled.theta.values, rtol=1e-9)
     implied = hb.equivalent_prior(study.model, study.tasks, study.scaled)
     close(implied.posterior_mean, study.scaled.theta.values, rtol=1e-9)
     inside = study.scaled.inside

@@ -440,7 +440,7 @@ def test_separated_tasks_are_marked_and_named():
     bare, tasks = separated()
     with pytest.warns(hb.errors.FitWarning, match="2 of 3 tasks has no maximum .*'apart', 'none'"):
         fit = hb.no_pooling(bare, tasks)
-    identified = fit.adapted.adapted.identified
+    identified = fit.adapted.posterior.identified
     assert identified.tolist() == [[False, False], [False, False], [True, True]]
     assert np.isfinite(fit.theta.values).all()
     assert fit.predict().unidentified.tolist() == [True] * 10 + [False] * 5

@@ -14,7 +14,7 @@ from assertions import close, refuses
 from scipy import special, stats
 
 import hierbayes as hb
-from hierbayes.adaptation import Adapted, Conjugate, GradientSteps, Laplace
+from hierbayes.adaptation import Conjugate, GradientSteps, Laplace, Normal
 from hierbayes.adaptation.step_length import curvatures
 from hierbayes.fit import Prediction
 
@@ -147,7 +147,7 @@ def test_curvatures_with_known_errors_are_those_of_the_errors_alone(schools):
 def test_moments_of_theta_and_draws_of_sigma_make_one_component_a_draw(rng):
     """As full Bayes keeps them where draws of θ would be too many: variances are averaged."""
     tasks = hb.Tasks.from_arrays([(np.ones((3, 1)), rng.normal(size=3)) for _ in range(4)])
-    training = Adapted(rng.normal(size=(4, 1)), rng.uniform(0.1, 0.5, (4, 1, 1)))
+    training = Normal(rng.normal(size=(4, 1)), rng.uniform(0.1, 0.5, (4, 1, 1)))
     draws = {"mu": rng.normal(size=(2, 5, 1)), "tau": rng.uniform(size=(2, 5, 1)),
              "sigma": rng.uniform(0.5, 1.5, (2, 5))}  # fmt: skip
     phi = {name: value.mean(axis=(0, 1)) for name, value in draws.items()}

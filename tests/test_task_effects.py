@@ -65,7 +65,7 @@ def test_effects_are_dense_algebra(small):
         close(found.z[j], gain @ (y - x @ PHI["mu"]) / np.sqrt(variance), rtol=1e-9)
         close(found.information[j], variance / PHI["tau"] ** 2, rtol=1e-9)
         # and they are what the fit's own posterior says
-        close(fit.adapted.adapted.mean[j] - PHI["mu"], gain @ (y - x @ PHI["mu"]), atol=1e-10)
+        close(fit.adapted.posterior.mean[j] - PHI["mu"], gain @ (y - x @ PHI["mu"]), atol=1e-10)
     assert any("1 of 9 tasks say nothing about 'x'" in remark for remark in found.remarks)
 
 

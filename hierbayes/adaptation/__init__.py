@@ -13,7 +13,7 @@ estimate.
 """
 
 from hierbayes.adaptation.alone import MaximumLikelihood
-from hierbayes.adaptation.base import Adaptation, Adapted, NotOffered, PointAdaptation
+from hierbayes.adaptation.base import Adaptation, NotOffered, PointAdaptation
 from hierbayes.adaptation.conjugate import Conjugate
 from hierbayes.adaptation.descent import Descent, Flow, implied_precision
 from hierbayes.adaptation.equivalence import equivalent_prior
@@ -26,17 +26,27 @@ from hierbayes.adaptation.least_squares import LeastSquares
 from hierbayes.adaptation.matching import EquivalentSteps, equivalent_steps
 from hierbayes.adaptation.matrix_free import MatrixFreePrior
 from hierbayes.adaptation.mixed_scales import MixedScales
+from hierbayes.adaptation.posterior import (
+    Draws,
+    FlatPrior,
+    Mixture,
+    Normal,
+    Point,
+    Posterior,
+    WithShared,
+)
 from hierbayes.adaptation.proximal import Proximal
 from hierbayes.adaptation.quadrature import Quadrature
 
 __all__ = [
     "Adaptation",
-    "Adapted",
     "Conjugate",
     "Descent",
     "Discrepancy",
+    "Draws",
     "EquivalentPrior",
     "EquivalentSteps",
+    "FlatPrior",
     "Flow",
     "GradientSteps",
     "ImpliedPosterior",
@@ -45,11 +55,16 @@ __all__ = [
     "MatrixFreePrior",
     "MaximumLikelihood",
     "MixedScales",
+    "Mixture",
+    "Normal",
     "NotOffered",
+    "Point",
     "PointAdaptation",
+    "Posterior",
     "Proximal",
     "Quadrature",
     "Status",
+    "WithShared",
     "equivalent_prior",
     "equivalent_steps",
     "implied_precision",

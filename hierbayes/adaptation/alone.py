@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Adaptation, Adapted
+from hierbayes.adaptation.base import Adaptation
 from hierbayes.adaptation.curvature import curvatures_at, slopes
 from hierbayes.adaptation.least_squares import RANK_TOLERANCE
 from hierbayes.adaptation.newton import Mode, climb, trouble
+from hierbayes.adaptation.posterior import FlatPrior
 from hierbayes.likelihoods.base import sum_by_task
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.model import HierarchicalModel
@@ -192,7 +193,7 @@ class MaximumLikelihood(Adaptation):
 
     name = "maximum likelihood"
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> FlatPrior:
         """Estimates, their covariances and the unidentified directions, as least squares gives."""
         likelihood = model.likelihood
         assert isinstance(likelihood, GeneralisedLinear)
@@ -203,4 +204,6 @@ class MaximumLikelihood(Adaptation):
                 np.asarray(part) for part in _maxima(plain, dict(phi), given)
             )
         blind = determined(tasks, likelihood).blind
-        return Adapted(theta, covariance, blind, remarks=trouble(tasks.names, *went))
+        none = np.zeros(theta.shape, bool)
+        said = trouble(tasks.names, *went)
+        return FlatPrior(theta, covariance, blind, none, remarks=said)

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Adaptation, Adapted
+from hierbayes.adaptation.base import Adaptation
+from hierbayes.adaptation.posterior import Normal
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import (
     as_rng,
@@ -212,7 +213,7 @@ class Conjugate(Adaptation):
 
     name = "exact posterior"
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Normal:
         """Posterior means and covariances."""
         linear = model.likelihood.design(tasks, phi)
         with float64():
@@ -222,7 +223,7 @@ class Conjugate(Adaptation):
             function = _posterior_by_chunks if many else _posterior
             found = function(stats, model.prior, dict(phi))
             mean, covariance = gathered(found, tasks.num_tasks)
-        return Adapted(mean, covariance)
+        return Normal(mean, covariance)
 
     def draws(
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: jax.Array

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Adapted, PointAdaptation
+from hierbayes.adaptation.base import PointAdaptation
 from hierbayes.adaptation.descent import Descent
 from hierbayes.adaptation.implicit import Solved, how_solved, norm, with_implicit_slope
+from hierbayes.adaptation.posterior import Point, Posterior
 from hierbayes.adaptation.step_length import bounded, check_step_size, overshooting
 from hierbayes.errors import listing
 from hierbayes.likelihoods.base import sum_by_task
@@ -189,7 +190,7 @@ class GradientSteps(PointAdaptation):
             return with_implicit_slope(lambda _, at: descent.run(slope, at), rise, start)
         return descent.run(slope, start)
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Posterior:
         """θ_K of every task, a point; a step size too long for a task is refused, naming it.
 
         Where the curvature has no bound, ``remarks`` name the tasks whose log likelihood has fallen
@@ -219,7 +220,7 @@ class GradientSteps(PointAdaptation):
         theta = np.array(start, dtype=np.float64)
         for positions, found in parts:
             theta[positions] = found
-        return Adapted(theta, remarks=_lost(theta, tasks) or said)
+        return Point(theta, remarks=_lost(theta, tasks) or said)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

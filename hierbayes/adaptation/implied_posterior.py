@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hierbayes.adaptation.base import Adaptation, Adapted
+from hierbayes.adaptation.base import Adaptation
 from hierbayes.adaptation.equivalence import equivalent_prior
 from hierbayes.adaptation.implied import EquivalentPrior
+from hierbayes.adaptation.posterior import Normal
 from hierbayes.errors import overhearing
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
@@ -35,7 +36,7 @@ class ImpliedPosterior(Adaptation):
     preconditioner: Any = None
     name = "implied posterior"
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Normal:
         """θ_K and Σ_K of every task; ``remarks`` name tasks without a Gaussian prior."""
         return self.read(self.prior(model, tasks, phi))
 
@@ -48,8 +49,8 @@ class ImpliedPosterior(Adaptation):
             )  # fmt: skip
 
     @staticmethod
-    def read(implied: EquivalentPrior) -> Adapted:
+    def read(implied: EquivalentPrior) -> Normal:
         """Its posterior, with its messages as remarks."""
-        return Adapted(
+        return Normal(
             implied.posterior_mean, implied.posterior_covariance, remarks=implied.messages
         )

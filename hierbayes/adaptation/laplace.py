@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Adaptation, Adapted
+from hierbayes.adaptation.base import Adaptation
 from hierbayes.adaptation.newton import Mode, climb, trouble
+from hierbayes.adaptation.posterior import Normal
 from hierbayes.errors import announce
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
@@ -129,14 +130,14 @@ class Laplace(Adaptation):
 
     name = "Laplace posterior"
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Normal:
         """Modes and covariances; ``remarks`` name the tasks where no mode was reached."""
         with float64():
             rows = on_devices(model.likelihood.arrange(tasks), tasks)
             mean, covariance, converged, definite = gathered(
                 _posterior(model.without_encoder(), dict(phi), *rows), tasks.num_tasks
             )
-        return Adapted(mean, covariance, remarks=trouble(tasks.names, converged, definite))
+        return Normal(mean, covariance, remarks=trouble(tasks.names, converged, definite))
 
     def draws(
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: jax.Array

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from hierbayes.adaptation.base import Adaptation, Adapted
+from hierbayes.adaptation.base import Adaptation
+from hierbayes.adaptation.posterior import FlatPrior
 from hierbayes.model import HierarchicalModel
 from hierbayes.statistics import Statistics, statistics
 from hierbayes.tasks import Tasks
@@ -29,7 +30,7 @@ class LeastSquares(Adaptation):
 
     name = "least squares"
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> FlatPrior:
         """Minimum-norm estimates, their covariances, and the unidentified directions."""
         del model
         stats = statistics(tasks)
@@ -43,7 +44,7 @@ class LeastSquares(Adaptation):
         variance = float(phi.get("sigma", 1.0)) ** 2
         covariance = variance * np.einsum("jki,jk,jkl->jil", right, inverse**2, right)
         blind = np.einsum("jki,jk,jkl->jil", right, (values == 0).astype(float), right)
-        return Adapted(mean, covariance, blind)
+        return FlatPrior(mean, covariance, blind, np.zeros(mean.shape, bool))
 
 
 def design_svd(stats: Statistics) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

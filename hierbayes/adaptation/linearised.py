@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Adapted
 from hierbayes.adaptation.descent import Descent
 from hierbayes.adaptation.gradient import GradientSteps
+from hierbayes.adaptation.posterior import Linearised
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic
 from hierbayes.tasks import Task, Tasks
@@ -45,7 +45,7 @@ class LinearisedSteps(GradientSteps):
     spread: Literal["implied", "laplace"] = "implied"
     name = "gradient steps with their implied posterior"
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Linearised:
         """θ_K of every task; its ``spread`` gives the variance of f at rows of these tasks.
 
         f's variance is in the units of ``sigma_query``: σ of the steps sets only the ratio of prior
@@ -55,7 +55,7 @@ class LinearisedSteps(GradientSteps):
 
         # a partial of a method, for a function made here could not be pickled
         spread = functools.partial(self._at_rows, model, tasks, dict(phi), adapted.mean)
-        return replace(adapted, spread=spread)
+        return Linearised(adapted.mean, spread, remarks=adapted.remarks)
 
     def _at_rows(
         self,

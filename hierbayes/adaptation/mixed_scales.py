@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Adaptation, Adapted
+from hierbayes.adaptation.base import Adaptation
 from hierbayes.adaptation.conjugate import averaged_moments
+from hierbayes.adaptation.posterior import Mixture
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_rng, float64, matmul, matvec
 from hierbayes.priors import Prior, StudentT
@@ -256,14 +257,15 @@ class MixedScales(Adaptation):
 
     name = "posterior over mixed scales"
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Mixture:
         """Posterior means and covariances, and the normals that predictions take."""
         prior, phi = _student(model), dict(phi)
         with float64():
             found = _moments(placed_statistics(tasks), prior, phi)
             mean, covariance = gathered(found, tasks.num_tasks)
         # a partial, for a function made here could not be pickled
-        return Adapted(mean, covariance, normals=functools.partial(_some, tasks, prior, phi))
+        normals = functools.partial(_some, tasks, prior, phi)
+        return Mixture(mean, covariance, normals, together=False)
 
     def draws(
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: Any

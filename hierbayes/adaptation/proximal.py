@@ -25,10 +25,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hierbayes.adaptation.base import Adapted, PointAdaptation
+from hierbayes.adaptation.base import PointAdaptation
 from hierbayes.adaptation.curvature import curvatures_at, slopes
 from hierbayes.adaptation.laplace import mode
 from hierbayes.adaptation.newton import trouble
+from hierbayes.adaptation.posterior import Point
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import cholesky, float64, solve_lower, solve_upper
 from hierbayes.sharding import gathered
@@ -48,13 +49,13 @@ class Proximal(PointAdaptation):
         """θ* of every task (J, d), differentiable in φ: once, or ever where Gaussian in θ."""
         return _adapt(model, phi, rows, task_of_row)[0]
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Point:
         """θ* of every task; ``remarks`` name those where Newton's method has not reached it."""
         plain = model.without_encoder()
         with float64():
             rows = on_devices(model.likelihood.arrange(tasks), tasks)
             theta, *went = gathered(_points(plain, dict(phi), *rows), tasks.num_tasks)
-        return Adapted(theta, remarks=trouble(tasks.names, *went))
+        return Point(theta, remarks=trouble(tasks.names, *went))
 
 
 def _adapt(model: HierarchicalModel, phi: dict[str, Any], rows: Task, of_row: Any) -> Any:

@@ -29,8 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Adaptation, Adapted
+from hierbayes.adaptation.base import Adaptation
 from hierbayes.adaptation.draws_of_theta import LEAST_MOVES, draws_given
+from hierbayes.adaptation.posterior import Normal
 from hierbayes.adaptation.whitened import Stand, Whitened, at_modes, climb
 from hierbayes.errors import announce, listing
 from hierbayes.model import HierarchicalModel
@@ -217,13 +218,13 @@ class Quadrature(Adaptation):
     num_nodes: int = 15
     name = "posterior by quadrature"
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Normal:
         """Posterior means and covariances."""
         plain = model.without_encoder()
         with float64():
             found = _moments(plain, rows_of(tasks, plain.likelihood), dict(phi), self.num_nodes)
             mean, covariance = (np.asarray(part) for part in found)
-        return Adapted(mean, covariance)
+        return Normal(mean, covariance)
 
     def moments(
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray]

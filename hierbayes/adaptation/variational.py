@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Adaptation, Adapted
+from hierbayes.adaptation.base import Adaptation
 from hierbayes.adaptation.descent import Descent
+from hierbayes.adaptation.posterior import Draws
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic
 from hierbayes.tasks import Task, Tasks
@@ -66,7 +67,7 @@ class Variational(Adaptation):
 
         return Descent(self.num_steps, self.step_size).run(jax.grad(objective), start)
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Draws:
         """Means of q and draws from it."""
         mean = np.array(np.broadcast_to(phi["mu"], (tasks.num_tasks, len(phi["mu"]))), float)
         log_sd = np.array(np.broadcast_to(np.log(phi["tau"]), mean.shape))
@@ -78,7 +79,7 @@ class Variational(Adaptation):
         sample = np.empty((PREDICTIVE_DRAWS, *mean.shape), dtype=model.likelihood.precision)
         for place, one in enumerate(white):
             sample[place] = mean + np.exp(log_sd) * one
-        return Adapted(mean, sample=sample)
+        return Draws(mean, sample)
 
 
 def expected(

@@ -50,7 +50,7 @@ def normal_posterior(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
         none = np.asarray(implied.status == Status.NO_PRIOR)[:, None]
         sd = np.sqrt(np.where(none, np.nan, np.maximum(variance, 0.0)))
         return np.asarray(implied.posterior_mean), sd
-    found = fit.adapted.adapted
+    found = fit.adapted.posterior
     if found.covariance is None:
         raise NotApplicable(f"{fit.method} says nothing about how sure it is of theta")
     return found.mean, np.sqrt(np.diagonal(found.covariance, axis1=1, axis2=2))

@@ -116,7 +116,7 @@ def theta_differences(fit: Fit, reference: Fit) -> dict[str, float]:
     reference_sd = reference.adapted.sd.values
     sd = fit.adapted.sd.values
     usable = np.isfinite(reference_sd) & (reference_sd > 0)
-    usable &= fit.adapted.adapted.identified
+    usable &= fit.adapted.posterior.identified
     difference = np.abs(fit.theta.values - reference.theta.values)
     safe = np.where(usable, reference_sd, 1.0)
     some = usable & np.isfinite(sd) & (sd > 0)

@@ -17,7 +17,7 @@ class Reference:
     def __init__(self, posterior: Fit):
         theta = posterior.theta_draws
         assert theta is not None
-        adapted = posterior.adapted.adapted
+        adapted = posterior.adapted.posterior
         assert adapted.covariance is not None
         self.mean, self.covariance = adapted.mean, adapted.covariance
         self.draws = theta.reshape(-1, *theta.shape[2:])
@@ -27,7 +27,7 @@ class Reference:
 
 def distances(fit: Fit, reference: Reference) -> dict[str, np.ndarray]:
     """Of every task (J,) from the full posterior, and the share of its draws inside intervals."""
-    adapted = fit.adapted.adapted
+    adapted = fit.adapted.posterior
     assert adapted.covariance is not None
     here = (adapted.mean, adapted.covariance)
     there = (reference.mean, reference.covariance)

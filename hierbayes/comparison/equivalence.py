@@ -189,7 +189,7 @@ def _check(start: Fit, posterior: Fit, point: Fit | None) -> None:
             raise InputError(f"{name} and posterior are fits of different tasks")
         if "mu" not in fit.phi:
             raise InputError(f"{fit.method} has no mu for steps to start from")
-    if point is not None and ("tau" not in point.phi or point.adapted.adapted.covariance is None):
+    if point is not None and ("tau" not in point.phi or point.adapted.posterior.covariance is None):
         raise InputError(
             f"empirical_bayes must be a fit of empirical_bayes; {point.method} learns no posterior"
         )
@@ -257,7 +257,7 @@ def _floor(reference: Reference) -> dict[str, float]:
 
 
 def _truth(fit: Fit, truth: Any, without: np.ndarray) -> dict[str, float]:
-    values, adapted = np.asarray(truth, dtype=float), fit.adapted.adapted
+    values, adapted = np.asarray(truth, dtype=float), fit.adapted.posterior
     if values.shape != adapted.mean.shape:
         raise InputError(f"truth has shape {values.shape}; expected {adapted.mean.shape}")
     assert adapted.covariance is not None
@@ -273,7 +273,7 @@ def _gaps(fits: dict[str, Fit], without: np.ndarray) -> Any:
 
     rows = {}
     for (low, high), cause in CAUSES.items():
-        here, there = fits[low].adapted.adapted, fits[high].adapted.adapted
+        here, there = fits[low].adapted.posterior, fits[high].adapted.posterior
         values = between((here.mean, here.covariance), (there.mean, there.covariance))
         if low == STEPS:
             values = {name: np.where(without, np.nan, value) for name, value in values.items()}
@@ -302,7 +302,7 @@ def _score(fits: dict[str, Fit], start: Fit, test: Any, reference: Reference) ->
     import pandas as pd
 
     scored = dict(fits)
-    if start.adapted.adapted.covariance is None:
+    if start.adapted.posterior.covariance is None:
         scored[f"{start.method}, plug-in"] = start
     rows: dict[str, dict[str, float]] = {}
     full = fits[FULL].predict(test, target="known")

@@ -23,10 +23,11 @@ import numpyro.distributions as dist
 from hierbayes import inputs
 from hierbayes.adaptation import (
     Adaptation,
-    Adapted,
     Conjugate,
+    Draws,
     EquivalentPrior,
     Laplace,
+    Posterior,
     equivalent_steps,
 )
 from hierbayes.adaptation.implied_posterior import ImpliedPosterior
@@ -140,7 +141,7 @@ def _drawn(
     tasks: Tasks,
     phi: dict[str, np.ndarray],
     adaptation: Adaptation,
-    adapted: Adapted,
+    adapted: Posterior,
     draws: tuple[int, int],
     seed: int | jax.Array,
 ) -> Fit:
@@ -177,10 +178,8 @@ def _sampled(
         )  # fmt: skip
     theta = np.asarray(location) + found["z"] @ np.asarray(root).T
     flat = theta.reshape(-1, *theta.shape[2:])
-    centred = flat - flat.mean(0)
-    covariance = np.einsum("sji,sjk->jik", centred, centred) / (len(flat) - 1)
     return Fit(
-        "posterior at a point", model, tasks, phi, Laplace(), Adapted(flat.mean(0), covariance),
+        "posterior at a point", model, tasks, phi, Laplace(), Draws.of(flat),
         theta_draws=theta, sample_stats=stats,
         no_evidence="phi was taken from the full posterior's mean",
         warnings=(

@@ -149,7 +149,7 @@ def _tasks(comparison: Comparison) -> str:
     for k, coef in enumerate(first.coef):
         for label, fit in comparison.fits.items():
             means, sds = fit.theta.values[:, k], fit.adapted.sd.values[:, k]
-            known = fit.adapted.adapted.identified[:, k]
+            known = fit.adapted.posterior.identified[:, k]
             cells = [_with_spread(m, s) for m, s in zip(means, sds, strict=True)]
             cells = [c if ok else "—" for c, ok in zip(cells, known, strict=True)]
             columns[f"{coef}, {label}"] = cells

@@ -235,8 +235,7 @@ def _reference(fits: dict[str, Fit], asked: str | None) -> str | None:
 
 
 def _has_posterior(fit: Fit) -> bool:
-    adapted = fit.adapted.adapted
-    return not (adapted.covariance is None and adapted.sample is None and adapted.spread is None)
+    return fit.adapted.posterior.is_distribution
 
 
 def _by_task(

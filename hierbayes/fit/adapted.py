@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from hierbayes.adaptation import Adapted
+from hierbayes.adaptation import Posterior
+from hierbayes.adaptation.posterior import Thetas
 from hierbayes.errors import InputError, listing
-from hierbayes.fit.joint import JointDraws, Thetas
+from hierbayes.fit.joint import JointDraws
 from hierbayes.fit.prediction import Prediction
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic, float64
@@ -30,6 +31,8 @@ class AdaptedTasks:
         Point estimates; posterior means where there is a posterior.
     covariance : DataArray (task, coef, coef_bis) or None
         Posterior covariances; None for a point estimate.
+    posterior : Posterior
+        What ``theta``, ``covariance`` and predictions are read from.
     draws : array (S, J, d) or None
         Posterior draws, under full Bayes one for each draw of φ.
     remarks : tuple of str
@@ -43,8 +46,7 @@ class AdaptedTasks:
     model: HierarchicalModel
     tasks: Tasks
     phis: dict[str, np.ndarray]
-    adapted: Adapted
-    draws: np.ndarray | None = None
+    posterior: Posterior
     remarks: tuple[str, ...] = ()
     pareto_k: float = float("nan")
     inner: AdaptedTasks | None = field(default=None, repr=False)
@@ -53,26 +55,24 @@ class AdaptedTasks:
     @property
     def theta(self) -> Any:
         """Point estimates, labelled (task, coef)."""
-        return label(self.adapted.mean, self.tasks, ("task", "coef"), "theta")
+        return label(self.posterior.mean, self.tasks, ("task", "coef"), "theta")
 
     @property
     def covariance(self) -> Any:
         """Posterior covariances, labelled (task, coef, coef_bis), or None."""
-        if self.adapted.covariance is None:
+        if (found := self.posterior.covariance) is None:
             return None
-        dims = ("task", "coef", "coef_bis")
-        return label(self.adapted.covariance, self.tasks, dims, "theta_covariance")
+        return label(found, self.tasks, ("task", "coef", "coef_bis"), "theta_covariance")
 
     @property
     def sd(self) -> Any:
-        """Posterior standard deviations, labelled (task, coef); NaN for a point estimate."""
-        if self.adapted.covariance is None:
-            values = np.full(self.adapted.mean.shape, np.nan)
-        else:
-            variance = np.diagonal(self.adapted.covariance, axis1=1, axis2=2)
-            values = np.sqrt(np.maximum(variance, 0))
-        values = np.where(self.adapted.identified, values, np.nan)
-        return label(values, self.tasks, ("task", "coef"), "theta_sd")
+        """Posterior standard deviations, labelled (task, coef); NaN where they are not known."""
+        return label(self.posterior.sd, self.tasks, ("task", "coef"), "theta_sd")
+
+    @property
+    def draws(self) -> np.ndarray | None:
+        """Posterior draws (S, J, d), or None."""
+        return self.posterior.draws
 
     def predict(self, data: Any) -> Prediction:
         """Predictive distributions of rows of these tasks, matched by task name."""
@@ -100,70 +100,25 @@ class AdaptedTasks:
         """Predictions of rows whose tasks stand at the positions ``found``."""
         if self.inner is not None and self.at is not None:
             return replace(self.inner._predict(self.at.tasks(rows), found), tasks=rows)
+        likelihood, posterior = self.model.likelihood, self.posterior
         point = {name: value[0] for name, value in self.phis.items()}
-        if not self.model.likelihood.linear:
-            draws = self.adapted.sample if self.draws is None else self.draws
-            thetas = (self.adapted.mean[None] if draws is None else draws)[:, found]
-            if not self.model.likelihood.has_location:
-                if draws is None and self.adapted.covariance is not None:
-                    drawn = self.adapted.draw(np.random.default_rng(0), POINT_DRAWS)
-                    thetas = drawn[:, found]
-                return outcomes("known task", self.model, rows, thetas, self.phis)
+        if not likelihood.has_location:
+            thetas = posterior.values(np.random.default_rng(0))[:, found]
+            return outcomes("known task", self.model, rows, thetas, self.phis)
+        if not likelihood.linear:
+            thetas = posterior.values()[:, found]
             if all(len(value) == 1 for value in self.phis.values()):
                 means = locations(self.model, thetas, point, rows)
             else:
                 means = locations_by_draw(self.model, thetas, self.phis, rows)
-            variance = 0.0 if draws is not None else None
-            if self.adapted.spread is not None:
-                variance = self.adapted.spread(rows, found)[None]
+            variance = posterior.variance_at(rows, found)
             return finish("known task", self.model, rows, self.phis, means, variance)
-        rows = self.model.likelihood.design(rows, point)
-        of_row = found[rows.task_of_row]
-        if self.draws is not None:
-            means = np.zeros((len(self.draws), rows.num_rows))
-            for k in range(rows.predictors.shape[1]):  # one coefficient at a time: S N numbers
-                means += self.draws[:, of_row, k] * rows.predictors[:, k]
-            return finish("known task", self.model, rows, self.phis, means, 0.0)
-        if self.adapted.normals is not None:
-            centres, spreads = self.adapted.normals(found)
-            means = np.einsum("sik,ik->si", centres[:, rows.task_of_row], rows.predictors)
-            variance = quadratic(rows.predictors[None], spreads[:, rows.task_of_row])
-            one_phi = len(next(iter(self.phis.values()))) == 1
-            drawn = functools.partial(_mixed_thetas, centres, spreads, one_phi)
-            return finish("known task", self.model, rows, self.phis, means, variance, None, drawn)
-        means = np.einsum("ik,ik->i", self.adapted.mean[of_row], rows.predictors)[None]
-        variance, drawn = None, None
-        if self.adapted.covariance is not None:
-            own = Adapted(self.adapted.mean[found], self.adapted.covariance[found])
-            variance = quadratic(rows.predictors, self.adapted.covariance[of_row])[None]
-            drawn = functools.partial(_normal_thetas, own)
-        blind = None
-        if self.adapted.unidentified is not None:
-            needed = quadratic(rows.predictors, self.adapted.unidentified[of_row])
-            blind = needed > 1e-8 * (rows.predictors**2).sum(1)
-        return finish("known task", self.model, rows, self.phis, means, variance, blind, drawn)
-
-
-def _normal_thetas(own: Adapted, at: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """θ of every task from its normal posterior, whichever draw of φ."""
-    return own.draw(rng, len(at))
-
-
-def _mixed_thetas(
-    centres: np.ndarray,
-    spreads: np.ndarray,
-    one_phi: bool,
-    at: np.ndarray,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """θ of every task from its mixture of normals: all of one φ, or each task by itself."""
-    size, num_tasks, _ = centres.shape
-    which = rng.integers(size, size=(len(at), num_tasks)) if one_phi else at[:, None]
-    task = np.arange(num_tasks)
-    values, vectors = np.linalg.eigh(spreads)
-    roots = vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :]
-    white = rng.standard_normal((len(at), num_tasks, centres.shape[2]))
-    return centres[which, task] + np.einsum("njkl,njl->njk", roots[which, task], white)
+        rows = likelihood.design(rows, point)
+        f = posterior.linear(rows.predictors, found, rows.task_of_row)
+        blind = posterior.unidentified(rows.predictors, found[rows.task_of_row])
+        return finish(
+            "known task", self.model, rows, self.phis, f.mean, f.variance, blind, f.thetas
+        )
 
 
 POINT_DRAWS = 200
@@ -301,23 +256,9 @@ def outcomes(
     return Prediction(target, rows, components, np.zeros(rows.num_rows, bool))
 
 
-def quadratic(x: np.ndarray, matrices: np.ndarray) -> np.ndarray:
-    """xᵀ M x for each row."""
-    return np.einsum("...i,...ij,...j->...", x, matrices, x, optimize=True)
-
-
 def label(values: np.ndarray, tasks: Tasks, dims: tuple[str, ...], name: str) -> Any:
     """An array with the names of tasks and coefficients along its last dimensions."""
     import xarray as xr
 
     coords = {"task": tasks.names, "coef": list(tasks.coef), "coef_bis": list(tasks.coef)}
     return xr.DataArray(values, dims=dims, coords={d: coords[d] for d in dims}, name=name)
-
-
-def moments_of(draws: np.ndarray) -> Adapted:
-    """Mean and covariance of draws (S, J, d); one draw has no covariance."""
-    mean = draws.mean(0)
-    if len(draws) == 1:
-        return Adapted(mean)
-    centred = draws - mean
-    return Adapted(mean, np.einsum("sji,sjk->jik", centred, centred) / (len(draws) - 1))

@@ -21,14 +21,17 @@ import numpy as np
 from hierbayes import inputs
 from hierbayes.adaptation import (
     Adaptation,
-    Adapted,
     Conjugate,
+    Draws,
     GradientSteps,
+    Mixture,
+    Normal,
     NotOffered,
+    Posterior,
     equivalent_prior,
 )
 from hierbayes.errors import InputError, NotApplicable, announce, listing
-from hierbayes.fit.adapted import AdaptedTasks, check_columns, moments_of, phis_of
+from hierbayes.fit.adapted import AdaptedTasks, check_columns, phis_of
 from hierbayes.fit.outward import adapted_outward, outward
 from hierbayes.fit.updating import Updated, updated
 from hierbayes.fit.weighing import largest_k
@@ -114,9 +117,8 @@ def _over_draws(
     if update_phi:
         found = updated(fit, tasks, phis, rng)
     key = as_key(int(rng.integers(2**31)))
-    draws, moments = theta_under(fit.adaptation, fit.model, tasks, found.phis, key)
-    adapted = moments or moments_of(draws)
-    new = AdaptedTasks(fit.model, tasks, found.phis, adapted, draws, found.remarks, found.pareto_k)
+    posterior = theta_under(fit.adaptation, fit.model, tasks, found.phis, key)
+    new = AdaptedTasks(fit.model, tasks, found.phis, posterior, found.remarks, found.pareto_k)
     return new, found.learned
 
 
@@ -152,7 +154,7 @@ def on(fit: Fit, new_tasks: Any, update_phi: bool, seed: Any) -> Fit:
         bare, phi={name: value.mean(0) for name, value in new.phis.items()},
         phi_draws={name: by_chain(value) for name, value in new.phis.items()},
         theta_draws=None if new.draws is None else by_chain(new.draws),
-        training=new.adapted if new.draws is None else None,
+        training=new.posterior if new.draws is None else None,
         learned=joined(fit.learned_from, fresh) if learned else fit.learned_from,
         warnings=(*fit.warnings, *new.remarks) if far else fit.warnings,
         info=fit.info | {"about_phi": new.remarks, "pareto_k": new.pareto_k},
@@ -180,7 +182,7 @@ def _implied(fit: Fit, tasks: Tasks) -> AdaptedTasks:
         said.append(
             f"the steps imply no posterior of task(s) {listing(tasks.names[none].tolist(), 3)}"
         )
-    adapted = Adapted(found.posterior_mean, covariance, remarks=tuple(said))
+    adapted = Normal(found.posterior_mean, covariance, remarks=tuple(said))
     said.append(LEFT_POINT.format(num_tasks=fit.learned_from.num_tasks))
     return AdaptedTasks(
         fit.model, tasks, phis_of(fit.phi, fit.phi_draws), adapted, remarks=tuple(said)
@@ -192,14 +194,15 @@ def averaged(
     tasks: Tasks,
     phis: dict[str, np.ndarray],
     adaptation: Adaptation,
-    known: Adapted | None = None,
+    known: Posterior | None = None,
 ) -> AdaptedTasks:
     """What Gaussian tasks conclude, averaged over φ_b; ``known`` are its moments, if they are."""
     assert isinstance(adaptation, Conjugate)
-    moments = known or Adapted(*adaptation.moments(model, tasks, phis))
-
+    moments = known or Normal(*adaptation.moments(model, tasks, phis))
+    assert moments.covariance is not None
     normals = functools.partial(_normals, model, tasks, phis, adaptation)
-    return AdaptedTasks(model, tasks, phis, replace(moments, normals=normals))
+    mixed = Mixture(moments.mean, moments.covariance, normals, together=True)
+    return AdaptedTasks(model, tasks, phis, mixed)
 
 
 def _normals(
@@ -212,12 +215,7 @@ def _normals(
     """The posterior of some tasks under each φ_b."""
     some, size = tasks.take(positions), len(next(iter(phis.values())))
     at = [adaptation(model, some, {n: v[b] for n, v in phis.items()}) for b in range(size)]
-    return np.stack([one.mean for one in at]), np.stack([_spread(one) for one in at])
-
-
-def _spread(adapted: Adapted) -> np.ndarray:
-    assert adapted.covariance is not None
-    return adapted.covariance
+    return np.stack([one.mean for one in at]), np.stack([one.covariance for one in at])
 
 
 def theta_under(
@@ -226,16 +224,16 @@ def theta_under(
     tasks: Tasks,
     phis: dict[str, np.ndarray],
     key: Any,
-) -> tuple[Any, Adapted | None]:
-    """A draw of every θ_j for each of the S values of φ, (S, J, d).
+) -> Posterior:
+    """A draw of every θ_j for each of the S values of φ.
 
     Beyond :data:`LARGEST_THETA` numbers their moments instead, averaged over some of the values.
     """
     size = len(next(iter(phis.values())))
     if size * tasks.num_tasks * len(tasks.coef) <= LARGEST_THETA:
-        return adaptation.draws(model, tasks, phis, key), None
+        return Draws.of(adaptation.draws(model, tasks, phis, key))
     some: Any = adaptation
-    return None, Adapted(
+    return Normal(
         *some.moments(model, tasks, _evenly(phis, max(FEWEST_FOR_MOMENTS,
                                                       MOMENTS_OF // tasks.num_tasks)))
     )  # fmt: skip

@@ -96,16 +96,16 @@ def _draws(fit: Fit) -> dict[str, np.ndarray]:
 
 def _point_estimate(fit: Fit) -> Any:
     adapted = fit.adapted
-    values = {**fit.phi, "theta": adapted.adapted.mean}
+    values = {**fit.phi, "theta": adapted.posterior.mean}
     named = dims(fit)
     tree = dataset(values, fit.tasks, named)
     for name, se in fit.standard_errors.items():
         tree[f"{name}_se"] = (named.get(name, ()), np.asarray(se))
-    if adapted.adapted.covariance is not None:
+    if adapted.covariance is not None:
         tree["theta_sd"] = adapted.sd
         if fit.theta_draws is None:
             tree["theta_covariance"] = adapted.covariance
-    if adapted.adapted.unidentified is not None:
+    if not adapted.posterior.identified.all():
         tree["theta_identified"] = adapted.sd.notnull()
     return tree
 

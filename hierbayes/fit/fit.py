@@ -13,7 +13,8 @@ import numpy as np
 from hierbayes import inputs
 from hierbayes.adaptation import (
     Adaptation,
-    Adapted,
+    Draws,
+    Posterior,
 )
 from hierbayes.errors import InputError
 from hierbayes.fit import adapting
@@ -21,7 +22,6 @@ from hierbayes.fit import datatree as trees
 from hierbayes.fit.adapted import (
     AdaptedTasks,
     check_columns,
-    moments_of,
     phis_of,
 )
 from hierbayes.fit.adapting import averaged
@@ -76,7 +76,7 @@ class Fit:
     tasks: Tasks
     phi: Mapping[str, np.ndarray]
     adaptation: Adaptation
-    training: Adapted | None = None
+    training: Posterior | None = None
     phi_draws: dict[str, np.ndarray] | None = None
     theta_draws: WhenRead = WhenRead()  # noqa: RUF009
     sample_stats: dict[str, np.ndarray] = field(default_factory=dict)
@@ -119,12 +119,12 @@ class Fit:
         if self.theta_draws is not None and self.phi_draws is not None:
             draws = self.theta_draws.reshape(-1, *self.theta_draws.shape[2:])
             phis = phis_of(self.phi, self.phi_draws)
-            return AdaptedTasks(self.model, self.tasks, phis, moments_of(draws), draws)
+            return AdaptedTasks(self.model, self.tasks, phis, Draws.of(draws))
         if self.phi_bootstrap is not None:
             phis = self.phi_bootstrap
             return averaged(self.model, self.tasks, phis, self.adaptation, self.training)
-        adapted = self.training or self.adaptation(self.model, self.tasks, dict(self.phi))
-        return AdaptedTasks(self.model, self.tasks, phis_of(self.phi, self.phi_draws), adapted)
+        found = self.training or self.adaptation(self.model, self.tasks, dict(self.phi))
+        return AdaptedTasks(self.model, self.tasks, phis_of(self.phi, self.phi_draws), found)
 
     @property
     def theta(self) -> Any:

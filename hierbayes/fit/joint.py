@@ -6,17 +6,14 @@ r"""Draws of outcomes, those of one task under one draw of its θ.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from hierbayes.adaptation.posterior import Thetas
 from hierbayes.model import HierarchicalModel
 from hierbayes.simulation import linear_location, outcomes_at
 from hierbayes.tasks import Tasks
-
-Thetas = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-"""θ (n, J, d) of n draws of φ, given by their positions (n,)."""
 
 
 @dataclass(frozen=True)

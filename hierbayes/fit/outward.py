@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hierbayes.adaptation import Adapted
 from hierbayes.errors import announce, listing
-from hierbayes.fit.adapted import AdaptedTasks, moments_of
+from hierbayes.fit.adapted import AdaptedTasks
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors import LearnedPrior
 from hierbayes.priors.column_map import Column, ColumnMap
@@ -163,59 +162,10 @@ def adapted_outward(
     """What tasks conclude, in the user's columns."""
     if at.trivial:
         return found
-    draws, beta = found.draws, found.phis.get("beta")
-    if draws is not None:
-        draws = at.theta(draws, None if beta is None else beta[:, None])
-        adapted = replace(moments_of(draws), remarks=found.adapted.remarks)
-    else:
-        adapted = moments_outward(found.adapted, at, None if beta is None else beta.mean(0))
+    posterior = found.posterior.outward(at, found.phis.get("beta"))
     return AdaptedTasks(
-        model, tasks, at.phi(found.phis), adapted, draws, found.remarks, found.pareto_k, found, at
+        model, tasks, at.phi(found.phis), posterior, found.remarks, found.pareto_k, found, at
     )
-
-
-def moments_outward(adapted: Adapted, at: ColumnMap, beta: Any) -> Adapted:
-    """θ's moments, what is unidentified included, from β' and those of the map's columns."""
-    mean, covariance = at.theta(adapted.mean, beta), adapted.covariance
-    covariance = None if covariance is None else at.covariance(covariance)
-    if covariance is not None and adapted.cross is not None:
-        mixed = at.of_theta @ adapted.cross @ at.from_shared.T
-        own = at.from_shared @ adapted.of_shared @ at.from_shared.T
-        covariance = covariance + mixed + mixed.swapaxes(1, 2) + own
-    unidentified, absorbed = adapted.unidentified, adapted.absorbed
-    if unidentified is not None:
-        unidentified = _blind(unidentified, at)
-        # of minimum norm in the user's columns
-        mean = mean - np.einsum("jkl,jl->jk", unidentified, mean)
-        if covariance is not None:
-            rest = np.eye(mean.shape[1]) - unidentified
-            covariance = rest @ covariance @ rest
-    if absorbed is not None:
-        absorbed = (np.asarray(absorbed, float) @ (at.of_theta != 0).T) > 0
-    normals = None
-    if adapted.normals is not None:
-        normals = functools.partial(_normals, adapted.normals, at, beta)
-    return replace(
-        adapted, mean=mean, covariance=covariance, unidentified=unidentified, absorbed=absorbed,
-        normals=normals, cross=None, of_shared=None,
-    )  # fmt: skip
-
-
-def _normals(of: Any, at: ColumnMap, beta: Any, positions: np.ndarray) -> Any:
-    centres, spreads = of(positions)
-    return at.theta(centres, beta), at.covariance(spreads)
-
-
-def _blind(projections: np.ndarray, at: ColumnMap) -> np.ndarray:
-    """Projections (J, d, d) on P times what each projects on."""
-    found = np.zeros_like(projections)
-    values, vectors = np.linalg.eigh(projections)
-    rank = (values > 0.5).sum(1)
-    for r in np.unique(rank[rank > 0]):
-        which = rank == r
-        basis, _ = np.linalg.qr(at.of_theta @ vectors[which][:, :, -r:])
-        found[which] = basis @ np.swapaxes(basis, 1, 2)
-    return found
 
 
 def prior_outward(prior: LearnedPrior, at: ColumnMap, phis: Mapping[str, np.ndarray]) -> Any:

@@ -213,8 +213,9 @@ def _arrays(fit: Fit) -> Any:
     arrays |= arrays_inside(fit)
     training = fit.inside.training
     if training is not None:
+        told = {"spread": "covariance", "blind": "unidentified"}
         moments = {n: v for n, v in vars(training).items() if isinstance(v, np.ndarray) and v.size}
-        arrays |= {f"training.{name}": value for name, value in moments.items()}
+        arrays |= {f"training.{told.get(name, name)}": value for name, value in moments.items()}
     return xr.Dataset(
         {
             name: ([f"{name}.{axis}" for axis in range(np.ndim(value))], np.asarray(value))

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from hierbayes.adaptation import Adapted
+from hierbayes.adaptation import FlatPrior, Normal, Point, Posterior, WithShared
 from hierbayes.errors import InputError, listing
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Labels, Tasks
@@ -302,7 +302,7 @@ def check_draws(
                     refuse("some draws are NaN or infinite")
 
 
-def read_training(moments: dict[str, np.ndarray], tasks: Tasks) -> Adapted | None:
+def read_training(moments: dict[str, np.ndarray], tasks: Tasks) -> Posterior | None:
     """What the training tasks concluded, where the file has it."""
     if not moments:
         return None
@@ -316,8 +316,15 @@ def read_training(moments: dict[str, np.ndarray], tasks: Tasks) -> Adapted | Non
     for name, shape in square.items():
         if name in moments:
             array(moments, name, shape, finite=False)
-    known: dict[str, Any] = {name: moments.get(name) for name in square}
-    return Adapted(mean, **known)
+    if "covariance" not in moments:
+        return Point(mean)
+    spread = moments["covariance"]
+    if "cross" in moments and "of_shared" in moments:
+        return WithShared(mean, spread, moments["cross"], moments["of_shared"])
+    if "unidentified" in moments:
+        absorbed = moments.get("absorbed", np.zeros(mean.shape, bool))
+        return FlatPrior(mean, spread, moments["unidentified"], absorbed)
+    return Normal(mean, spread)
 
 
 def _short(value: Any) -> str:

@@ -110,7 +110,7 @@ def _of_point(fit: Fit, names: Sequence[str], errors: Mapping[str, Any]) -> tupl
     estimates = {n: fit.phi[n] for n in names if n != "theta"}
     spreads = dict(fit.standard_errors)
     if ours is not None:
-        estimates["theta"], spreads["theta"] = ours.adapted.mean, ours.sd.values
+        estimates["theta"], spreads["theta"] = ours.posterior.mean, ours.sd.values
     spreads |= errors
     labelled = trees.dataset(estimates, fit.tasks, trees.dims(fit))
     columns, entries = [np.zeros((2, 0))], []

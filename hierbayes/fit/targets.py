@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from hierbayes.adaptation import LeastSquares, MaximumLikelihood
+from hierbayes.adaptation.posterior import quadratic
 from hierbayes.errors import InputError
 from hierbayes.fit.adapted import (
     POINT_DRAWS,
@@ -23,7 +24,6 @@ from hierbayes.fit.adapted import (
     outcomes,
     phis_of,
     prior_locations,
-    quadratic,
 )
 from hierbayes.fit.prediction import Prediction
 from hierbayes.numerics import float64, to_numpy

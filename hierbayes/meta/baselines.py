@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hierbayes import inputs
-from hierbayes.adaptation import Adapted, Conjugate, Laplace, LeastSquares, MaximumLikelihood
+from hierbayes.adaptation import Conjugate, Laplace, LeastSquares, MaximumLikelihood, Normal
 from hierbayes.adaptation.alone import determined
 from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable, announce, listing
@@ -80,8 +80,7 @@ def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = No
     gaussian = model.likelihood.gaussian_in_theta
     adaptation = LeastSquares() if gaussian else MaximumLikelihood()
     training = replace(adaptation(resolved, tasks, phi), absorbed=within.absorbed)
-    assert training.unidentified is not None
-    lacking = np.abs(training.unidentified).max(axis=(1, 2)) > 1e-8
+    lacking = np.abs(training.blind).max(axis=(1, 2)) > 1e-8
     remarks += training.remarks
     if isinstance(model.likelihood, GeneralisedLinear):
         endless = determined(tasks, model.likelihood).endless
@@ -217,7 +216,7 @@ def _pooled(entered: Entered, started: float) -> Fit:
         location = np.asarray(model.prior.location(phi, tasks.task_predictors))
     fit = Fit(
         "complete pooling", model, tasks, phi, Laplace(),
-        Adapted(location, np.zeros((*location.shape, location.shape[1]))),
+        Normal(location, np.zeros((*location.shape, location.shape[1]))),
         standard_errors=found.errors, evidence=found.log_likelihood,
         warnings=announce(found.remarks),
         info={"seconds": time.perf_counter() - started},

@@ -17,10 +17,10 @@ import numpy as np
 from hierbayes import inputs
 from hierbayes.adaptation import (
     Adaptation,
-    Adapted,
     Conjugate,
     Laplace,
     MixedScales,
+    Posterior,
     Quadrature,
     separation,
 )
@@ -287,7 +287,9 @@ def chosen_evidence(
     return "quadrature" if d <= 2 else "laplace"
 
 
-def _draws(training: Adapted, seed: int | jax.Array, num_chains: int, num_draws: int) -> np.ndarray:
+def _draws(
+    training: Posterior, seed: int | jax.Array, num_chains: int, num_draws: int
+) -> np.ndarray:
     """θ given φ̂ (chain, draw, task, coef); made when read, since many never ask."""
     # the numbers of a key's data, which an integer is made into
     rng = np.random.default_rng(np.asarray(jax.random.key_data(as_key(seed))))

@@ -220,11 +220,11 @@ def full_bayes(
     draws.pop("z", None)
     if theta is None:
         phis = {name: value.reshape(-1, *value.shape[2:]) for name, value in draws.items()}
-        flat, moments = theta_under(adaptation, resolved, tasks, phis, key_theta)
-        if flat is None:
-            training = moments
+        found = theta_under(adaptation, resolved, tasks, phis, key_theta)
+        if found.draws is None:
+            training = found
         else:
-            theta = flat.reshape(num_chains, num_draws, *flat.shape[1:])
+            theta = found.draws.reshape(num_chains, num_draws, *found.draws.shape[1:])
     sure = info["sampler"] == "independence" and info["acceptance"] >= SURE
     if not sure or info["longest_stay"] > LONG_STAY:
         dims = {p.name: p.dims for p in resolved.parts(tasks)}

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from hierbayes import inputs
-from hierbayes.adaptation import Adaptation, Adapted, Conjugate
+from hierbayes.adaptation import Adaptation, Conjugate, Normal, Posterior
 from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.meta.many_data_sets import maximise_many, simulated
 from hierbayes.meta.theta_errors import REML_HAS_NONE, covariance_by_phi
@@ -45,7 +45,7 @@ EQUAL = 1e-9
 class Widened:
     """θ's posterior, what to say of it, and the φ*_b (B, …) where it is a mixture over them."""
 
-    training: Adapted
+    training: Posterior
     remarks: list[str] = field(default_factory=list)
     phi_bootstrap: dict[str, np.ndarray] | None = None
 
@@ -84,7 +84,7 @@ def widened(
     tasks: Tasks,
     phi: Mapping[str, np.ndarray],
     adaptation: Adaptation,
-    training: Adapted,
+    training: Posterior,
     *,
     criterion: str,
     num_nodes: int,
@@ -99,7 +99,7 @@ def widened(
         many = bootstrapped(
             model, tasks, phi, num_bootstrap, as_rng(seed), reml=criterion == "reml"
         )
-        found = Adapted(*adaptation.moments(model, tasks, many.phi))
+        found = Normal(*adaptation.moments(model, tasks, many.phi))
         lost = int((~many.converged).sum())
         remarks = []
         if lost > 0.05 * num_bootstrap:
@@ -110,7 +110,7 @@ def widened(
         return Widened(found, remarks, many.phi)
     if intervals == "morris":
         mean, variance = morris(*normal_means(model, tasks))
-        return Widened(Adapted(mean[:, None], variance[:, None, None]))
+        return Widened(Normal(mean[:, None], variance[:, None, None]))
     return Widened(training)
 
 
@@ -195,7 +195,7 @@ def _kass_steffey(
     model: HierarchicalModel,
     tasks: Tasks,
     phi: Mapping[str, np.ndarray],
-    training: Adapted,
+    training: Posterior,
     num_nodes: int,
     *,
     with_belief: bool,

@@ -14,21 +14,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation import Adapted, Conjugate, Laplace, Quadrature
+from hierbayes.adaptation import Conjugate, Laplace, Posterior, Quadrature, WithShared
 from hierbayes.adaptation.quadrature import rule_of
 from hierbayes.adaptation.whitened import after_newton, at_modes
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.fit import Fit
 from hierbayes.fit.adapted import label
 from hierbayes.fit.fit import check_fit
-from hierbayes.fit.outward import moments_outward
 from hierbayes.meta.better_evidence import AroundPhi
 from hierbayes.meta.information import observed_information
 from hierbayes.model import HierarchicalModel
@@ -91,11 +89,12 @@ def theta_standard_errors(fit: Fit) -> Any:
     more = covariance_by_phi(
         fit.model, fit.tasks, phi, num_nodes, with_belief=fit.info["criterion"] == "map"
     )
-    plain = fit.adapted.adapted
+    plain = fit.adapted.posterior
     if fit.info.get("intervals", "plain") != "plain":  # which count it already, or otherwise
         plain = fit.adaptation(fit.model, fit.tasks, phi)
     found = more.added_to(plain)
-    found = found if at is None else moments_outward(found, at, phi.get("beta"))
+    beta = phi.get("beta")
+    found = found if at is None else found.outward(at, None if beta is None else beta[None])
     variance = np.diagonal(np.asarray(found.covariance), axis1=1, axis2=2)
     variance = np.where(plain.identified, np.maximum(variance, 0.0), np.nan)
     return label(np.sqrt(variance), tasks, ("task", "coef"), "theta_se")
@@ -108,12 +107,10 @@ class ByPhi(NamedTuple):
     cross: np.ndarray
     shared: np.ndarray
 
-    def added_to(self, plain: Adapted) -> Adapted:
+    def added_to(self, plain: Posterior) -> WithShared:
         """A posterior that takes φ̂ for known, with this."""
-        return replace(
-            plain, covariance=np.asarray(plain.covariance) + self.theta, cross=self.cross,
-            of_shared=self.shared,
-        )  # fmt: skip
+        spread = np.asarray(plain.covariance) + self.theta
+        return WithShared(plain.mean, spread, self.cross, self.shared, remarks=plain.remarks)
 
 
 def covariance_by_phi(

@@ -17,7 +17,7 @@ import numpyro
 import numpyro.distributions as dist
 
 from hierbayes import inputs
-from hierbayes.adaptation import Adaptation, Adapted
+from hierbayes.adaptation import Adaptation, Draws
 from hierbayes.errors import InputError, announce
 from hierbayes.fit import Fit
 from hierbayes.fit.adapted import locations
@@ -141,7 +141,7 @@ class ByNuts(Adaptation):
     progress: bool | None = None
     name = "NUTS"
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Adapted:
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Draws:
         """Draws of θ and their mean; ``remarks`` hold what the diagnostics say."""
         return self.read(model, tasks, phi, *self.sample(model, tasks, phi))
 
@@ -175,10 +175,10 @@ class ByNuts(Adaptation):
         phi: dict[str, Any],
         theta: np.ndarray,
         stats: dict[str, np.ndarray],
-    ) -> Adapted:
+    ) -> Draws:
         """The draws; judged by what they say of the tasks' rows, since weights may be permuted."""
         flat = theta.reshape(-1, *theta.shape[2:])
         f = locations(model, flat, phi, tasks)
         judged = {"f": f.reshape(*theta.shape[:2], -1)}
         said = remarks(judged, None, stats, tasks, {"f": ("row",)})
-        return Adapted(flat.mean(0), sample=flat, remarks=tuple(said))
+        return Draws.of(flat, tuple(said))

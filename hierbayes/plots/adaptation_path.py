@@ -152,7 +152,7 @@ def _posterior(fit: Any, tasks: Tasks, pair: list[int]) -> tuple[Any, Any, Any]:
     names = [named(tasks.coef[k]) for k in pair]
     if missing := [n for n in names if n not in fit.tasks.coef]:
         raise InputError(f"the posterior's fit has no coefficient {listing(missing)}")
-    covariance = fit.adapted.adapted.covariance
+    covariance = fit.adapted.posterior.covariance
     if covariance is None or "tau" not in fit.phi:
         raise InputError(
             f"{fit.method} has no posterior to draw; pass a fit of full_bayes or empirical_bayes"
@@ -160,7 +160,7 @@ def _posterior(fit: Any, tasks: Tasks, pair: list[int]) -> tuple[Any, Any, Any]:
     at = [fit.tasks.coef.index(n) for n in names]
     draws = fit.adapted.draws
     return (
-        fit.adapted.adapted.mean[j, at],
+        fit.adapted.posterior.mean[j, at],
         covariance[j][np.ix_(at, at)],
         None if draws is None else draws[:, j][:, at],
     )

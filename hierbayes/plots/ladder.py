@@ -122,7 +122,7 @@ def _one_task(fits: Mapping[str, Fit], by_task: Any, task: Any, ax: Any) -> None
     else:
         ax.hist(draws[:, 0], bins=60, density=True, color="#cccccc", zorder=0)
     for place, (rung, fit) in enumerate(fits.items()):
-        adapted = fit.adapted.adapted
+        adapted = fit.adapted.posterior
         assert adapted.covariance is not None
         mean, covariance = adapted.mean[j], adapted.covariance[j]
         missing = none and place == 0

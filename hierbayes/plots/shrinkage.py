@@ -39,7 +39,7 @@ def shrinkage(fits: Mapping[str, Fit], *, coef: str | None = None, ax: Any = Non
     columns = []
     for fit in fits.values():
         values = fit.theta.sel(coef=name).values.copy()
-        values[~fit.adapted.adapted.identified[:, k]] = np.nan
+        values[~fit.adapted.posterior.identified[:, k]] = np.nan
         columns.append(values)
     paths, places = np.array(columns), np.arange(len(fits))
     sizes = first.tasks.sizes
