@@ -12,7 +12,7 @@ import pytest
 
 import hierbayes as hb
 from hierbayes.files import sealed, unsealed, write_whole
-from hierbayes.fit import storage
+from hierbayes.fit import loading
 
 OLD = Path(__file__).parent / "references" / "eight_schools_format_3.nc"
 """Complete pooling of the eight schools, as the package wrote it before there was a checksum."""
@@ -57,9 +57,9 @@ def crafted(whole, *, described=None, arrays=None):
 
 
 def test_damage_anywhere_is_refused_before_hdf5_reads(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.hdf5, "read", lambda data: pytest.fail("HDF5 reads it"))
+    monkeypatch.setattr(loading.hdf5, "read", lambda data: pytest.fail("HDF5 reads it"))
     monkeypatch.setattr(
-        storage.hdf5, "refuse_what_hangs", lambda *given: pytest.fail("HDF5 reads it")
+        loading.hdf5, "refuse_what_hangs", lambda *given: pytest.fail("HDF5 reads it")
     )
     rng = np.random.default_rng(0)
     path = tmp_path / "damaged.nc"
@@ -305,11 +305,11 @@ def test_files_of_earlier_formats_load(tmp_path):
 def test_hdf5_may_hang_on_an_old_file_and_the_reader_does_not(tmp_path, monkeypatch):
     slow = tmp_path / "slow.py"
     slow.write_text("import time; time.sleep(60)")
-    monkeypatch.setattr(storage.hdf5, "__file__", str(slow))
-    monkeypatch.setattr(storage, "SECONDS", 0.5)
+    monkeypatch.setattr(loading.hdf5, "__file__", str(slow))
+    monkeypatch.setattr(loading, "SECONDS", 0.5)
     refused(tmp_path / "old.nc", OLD.read_bytes(), "has not read it in")
     slow.write_text("import os; os.kill(os.getpid(), 11)")
-    monkeypatch.setattr(storage, "SECONDS", 20.0)
+    monkeypatch.setattr(loading, "SECONDS", 20.0)
     refused(tmp_path / "old.nc", OLD.read_bytes(), "dies of it")
 
 

@@ -14,7 +14,6 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import PowerTransform
 
 import hierbayes as hb
-from hierbayes.fit import storage
 from hierbayes.priors.serialise import hyperprior_from_plain, hyperprior_to_plain
 
 FITS = ["radon_no_pooling", "radon_complete_pooling", "radon_ml", "radon_map", "radon_maml",
@@ -152,6 +151,6 @@ def test_a_hyperprior_that_no_file_can_keep_is_named():
 
 def test_format_of_a_newer_package_is_refused(radon_complete_pooling, tmp_path, monkeypatch):
     radon_complete_pooling.save(tmp_path / "fit.nc")
-    monkeypatch.setattr(storage, "FORMAT", 0)
+    monkeypatch.setattr(loading, "FORMAT", 0)
     with refuses("newer"):
         hb.load(tmp_path / "fit.nc")

@@ -2,7 +2,7 @@
 
 from hierbayes.fit.adapted import AdaptedTasks
 from hierbayes.fit.fit import Fit
+from hierbayes.fit.loading import load
 from hierbayes.fit.prediction import Prediction
-from hierbayes.fit.storage import load
 
 __all__ = ["AdaptedTasks", "Fit", "Prediction", "load"]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from hierbayes.adaptation import (
 )
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.fit.adapted import AdaptedTasks, check_columns, phis_of
+from hierbayes.fit.learned import AFit, Learned
 from hierbayes.fit.outward import adapted_outward, outward
 from hierbayes.fit.updating import Updated, updated
 from hierbayes.fit.weighing import largest_k
@@ -39,9 +40,6 @@ from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, as_rng
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.joining import joined, not_among
-
-if TYPE_CHECKING:
-    from hierbayes.fit.fit import Fit
 
 LARGEST_THETA = 50_000_000
 """Draws × tasks × coefficients up to which draws of θ are stored (400 MB)."""
@@ -58,7 +56,7 @@ LEFT_ASKED = (
 )
 
 
-def read_new(fit: Fit, new_tasks: Any, after: AdaptedTasks | None = None) -> Tasks:
+def read_new(fit: Learned, new_tasks: Any, after: AdaptedTasks | None = None) -> Tasks:
     """New tasks as the fit's model reads them, checked; joined to those that came before."""
     tasks = fit.model.tasks(new_tasks)
     check_columns(tasks, fit.tasks)
@@ -76,7 +74,7 @@ def read_new(fit: Fit, new_tasks: Any, after: AdaptedTasks | None = None) -> Tas
 
 
 def adapt(
-    fit: Fit,
+    fit: Learned,
     new_tasks: Any,
     after: AdaptedTasks | None,
     update_phi: bool,
@@ -106,7 +104,7 @@ def adapt(
 
 
 def _over_draws(
-    fit: Fit, tasks: Tasks, phis: dict[str, np.ndarray], update_phi: bool, seed: Any
+    fit: Learned, tasks: Tasks, phis: dict[str, np.ndarray], update_phi: bool, seed: Any
 ) -> tuple[AdaptedTasks, bool]:
     """What tasks conclude under draws of φ, and whether these have learned from their rows."""
     if isinstance(fit.adaptation, NotOffered):
@@ -122,7 +120,7 @@ def _over_draws(
     return new, found.learned
 
 
-def on(fit: Fit, new_tasks: Any, update_phi: bool, seed: Any) -> Fit:
+def on(fit: AFit, new_tasks: Any, update_phi: bool, seed: Any) -> AFit:
     """See :meth:`hierbayes.fit.Fit.on`."""
     update_phi, seed = inputs.flag("update_phi", update_phi), inputs.seed(seed)
     tasks = read_new(fit, new_tasks)
@@ -161,7 +159,7 @@ def on(fit: Fit, new_tasks: Any, update_phi: bool, seed: Any) -> Fit:
     )  # fmt: skip
 
 
-def _implied(fit: Fit, tasks: Tasks) -> AdaptedTasks:
+def _implied(fit: Learned, tasks: Tasks) -> AdaptedTasks:
     """K gradient steps, and the normal posterior under the prior that they imply."""
     if not isinstance(fit.adaptation, GradientSteps):
         raise InputError(

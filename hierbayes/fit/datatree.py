@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from hierbayes.fit import predictive
+from hierbayes.fit.learned import Learned
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.tasks import Task, Tasks
-
-if TYPE_CHECKING:
-    from hierbayes.fit.fit import Fit
 
 LARGEST_LOG_LIKELIHOOD = 10_000_000
 """Draws × rows up to which the DataTree holds ``log_likelihood`` unasked (80 MB)."""
@@ -28,7 +26,7 @@ PREDICTIVE = ("posterior_predictive", "prior", "prior_predictive")
 """Groups that can be drawn again, and are in no file."""
 
 
-def build(fit: Fit, *, with_predictive: bool = True) -> Any:
+def build(fit: Learned, *, with_predictive: bool = True) -> Any:
     """The fit as a DataTree."""
     import xarray as xr
 
@@ -59,7 +57,7 @@ def build(fit: Fit, *, with_predictive: bool = True) -> Any:
     return tree
 
 
-def _predictive(fit: Fit) -> tuple[dict[str, Any], dict[str, str]]:
+def _predictive(fit: Learned) -> tuple[dict[str, Any], dict[str, str]]:
     """The predictive groups, and why those are left out that are not there."""
     import xarray as xr
 
@@ -88,13 +86,13 @@ def _predictive(fit: Fit) -> tuple[dict[str, Any], dict[str, str]]:
     return groups, left_out
 
 
-def _draws(fit: Fit) -> dict[str, np.ndarray]:
+def _draws(fit: Learned) -> dict[str, np.ndarray]:
     if fit.theta_draws is not None:
         return {**(fit.phi_draws or {}), "theta": fit.theta_draws}
     return dict(fit.phi_draws or {})
 
 
-def _point_estimate(fit: Fit) -> Any:
+def _point_estimate(fit: Learned) -> Any:
     adapted = fit.adapted
     values = {**fit.phi, "theta": adapted.posterior.mean}
     named = dims(fit)
@@ -114,7 +112,7 @@ Dims = Mapping[str, tuple[str, ...]]
 """Names of the dimensions of each part of φ."""
 
 
-def dims(fit: Fit) -> Dims:
+def dims(fit: Learned) -> Dims:
     """Those of a fit's φ."""
     parts = [*fit.model.parts(fit.tasks), *fit.adaptation.parts(fit.phi)]
     return {p.name: p.dims for p in parts}
@@ -155,7 +153,7 @@ def correlation_pairs(corr: Any) -> dict[str, Any]:
     }
 
 
-def log_likelihood(fit: Fit, draws: dict[str, np.ndarray], by: str = "row") -> Any:
+def log_likelihood(fit: Learned, draws: dict[str, np.ndarray], by: str = "row") -> Any:
     """Log p(y_i | θ, φ) of every draw, (chain, draw, row); ``by="task"`` sums within tasks."""
     import xarray as xr
 

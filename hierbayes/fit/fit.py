@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,9 +12,7 @@ import numpy as np
 
 from hierbayes import inputs
 from hierbayes.adaptation import (
-    Adaptation,
     Draws,
-    Posterior,
 )
 from hierbayes.errors import InputError
 from hierbayes.fit import adapting
@@ -25,22 +23,19 @@ from hierbayes.fit.adapted import (
     phis_of,
 )
 from hierbayes.fit.adapting import averaged
+from hierbayes.fit.learned import Learned
 from hierbayes.fit.learned_prior import learned_prior, learned_priors
 from hierbayes.fit.outward import adapted_outward
 from hierbayes.fit.prediction import Prediction
 from hierbayes.fit.summary import summary
 from hierbayes.fit.targets import predict_unseen
-from hierbayes.fit.when_read import WhenRead
-from hierbayes.model import HierarchicalModel
-from hierbayes.priors.column_map import ColumnMap
 from hierbayes.priors.learned import LearnedPrior
-from hierbayes.tasks import Tasks
 
 TARGETS = ("known", "new", "population")
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(Learned):
     """A learned prior and what every task concludes under it.
 
     Attributes
@@ -71,45 +66,11 @@ class Fit:
         from there to the user's.
     """
 
-    method: str
-    model: HierarchicalModel
-    tasks: Tasks
-    phi: Mapping[str, np.ndarray]
-    adaptation: Adaptation
-    training: Posterior | None = None
-    phi_draws: dict[str, np.ndarray] | None = None
-    theta_draws: WhenRead = WhenRead()  # noqa: RUF009
-    sample_stats: dict[str, np.ndarray] = field(default_factory=dict)
-    standard_errors: dict[str, np.ndarray] = field(default_factory=dict)
-    evidence: float | None = None
-    no_evidence: str = "this method does not compute the evidence"
-    log_posterior: float | None = None
-    warnings: tuple[str, ...] = ()
-    info: dict[str, Any] = field(default_factory=dict)
-    phi_bootstrap: dict[str, np.ndarray] | None = None
-    learned: Tasks | None = None
-    inner: Fit | None = None
-    at: ColumnMap | None = None
-
     def __repr__(self) -> str:
         names = ", ".join(f"{n}={_short(v)}" for n, v in self.phi.items() if np.size(v) <= 4)
         return f"Fit({self.method!r}, {self.tasks.num_tasks} tasks, {names})"
 
     # --------------------------------------------------------------- estimates
-
-    @property
-    def inside(self) -> Fit:
-        """The fit in the columns that it was computed in, by which all is computed later."""
-        return self if self.inner is None else self.inner
-
-    def seen_inside(self, tasks: Tasks) -> Tasks:
-        """Tasks in these columns."""
-        return tasks if self.at is None else self.at.tasks(tasks)
-
-    @property
-    def learned_from(self) -> Tasks:
-        """The tasks that φ has learned from: the fit's own, unless it was carried :meth:`on`."""
-        return self.tasks if self.learned is None else self.learned
 
     @functools.cached_property
     def adapted(self) -> AdaptedTasks:
@@ -130,13 +91,6 @@ class Fit:
     def theta(self) -> Any:
         """Point estimates of every task's parameters, labelled (task, coef)."""
         return self.adapted.theta
-
-    @property
-    def log_evidence(self) -> float:
-        """Summed log evidence; see the method for its definition."""
-        if self.evidence is None:
-            raise AttributeError(f"{self.method} has no log_evidence: {self.no_evidence}")
-        return self.evidence
 
     @functools.cached_property
     def datatree(self) -> Any:
@@ -323,7 +277,7 @@ class Fit:
         that was damaged or changed. A link keeps its target. Predictive draws are not written, for
         their size: the ``datatree`` of the loaded fit draws the same ones again.
         """
-        from hierbayes.fit.storage import save
+        from hierbayes.fit.saving import save
 
         save(self, path)
 

@@ -6,21 +6,17 @@ r"""The learned prior of a fit.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from hierbayes.adaptation import GradientSteps
 from hierbayes.fit.adapted import phis_of, prior_locations
+from hierbayes.fit.learned import Learned
 from hierbayes.fit.outward import prior_outward
 from hierbayes.numerics import float64
 from hierbayes.priors import LearnedPrior, StudentT
 
-if TYPE_CHECKING:
-    from hierbayes.fit.fit import Fit
 
-
-def learned_prior(fit: Fit) -> LearnedPrior:
+def learned_prior(fit: Learned) -> LearnedPrior:
     """The prior of a new task, where no task predictors move its mean."""
     if fit.tasks.labels.task_predictors:
         raise AttributeError(
@@ -29,7 +25,7 @@ def learned_prior(fit: Fit) -> LearnedPrior:
     return learned_priors(fit, np.zeros((1, 0)))[0]
 
 
-def learned_priors(fit: Fit, w: np.ndarray) -> list[LearnedPrior]:
+def learned_priors(fit: Learned, w: np.ndarray) -> list[LearnedPrior]:
     """The prior of new tasks with task predictors ``w`` (J, q), one for each.
 
     A mixture over draws of φ, or one normal (or Student-t) at φ̂; independent entries where θ is a

@@ -11,20 +11,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hierbayes.errors import announce, listing
 from hierbayes.fit.adapted import AdaptedTasks
+from hierbayes.fit.learned import AFit, Learned
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors import LearnedPrior
 from hierbayes.priors.column_map import Column, ColumnMap
 from hierbayes.priors.columns import FAR, Reads
 from hierbayes.tasks import Tasks
-
-if TYPE_CHECKING:
-    from hierbayes.fit.fit import Fit
 
 FAR_AWAY = (
     "the mean of {names} lies more than {far:.0f} standard deviations from zero, and this model "
@@ -45,7 +43,7 @@ class Entered:
     inner_model: HierarchicalModel
     inner_tasks: Tasks
 
-    def leave(self, fit: Fit, along: Mapping[str, np.ndarray] | None = None) -> Fit:
+    def leave(self, fit: AFit, along: Mapping[str, np.ndarray] | None = None) -> AFit:
         """The fit in the user's columns.
 
         ``along``: how φ̂ moves along independent normal directions of unit size, by name (…, r),
@@ -100,13 +98,13 @@ def enter_or_stay(model: HierarchicalModel, tasks: Tasks, *, stay: bool) -> Ente
 
 
 def outward(
-    fit: Fit,
+    fit: AFit,
     at: ColumnMap,
     model: HierarchicalModel,
     tasks: Tasks,
     along: Mapping[str, np.ndarray] | None = None,
     learned: Tasks | None = None,
-) -> Fit:
+) -> AFit:
     """A fit of the map's columns in the user's."""
     if at.trivial:
         return fit
@@ -135,7 +133,7 @@ def outward(
     )  # fmt: skip
 
 
-def _theta_draws(fit: Fit, at: ColumnMap) -> np.ndarray:
+def _theta_draws(fit: Learned, at: ColumnMap) -> np.ndarray:
     draws: Any = fit.theta_draws
     if fit.phi_draws is not None and "beta" in fit.phi_draws:
         return at.theta(draws, fit.phi_draws["beta"][:, :, None])
@@ -143,7 +141,7 @@ def _theta_draws(fit: Fit, at: ColumnMap) -> np.ndarray:
 
 
 def _errors(
-    fit: Fit, at: ColumnMap, along: Mapping[str, np.ndarray] | None
+    fit: Learned, at: ColumnMap, along: Mapping[str, np.ndarray] | None
 ) -> dict[str, np.ndarray]:
     """Standard errors of φ in the user's columns."""
     known = fit.standard_errors

@@ -9,19 +9,17 @@ The groups ``posterior_predictive``, ``prior`` and ``prior_predictive`` of a Dat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hierbayes.errors import listing
 from hierbayes.fit.adapted import locations, locations_by_draw, phis_of
+from hierbayes.fit.learned import Learned
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors.normality import improper
 from hierbayes.simulation import draw_phi, draw_theta, linear_location, outcomes_at
 from hierbayes.tasks import Tasks
-
-if TYPE_CHECKING:
-    from hierbayes.fit.fit import Fit
 
 LARGEST_PREDICTIVE = 10_000_000
 """Draws × rows up to which the DataTree holds predictive draws (80 MB)."""
@@ -35,7 +33,7 @@ DRAWN_AT_ONCE = 2_000_000
 POSTERIOR_STREAM, PRIOR_STREAM = (1, 0x5052), (2, 0x5052)
 
 
-def posterior_predictive(fit: Fit) -> tuple[np.ndarray | None, str]:
+def posterior_predictive(fit: Learned) -> tuple[np.ndarray | None, str]:
     """Outcomes (chain, draw, N) under every posterior draw of θ and φ; else None and why not."""
     if fit.theta_draws is None:
         return None, f"{fit.method} holds no posterior draws of theta"
@@ -48,7 +46,7 @@ def posterior_predictive(fit: Fit) -> tuple[np.ndarray | None, str]:
     return found.reshape(chains, draws, -1), ""
 
 
-def prior_predictive(fit: Fit) -> tuple[dict[str, np.ndarray] | None, str]:
+def prior_predictive(fit: Learned) -> tuple[dict[str, np.ndarray] | None, str]:
     """φ, ``theta`` and ``y`` by name, a draw on the first axis; else None and why not."""
     if fit.phi_draws is None:
         return None, f"{fit.method} finds a point φ: only full Bayes draws from p(φ)"

@@ -13,7 +13,26 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from hierbayes.adaptation import FlatPrior, Normal, Point, Posterior, WithShared
+from hierbayes import likelihoods, priors
+from hierbayes.adaptation import (
+    Conjugate,
+    FlatPrior,
+    GradientSteps,
+    Laplace,
+    LeastSquares,
+    MaximumLikelihood,
+    MixedScales,
+    Normal,
+    NotOffered,
+    Point,
+    Posterior,
+    Proximal,
+    Quadrature,
+    WithShared,
+)
+from hierbayes.adaptation.implied_posterior import ImpliedPosterior
+from hierbayes.adaptation.linearised import LinearisedSteps
+from hierbayes.adaptation.variational import Variational
 from hierbayes.errors import InputError, listing
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Labels, Tasks
@@ -35,6 +54,21 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "known_se": (True, False),
     "intercept": (True, False),
 }
+
+GROUP = "hierbayes"
+KINDS = (
+    Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, LinearisedSteps,
+    MaximumLikelihood, MixedScales, NotOffered, Proximal, Quadrature, Variational,
+)  # fmt: skip
+LIKELIHOODS = (
+    likelihoods.Bernoulli, likelihoods.Binomial, likelihoods.Gamma, likelihoods.Gaussian,
+    likelihoods.NegativeBinomial, likelihoods.Poisson, likelihoods.StudentT,
+)  # fmt: skip
+PRIORS = (priors.Gaussian, priors.StudentT)
+
+FORMAT = 3
+"""3 names the prior; 2 names the likelihood; 1 knew the Gaussian one
+alone, by its ``known_se``."""
 
 LEARNS_ALL = ("empirical Bayes", "full Bayes")
 """Methods whose φ holds everything that the model has."""

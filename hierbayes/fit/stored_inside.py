@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hierbayes.fit.fit import Fit
+from hierbayes.fit.learned import AFit, Learned
 from hierbayes.fit.stored import (
     array,
     check_draws,
@@ -28,7 +28,7 @@ PREFIX = "inside."
 """Of the names of its arrays."""
 
 
-def inside_to_plain(fit: Fit) -> dict[str, Any] | None:
+def inside_to_plain(fit: Learned) -> dict[str, Any] | None:
     """All but arrays of the fit inside, as JSON has it; None where there is none."""
     if fit.inner is None or fit.at is None:
         return None
@@ -40,7 +40,7 @@ def inside_to_plain(fit: Fit) -> dict[str, Any] | None:
     }
 
 
-def arrays_inside(fit: Fit) -> dict[str, Any]:
+def arrays_inside(fit: Learned) -> dict[str, Any]:
     """φ, standard errors and draws of the fit inside, by name."""
     inner = fit.inner
     if inner is None:
@@ -85,8 +85,8 @@ def columns_of(kind: type, plain: Mapping[str, Any], tasks: Tasks) -> Any:
 
 
 def with_inside(
-    outer: Fit, described: Mapping[str, Any] | None, arrays: Mapping[str, np.ndarray], own: bool
-) -> Fit:
+    outer: AFit, described: Mapping[str, Any] | None, arrays: Mapping[str, np.ndarray], own: bool
+) -> AFit:
     """The fit with the one inside, whose θ has the moments that were read for it.
 
     ``own``: the model is the user's, not the file's.

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hierbayes.errors import InputError, suggestion
 from hierbayes.fit import datatree as trees
-
-if TYPE_CHECKING:
-    from hierbayes.fit.fit import Fit
+from hierbayes.fit.learned import Learned
 
 Entries = list[tuple[str, tuple[Any, ...]]]
 """A variable's name and the coordinates of an entry of it, for each row of a table."""
 
 
 def summary(
-    fit: Fit, names: str | Sequence[str] | None = None, errors: Mapping[str, Any] | None = None
+    fit: Learned, names: str | Sequence[str] | None = None, errors: Mapping[str, Any] | None = None
 ) -> Any:
     """φ, or what is named of φ and θ, as a pandas DataFrame; see :meth:`Fit.summary`."""
     import pandas as pd
@@ -60,7 +58,7 @@ def _label(name: str, at: Any) -> str:
     return f"{name}[{inside}]" if inside else name
 
 
-def _chosen(fit: Fit, names: str | Sequence[str] | None) -> list[str]:
+def _chosen(fit: Learned, names: str | Sequence[str] | None) -> list[str]:
     known = [*fit.phi, "theta"]
     if names is None:
         return list(fit.phi)
@@ -74,14 +72,14 @@ def _chosen(fit: Fit, names: str | Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def _draws_of(fit: Fit, name: str) -> np.ndarray | None:
+def _draws_of(fit: Learned, name: str) -> np.ndarray | None:
     """Draws that are of a posterior of φ too: at a point φ̂ its estimates are summarised."""
     if fit.phi_draws is None:
         return None
     return fit.theta_draws if name == "theta" else fit.phi_draws.get(name)
 
 
-def _of_draws(fit: Fit, draws: Mapping[str, np.ndarray]) -> tuple[Any, Entries]:
+def _of_draws(fit: Learned, draws: Mapping[str, np.ndarray]) -> tuple[Any, Entries]:
     """ArviZ's summary. It sees one variable without names: its own labels may be of others.
 
     ArviZ stacks values in the order of a Dataset's dimensions, and labels them in each variable's.
@@ -102,7 +100,7 @@ def _of_draws(fit: Fit, draws: Mapping[str, np.ndarray]) -> tuple[Any, Entries]:
     return arviz_stats.summary(data, round_to=exact), entries
 
 
-def _of_point(fit: Fit, names: Sequence[str], errors: Mapping[str, Any]) -> tuple[Any, Entries]:
+def _of_point(fit: Learned, names: Sequence[str], errors: Mapping[str, Any]) -> tuple[Any, Entries]:
     """``estimate`` and ``se``; of θ the posterior standard deviation where nothing else is said."""
     import pandas as pd
 

@@ -9,7 +9,7 @@ The population holds θ at the prior's centre.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,19 +25,17 @@ from hierbayes.fit.adapted import (
     phis_of,
     prior_locations,
 )
+from hierbayes.fit.learned import Learned
 from hierbayes.fit.prediction import Prediction
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.priors import Prior
 from hierbayes.tasks import Tasks
 
-if TYPE_CHECKING:
-    from hierbayes.fit.fit import Fit
-
 Unseen = Literal["new", "population"]
 TITLES = {"new": "new task", "population": "population"}
 
 
-def predict_unseen(fit: Fit, rows: Tasks, target: Unseen) -> Prediction:
+def predict_unseen(fit: Learned, rows: Tasks, target: Unseen) -> Prediction:
     """Predictive distributions of rows of new tasks, or at the prior's centre."""
     if isinstance(fit.adaptation, LeastSquares | MaximumLikelihood):
         raise InputError("no pooling learns nothing about tasks that it has not seen")
@@ -48,7 +46,7 @@ def predict_unseen(fit: Fit, rows: Tasks, target: Unseen) -> Prediction:
     return _in_closed_form(fit, rows, target)
 
 
-def _in_closed_form(fit: Fit, rows: Tasks, target: Unseen) -> Prediction:
+def _in_closed_form(fit: Learned, rows: Tasks, target: Unseen) -> Prediction:
     """Where f is linear in θ, whose mean and covariance are all that is asked of it."""
     rows = fit.model.likelihood.design(rows, {k: np.asarray(v) for k, v in fit.phi.items()})
     prior, phis = fit.model.prior, _phis(fit)
@@ -88,7 +86,7 @@ def _widths(prior: Prior, size: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(widths)  # not by the order of chains
 
 
-def _by_locations(fit: Fit, rows: Tasks, target: Unseen) -> Prediction:
+def _by_locations(fit: Learned, rows: Tasks, target: Unseen) -> Prediction:
     """Where f is not linear in θ: from draws of θ, one for each draw of φ or around its point."""
     if fit.phi_draws is not None:
         phis = _phis(fit)
@@ -108,7 +106,7 @@ def _by_locations(fit: Fit, rows: Tasks, target: Unseen) -> Prediction:
     return finish(TITLES[target], fit.model, rows, _phis(fit), means, 0.0 if drawn else None)
 
 
-def _by_outcomes(fit: Fit, rows: Tasks, target: Unseen) -> Prediction:
+def _by_outcomes(fit: Learned, rows: Tasks, target: Unseen) -> Prediction:
     """Where the likelihood knows no f: from draws of θ, or at the prior's centre."""
     phis = _phis(fit)
     drawn = target == "new" and "tau" in phis
@@ -118,7 +116,7 @@ def _by_outcomes(fit: Fit, rows: Tasks, target: Unseen) -> Prediction:
     return outcomes(TITLES[target], fit.model, rows, thetas, phis)
 
 
-def _around(fit: Fit, phis: dict[str, np.ndarray], rows: Tasks, *, drawn: bool) -> np.ndarray:
+def _around(fit: Learned, phis: dict[str, np.ndarray], rows: Tasks, *, drawn: bool) -> np.ndarray:
     """θ of new tasks (S, J, d): the prior's centre under each φ, or a draw around it."""
     centres = prior_locations(fit.model, phis, rows.task_predictors)
     if not drawn:
@@ -129,5 +127,5 @@ def _around(fit: Fit, phis: dict[str, np.ndarray], rows: Tasks, *, drawn: bool) 
     return centres + np.einsum("skl,sjl->sjk", root, white)
 
 
-def _phis(fit: Fit) -> dict[str, np.ndarray]:
+def _phis(fit: Learned) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in phis_of(fit.phi, fit.phi_draws).items()}

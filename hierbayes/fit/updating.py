@@ -9,19 +9,17 @@ rows that φ has learned from already weigh nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from hierbayes.adaptation import Quadrature
 from hierbayes.errors import announce, listing
 from hierbayes.evidence.over_draws import log_evidence_over_draws
+from hierbayes.fit.learned import Learned
 from hierbayes.fit.weighing import HOPELESS, largest_k, weigh
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.joining import not_among
-
-if TYPE_CHECKING:
-    from hierbayes.fit.fit import Fit
 
 FIRST_LOOK = 100
 """Draws of φ on which weights are tried before they are asked of all."""
@@ -51,7 +49,7 @@ class Updated(NamedTuple):
 
 
 def updated(
-    fit: Fit, tasks: Tasks, phis: dict[str, np.ndarray], rng: np.random.Generator
+    fit: Learned, tasks: Tasks, phis: dict[str, np.ndarray], rng: np.random.Generator
 ) -> Updated:
     """Draws of φ given the new rows too, where weights can carry them."""
     size = len(next(iter(phis.values())))
@@ -98,7 +96,7 @@ def updated(
     return Updated(chosen, found.pareto_k, tuple(said), True)
 
 
-def num_nodes(fit: Fit) -> int | None:
+def num_nodes(fit: Learned) -> int | None:
     """Nodes a dimension of the evidence that the fit itself used; None where it used none."""
     if isinstance(fit.adaptation, Quadrature):
         return fit.adaptation.num_nodes

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hierbayes import likelihoods, priors
-from hierbayes.adaptation import (
-    Adaptation,
-    Conjugate,
-    GradientSteps,
-    Laplace,
-    LeastSquares,
-    MaximumLikelihood,
-    MixedScales,
-    NotOffered,
-    Proximal,
-    Quadrature,
-)
-from hierbayes.adaptation.implied_posterior import ImpliedPosterior
-from hierbayes.adaptation.linearised import LinearisedSteps
-from hierbayes.adaptation.variational import Variational
+from hierbayes.adaptation import Adaptation, MixedScales
 from hierbayes.errors import InputError
+from hierbayes.files import unsealed
 from hierbayes.fit import hdf5
 from hierbayes.fit.fit import Fit
 from hierbayes.fit.stored import (
+    FORMAT,
+    GROUP,
+    KINDS,
+    LIKELIHOODS,
     OPTIMISER,
+    PRIORS,
     NeedsMore,
     array,
     check_draws,
@@ -51,16 +44,88 @@ from hierbayes.tasks import Tasks
 from hierbayes.tasks.reading import ColumnReader
 from hierbayes.tasks.views import SLOTS
 
-GROUP = "hierbayes"
-KINDS = (
-    Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, LinearisedSteps,
-    MaximumLikelihood, MixedScales, NotOffered, Proximal, Quadrature, Variational,
-)  # fmt: skip
-LIKELIHOODS = (
-    likelihoods.Bernoulli, likelihoods.Binomial, likelihoods.Gamma, likelihoods.Gaussian,
-    likelihoods.NegativeBinomial, likelihoods.Poisson, likelihoods.StudentT,
-)  # fmt: skip
-PRIORS = (priors.Gaussian, priors.StudentT)
+if TYPE_CHECKING:
+    import optax
+
+SECONDS = 20.0
+"""How long HDF5 may take for a file without a checksum, and 0.1 s more for each MB."""
+
+
+def load(
+    path: Any,
+    model: HierarchicalModel | None = None,
+    inner_optimiser: optax.GradientTransformation | None = None,
+) -> Fit:
+    """Read a fit that :meth:`Fit.save` wrote.
+
+    Parameters
+    ----------
+    path : path
+    model : HierarchicalModel, optional
+        The model, where it holds functions of the user's that no file can keep: a network.
+    inner_optimiser : optax.GradientTransformation, optional
+        The optimiser of the inner loop, where the fit had one.
+
+    Returns
+    -------
+    Fit
+        Equal to the one saved: φ, θ, draws, data, model, warnings, the formula's transforms.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib, hierbayes as hb
+    >>> built, tasks = hb.from_formula("y ~ 1 + (1 | school)", hb.datasets.eight_schools(),
+    ...                                known_se="se")
+    >>> fit = hb.complete_pooling(built, tasks)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fit.save(pathlib.Path(folder) / "fit.nc")
+    ...     again = hb.load(pathlib.Path(folder) / "fit.nc")
+    >>> again.phi["mu"] == fit.phi["mu"]
+    array([ True])
+    """
+    text, arrays, whole = _read(path)
+    try:
+        with field("hierbayes.fit"):
+            described = json.loads(text)
+            if not isinstance(described, dict):
+                raise InputError(f"expected an object, found {type(described).__name__}")
+            version = entry(described, "format", int)
+        if version > FORMAT:
+            raise InputError(
+                f"it was saved by a newer hierbayes (format {version}); upgrade to read it"
+            )
+        return rebuilt(described, arrays, model, inner_optimiser, version, whole=whole)
+    except NeedsMore as error:
+        raise InputError(str(error)) from None
+    except InputError as error:
+        raise InputError(
+            f"{str(path)!r} cannot be read as a fit: {error}; it is damaged, or was not written "
+            "by Fit.save"
+        ) from error
+
+
+def _read(path: Any) -> tuple[str, hdf5.Arrays, bool]:
+    """The JSON and the arrays of a file whose checksum is right, or that never had one; which."""
+    shown = repr(str(path))
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {shown}")
+    data = Path(path).read_bytes()
+    try:
+        content = unsealed(data)
+        if content is None:  # of an earlier format, or no fit at all
+            hdf5.refuse_what_hangs(str(path), SECONDS + len(data) / 1e7)
+        text, arrays = hdf5.read(data if content is None else content)
+    except hdf5.Damaged as error:
+        raise InputError(
+            f"{shown} is not a NetCDF file, or damaged: {error}; take another copy"
+        ) from error
+    except ValueError as error:
+        raise InputError(
+            f"{shown} is damaged, or was changed since it was saved: {error}; take another copy"
+        ) from error
+    if text is None:
+        raise InputError(f"{shown} is not a fit saved by hierbayes")
+    return text, arrays, content is not None
 
 
 def rebuilt(
