@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.approximate_evidence import maximise_approximate
-from hierbayes.meta.optimum import curvature, newton
+from hierbayes.meta.optimum import ValueAndSlope, curvature, newton
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
 from hierbayes.phi.space import Space, phi_at, standard_errors
@@ -107,7 +107,17 @@ def _said(
     return remarks
 
 
-def _minimise(function: Callable[[np.ndarray], Any], start: Any, low: Any, high: Any) -> np.ndarray:
+class Ended(NamedTuple):
+    """A minimum: x, which entries are at no end of their range, and the function of those alone."""
+
+    x: np.ndarray
+    value: float
+    inside: np.ndarray
+    of_inside: ValueAndSlope
+
+
+def _minimise(function: Callable[[np.ndarray], Any], start: Any, low: Any, high: Any) -> Ended:
+    """By bounded quasi-Newton steps, and Newton's from there, which know the last digits."""
     from scipy import optimize
 
     def finite(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -115,8 +125,6 @@ def _minimise(function: Callable[[np.ndarray], Any], start: Any, low: Any, high:
         fine = np.isfinite(value) and np.isfinite(slope).all()
         return (float(value), slope) if fine else (1e300, np.zeros(len(x)))
 
-    if not len(start):  # nothing is to be learned
-        return np.asarray(start, float)
     run: Any = optimize.minimize(
         finite, start, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)),
         options={"maxiter": 1000, "ftol": 1e-15, "gtol": 1e-9},
@@ -126,7 +134,18 @@ def _minimise(function: Callable[[np.ndarray], Any], start: Any, low: Any, high:
             "the likelihood is not finite where its parameters are looked for: rescale predictors "
             "or offsets so that the linear predictor is of order one"
         )
-    return np.asarray(run.x)
+    x = np.array(run.x)
+    inside = (x > low + 1e-6) & (x < high - 1e-6)
+
+    def of_inside(v: np.ndarray) -> tuple[float, np.ndarray]:
+        full = x.copy()
+        full[inside] = v
+        value, slope = finite(full)
+        return value, slope[inside]
+
+    end = newton(of_inside, x[inside], np.full(int(inside.sum()), -np.inf), flat=1e-10)
+    x[inside] = end.x
+    return Ended(x, end.value, inside, of_inside)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -167,7 +186,7 @@ def within(model: HierarchicalModel, tasks: Tasks, sigma: float | None = None) -
         begin, low, high = np.column_stack([[0 * far, -far, far], logs])
         x = _minimise(
             lambda v: _within(model.without_encoder(), space, v, fixed, given), begin, low, high
-        )
+        ).x
         _refuse_endless(shared, x[: len(far)], "within tasks")
         phi = to_numpy(phi_at(space, x))
     absorbed = rest.absorbed if shared else ~fine
@@ -235,23 +254,9 @@ def over_all(model: HierarchicalModel, tasks: Tasks, without: int | None = None)
         begin[count:], low, high = _ranges(own, scales.spread) - space.origin[count:]
         low, high = np.append(np.full(count, -np.inf), low), np.append(np.full(count, np.inf), high)
 
-        def minus(v: np.ndarray) -> tuple[float, np.ndarray]:
-            value, slope = _pooled(plain, space, v, data)
-            return float(value), np.asarray(slope)
-
-        x = _minimise(minus, begin, low, high)
-        inside = (x > low + 1e-6) & (x < high - 1e-6)
-
-        def of_inside(v: np.ndarray) -> tuple[float, np.ndarray]:
-            full = x.copy()
-            full[inside] = v
-            after, slope = minus(full)
-            return after, slope[inside]
-
-        none = np.full(int(inside.sum()), -np.inf)
-        end = newton(of_inside, x[inside], none, flat=1e-10)
-        x[inside] = end.x
-        hessian = curvature(of_inside, end.x, np.ones(len(end.x), bool))
+        end = _minimise(lambda v: _pooled(plain, space, v, data), begin, low, high)
+        x, inside = end.x, end.inside
+        hessian = curvature(end.of_inside, x[inside], np.ones(int(inside.sum()), bool))
         phi = to_numpy(phi_at(space, x))
         finite = np.isfinite(hessian).all()
         least = np.linalg.eigvalsh(hessian).min(initial=np.inf) if finite else -np.inf
