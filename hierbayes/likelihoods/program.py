@@ -51,9 +51,9 @@ def from_numpyro(
         density a row; then shorter tasks are filled up and what fills up is not counted. A site
         with one log density for a whole task (a time series, a multivariate outcome) needs tasks
         of equal length. JAX traces it: no Python branches on values.
-    theta : names, optional
+    theta : sequence of str, optional
         Of θ's entries; by default θ has one entry a column of the tasks, named like it.
-    parameters : names, optional
+    parameters : sequence of str, optional
         The program's own scalars in φ; by default those that the model's HyperPrior states in
         ``extra`` (and ``sigma``, if it states one). Their priors decide their support: real,
         positive or between 0 and 1.
