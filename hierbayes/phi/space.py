@@ -187,7 +187,7 @@ class Space:
 
     @property
     def lower(self) -> np.ndarray:
-        """Bounds of x: a standard deviation may be zero, nothing else has one."""
+        """Bounds of x (n,), zero of standard deviations and −∞ of all else."""
         lower = np.full(self.size, -np.inf)
         for part in self.parts:
             if part.support == "spread":
