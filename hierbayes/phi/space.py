@@ -199,7 +199,7 @@ class Space:
         found = x > self.lower
         for part in self.parts:
             if part.support == "belief":
-                ended = _flat(self.transforms[part.name], self._moved(part, x))
+                ended = _flat(self.transforms[part.name], self._in_units(part, x))
                 found[self.at[part.name]] &= ~ended
         return found
 
@@ -259,14 +259,13 @@ class Space:
     def _values(self, part: Part, x: Any) -> Any:
         """The learned entries (n,) of a part, from all of x."""
         at = self.at[part.name]
-        entries, unit, origin = x[at], self.units[at], self.origin[at]
         if part.support == "open spread":
-            return unit * jax.nn.softplus(entries)
-        free = origin + unit * entries
+            return self.units[at] * jax.nn.softplus(x[at])
+        free = self._in_units(part, x)
         return self.transforms[part.name](free) if part.moved else free
 
-    def _moved(self, part: Part, x: Any) -> Any:
-        """The entries of a part as its transform takes them."""
+    def _in_units(self, part: Part, x: Any) -> Any:
+        """The entries of a part as they are, or as its transform takes them."""
         at = self.at[part.name]
         return self.origin[at] + self.units[at] * x[at]
 
@@ -361,7 +360,7 @@ class Space:
         if part.support == "open spread":
             total = total + jax.nn.log_sigmoid(entries).sum()
         elif part.moved:
-            free = self._moved(part, x)
+            free = self._in_units(part, x)
             transform = self.transforms[part.name]
             total = total + jnp.sum(transform.log_abs_det_jacobian(free, transform(free)))
         return total
@@ -394,12 +393,16 @@ class Placed(NamedTuple):
 
 def at_an_end(space: Space, x: np.ndarray) -> list[str]:
     """What to say of parts that an estimate has at an end of where their priors let them lie."""
-    inside, phi = space.inside(x), phi_at(space, x)
-    return [
-        f"{p.name} is estimated as {float(phi[p.name]):.3g}, an end of where its prior lets it "
-        "lie: it has no standard error, and those of the others hold it there"
-        for p in space.parts
+    inside = space.inside(x)
+    names = [
+        p.name for p in space.parts
         if p.support == "belief" and not inside[space.at[p.name]].all()
+    ]  # fmt: skip
+    phi = phi_at(space, x) if names else {}
+    return [
+        f"{name} is estimated as {float(phi[name]):.3g}, an end of where its prior lets it lie: it "
+        "has no standard error, and those of the others hold it there"
+        for name in names
     ]
 
 
