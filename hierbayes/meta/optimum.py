@@ -127,7 +127,7 @@ def newton(
 ) -> Stepped:
     """The steps of :func:`polish`.
 
-    None is taken where some direction has less than the share ``flat`` of the largest curvature.
+    Along directions with no more than the share ``flat`` of the largest curvature x stays.
     """
     value, slope = value_and_slope(x)
     hessian = None
@@ -139,10 +139,11 @@ def newton(
         if not np.isfinite(hessian).all():
             break
         values, vectors = np.linalg.eigh(hessian)
-        if values[0] <= flat * values[-1]:
+        bent = values > flat * values[-1]
+        if values[0] < -flat * values[-1] or not bent.any():
             break
         step = np.zeros_like(x)
-        step[free] = -vectors @ ((vectors.T @ slope[free]) / values)
+        step[free] = -vectors @ np.where(bent, vectors.T @ slope[free] / values, 0.0)
         # too little for the value to tell, but the slope still tells the estimate many digits more
         settled = float(-slope @ step) < 1e-14 * max(1.0, abs(value))
         relative = float((np.abs(step) / np.maximum(0.1, np.abs(x))).max())
