@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +192,7 @@ class MaximumLikelihood(Adaptation):
     """
 
     name = "maximum likelihood"
+    has_prior: ClassVar[bool] = False
 
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> FlatPrior:
         """Estimates, their covariances and the unidentified directions, as least squares gives."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -21,6 +21,8 @@ class Adaptation(abc.ABC):
     """A(D; φ) for many tasks at once."""
 
     name: str
+    has_prior: ClassVar[bool] = True
+    """Whether it takes anything from other tasks."""
 
     @abc.abstractmethod
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Posterior:

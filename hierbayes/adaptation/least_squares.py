@@ -10,7 +10,7 @@ nothing determines are marked.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class LeastSquares(Adaptation):
     """A(D; φ) = the task's own least squares; of φ it takes only ``beta`` and ``sigma``."""
 
     name = "least squares"
+    has_prior: ClassVar[bool] = False
 
     def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> FlatPrior:
         """Minimum-norm estimates, their covariances, and the unidentified directions."""

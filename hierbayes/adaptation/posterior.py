@@ -10,7 +10,7 @@ import abc
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,8 @@ class Posterior(abc.ABC):
 
     mean: np.ndarray
     remarks: tuple[str, ...] = field(default=(), kw_only=True)
+    has_prior: ClassVar[bool] = True
+    """Whether something beside the task's own rows holds θ_j."""
 
     @property
     def covariance(self) -> np.ndarray | None:
@@ -194,6 +196,7 @@ class FlatPrior(Moments):
 
     blind: np.ndarray
     absorbed: np.ndarray
+    has_prior: ClassVar[bool] = False
 
     @property
     def identified(self) -> np.ndarray:

@@ -103,7 +103,7 @@ def _point_estimate(fit: Learned) -> Any:
         tree["theta_sd"] = adapted.sd
         if fit.theta_draws is None:
             tree["theta_covariance"] = adapted.covariance
-    if not adapted.posterior.identified.all():
+    if not adapted.posterior.has_prior:
         tree["theta_identified"] = adapted.sd.notnull()
     return tree
 

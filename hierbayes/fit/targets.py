@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hierbayes.adaptation import LeastSquares, MaximumLikelihood
 from hierbayes.adaptation.posterior import quadratic
 from hierbayes.errors import InputError
 from hierbayes.fit.adapted import (
@@ -37,7 +36,7 @@ TITLES = {"new": "new task", "population": "population"}
 
 def predict_unseen(fit: Learned, rows: Tasks, target: Unseen) -> Prediction:
     """Predictive distributions of rows of new tasks, or at the prior's centre."""
-    if isinstance(fit.adaptation, LeastSquares | MaximumLikelihood):
+    if not fit.adaptation.has_prior:
         raise InputError("no pooling learns nothing about tasks that it has not seen")
     if not fit.model.likelihood.has_location:
         return _by_outcomes(fit, rows, target)
