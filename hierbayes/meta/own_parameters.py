@@ -125,6 +125,8 @@ def _minimise(function: Callable[[np.ndarray], Any], start: Any, low: Any, high:
         fine = np.isfinite(value) and np.isfinite(slope).all()
         return (float(value), slope) if fine else (1e300, np.zeros(len(x)))
 
+    if not len(start):  # nothing is free
+        return Ended(np.zeros(0), finite(np.zeros(0))[0], np.ones(0, bool), finite)
     run: Any = optimize.minimize(
         finite, start, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)),
         options={"maxiter": 1000, "ftol": 1e-15, "gtol": 1e-9},
