@@ -143,7 +143,8 @@ def newton(
         if values[0] < -flat * values[-1] or not bent.any():
             break
         step = np.zeros_like(x)
-        step[free] = -vectors @ np.where(bent, vectors.T @ slope[free] / values, 0.0)
+        along = np.where(bent, vectors.T @ slope[free], 0.0)
+        step[free] = -vectors @ (along / np.where(bent, values, 1.0))
         # too little for the value to tell, but the slope still tells the estimate many digits more
         settled = float(-slope @ step) < 1e-14 * max(1.0, abs(value))
         relative = float((np.abs(step) / np.maximum(0.1, np.abs(x))).max())
