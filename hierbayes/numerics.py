@@ -122,6 +122,8 @@ def as_rng(seed: Any) -> np.random.Generator:
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Product over the two leading axes, (i, k, …) · (k, l, …) → (i, l, …)."""
+    if a.ndim == 2:
+        return a @ b
     if a.shape[1] > UNROLL_UP_TO:
         return (a[:, :, None] * b[None, :, :]).sum(1)
     return total(a[:, k, None] * b[None, k] for k in range(a.shape[1]))

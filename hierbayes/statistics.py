@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hierbayes.numerics import matmul
 from hierbayes.sharding import place
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.kept import kept
@@ -68,6 +69,17 @@ class Statistics:
         moved = (x[:, :, None] * w[None, None]).reshape(x.shape[0], -1, x.shape[2])
         free = [i for i, is_free in enumerate(free_mean) if is_free]
         return xp.concatenate([x[:, np.array(free, int)], moved, xp.asarray(self.z)], axis=1)
+
+
+def design_and_variance(x: Any, root: Any, noise: Any = 1.0) -> tuple[Any, Any]:
+    """B = R L (n, d, …) and V = noise I + B Bᵀ (n, n, …), for R (n, d, …), L (d, d) or (d, d, …).
+
+    The one place where V is formed; ``noise`` is a number, or (n,) one a row.
+    """
+    root = root.reshape(*root.shape, *(1,) * (x.ndim - root.ndim))
+    design = matmul(x, root)
+    identity = np.eye(len(x)).reshape(len(x), len(x), *(1,) * (x.ndim - 2))
+    return design, matmul(design, design.swapaxes(0, 1)) + noise * identity
 
 
 def row_scale(tasks: Tasks) -> np.ndarray:

@@ -13,8 +13,8 @@ import sharded
 from jax.sharding import Mesh
 
 import hierbayes as hb
+from hierbayes.adaptation.exact import collapse
 from hierbayes.evidence import Exact, Predictive
-from hierbayes.evidence.exact import log_evidence
 from hierbayes.meta.collapsed import Collapsed
 from hierbayes.numerics import float64
 from hierbayes.statistics import placed_statistics, statistics
@@ -76,7 +76,7 @@ def placing(mesh: Mesh) -> dict[str, Any]:
         rows, of_row = on_devices(model.likelihood.arrange(spread), spread)
 
         def total(stats: Any) -> Any:
-            return log_evidence(stats, model.prior, dict(fit.phi)).sum()
+            return collapse(stats, model.prior, dict(fit.phi)).log_normaliser.sum()
 
         program = jax.jit(total).lower(stats).compile().as_text() or ""
         support, query = spread.split(seed=0)
@@ -121,7 +121,8 @@ def controls(mesh: Mesh) -> dict[str, float]:
         )
         right = replace(wrong, num_rows=np.pad(stats.num_rows, (0, 3)))
         alone, filled, misled = (
-            float(log_evidence(s, model.prior, dict(fit.phi)).sum()) for s in (stats, right, wrong)
+            float(collapse(s, model.prior, dict(fit.phi)).log_normaliser.sum())
+            for s in (stats, right, wrong)
         )
     return {
         "a task less": abs(Exact()(model, fewer, dict(fit.phi)).sum() - alone),

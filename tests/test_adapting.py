@@ -13,7 +13,7 @@ from assertions import close, refuses
 from scipy import stats
 
 import hierbayes as hb
-from hierbayes.evidence.over_draws import log_evidence_over_draws
+from hierbayes.evidence import Integrated
 from hierbayes.fit import AdaptedTasks
 from hierbayes.fit.weighing import largest_k, weigh
 from hierbayes.tasks.joining import joined, not_among
@@ -383,7 +383,7 @@ def test_evidence_over_draws_is_the_evidence_of_each(radon_rows):
     model, first, _ = radon_rows
     phis = {"mu": np.array([[1.0], [1.4]]), "tau": np.array([[0.3], [0.0]]),
             "beta": np.array([[-0.6], [-0.2]]), "sigma": np.array([0.8, 0.7])}  # fmt: skip
-    found = log_evidence_over_draws(model, first, phis)
+    found = Integrated().over(model, first, phis)
     for s in range(2):
         for j in (0, 30, 84):
             rows = slice(first.starts[j], first.starts[j + 1])

@@ -21,8 +21,8 @@ from scipy import linalg, stats
 
 import hierbayes as hb
 from hierbayes.adaptation import Conjugate
+from hierbayes.adaptation.exact import collapse
 from hierbayes.evidence import Exact
-from hierbayes.evidence.exact import log_evidence
 from hierbayes.evidence.profile import profile, profile_and_slopes, profile_problem
 from hierbayes.numerics import float64
 from hierbayes.statistics import statistics
@@ -215,7 +215,7 @@ def test_gradients_in_every_phi_are_finite_differences(variant):
         at, unpack = pack(variant.phi)
         stats_ = statistics(variant.tasks)
         total = jax.jit(jax.value_and_grad(
-            lambda v: log_evidence(stats_, variant.model.prior, unpack(v)).sum()
+            lambda v: collapse(stats_, variant.model.prior, unpack(v)).log_normaliser.sum()
         ))  # fmt: skip
         claimed = np.asarray(total(at)[1])
         gradient(lambda v: float(total(v)[0]), at, claimed)

@@ -16,8 +16,8 @@ from assertions import close
 from scipy import stats
 
 import hierbayes as hb
-from hierbayes.meta.by_quadrature import ByQuadrature, by_quadrature
-from hierbayes.meta.chart_of_phi import phi_and_density
+from hierbayes.meta.by_evidence import phi_and_density
+from hierbayes.meta.by_quadrature import ByQuadrature
 from hierbayes.meta.collapsed_sampling import Located, locate
 from hierbayes.numerics import float64
 
@@ -73,7 +73,7 @@ def evidence(tasks: hb.Tasks, phi: dict[str, Any]) -> float:
 
 def ready(model: hb.HierarchicalModel, tasks: hb.Tasks) -> tuple[ByQuadrature, Located]:
     """The density as the sampler has it."""
-    target, _, _ = by_quadrature(model.resolve(tasks), tasks)
+    target = ByQuadrature(model.resolve(tasks), tasks)
     located = locate(target)
     target.prepare(located.units, located.mode)
     return target, located
@@ -98,7 +98,7 @@ def test_what_the_sampler_goes_by_is_the_exact_density(model, data):
         xs = along_every_direction(located)
         dear = target.points(located.units, xs, xs[:, :0])
         rough = target.points(located.units, xs, xs[:, :0], rough=True)
-        around = target.given.within(located.units).around
+        around = target.data.within(located.units).around
         of_phi = jax.jit(lambda x: phi_and_density(target.made, around, x)[1])
         exact = [
             float(of_phi(x)) + evidence(tasks, {name: value[i] for name, value in dear.phi.items()})
@@ -115,7 +115,7 @@ def test_points_that_newton_does_not_reach_have_the_density_itself():
     tasks = heavy()
     with float64():
         target, located = ready(STUDENT, tasks)
-        target.given = target.given._replace(known=None)
+        target.data = target.data._replace(known=None)
         xs = along_every_direction(located)
         dear = target.points(located.units, xs, xs[:, :0]).log_density
         rough = target.points(located.units, xs, xs[:, :0], rough=True).log_density

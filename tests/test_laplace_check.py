@@ -22,7 +22,7 @@ import hierbayes as hb
 from hierbayes.adaptation.skewness import largest
 from hierbayes.adaptation.sobol import student_nodes
 from hierbayes.checks.laplace_check import _flags, effective_count
-from hierbayes.evidence.nodes import jackknife_error, pooled
+from hierbayes.meta.better_evidence import jackknife_error, pooled
 from hierbayes.meta.information import x_of
 from hierbayes.numerics import float64, to_numpy
 

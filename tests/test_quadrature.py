@@ -9,6 +9,7 @@ quadrature.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,9 @@ from scipy import optimize, special, stats
 from test_families import LIKELIHOODS, PHI, expected, log_density, outcomes
 
 import hierbayes as hb
-from hierbayes.adaptation.quadrature import Quadrature, rule_of
-from hierbayes.adaptation.whitened import Whitened, climb
-from hierbayes.evidence.quadrature import log_evidence
+from hierbayes.adaptation import Laplace
+from hierbayes.adaptation.mode import LogJoint, climb
+from hierbayes.adaptation.quadrature import Quadrature, RowsAndRule, nodes_of
 from hierbayes.numerics import float64
 from hierbayes.rows import rows_of
 
@@ -50,11 +51,21 @@ def phi_of(d):
     return phi
 
 
+class Found(NamedTuple):
+    log_evidence: jax.Array
+    mode: jax.Array
+    converged: jax.Array
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def evidence_of(likelihood, num_nodes, rows, phi, start):
     """One program for all data and φ of one shape."""
-    prior = hb.priors.Gaussian(correlated="corr" in phi)
-    return log_evidence(likelihood, prior, rows, phi, start, rule_of(num_nodes, len(start)))
+    model = hb.HierarchicalModel(likelihood, hb.priors.Gaussian(correlated="corr" in phi))
+    if num_nodes == 1:
+        at = Laplace.given(model, phi, rows, start)
+    else:
+        at = Quadrature.given(model, phi, RowsAndRule(rows, nodes_of(num_nodes, len(start))), start)
+    return Found(at.log_normaliser, at.start, at.converged)
 
 
 def numbers_of(likelihood, tasks):
@@ -241,10 +252,10 @@ def test_the_climb_starts_anywhere(rng):
     likelihood = LIKELIHOODS["Poisson"]
     tasks, phi = tasks_of(likelihood, rng, 2), phi_of(2)
     with float64():
-        prior = hb.priors.Gaussian()
+        model = hb.HierarchicalModel(likelihood, hb.priors.Gaussian())
         rows, _ = numbers_of(likelihood, tasks)
-        up = jax.jit(lambda start: climb(Whitened.at(likelihood, prior, rows, phi), start))
-        ends = [np.asarray(up(np.full((2, 3), s)).z) for s in (0.0, 5.0, -5.0)]
+        up = jax.jit(lambda start: climb(LogJoint.at(model, phi, rows), start))
+        ends = [np.asarray(up(np.full((2, 3), s))) for s in (0.0, 5.0, -5.0)]
     close(ends[1], ends[0], rtol=1e-4, atol=1e-4)
     close(ends[2], ends[0], rtol=1e-4, atol=1e-4)
 

@@ -5,18 +5,18 @@ does; a rough density is Laplace's.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
 from assertions import close, gradient
 
 import hierbayes as hb
+from hierbayes.adaptation import Laplace, Quadrature
 from hierbayes.adaptation.quadrature import grid
-from hierbayes.evidence.quadrature import log_evidence
 from hierbayes.meta import approximate_evidence, by_quadrature
-from hierbayes.meta.approximate_evidence import ApproximateEvidence, maximise_approximate
-from hierbayes.meta.chart_of_phi import phi_and_density
+from hierbayes.meta.approximate_evidence import maximise_approximate
+from hierbayes.meta.by_evidence import phi_and_density
+from hierbayes.meta.criterion import Criterion
 from hierbayes.numerics import float64
 
 
@@ -52,10 +52,11 @@ def test_slopes_of_all_of_phi_are_differences(family):
     frame = data(family, 6)
     model, tasks = hb.from_formula("y ~ x + z + (1 + x | g)", frame, family=family)
     with float64():
-        evidence = ApproximateEvidence(model.resolve(tasks), tasks, 21)
-        at = np.linspace(0.2, 0.9, evidence.space.size)
-        claimed = evidence.value_and_slope(at)[1]
-        gradient(lambda v: evidence.value_and_slope(v)[0], at, claimed, rtol=1e-6)
+        how = Quadrature(21)
+        criterion = Criterion(model.resolve(tasks), tasks, how, with_belief=False)
+        at = np.linspace(0.2, 0.9, criterion.space.size)
+        claimed = criterion(at)[1]
+        gradient(lambda v: criterion(v)[0], at, claimed, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -117,20 +118,18 @@ def test_a_rough_density_is_laplaces_where_draws_are():
     )
     resolved = model.resolve(tasks)
     with float64():
-        target, _, _ = by_quadrature.by_quadrature(resolved, tasks)
+        target = by_quadrature.ByQuadrature(resolved, tasks)
         x = target.start
         target.prepare(target.units, x)
         rng = np.random.default_rng(0)
         xs = x + 0.3 * rng.normal(size=(50, len(x)))
         rough = target.points(target.units, xs, xs[:, :0], rough=True)
-        given, made = target.given, target.made
+        given, made = target.data, target.made
 
         @jax.jit
         def laplace(point):
             phi, total = phi_and_density(made, given.around, point)
-            start = jnp.zeros_like(given.modes)
-            found = log_evidence(made.likelihood, made.prior, given.rows, phi, start, None)
-            return total + found.log_evidence.sum()
+            return total + Laplace.given(made.model, phi, given.tasks.rows).log_normaliser.sum()
 
         right = np.array([float(laplace(point)) for point in xs])
         gap = np.abs(rough.log_density - right)

@@ -14,7 +14,7 @@ from simulated import normal_means
 
 import hierbayes as hb
 from hierbayes.adaptation import separation
-from hierbayes.adaptation.alone import perfectly_explained
+from hierbayes.adaptation.unpooled import perfectly_explained
 
 BERNOULLI, POISSON = hb.likelihoods.Bernoulli(), hb.likelihoods.Poisson()
 GAUSSIAN = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())

@@ -17,9 +17,9 @@ from assertions import close, refuses
 from scipy import special, stats
 
 import hierbayes as hb
+from hierbayes.evidence import Integrated
 from hierbayes.meta.correlations import HELD, at_the_boundary, held_entries
 from hierbayes.meta.information import observed_information, x_of
-from hierbayes.meta.without_one import WithoutOne
 from hierbayes.numerics import float64, to_numpy
 
 QUIET = dict(num_draws=1, num_chains=1)
@@ -75,14 +75,14 @@ def test_against_differences_of_everything(evidence, counts):
         space = fit.model.space(tasks)
         v, h = x_of(space, phi), 1e-3
         named = jax.jit(space.phi)
-        total = WithoutOne(fit.model, tasks, fit.info["num_nodes"])
+        total = Integrated(fit.adaptation)
 
         def mean(v):
             at = to_numpy(named(jnp.asarray(v)))
             return fit.adaptation(fit.model, tasks, at).mean
 
         def value(v):
-            return total.of_tasks(to_numpy(named(jnp.asarray(v)))).sum()
+            return total(fit.model, tasks, to_numpy(named(jnp.asarray(v)))).sum()
 
         unit = h * np.eye(len(v))
         slopes = np.array([(mean(v + e) - mean(v - e)) / (2 * h) for e in unit])

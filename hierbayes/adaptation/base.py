@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.posterior import Posterior
-from hierbayes.errors import NotApplicable
+from hierbayes.adaptation.mode import trouble
+from hierbayes.adaptation.posterior import Normal, Posterior
+from hierbayes.errors import NotApplicable, announce
 from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import float64
 from hierbayes.phi import Part
+from hierbayes.sharding import gathered
 from hierbayes.tasks import Task, Tasks
 
 
@@ -61,6 +66,127 @@ class NotOffered(Adaptation):
     ) -> np.ndarray:
         """Refused."""
         raise NotApplicable(self.reason)
+
+
+class Moments(NamedTuple):
+    """Means (J, d) and covariances (J, d, d) of θ_j, and how the search for them went (J,)."""
+
+    mean: Any
+    covariance: Any
+    converged: Any
+    definite: Any
+
+    @classmethod
+    def exact(cls, mean: jax.Array, covariance: jax.Array) -> Moments:
+        """Of what needs no search."""
+        fine = jnp.ones(len(mean), bool)
+        return cls(mean, covariance, fine, fine)
+
+
+class Concluded(Protocol):
+    """p(θ_j | D_j, φ) of every task at one φ, differentiable in φ; for use in compiled programs."""
+
+    @property
+    def log_normaliser(self) -> jax.Array:
+        """log p(D_j | φ) (J,), exact or approximate, with all constants."""
+        ...
+
+    @property
+    def start(self) -> Any:
+        """Where a search at a φ nearby may begin; None where nothing is searched."""
+        ...
+
+    @property
+    def converged(self) -> jax.Array:
+        """Whether the search has ended on a mode, (J,) of bool."""
+        ...
+
+    def moments(self) -> Moments:
+        """Mean and covariance of every θ_j."""
+        ...
+
+
+Given = Callable[..., Concluded]
+"""What is compiled of an adaptation: what tasks conclude from (model, φ, data)."""
+
+
+class Integrable(Adaptation):
+    """A(D; φ) = p(θ | D, φ), exact or approximate, with its normaliser p(D | φ)."""
+
+    @abc.abstractmethod
+    def lay_out(self, model: HierarchicalModel, tasks: Tasks) -> Any:
+        """The tasks' data as :meth:`given` takes them, a pytree; use it in float64."""
+
+    def begin(self, tasks: Tasks) -> Any:
+        """Where the first search begins; None where nothing is searched."""
+        del tasks
+
+    @staticmethod
+    @abc.abstractmethod
+    def given(
+        model: HierarchicalModel, phi: dict[str, Any], data: Any, start: Any = None
+    ) -> Concluded:
+        """What all tasks conclude under φ; ``start`` is that of a φ nearby.
+
+        Settings that are numbers stand in ``data``, so that one program serves them all.
+        """
+
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Posterior:
+        """Posterior means and covariances; ``remarks`` name the tasks where no mode was reached."""
+        plain = model.without_encoder()
+        with float64():
+            data = self.lay_out(plain, model.likelihood.design(tasks, phi))
+            found = gathered(self._moments_at(plain, dict(phi), data), tasks.num_tasks)
+        return self._posterior(model, tasks, dict(phi), found)
+
+    def _moments_at(self, model: HierarchicalModel, phi: dict[str, Any], data: Any) -> Moments:
+        return _moments(self.given, model, phi, data)
+
+    def _posterior(
+        self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any], found: Moments
+    ) -> Posterior:
+        del model, phi
+        remarks = trouble(tasks.names, found.converged, found.definite)
+        return Normal(found.mean, found.covariance, remarks=remarks)
+
+    def moments(
+        self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Posterior mean (J, d) and covariance (J, d, d), averaged over the values of φ."""
+        plain = model.without_encoder()
+        with float64():
+            data = self.lay_out(plain, tasks)
+            found = gathered(_averaged(self.given, plain, dict(phis), data), tasks.num_tasks)
+        announce(trouble(tasks.names, found.converged, found.definite))
+        return found.mean, found.covariance
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _moments(given: Given, model: HierarchicalModel, phi: dict[str, Any], data: Any) -> Moments:
+    return given(model, phi, data).moments()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _averaged(given: Given, model: HierarchicalModel, phis: dict[str, Any], data: Any) -> Moments:
+    """Moments over the S values of φ, without keeping draws."""
+
+    def add(sums: Moments, phi: dict[str, Any]) -> tuple[Moments, None]:
+        found = given(model, phi, data).moments()
+        second = found.covariance + found.mean[:, :, None] * found.mean[:, None]
+        return Moments(
+            sums.mean + found.mean, sums.covariance + second, sums.converged & found.converged,
+            sums.definite & found.definite,
+        ), None  # fmt: skip
+
+    first = jax.tree.map(lambda value: value[0], phis)
+    shapes = jax.eval_shape(lambda phi: given(model, phi, data).moments(), first)
+    fine = jnp.ones(shapes.converged.shape, bool)
+    zero = Moments(jnp.zeros(shapes.mean.shape), jnp.zeros(shapes.covariance.shape), fine, fine)
+    sums, _ = jax.lax.scan(add, zero, phis)
+    size = jax.tree.leaves(phis)[0].shape[0]
+    mean = sums.mean / size
+    spread = sums.covariance / size - mean[:, :, None] * mean[:, None]
+    return sums._replace(mean=mean, covariance=spread)
 
 
 class PointAdaptation(Adaptation):

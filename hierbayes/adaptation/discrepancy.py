@@ -12,10 +12,11 @@ import numpy as np
 from hierbayes.adaptation.curvature import Kind, curvatures_at, slopes
 from hierbayes.adaptation.implied import Discrepancy
 from hierbayes.adaptation.judgement import Status
-from hierbayes.adaptation.newton import climb
+from hierbayes.adaptation.mode import LogJoint, find_mode
 from hierbayes.errors import InputError, listing
 from hierbayes.likelihoods.base import sum_by_task
 from hierbayes.model import HierarchicalModel
+from hierbayes.rows import Whole
 from hierbayes.tasks import Task, Tasks
 
 WORST = 0.5
@@ -50,10 +51,13 @@ def measure(
     size = jnp.sqrt((curvature**2).sum((-2, -1)))
     drift = jnp.sqrt(((there - curvature) ** 2).sum((-2, -1)))
     drift = jnp.where(size > 0, drift / jnp.where(size > 0, size, 1.0), 0.0)
-    mode = climb(
-        model, phi, rows, task_of_row, location, jnp.eye(d), precision, theta - location, kind
-    )
-    by_row = model.likelihood.divergence_of_rows(mode.theta, theta, phi, rows, task_of_row)
+    tasks = LogJoint(
+        model.likelihood, Whole.of(rows, task_of_row), phi, location.T, jnp.eye(d),
+        jnp.moveaxis(precision, 0, -1),
+    )  # fmt: skip
+    mode = find_mode(tasks, (theta - location).T)
+    there = tasks.theta(mode.z).T
+    by_row = model.likelihood.divergence_of_rows(there, theta, phi, rows, task_of_row)
     counts = sum_by_task(jnp.asarray(rows.mask, float), task_of_row, num_tasks)
     kl = sum_by_task(by_row, task_of_row, num_tasks) / jnp.maximum(counts, 1)
     return missed, linearisation, drift, jnp.where(mode.converged, kl, jnp.nan)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from hierbayes.adaptation.whitened import Whitened, climb
+from hierbayes.adaptation.mode import LogJoint, climb
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import cholesky, float64, one_behind, solve_upper
 from hierbayes.rows import Rows, Whole
@@ -51,16 +51,16 @@ def _chains(
     Proposals are t around the mode, from ``white`` (S, K, d, J) and ``stretch`` (S, K, J).
     """
 
-    def at(phi: dict[str, Any]) -> Whitened:
-        return Whitened.at(model.likelihood, model.prior, rows, phi)
+    def at(phi: dict[str, Any]) -> LogJoint:
+        return LogJoint.at(model, phi, rows)
 
     middle = at(jax.tree.map(lambda values: values.mean(0), phis))
-    near = climb(middle, jnp.zeros_like(middle.location)).z
+    near = climb(middle, jnp.zeros_like(middle.location))
     t = DEGREES_OF_FREEDOM
 
     def one(phi: dict[str, Any], n: Any, s: Any, u: Any) -> tuple[Any, ...]:
         tasks = at(phi)
-        z = climb(tasks, near).z
+        z = climb(tasks, near)
         factor = cholesky(tasks.bend(z).curvature)
         d, num_tasks = z.shape
 

@@ -7,8 +7,14 @@ r"""The Laplace posterior of every task: a normal at the mode, as wide as the cu
     \theta_j \mid D_j, \varphi \approx N\!\left(m_j + L z_j^*,\; L A_j^{-1} L^\top\right), \quad
     A_j = I + L^\top H_j L
 
-with Σ = L Lᵀ, prior mean m_j and H_j = −∇² log p(D_j | θ) at the mode. Exact where the likelihood
-is Gaussian in θ. L may be singular: in a direction with τ = 0 the posterior is a point.
+with Σ = L Lᵀ, prior mean m_j and H_j = −∇² log p(D_j | θ) at the mode. Its normaliser is Laplace's
+approximation of the evidence,
+
+.. math:: \log p(D_j \mid \varphi) \approx \log p(D_j \mid \theta_j^*, \varphi)
+          - \tfrac12 \lVert z_j^* \rVert^2 - \tfrac12 \log |A_j|
+
+Exact where the likelihood is Gaussian in θ. L may be singular: in a direction with τ = 0 the
+posterior is a point.
 """
 
 from __future__ import annotations
@@ -21,65 +27,75 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Adaptation
-from hierbayes.adaptation.newton import Mode, climb, trouble
-from hierbayes.adaptation.posterior import Normal
+from hierbayes.adaptation.base import Integrable, Moments
+from hierbayes.adaptation.mode import LogJoint, Mode, climb, mode_near, trouble
 from hierbayes.errors import announce
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64
+from hierbayes.numerics import float64, matmul, solve_upper
+from hierbayes.rows import Rows, Whole, rows_of
 from hierbayes.sharding import gathered
-from hierbayes.tasks import Task, Tasks
+from hierbayes.tasks import Tasks
 from hierbayes.tasks.layout import on_devices
 
 ROWS_AT_ONCE = 4_000_000
 """Rows × values of φ that a batch of draws holds at most."""
 
 
-class Posterior(NamedTuple):
-    """Means (J, d), root covariances C (J, d, d) with C Cᵀ the covariance, and how it went (J,)."""
+class AtMode(NamedTuple):
+    """The normal at the mode of every task; ``near`` (d, J), held, is where a climb has ended."""
 
-    mean: jax.Array
-    root: jax.Array
-    converged: jax.Array
-    definite: jax.Array
+    tasks: LogJoint
+    near: jax.Array
+
+    @classmethod
+    def at(
+        cls, model: HierarchicalModel, phi: dict[str, Any], rows: Rows | Whole, start: Any = None
+    ) -> AtMode:
+        """Under φ, climbed from ``start`` or from the prior's location."""
+        held = LogJoint.at(model, *jax.lax.stop_gradient((phi, rows)))
+        start = jnp.zeros_like(held.location) if start is None else start
+        near = jax.lax.stop_gradient(climb(held, start))
+        return cls(LogJoint.at(model, phi, rows), near)
+
+    @property
+    def mode(self) -> Mode:
+        """z*, differentiable in φ to second order."""
+        return mode_near(self.tasks, self.near)
+
+    @property
+    def log_normaliser(self) -> jax.Array:
+        """Laplace's approximation of log p(D_j | φ) (J,), right to second order in φ."""
+        return self.mode.log_integral + self.tasks.rows.constant
+
+    @property
+    def start(self) -> jax.Array:
+        """z* (d, J)."""
+        return jax.lax.stop_gradient(self.mode.z)
+
+    @property
+    def converged(self) -> jax.Array:
+        """Whether Newton's method has ended on a mode, (J,) of bool."""
+        return self.mode.converged
+
+    def mean_and_root(self) -> tuple[jax.Array, jax.Array]:
+        """Means (d, J) and root covariances C (d, d, J), with C Cᵀ the covariance."""
+        mode, d = self.mode, len(self.near)
+        units = jnp.broadcast_to(jnp.eye(d)[:, :, None], mode.factor.shape)
+        root = matmul(self.tasks.roots, solve_upper(mode.factor, units))
+        return self.tasks.theta(mode.z), root
+
+    def moments(self) -> Moments:
+        """Mode and covariance of every θ_j; NaN where the curvature is not positive."""
+        (mean, root), mode = self.mean_and_root(), self.mode
+        covariance = jnp.einsum("ikj,lkj->jil", root, root)
+        return Moments(mean.T, covariance, mode.converged, mode.definite)
 
 
-def mode(model: HierarchicalModel, phi: dict[str, Any], rows: Task, task_of_row: Any) -> Mode:
-    """The mode of every task's posterior in whitened coordinates, from the prior's location."""
-    location = model.prior.location(phi, rows.task_predictors)
-    root = model.prior.scale_tril(phi)
-    start = jnp.zeros_like(location)
-    identity = jnp.eye(location.shape[-1], dtype=location.dtype)
-    return climb(model, phi, rows, task_of_row, location, root, identity, start)
-
-
-def posterior(
-    model: HierarchicalModel, phi: dict[str, Any], rows: Task, task_of_row: Any
-) -> Posterior:
-    """Mode and root covariance of every task; NaN where the curvature is not positive."""
-    found = mode(model, phi, rows, task_of_row)
-    values, vectors = jnp.linalg.eigh(found.curvature)
-    definite = found.definite[:, None, None]
-    values = jnp.where(definite[..., 0], values, 1.0)
-    white = vectors / jnp.sqrt(values)[:, None, :]
-    root = jnp.einsum("kl,jlm->jkm", model.prior.scale_tril(phi), white)
-    return Posterior(
-        found.theta, jnp.where(definite, root, jnp.nan), found.converged, found.definite
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _posterior(model: HierarchicalModel, phi: dict[str, Any], rows: Task, of_row: Any) -> Any:
-    found = posterior(model, phi, rows, of_row)
-    return found._replace(root=_square(found.root))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _draws(
     model: HierarchicalModel,
     phis: dict[str, Any],
-    rows: Task,
-    of_row: Any,
+    rows: Rows | Whole,
     key: jax.Array,
     batch: int,
     num_tasks: int,
@@ -88,77 +104,49 @@ def _draws(
 
     def one(inputs: Any) -> Any:
         phi, k = inputs
-        found = posterior(model, phi, rows, of_row)
-        size = len(found.mean)
-        white = jax.random.normal(k, (num_tasks, found.mean.shape[1]), found.mean.dtype)
+        found = AtMode.at(model, phi, rows)
+        (mean, root), mode = found.mean_and_root(), found.mode
+        d, size = mean.shape
+        white = jax.random.normal(k, (num_tasks, d), mean.dtype)
         white = jnp.pad(white, ((0, size - num_tasks), (0, 0)))
-        draw = found.mean + jnp.einsum("jkl,jl->jk", found.root, white)
-        return draw, found.converged, found.definite
+        draw = mean.T + jnp.einsum("klj,jl->jk", root, white)
+        return draw, mode.converged, mode.definite
 
     keys = jax.random.split(key, jax.tree.leaves(phis)[0].shape[0])
     return jax.lax.map(one, (phis, keys), batch_size=batch)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _moments(model: HierarchicalModel, phis: dict[str, Any], rows: Task, of_row: Any) -> Any:
-    """Mean and covariance of every θ_j over the S values of φ, without keeping draws."""
-
-    def add(sums: Any, phi: dict[str, Any]) -> tuple[Any, None]:
-        found = posterior(model, phi, rows, of_row)
-        second = _square(found.root) + found.mean[:, :, None] * found.mean[:, None]
-        return (
-            sums[0] + found.mean, sums[1] + second,
-            sums[2] & found.converged, sums[3] & found.definite,
-        ), None  # fmt: skip
-
-    num_tasks, d = rows.task_predictors.shape[0], phis["mu"].shape[-1]
-    fine = jnp.ones(num_tasks, bool)
-    zero = (jnp.zeros((num_tasks, d)), jnp.zeros((num_tasks, d, d)), fine, fine)
-    (first, second, converged, definite), _ = jax.lax.scan(add, zero, phis)
-    size = jax.tree.leaves(phis)[0].shape[0]
-    mean = first / size
-    return mean, second / size - mean[:, :, None] * mean[:, None], converged, definite
-
-
-def _square(root: jax.Array) -> jax.Array:
-    return jnp.einsum("jkl,jml->jkm", root, root)
-
-
 @dataclass(frozen=True)
-class Laplace(Adaptation):
+class Laplace(Integrable):
     """A(D; φ) ≈ p(θ | D, φ): the normal at the mode; exact where log p(D | θ) is quadratic."""
 
     name = "Laplace posterior"
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Normal:
-        """Modes and covariances; ``remarks`` name the tasks where no mode was reached."""
-        with float64():
-            rows = on_devices(model.likelihood.arrange(tasks), tasks)
-            mean, covariance, converged, definite = gathered(
-                _posterior(model.without_encoder(), dict(phi), *rows), tasks.num_tasks
-            )
-        return Normal(mean, covariance, remarks=trouble(tasks.names, converged, definite))
+    def lay_out(self, model: HierarchicalModel, tasks: Tasks) -> Rows | Whole:
+        """Rows, alike ones added up; spread over devices as they are."""
+        if tasks.sharding is None:
+            return rows_of(tasks, model.likelihood)
+        return Whole.of(*on_devices(model.likelihood.arrange(tasks), tasks))
+
+    def begin(self, tasks: Tasks) -> np.ndarray:
+        """The prior's location."""
+        return np.zeros((len(tasks.coef), tasks.num_tasks))
+
+    @staticmethod
+    def given(
+        model: HierarchicalModel, phi: dict[str, Any], data: Rows | Whole, start: Any = None
+    ) -> AtMode:
+        """The normal of every task."""
+        return AtMode.at(model, phi, data, start)
 
     def draws(
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: jax.Array
     ) -> np.ndarray:
         """Draws (S, J, d) from the normal at the mode, one for each of the S values of φ."""
         batch = int(np.clip(ROWS_AT_ONCE // max(tasks.num_rows, 1), 1, 64))
-        plain = model.without_encoder()
+        plain, count = model.without_encoder(), tasks.num_tasks
         with float64():
-            rows, count = on_devices(model.likelihood.arrange(tasks), tasks), tasks.num_tasks
-            found = _draws(plain, dict(phis), *rows, key, batch, count)
+            found = _draws(plain, dict(phis), self.lay_out(plain, tasks), key, batch, count)
             draws, *went = gathered(found, count, axis=1)
         announce(trouble(tasks.names, *went))
         return draws
-
-    def moments(
-        self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Posterior mean (J, d) and covariance (J, d, d), averaged over the values of φ."""
-        plain = model.without_encoder()
-        with float64():
-            rows = on_devices(model.likelihood.arrange(tasks), tasks)
-            mean, covariance, *went = gathered(_moments(plain, dict(phis), *rows), tasks.num_tasks)
-        announce(trouble(tasks.names, *went))
-        return mean, covariance

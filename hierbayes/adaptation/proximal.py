@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 
 from hierbayes.adaptation.base import PointAdaptation
-from hierbayes.adaptation.curvature import curvatures_at, slopes
-from hierbayes.adaptation.laplace import mode
-from hierbayes.adaptation.newton import trouble
+from hierbayes.adaptation.laplace import AtMode
+from hierbayes.adaptation.mode import LogJoint, newton_step, trouble
 from hierbayes.adaptation.posterior import Point
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import cholesky, float64, solve_lower, solve_upper
+from hierbayes.numerics import float64
+from hierbayes.rows import Whole
 from hierbayes.sharding import gathered
 from hierbayes.tasks import Task, Tasks
 from hierbayes.tasks.layout import on_devices
@@ -60,24 +60,15 @@ class Proximal(PointAdaptation):
 
 def _adapt(model: HierarchicalModel, phi: dict[str, Any], rows: Task, of_row: Any) -> Any:
     """θ* (J, d), and whether Newton's method converged, on a maximum, (J,) each."""
-    location = model.prior.location(phi, rows.task_predictors)
-    root = model.prior.scale_tril(phi)
-    fine = jnp.ones(location.shape[0], bool)
-    converged, definite = fine, fine
-    if model.likelihood.gaussian_in_theta:
-        z = jnp.zeros_like(location)
-        at = location
-        bend = curvatures_at(model, phi, rows, of_row, at, "hessian")
-        bend = jnp.einsum("ki,jkl,lm->jim", root, bend, root) + jnp.eye(root.shape[0])
-    else:
-        still = mode(model, jax.lax.stop_gradient(phi), rows, of_row)
-        z, bend = still.z, still.curvature
-        at = location + z @ root.T
-        converged, definite = still.converged, still.definite
-    slope = slopes(model, phi, rows, of_row, at) @ root - z
-    factor = cholesky(jnp.moveaxis(bend, 0, -1))
-    step = solve_upper(factor, solve_lower(factor, slope.T)).T
-    return location + (z + step) @ root.T, converged, definite
+    whole = Whole.of(rows, of_row)
+    if not model.likelihood.gaussian_in_theta:
+        found = AtMode.at(model, phi, whole)
+        mode = found.mode
+        return found.tasks.theta(mode.z).T, mode.converged, mode.definite
+    tasks = LogJoint.at(model, phi, whole)
+    at = tasks.bend(jnp.zeros_like(tasks.location))
+    z, fine = newton_step(at.curvature, at.slope)[0], jnp.ones(whole.num_tasks, bool)
+    return tasks.theta(z).T, fine, fine
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -16,6 +16,9 @@ rays from the mode, r on each by Gauss and Legendre from the mode to where Ψ_j 
 
 .. math:: \int e^{\Psi_j} = |U_j| \int_{\lVert u \rVert = 1} \int_0^{r_j(u)}
           e^{\Psi_j(z^* + r U_j u)}\, r^{d-1}\, dr\, du
+
+References: Pinheiro and Bates (1995), Journal of Computational and Graphical Statistics 4(1);
+Naylor and Smith (1982), Applied Statistics 31(3).
 """
 
 from __future__ import annotations
@@ -23,22 +26,19 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Adaptation
+from hierbayes.adaptation.base import Integrable, Moments
 from hierbayes.adaptation.draws_of_theta import LEAST_MOVES, draws_given
-from hierbayes.adaptation.posterior import Normal
-from hierbayes.adaptation.whitened import Stand, Whitened, at_modes, climb
+from hierbayes.adaptation.mode import LogJoint, Mode, climb, mode_near
 from hierbayes.errors import announce, listing
+from hierbayes.likelihoods import Likelihood
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import (
-    as_rng,
-    float64,
-)
+from hierbayes.numerics import as_rng
 from hierbayes.rows import Rows, Whole, rows_of
 from hierbayes.tasks import Tasks
 
@@ -56,6 +56,19 @@ HALVINGS = 12
 """Of the logarithm of a ray's length, to half a per cent."""
 
 
+class Nodes(Protocol):
+    """``count`` nodes around the modes of all tasks."""
+
+    @property
+    def count(self) -> Any:
+        """How many there are."""
+        ...
+
+    def node(self, stand: Mode, q: Any) -> tuple[jax.Array, Any]:
+        """The q-th node z (d, J) and its log weight."""
+        ...
+
+
 class Rule(NamedTuple):
     """``count`` nodes ``places`` (Q, d) and log w̄ + ½ |t|² (Q,); rows beyond ``count`` are empty.
 
@@ -66,11 +79,11 @@ class Rule(NamedTuple):
     log_weights: Any
     count: Any
 
-    def around(self, tasks: Whitened, z: jax.Array) -> Stand:
+    def around(self, tasks: LogJoint, z: jax.Array) -> Mode:
         """Where the nodes stand, from where a climb has ended."""
-        return at_modes(tasks, z)
+        return mode_near(tasks, z)
 
-    def node(self, stand: Stand, q: Any) -> tuple[jax.Array, Any]:
+    def node(self, stand: Mode, q: Any) -> tuple[jax.Array, Any]:
         """The q-th node z (d, J) and its log weight."""
         return stand.node(jnp.asarray(self.places)[q]), jnp.asarray(self.log_weights)[q]
 
@@ -87,9 +100,9 @@ class Rays(NamedTuple):
     log_weights: Any
     count: Any
 
-    def around(self, tasks: Whitened, z: jax.Array) -> Stand:
+    def around(self, tasks: LogJoint, z: jax.Array) -> Mode:
         """Where the nodes stand: the modes, and how far each ray goes, (K, J)."""
-        stand = at_modes(tasks, z)
+        stand = mode_near(tasks, z)
         far = jnp.sqrt(2 * FALLEN)
         if (
             not tasks.likelihood.log_concave
@@ -112,7 +125,7 @@ class Rays(NamedTuple):
 
         return stand._replace(reach=jax.lax.map(reach, jnp.asarray(self.directions)))
 
-    def node(self, stand: Stand, q: Any) -> tuple[jax.Array, Any]:
+    def node(self, stand: Mode, q: Any) -> tuple[jax.Array, Any]:
         """The q-th node z (d, J) and its log weight (J,)."""
         directions, ray = jnp.asarray(self.directions), jnp.asarray(self.ray)[q]
         reach = stand.reach[ray]
@@ -173,71 +186,152 @@ def nodes_of(num_nodes: int, dimensions: int) -> Rule | Rays:
     return grid(num_nodes, dimensions) if num_nodes % 2 else rays(num_nodes, dimensions)
 
 
-def rule_of(num_nodes: int, dimensions: int) -> Rule | Rays | None:
-    """:func:`nodes_of`; None for one node, which is Laplace's approximation."""
-    return None if num_nodes == 1 else nodes_of(num_nodes, dimensions)
+class ByNodes(NamedTuple):
+    """The posterior of every task by the nodes of ``rule`` around ``mode``, where they are held.
+
+    The integral does not depend on where its nodes stand: its slope is the mean over them of the
+    slope of log p(D_j, z | φ).
+    """
+
+    tasks: LogJoint
+    mode: Mode
+    rule: Nodes
+
+    @classmethod
+    def at(
+        cls, model: HierarchicalModel, phi: dict[str, Any], rows: Rows | Whole, rule: Rule | Rays,
+        start: Any = None,
+    ) -> ByNodes:  # fmt: skip
+        """Under φ, with the modes climbed from ``start``, or from the prior's location."""
+        held = LogJoint.at(model, *jax.lax.stop_gradient((phi, rows)))
+        start = jnp.zeros_like(held.location) if start is None else start
+        near = jax.lax.stop_gradient(climb(held, start))
+        tasks = LogJoint.at(model, phi, rows)
+        return cls(tasks, rule.around(held, near), rule)
+
+    @property
+    def log_normaliser(self) -> jax.Array:
+        """log p(D_j | φ) (J,)."""
+        tasks, rule = self.tasks, jax.tree.map(jnp.asarray, self.rule)
+        found: Any = _log_sum(tasks.likelihood, _moving(tasks), tasks.rows, self.mode, rule)
+        return self.mode.log_integral + found + tasks.rows.constant
+
+    @property
+    def start(self) -> jax.Array:
+        """z* (d, J)."""
+        return self.mode.z
+
+    @property
+    def converged(self) -> jax.Array:
+        """Whether Newton's method has ended on a mode, (J,) of bool."""
+        return self.mode.converged
+
+    def around_mode(self) -> tuple[jax.Array, jax.Array]:
+        """E[z_j − z*] (d, J) and E[(z_j − z*)(z_j − z*)ᵀ] (d, d, J); differentiable forwards."""
+        mode = self.mode
+
+        def add(q: Any, sums: Any) -> Any:
+            z, log_weight = self.rule.node(mode, q)
+            weight, away = jnp.exp(self.tasks.value(z) - mode.base + log_weight), z - mode.z
+            square = weight * away[:, None] * away[None]
+            return sums[0] + weight, sums[1] + weight * away, sums[2] + square
+
+        d, num_tasks = mode.z.shape
+        zero = jnp.zeros(num_tasks), jnp.zeros((d, num_tasks)), jnp.zeros((d, d, num_tasks))
+        total, first, second = jax.lax.fori_loop(0, self.rule.count, add, zero)
+        return first / total, second / total
+
+    def moments(self) -> Moments:
+        """Mean and covariance of every θ_j."""
+        away, square = self.around_mode()
+        spread, root = square - away[:, None] * away[None], self.tasks.root
+        mean = self.tasks.theta(self.mode.z + away).T
+        covariance = jnp.einsum("ak,kmj,bm->jab", root, spread, root)
+        return Moments(mean, covariance, self.mode.converged, self.mode.definite)
 
 
-class Nodes(NamedTuple):
-    """Nodes z (Q, d, J) and the log of π_q before it is normalised (Q, J)."""
-
-    z: jax.Array
-    log_weight: jax.Array
+# what of a LogJoint depends on φ: rows that moved, φ, m and L
+Moving = tuple[dict[str, Any], dict[str, Any], jax.Array, jax.Array]
 
 
-def around(tasks: Whitened, start: jax.Array, num_nodes: int) -> Nodes:
-    """The nodes around every mode, with their weights."""
-    rule = nodes_of(num_nodes, len(start))
-    stand = rule.around(tasks, climb(tasks, start).z)
-
-    def node(q: Any) -> tuple[jax.Array, jax.Array]:
-        moved, log_weight = rule.node(stand, q)
-        return moved, tasks.value(moved) + log_weight
-
-    return Nodes(*jax.lax.map(node, jnp.arange(rule.count)))
+def _moving(tasks: LogJoint) -> Moving:
+    return tasks.rows.moving, tasks.phi, tasks.location, tasks.root
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _moments(
-    model: HierarchicalModel, rows: Rows | Whole, phi: dict[str, Any], num_nodes: int
-) -> tuple[jax.Array, jax.Array]:
-    tasks = Whitened.at(model.likelihood, model.prior, rows, phi)
-    nodes = around(tasks, jnp.zeros_like(tasks.location), num_nodes)
-    weight = jax.nn.softmax(nodes.log_weight, axis=0)
-    mean = jnp.einsum("qj,qkj->kj", weight, nodes.z)
-    centred = nodes.z - mean
-    spread = jnp.einsum("qj,qkj,qmj->kmj", weight, centred, centred)
-    root = tasks.root
-    return tasks.theta(mean).T, jnp.einsum("ak,kmj,bm->jab", root, spread, root)
+def _values(likelihood: Likelihood, moving: Moving, rows: Rows | Whole, z: jax.Array) -> jax.Array:
+    moved, phi, location, root = moving
+    return LogJoint(likelihood, rows.moved(moved), phi, location, root).value(z)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_sum(
+    likelihood: Likelihood, moving: Moving, rows: Rows | Whole, stand: Mode, rule: Nodes
+) -> jax.Array:
+    """log Σ_q w̄_q exp(Ψ_j(z_q) − Ψ_j(z*) + ½ |t_q|²) of every task (J,), node after node."""
+
+    def more(q: Any, total: jax.Array) -> jax.Array:
+        z, log_weight = rule.node(stand, q)
+        value = _values(likelihood, moving, rows, z)
+        return total + jnp.exp(value - stand.base + log_weight)
+
+    return jnp.log(jax.lax.fori_loop(0, rule.count, more, jnp.zeros_like(stand.base)))
+
+
+def _forward(likelihood: Likelihood, *given: Any) -> tuple[jax.Array, Any]:
+    value: Any = _log_sum(likelihood, *given)
+    return value, (given, value)
+
+
+def _backward(likelihood: Likelihood, kept: Any, slope: jax.Array) -> Any:
+    (moving, rows, stand, rule), found = kept
+
+    def more(q: Any, total: Any) -> Any:
+        z, log_weight = rule.node(stand, q)
+        value, pull = jax.vjp(lambda m: _values(likelihood, m, rows, z), moving)
+        share = jnp.exp(value - stand.base + log_weight - found)
+        return jax.tree.map(jnp.add, total, pull(slope * share)[0])
+
+    none = jax.tree.map(jnp.zeros_like, moving)
+    return jax.lax.fori_loop(0, rule.count, more, none), None, None, None
+
+
+_log_sum.defvjp(_forward, _backward)
+
+
+class RowsAndRule(NamedTuple):
+    """The data, and the nodes of the integral over θ."""
+
+    rows: Rows | Whole
+    rule: Rule | Rays
+
+    @property
+    def num_cells(self) -> int:
+        """Rows that a density works on."""
+        return self.rows.num_cells
 
 
 @dataclass(frozen=True)
-class Quadrature(Adaptation):
+class Quadrature(Integrable):
     """A(D; φ) = the posterior mean and covariance of θ by quadrature, ``num_nodes`` a dimension."""
 
     num_nodes: int = 15
     name = "posterior by quadrature"
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Normal:
-        """Posterior means and covariances."""
-        plain = model.without_encoder()
-        with float64():
-            found = _moments(plain, rows_of(tasks, plain.likelihood), dict(phi), self.num_nodes)
-            mean, covariance = (np.asarray(part) for part in found)
-        return Normal(mean, covariance)
+    def lay_out(self, model: HierarchicalModel, tasks: Tasks) -> RowsAndRule:
+        """Rows, alike ones added up, and the nodes."""
+        rule = nodes_of(self.num_nodes, len(tasks.coef))
+        return RowsAndRule(rows_of(tasks, model.likelihood), rule)
 
-    def moments(
-        self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Posterior mean (J, d) and covariance (J, d, d), averaged over the values of φ."""
-        size = len(next(iter(phis.values())))
-        first = second = np.zeros(())
-        for i in range(size):
-            one = self(model, tasks, {name: value[i] for name, value in phis.items()})
-            first = first + one.mean / size
-            square = one.covariance + one.mean[:, :, None] * one.mean[:, None]
-            second = second + square / size
-        return first, second - first[:, :, None] * first[:, None]
+    def begin(self, tasks: Tasks) -> np.ndarray:
+        """The prior's location."""
+        return np.zeros((len(tasks.coef), tasks.num_tasks))
+
+    @staticmethod
+    def given(
+        model: HierarchicalModel, phi: dict[str, Any], data: RowsAndRule, start: Any = None
+    ) -> ByNodes:
+        """The posterior of every task."""
+        return ByNodes.at(model, phi, *data, start)
 
     def draws(
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: Any

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hierbayes.adaptation.alone import perfectly_explained
+from hierbayes.adaptation.unpooled import perfectly_explained
 from hierbayes.errors import listing
 from hierbayes.likelihoods import Likelihood
 from hierbayes.likelihoods.generalised import GeneralisedLinear

@@ -14,14 +14,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from hierbayes.adaptation.whitened import Whitened
+from hierbayes.adaptation.mode import LogJoint
 from hierbayes.numerics import solve_upper
 
 ASCENT_STEPS = 60
 """Of the power method from every axis."""
 
 
-def third_derivatives(tasks: Whitened, z: jax.Array, factor: jax.Array) -> jax.Array:
+def third_derivatives(tasks: LogJoint, z: jax.Array, factor: jax.Array) -> jax.Array:
     """D³Ψ_j (d, d, d, J) at z (d, J) along the columns of U_j, from factors of A_j (d, d, J)."""
     d, identity = len(z), jnp.broadcast_to(jnp.eye(len(z))[:, :, None], factor.shape)
     columns = jnp.stack([solve_upper(factor, identity[:, k]) for k in range(d)], axis=1)
@@ -62,6 +62,6 @@ def largest(tensors: jax.Array) -> jax.Array:
     return jax.lax.map(ascend, starts).max(0)
 
 
-def skewness(tasks: Whitened, z: jax.Array, factor: jax.Array) -> jax.Array:
+def skewness(tasks: LogJoint, z: jax.Array, factor: jax.Array) -> jax.Array:
     """γ_j of every task, (J,), at its mode z (d, J) with a lower factor of A_j (d, d, J)."""
     return largest(third_derivatives(tasks, z, factor))

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from hierbayes.adaptation.curvature import Kind, products
-from hierbayes.adaptation.newton import ACCEPTED
+from hierbayes.adaptation.mode import ACCEPTED
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task, Tasks
 

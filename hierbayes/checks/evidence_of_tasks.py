@@ -9,10 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from hierbayes.errors import NotApplicable
-from hierbayes.evidence.over_draws import log_evidence_over_draws
-from hierbayes.fit import Fit
+from hierbayes.fit import Fit, updating
 from hierbayes.fit.adapted import phis_of
-from hierbayes.fit.updating import num_nodes
 from hierbayes.meta.without_one import WithoutOne
 from hierbayes.tasks import Tasks
 
@@ -25,7 +23,7 @@ def evidence_of(fit: Fit, tasks: Tasks) -> np.ndarray:
         return np.zeros((len(next(iter(phis.values()))), tasks.num_tasks))
     if fit.phi_draws is None:
         tasks = fit.model.likelihood.design(tasks, {k: np.asarray(v) for k, v in fit.phi.items()})
-    found = log_evidence_over_draws(fit.model, tasks, phis, num_nodes(fit))
+    found = updating.evidence_of(fit).over(fit.model, tasks, phis)
     return np.where(tasks.sizes > 0, found, 0.0)
 
 
@@ -44,4 +42,5 @@ def integrated(fit: Fit, tasks: Tasks) -> WithoutOne:
         "leave_one_task_out where tasks are not Gaussian",
         "the evidence log p(D_j | phi) is not offered there", "take priors.Gaussian()",
     )  # fmt: skip
-    return WithoutOne(fit.model, tasks, num_nodes(fit))
+    how = updating.evidence_of(fit).by(fit.model, tasks)
+    return WithoutOne(fit.model, tasks, how)

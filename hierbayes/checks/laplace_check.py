@@ -21,10 +21,9 @@ import numpy as np
 
 from hierbayes import inputs
 from hierbayes.adaptation import Laplace, Quadrature
+from hierbayes.adaptation.mode import Mode
 from hierbayes.adaptation.skewness import skewness
-from hierbayes.adaptation.whitened import Stand
 from hierbayes.errors import InputError, NotApplicable
-from hierbayes.evidence.nodes import jackknife_error, pooled
 from hierbayes.fit import Fit
 from hierbayes.fit.fit import check_fit
 from hierbayes.likelihoods import Bernoulli, Binomial, NegativeBinomial, Poisson
@@ -33,13 +32,15 @@ from hierbayes.meta.better_evidence import (
     Runs,
     gauss_hermite,
     held_at,
+    jackknife_error,
     log_evidences,
     newton_shift,
+    pooled,
     scrambled_sobol,
 )
 from hierbayes.meta.information import observed_information
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import as_rng, float64, log_diagonal_sum, solve_lower
+from hierbayes.numerics import as_rng, float64
 from hierbayes.tasks import Tasks
 
 NODES = {1: (41, 31), 2: (15, 11), 3: (9, 7)}
@@ -62,12 +63,10 @@ class OfTasks(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _of_tasks(model: HierarchicalModel, around: AroundPhi, held: Stand) -> OfTasks:
+def _of_tasks(model: HierarchicalModel, around: AroundPhi, held: Mode) -> OfTasks:
     tasks = around.tasks(model, around.vector)
-    at = tasks.bend(held.z)
-    residual = jnp.sqrt((solve_lower(held.factor, at.slope) ** 2).sum(0))
-    laplace = at.value - log_diagonal_sum(held.factor) + tasks.rows.constant
-    return OfTasks(residual, laplace, skewness(tasks, held.z, held.factor))
+    laplace = held.log_integral + tasks.rows.constant
+    return OfTasks(jnp.sqrt(2 * held.gain), laplace, skewness(tasks, held.z, held.factor))
 
 
 def laplace_check(fit: Fit, *, seed: int | jax.Array = 0) -> Any:
@@ -203,7 +202,7 @@ def _rule(dimensions: int, num_tasks: int, seed: int) -> Runs:
 
 
 def _reference(
-    model: HierarchicalModel, around: AroundPhi, held: Stand, rule: Runs, dimensions: int
+    model: HierarchicalModel, around: AroundPhi, held: Mode, rule: Runs, dimensions: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """log p̃ (J,), its error (J,), and that of the sum over tasks, which share their nodes."""
     logs = log_evidences(model, around, held, rule)

@@ -18,16 +18,15 @@ import numpy as np
 from scipy.special import logsumexp
 
 from hierbayes import inputs
-from hierbayes.adaptation import LeastSquares, MaximumLikelihood
+from hierbayes.adaptation import Laplace, LeastSquares, MaximumLikelihood
 from hierbayes.checks.evidence_of_tasks import evidence_of, integrated, refuse_carried
 from hierbayes.checks.importance import leave_one_out, relative_efficiency
 from hierbayes.errors import InputError, announce, listing, overhearing
+from hierbayes.evidence import Integrated
 from hierbayes.fit import Fit
 from hierbayes.fit.fit import check_fit
 from hierbayes.meta import complete_pooling, empirical_bayes, full_bayes, imaml, maml, reptile
 from hierbayes.meta.own_parameters import over_all
-from hierbayes.meta.without_one import WithoutOne
-from hierbayes.numerics import float64
 from hierbayes.tasks import Tasks
 
 
@@ -156,14 +155,13 @@ def _joint_log_density(fit: Fit, task: Tasks) -> float:
 def _pooled_scores(fit: Fit) -> np.ndarray:
     """log p(D_j | φ̂) of every task, φ̂ from all rows of the others."""
     scores = np.full(fit.tasks.num_tasks, np.nan)
-    evidence = WithoutOne(fit.model, fit.tasks, 1)
     for j in np.flatnonzero(fit.tasks.sizes > 0):
         try:
             phi = over_all(fit.model, fit.tasks, without=int(j)).phi
         except InputError:
             continue
-        with float64():
-            scores[j] = evidence.of_tasks(phi | {"tau": np.zeros(len(fit.tasks.coef))})[j]
+        at_zero = phi | {"tau": np.zeros(len(fit.tasks.coef))}
+        scores[j] = Integrated(Laplace())(fit.model, fit.tasks, at_zero)[j]
     return scores
 
 

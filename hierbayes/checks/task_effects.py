@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation import PointAdaptation
-from hierbayes.adaptation.conjugate import collapse
+from hierbayes.adaptation.exact import collapse
 from hierbayes.errors import NotApplicable, listing
 from hierbayes.fit import Fit
 from hierbayes.fit.adapted import label
@@ -175,10 +175,11 @@ def _effects(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> tuple[jax.
     With V = σ² I + B Bᵀ = F Fᵀ they are L Bᵀ V⁻¹ a and the squares of L (F⁻¹ B)ᵀ: sums of squares,
     where Σ − C_j itself would cancel in a task of few rows.
     """
-    c = collapse(stats, prior, phi, cholesky)
-    white = solve_lower(c.factor, c.design)
+    c = collapse(stats, prior, phi)
+    factor = cholesky(c.variance)
+    white = solve_lower(factor, c.design)
     along = jnp.einsum("kl,ilj->kij", c.root, white)
-    moved = jnp.einsum("kij,ij->jk", along, solve_lower(c.factor, c.moved))
+    moved = jnp.einsum("kij,ij->jk", along, solve_lower(factor, c.moved))
     return moved, (along**2).sum(1).T
 
 

@@ -35,7 +35,8 @@ import numpy as np
 
 from hierbayes.evidence.nearby import Nearby, Slopes, Sums, Terms
 from hierbayes.evidence.profile import Profile, ProfileProblem, profile, profile_and_slopes
-from hierbayes.numerics import UNROLL_UP_TO, cholesky, float64, matmul, solve_lower
+from hierbayes.numerics import UNROLL_UP_TO, cholesky, float64, solve_lower
+from hierbayes.statistics import design_and_variance
 
 LANES = 1024
 """Tasks side by side: few enough for the cache, and for XLA not to wake threads for each line."""
@@ -128,9 +129,7 @@ def _sum(chunks: Chunks, root: Any, effects: Any, first: Any, last: Any) -> Raw:
         )
         residual = right[:, -1:] - (right[:, :-1] * effects[:, None, None]).sum(1, keepdims=True)
         right = jnp.concatenate([right[:, :-1], residual], axis=1)
-        design = matmul(x, root[:, :, None, None])
-        variance = matmul(design, jnp.swapaxes(design, 0, 1)) + jnp.eye(d)[:, :, None, None]
-        factor = cholesky(variance)
+        factor = cholesky(design_and_variance(x, root)[1])
         white = solve_lower(factor, jnp.concatenate([x, right[:d]], axis=1))
         white_x, white_right = white[:, :d], white[:, d:]
         m = (white_x[:, :, None] * white_x[:, None]).sum(0)[halves]

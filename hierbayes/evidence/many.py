@@ -24,6 +24,7 @@ import numpy as np
 
 from hierbayes.evidence.profile import ProfileProblem
 from hierbayes.numerics import UNROLL_UP_TO, eliminate
+from hierbayes.statistics import design_and_variance
 
 
 class ManyProfiles(NamedTuple):
@@ -164,9 +165,7 @@ class ManyProblems:
     def _white(self, root: np.ndarray) -> _White:
         d, num_fixed = self.x.shape[0], self.fixed.shape[1]
         shape = (*self.x.shape[2:], root.shape[-1])
-        design = np.einsum("iej,ecb->icjb", self.x, root)
-        variance = np.einsum("icjb,ecjb->iejb", design, design)
-        variance += np.eye(d)[:, :, None, None]
+        variance = design_and_variance(self.x[..., None], root[:, :, None])[1]
         wide = np.concatenate([self.x, self.fixed], axis=1)[..., None]
         wide = np.broadcast_to(wide, (*wide.shape[:2], *shape))
         y = np.broadcast_to(self.y[:, None], (d, 1, *shape))

@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.numerics import cholesky, log_diagonal_sum, matmul, solve_lower, triangle
+from hierbayes.numerics import cholesky, log_diagonal_sum, solve_lower, triangle
 from hierbayes.priors.hyperprior import Shape
-from hierbayes.statistics import Statistics
+from hierbayes.statistics import Statistics, design_and_variance
 
 
 @functools.partial(
@@ -120,9 +120,7 @@ def profile(problem: ProfileProblem, root: jax.Array, sigma: Any = jnp.nan) -> P
     """
     p = problem
     d, num_fixed = root.shape[0], p.fixed.shape[1]
-    design = matmul(jnp.asarray(p.x), root[:, :, None])
-    variance = matmul(design, jnp.swapaxes(design, 0, 1)) + jnp.eye(d)[:, :, None]
-    factor = cholesky(variance)
+    factor = cholesky(design_and_variance(jnp.asarray(p.x), root)[1])
     white_y = solve_lower(factor, jnp.asarray(p.y[:d]))
     white_f = solve_lower(factor, jnp.asarray(p.fixed[:d]))
     below_y, below_f = jnp.asarray(p.y[d:]), jnp.asarray(p.fixed[d:])

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.conjugate import posterior
+from hierbayes.adaptation.exact import collapse
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.priors import Prior
@@ -53,7 +53,7 @@ def log_density_without_row(
     stats: Statistics, rows: ScaledRows, prior: Prior, phi: dict[str, Any]
 ) -> jax.Array:
     """log p(y_i | D_j without i, φ) of every row, (W,)."""
-    mean, root = posterior(stats, prior, phi)
+    mean, root = collapse(stats, prior, phi).mean_and_root()
     noise_variance = phi["sigma"] ** 2 if "sigma" in phi else 1.0
     residual = rows.y - (rows.x * mean[:, rows.task]).sum(0)
     if "beta" in phi:

@@ -212,7 +212,9 @@ def _normals(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The posterior of some tasks under each φ_b."""
     some, size = tasks.take(positions), len(next(iter(phis.values())))
-    at = [adaptation(model, some, {n: v[b] for n, v in phis.items()}) for b in range(size)]
+    at: list[Any] = [
+        adaptation(model, some, {n: v[b] for n, v in phis.items()}) for b in range(size)
+    ]
     return np.stack([one.mean for one in at]), np.stack([one.covariance for one in at])
 
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hierbayes.adaptation import Quadrature
+from hierbayes.adaptation import Laplace, Quadrature
 from hierbayes.errors import announce, listing
-from hierbayes.evidence.over_draws import log_evidence_over_draws
+from hierbayes.evidence import Integrated
 from hierbayes.fit.learned import Learned
 from hierbayes.fit.weighing import HOPELESS, largest_k, weigh
 from hierbayes.tasks import Tasks
@@ -66,7 +66,7 @@ def updated(
     # of a continued task all rows are weighed, less the old ones; of any other its new rows
     ahead = tasks.take(news[continued]), fresh.take(news[~continued])
     behind = known.take(places[continued])
-    nodes, said = num_nodes(fit), []
+    evidence, said = evidence_of(fit), []
     if (namesakes := (old > 0) & ~continued).any():
         said.append(NAMESAKES.format(names=listing(tasks.names[news[namesakes]].tolist(), 3)))
 
@@ -75,7 +75,7 @@ def updated(
         total = np.zeros(len(positions))
         for part, sign in ((ahead[0], 1.0), (ahead[1], 1.0), (behind, -1.0)):
             if part.num_tasks:
-                total += sign * log_evidence_over_draws(fit.model, part, some, nodes).sum(1)
+                total += sign * evidence.over(fit.model, part, some).sum(1)
         return total
 
     def left(k: float) -> Updated:
@@ -96,8 +96,9 @@ def updated(
     return Updated(chosen, found.pareto_k, tuple(said), True)
 
 
-def num_nodes(fit: Learned) -> int | None:
-    """Nodes a dimension of the evidence that the fit itself used; None where it used none."""
-    if isinstance(fit.adaptation, Quadrature):
-        return fit.adaptation.num_nodes
-    return 1 if fit.info.get("evidence") == "laplace" else None
+def evidence_of(fit: Learned) -> Integrated:
+    """The evidence that the fit itself used; as good as it can be where it used none."""
+    how = fit.adaptation
+    if isinstance(how, Quadrature) or (isinstance(how, Laplace) and "evidence" in fit.info):
+        return Integrated(how)
+    return Integrated()

@@ -3,7 +3,7 @@ r"""Type-II maximum likelihood and MAP where the evidence is an integral without
 .. math:: \hat\varphi = \arg\max_\varphi \sum_j \log \hat p(D_j \mid \varphi)
           \left[+ \log p(\varphi)\right]
 
-with Laplace's approximation or quadrature for p̂ (see :mod:`hierbayes.evidence.quadrature`).
+with Laplace's approximation or quadrature for p̂ (see :mod:`hierbayes.adaptation.quadrature`).
 """
 
 from __future__ import annotations
@@ -12,32 +12,29 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.alone import determined
-from hierbayes.adaptation.quadrature import Rays, Rule, rule_of
+from hierbayes.adaptation import Quadrature
+from hierbayes.adaptation.unpooled import determined
 from hierbayes.errors import NotApplicable, listing
-from hierbayes.evidence.quadrature import log_evidence
+from hierbayes.evidence.integrated import by_nodes
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.better_evidence import AroundPhi, newton_shift
 from hierbayes.meta.correlations import held_entries
+from hierbayes.meta.criterion import Criterion
 from hierbayes.meta.optimum import (
     Optimum,
     ValueAndSlope,
-    curvature,
     descend,
     minimise,
     polish,
     unsettled,
 )
-from hierbayes.meta.posterior_mode import finite, off_the_boundary
+from hierbayes.meta.posterior_mode import off_the_boundary
 from hierbayes.meta.rough_start import rough_start
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64, to_numpy
-from hierbayes.phi.space import Space, at_an_end, belief_in, phi_at, standard_errors
-from hierbayes.rows import Rows, Whole, rows_of
+from hierbayes.numerics import float64
+from hierbayes.phi.space import Space, at_an_end
 from hierbayes.tasks import Tasks
 
 NODES = {1: (5, 7, 11, 15, 21, 31, 40, 60), 2: (5, 7, 11, 15, 21, 31, 40), 3: (3, 5, 7, 9, 13, 20)}
@@ -84,49 +81,6 @@ SAMPLE, LEAST_SAMPLE = 16, 2000
 """The search begins on every so-manieth task, where these are so many."""
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _value_and_slope(
-    model: HierarchicalModel,
-    space: Space,
-    vector: Any,
-    rows: Rows | Whole,
-    start: Any,
-    rule: Rule | Rays | None,
-) -> Any:
-    def minus(v: jax.Array) -> Any:
-        found = log_evidence(model.likelihood, model.prior, rows, space.phi(v), start, rule)
-        return -found.log_evidence.sum(), found
-
-    (value, found), slope = jax.value_and_grad(minus, has_aux=True)(vector)
-    return value, slope, found.mode, found.converged
-
-
-class ApproximateEvidence:
-    """Σ_j log p̂(D_j | φ) as a function of φ's vector; use it inside ``numerics.float64()``.
-
-    ``num_nodes`` a dimension, which may be changed; one is Laplace's approximation.
-    """
-
-    def __init__(
-        self, model: HierarchicalModel, tasks: Tasks, num_nodes: int, space: Space | None = None
-    ):
-        self.model, self.num_nodes = model.without_encoder(), num_nodes
-        self.rows = jax.tree.map(jnp.asarray, rows_of(tasks, model.likelihood))
-        self.space = model.space(tasks) if space is None else space
-        self.start = jnp.zeros((len(tasks.coef), tasks.num_tasks))
-        self.unfinished = np.zeros(tasks.num_tasks, bool)
-
-    def value_and_slope(self, vector: np.ndarray) -> tuple[float, np.ndarray]:
-        """Minus the log evidence and its slope; every call starts from the last call's modes."""
-        rule = rule_of(self.num_nodes, len(self.start))
-        value, slope, mode, converged = _value_and_slope(
-            self.model, self.space, vector, self.rows, self.start, rule
-        )
-        if np.isfinite(float(value)):
-            self.start, self.unfinished = mode, ~np.asarray(converged)
-        return finite(float(value), np.asarray(slope))
-
-
 @dataclass(frozen=True)
 class Integrated:
     """An optimum, the nodes that it took, the error that is left as estimated, and z* (d, J)."""
@@ -154,47 +108,51 @@ def maximise_approximate(
     """
     counts = NODES.get(len(tasks.coef), ())
     with float64():
-        evidence = ApproximateEvidence(resolved, tasks, counts[0] if quadrature else 1)
-        search = _Search(resolved, tasks, evidence, with_belief)
-        vector = search.run()
+        how = by_nodes(counts[0] if quadrature else 1)
+        search = _Search(Criterion(resolved, tasks, how, with_belief=with_belief))
+        x = search.run()
         if not for_draws:
-            search.refuse_endless(vector)
+            search.refuse_endless(x)
         if not quadrature:
-            return search.finish(vector, np.nan, judged=judged)
+            return search.finish(x, np.nan, judged=judged)
         enough = max(LEAST_ENOUGH, ENOUGH * tasks.num_tasks)
         used = error = np.nan
         while True:
             used, error = search.nodes_for(
-                vector, counts, max(enough, FOR_DRAWS) if for_draws else enough
+                x, counts, max(enough, FOR_DRAWS) if for_draws else enough
             )
-            if used == evidence.num_nodes or for_draws:
+            if used == search.num_nodes or for_draws:
                 break
-            evidence.num_nodes = used
-            vector = search.run(vector)
-        found = search.finish(vector, error, judged=False)
+            search.criterion.integrate_by(by_nodes(used))
+            x = search.run(x)
+        found = search.finish(x, error, judged=False)
         remarks = [] if error <= LARGE_ERROR else [TOO_FEW_NODES.format(error=error)]
         return replace(found, num_nodes=used, remarks=[*found.remarks, *remarks])
 
 
 @dataclass(frozen=True)
 class _Search:
-    """The summed evidence, with the hyperprior's density where that is wanted, in φ's vector.
+    """The search for the criterion's optimum."""
 
-    ``share`` of the hyperprior counts where the tasks are a sample of all.
-    """
-
-    model: HierarchicalModel
-    tasks: Tasks
-    evidence: ApproximateEvidence
-    with_belief: bool
-    share: float = 1.0
+    criterion: Criterion
 
     @property
     def space(self) -> Space:
-        return self.evidence.space
+        return self.criterion.space
 
-    def phi(self, vector: np.ndarray) -> dict[str, np.ndarray]:
-        return to_numpy(phi_at(self.space, vector))
+    @property
+    def tasks(self) -> Tasks:
+        return self.criterion.tasks
+
+    @property
+    def model(self) -> HierarchicalModel:
+        return self.criterion.model
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes a dimension; one is Laplace's approximation."""
+        how = self.criterion.adaptation
+        return how.num_nodes if isinstance(how, Quadrature) else 1
 
     @property
     def first(self) -> np.ndarray:
@@ -215,16 +173,14 @@ class _Search:
             start, pooled = (self if sample is None else sample).begin()
         if sample is not None:
             if near is None:
-                start = descend(
-                    sample.value_and_slope, start, lower, lambda x: sample.value_and_slope
-                )
+                start = descend(sample.criterion, start, lower, lambda x: sample.criterion)
             around = sample._as_all
         if pooled is None and (near is not None or around is not None):
-            best = polish(self.value_and_slope, start, lower, around)
+            best = polish(self.criterion, start, lower, around)
             if best.problem is None and (best.x[space.at["tau"]] > NEAR_ZERO).all():
                 return best.x
         rivals = None if pooled is None else [self.without_spread(pooled)]
-        return off_the_boundary(self.value_and_slope, [start], space, rivals).x
+        return off_the_boundary(self.criterion, [start], space, rivals).x
 
     def begin(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Where to start, and complete pooling where that may be better than any spread."""
@@ -233,7 +189,7 @@ class _Search:
         if rough is None:
             return start, None
         better = space.near(rough.best, LEAST_START)
-        if self.value_and_slope(better)[0] < self.value_and_slope(start)[0]:
+        if self.criterion(better)[0] < self.criterion(start)[0]:
             start = better
         return start, space.near(rough.pooled) if rough.gap < SURELY else None
 
@@ -248,7 +204,7 @@ class _Search:
 
         def value_and_slope(v: np.ndarray) -> tuple[float, np.ndarray]:
             full[rest] = v
-            value, slope = self.value_and_slope(full)
+            value, slope = self.criterion(full)
             return value, slope[rest]
 
         full[rest] = minimise(value_and_slope, [vector[rest]], space.lower[rest]).x
@@ -257,19 +213,21 @@ class _Search:
     @functools.cached_property
     def _sample(self) -> _Search | None:
         """Every so-manieth task; None where tasks are few."""
+        whole = self.criterion
         if len(self.tasks) < SAMPLE * LEAST_SAMPLE:
             return None
         some = self.tasks.take(np.arange(0, len(self.tasks), SAMPLE))
-        evidence = ApproximateEvidence(self.model, some, self.evidence.num_nodes, self.space)
-        return replace(self, tasks=some, evidence=evidence, share=len(some) / len(self.tasks))
+        share = len(some) / len(self.tasks)
+        given: Any = {"with_belief": whole.with_belief, "space": self.space, "share": share}
+        return _Search(Criterion(self.model, some, whole.adaptation, **given))
 
     def _as_all(self, x: np.ndarray) -> ValueAndSlope:
         """A sample's criterion, as large as that of all tasks."""
         del x
 
         def value_and_slope(vector: np.ndarray) -> tuple[float, np.ndarray]:
-            value, slope = self.value_and_slope(vector)
-            return value / self.share, slope / self.share
+            value, slope = self.criterion(vector)
+            return value / self.criterion.share, slope / self.criterion.share
 
         return value_and_slope
 
@@ -297,44 +255,29 @@ class _Search:
 
         Beside them that change; of the most that there are, what the last of them have changed.
         """
-        before = self.evidence.num_nodes
+        before, criterion = self.num_nodes, self.criterion
         first = min(counts.index(before), len(counts) - 2)
         values, used, error = [], before, np.nan
         for count in counts[first:]:
-            self.evidence.num_nodes = count
-            values.append(self.evidence.value_and_slope(vector)[0])
+            criterion.integrate_by(by_nodes(count))
+            values.append(criterion.evidence(vector)[0])
             if len(values) > 1:
                 error = abs(values[-1] - values[-2])
                 if error < enough:
                     break
                 used = count
-        self.evidence.num_nodes = before
+        criterion.integrate_by(by_nodes(before))
         return used, float(error)
-
-    def value_and_slope(self, vector: np.ndarray) -> tuple[float, np.ndarray]:
-        value, slope = self.evidence.value_and_slope(vector)
-        if self.with_belief:
-            more, tilt = self._belief(vector)
-            value, slope = value - self.share * float(more), slope - self.share * np.asarray(tilt)
-        return finite(value, slope)
-
-    @functools.cached_property
-    def _belief(self) -> Any:
-        return belief_in(self.space, self.model.phi_distributions(self.tasks))
 
     def finish(self, vector: np.ndarray, error: float, *, judged: bool) -> Integrated:
         """The optimum there, with standard errors and what is to be said."""
-        space, evidence = self.space, self.evidence
-        used, by_nodes = evidence.num_nodes, len(self.tasks.coef) <= MOST_DIMENSIONS
-        phi = self.phi(vector)
-        held, warnings = held_entries(space, phi)
+        space, criterion = self.space, self.criterion
+        held, warnings = held_entries(space, criterion.phi(vector))
         inside = space.inside(vector) & ~held
         warnings += at_an_end(space, vector)
-        hessian = curvature(self.value_and_slope, vector, inside)
-        along = space.along(vector, inside, hessian)
-        errors = standard_errors(along)
-        log_density = -evidence.value_and_slope(vector)[0]
-        value, slope = self.value_and_slope(vector)
+        optimum, hessian = criterion.optimum(vector, inside, warnings)
+        errors = optimum.standard_errors
+        value, slope = criterion(vector)
         if (problem := unsettled(slope[inside], hessian, value)) is not None:
             warnings.append(problem)
         if np.isnan(space["mu"].entries(errors["mu"])).any():
@@ -355,23 +298,23 @@ class _Search:
                 f"the estimate of beta for {listing(names)} runs to infinity: the column separates "
                 'the outcomes; criterion="map", or full_bayes, holds it by its hyperprior'
             )
-        if evidence.unfinished.any():
-            names = self.tasks.names[evidence.unfinished]
+        if criterion.unfinished.any():
+            names = self.tasks.names[criterion.unfinished]
             warnings.append(
-                f"Newton's method has not ended in {len(names)} of {len(evidence.unfinished)} "
+                f"Newton's method has not ended in {len(names)} of {len(criterion.unfinished)} "
                 f"tasks ({', '.join(map(str, names[:3]))}): their evidence is not to be relied on"
             )
         remarks = []
         if judged:
-            tilt = np.asarray(self._belief(vector)[1]) if self.with_belief else 0.0
-            around = AroundPhi(evidence.rows, space, vector, evidence.start)
-            shift = newton_shift(evidence.model, around, inside, hessian, tilt).surely
+            around = AroundPhi(criterion.data, space, vector, criterion.start)
+            tilt = criterion.belief(vector)[1]
+            shift = newton_shift(criterion.plain, around, inside, hessian, tilt).surely
             if shift > LARGE_SHIFT:
+                by_quadrature = len(self.tasks.coef) <= MOST_DIMENSIONS
                 remarks.append(
                     f"Laplace's approximation has moved phi by about {shift:.1f} standard errors "
-                    + ('from where quadrature would put it; use evidence="quadrature"' if by_nodes
+                    + ('from where quadrature would put it; use evidence="quadrature"'
+                       if by_quadrature
                        else "from where the integral itself would put it; use full_bayes")
                 )  # fmt: skip
-        posterior = log_density + float(self._belief(vector)[0]) if self.with_belief else None
-        optimum = Optimum(phi, log_density, errors, warnings, posterior, along)
-        return Integrated(optimum, used, error, remarks, evidence.start)
+        return Integrated(optimum, self.num_nodes, error, remarks, criterion.start)

@@ -14,8 +14,8 @@ import numpy as np
 
 from hierbayes import inputs
 from hierbayes.adaptation import Conjugate, Laplace, LeastSquares, MaximumLikelihood, Normal
-from hierbayes.adaptation.alone import determined
 from hierbayes.adaptation.least_squares import within_tasks
+from hierbayes.adaptation.unpooled import determined
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.evidence.profile import profile, profile_problem
 from hierbayes.fit import Fit

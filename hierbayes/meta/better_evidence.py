@@ -5,6 +5,10 @@ r"""How far an approximate evidence has moved φ̂ from where a better one would
     \Delta = I(\hat\varphi)^{-1}\, \nabla \Big[\sum_j \log \tilde p(D_j \mid \hat\varphi)
         + \log p(\hat\varphi)\Big], \qquad \Delta_i / \sqrt{(I^{-1})_{ii}}
 
+.. math::
+
+    \log \tilde p = R \log \bar p - \tfrac{R - 1}{R} \textstyle\sum_r \log \bar p_{(-r)}
+
 One Newton step on the better evidence p̃, with the curvature I of the one that φ̂ maximises: in
 posterior standard deviations, coordinate by coordinate. p̃ is adaptive Gauss–Hermite quadrature for
 up to three coefficients and scrambled Sobol nodes beyond
@@ -20,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.quadrature import grid
+from hierbayes.adaptation.mode import LogJoint, Mode, mode_near
+from hierbayes.adaptation.quadrature import ByNodes, grid
 from hierbayes.adaptation.sobol import student_nodes
-from hierbayes.adaptation.whitened import Stand, Whitened, at_modes
-from hierbayes.evidence.nodes import by_replicate, jackknife_error, pooled
 from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import solve_upper
 from hierbayes.phi.space import FLAT, Space
 from hierbayes.rows import Rows, Whole
 
@@ -40,6 +44,53 @@ class Runs(NamedTuple):
 
     nodes: np.ndarray
     log_weights: np.ndarray
+
+
+class Run(NamedTuple):
+    """One replicate: nodes (Q, K, d) and their log weights (Q, K); task j takes the run j mod K."""
+
+    places: Any
+    log_weights: Any
+    count: Any
+
+    def node(self, stand: Mode, q: Any) -> tuple[jax.Array, jax.Array]:
+        """The q-th node z (d, J) of every task and its log weight (J,)."""
+        run = jnp.arange(stand.z.shape[1]) % self.places.shape[1]
+        moved = solve_upper(stand.factor, jnp.asarray(self.places)[q].T[:, run])
+        return stand.z + moved, jnp.asarray(self.log_weights)[q][run]
+
+
+def by_replicate(tasks: LogJoint, held: Mode, rule: Runs) -> jax.Array:
+    """log p̂_r(D_j | φ) (R, J), the nodes held."""
+
+    def of_one(run: Any) -> jax.Array:
+        return ByNodes(tasks, held, Run(run[0], run[1], len(run[0]))).log_normaliser
+
+    return jax.lax.map(of_one, jax.tree.map(jnp.asarray, tuple(rule)))
+
+
+def pooled(logs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log p̃ (J,) from replicates (R, J) by the jackknife, and its R leave-one-out values (R, J).
+
+    The jackknife takes away the logarithm's bias, of order 1/Q. Of a single replicate: itself, and
+    no values (0, J).
+    """
+    size = len(logs)
+    if size == 1:
+        return logs[0], logs[:0]
+    base = logs.max(0)
+    parts = jnp.exp(logs - base)
+    whole = jnp.log(parts.mean(0))
+    without = jnp.log((parts.sum(0) - parts) / (size - 1))
+    return base + size * whole - (size - 1) * without.mean(0), base + without
+
+
+def jackknife_error(without: Any) -> Any:
+    """Standard error from leave-one-out values (R, …) of a statistic; NaN where there are none."""
+    size = len(without)
+    if not size:
+        return jnp.full(without.shape[1:], jnp.nan)
+    return jnp.sqrt((size - 1) / size * ((without - without.mean(0)) ** 2).sum(0))
 
 
 def better_rule(dimensions: int, num_tasks: int) -> Runs:
@@ -71,29 +122,29 @@ class AroundPhi(NamedTuple):
     vector: Any
     modes: Any
 
-    def tasks(self, model: HierarchicalModel, vector: Any) -> Whitened:
+    def tasks(self, model: HierarchicalModel, vector: Any) -> LogJoint:
         """Every Ψ_j at φ."""
-        return Whitened.at(model.likelihood, model.prior, self.rows, self.space.phi(vector))
+        return LogJoint.at(model, self.space.phi(vector), self.rows)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def held_at(model: HierarchicalModel, around: AroundPhi) -> Stand:
+def held_at(model: HierarchicalModel, around: AroundPhi) -> Mode:
     """Where nodes stand: at the modes of every task at φ̂, followed to rounding."""
-    return at_modes(around.tasks(model, around.vector), jnp.asarray(around.modes))
+    return mode_near(around.tasks(model, around.vector), jnp.asarray(around.modes))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def log_evidences(model: HierarchicalModel, around: AroundPhi, held: Stand, rule: Runs) -> Any:
+def log_evidences(model: HierarchicalModel, around: AroundPhi, held: Mode, rule: Runs) -> Any:
     """log p̂_r(D_j | φ̂) of every replicate and task, (R, J)."""
-    return by_replicate(around.tasks(model, around.vector), held, *rule)
+    return by_replicate(around.tasks(model, around.vector), held, rule)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _slopes(model: HierarchicalModel, around: AroundPhi, held: Stand, rule: Runs) -> jax.Array:
+def _slopes(model: HierarchicalModel, around: AroundPhi, held: Mode, rule: Runs) -> jax.Array:
     """∇ Σ_j log p̃(D_j | φ̂) and the same without each replicate, (1 + R, P)."""
 
     def totals(v: jax.Array) -> jax.Array:
-        best, without = pooled(by_replicate(around.tasks(model, v), held, *rule))
+        best, without = pooled(by_replicate(around.tasks(model, v), held, rule))
         return jnp.concatenate([best.sum()[None], without.sum(1)])
 
     found, back = jax.vjp(totals, around.vector)
@@ -129,7 +180,7 @@ def newton_shift(
     hessian: np.ndarray,
     tilt: Any = 0.0,
     rule: Runs | None = None,
-    held: Stand | None = None,
+    held: Mode | None = None,
 ) -> Shift:
     """One Newton step from φ̂ on the better evidence; use it inside ``numerics.float64()``.
 
@@ -146,7 +197,7 @@ def newton_shift(
         ∇ log p(φ̂), where the criterion holds it.
     rule : Runs, optional
         The nodes; :func:`better_rule` by default.
-    held : Stand, optional
+    held : Mode, optional
         Where the nodes stand, if it is known already.
 
     Returns

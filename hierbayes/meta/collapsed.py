@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
-from hierbayes.evidence.integrated import (
+from hierbayes.evidence.fixed_effects_out import (
     IntegratedProblem,
     NormalBelief,
     amplification,

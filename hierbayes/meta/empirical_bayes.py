@@ -16,8 +16,8 @@ import numpy as np
 
 from hierbayes import inputs
 from hierbayes.adaptation import (
-    Adaptation,
     Conjugate,
+    Integrable,
     Laplace,
     MixedScales,
     Posterior,
@@ -35,8 +35,7 @@ from hierbayes.meta.inner_loop import refuse_idle
 from hierbayes.meta.intervals import Intervals, check_intervals, draws_of_mixture, widened
 from hierbayes.meta.last_layer import maximise_evidence_of_features
 from hierbayes.meta.marginal import maximise_likelihood
-from hierbayes.meta.mixture_mode import maximise_mixture
-from hierbayes.meta.posterior_mode import maximise_posterior, resolve_for_mode
+from hierbayes.meta.posterior_mode import maximise_exact, resolve_for_mode
 from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import as_key
@@ -198,7 +197,7 @@ def empirical_bayes(
     info: dict[str, Any] = {"criterion": criterion, "evidence": integral, "intervals": intervals}
     if intervals == "bootstrap":
         info["num_bootstrap"] = int(num_bootstrap)
-    adaptation: Adaptation = Conjugate() if model.prior.gaussian else MixedScales()
+    adaptation: Integrable = Conjugate() if model.prior.gaussian else MixedScales()
     more: list[str] = []
     if integral != "exact":
         found = maximise_approximate(
@@ -207,10 +206,9 @@ def empirical_bayes(
         optimum, more = found.optimum, found.remarks
         adaptation = Quadrature(found.num_nodes) if integral == "quadrature" else Laplace()
         info |= {"num_nodes": found.num_nodes, "evidence_error": found.error}
-    elif not model.prior.gaussian:
-        optimum = maximise_mixture(resolved, tasks, with_belief=criterion == "map")
-    elif criterion == "map":
-        optimum = maximise_posterior(resolved, tasks)
+    elif criterion == "map" or not model.prior.gaussian:
+        with_belief = criterion == "map"
+        optimum = maximise_exact(resolved, tasks, adaptation, with_belief=with_belief)
     else:
         optimum = maximise_likelihood(resolved, tasks, reml=criterion == "reml")
     found = widened(

@@ -33,11 +33,12 @@ from hierbayes.fit import Fit
 from hierbayes.fit.adapting import LARGEST_THETA, theta_under
 from hierbayes.fit.outward import enter
 from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS
-from hierbayes.meta.by_mixture import ByMixture
-from hierbayes.meta.by_quadrature import ByQuadrature, by_quadrature
+from hierbayes.meta.by_evidence import ByEvidence
+from hierbayes.meta.by_quadrature import ByQuadrature
 from hierbayes.meta.collapsed import Collapsed
 from hierbayes.meta.collapsed_sampling import Doubted, sample_collapsed
 from hierbayes.meta.diagnostics import remarks as judged
+from hierbayes.meta.posterior_mode import maximise_exact
 from hierbayes.meta.sampling import run_nuts
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import as_key, as_rng, float64
@@ -181,12 +182,13 @@ def full_bayes(
             rng = as_rng(seed)  # NumPy's: of JAX's own each kind of draw would be compiled first
             key_theta = int(rng.integers(2**63))
             if exact and not normal:
-                target = ByMixture(resolved, tasks)
+                optimum = maximise_exact(resolved, tasks, adaptation, with_belief=True)
+                cells = adaptation.num_nodes(resolved, tasks) * max(tasks.num_tasks, 1) / 5
+                target = ByEvidence(resolved, tasks, adaptation, optimum, cells=cells)
             elif exact:
                 target = Collapsed(resolved, tasks)
             else:
-                target, adaptation, more = by_quadrature(resolved, tasks)
-                info |= more
+                target = ByQuadrature(resolved, tasks)
             try:
                 found = sample_collapsed(target, rng, give_up=asked == "auto", **settings)
             except Doubted:  # why stands in target.doubt

@@ -14,12 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hierbayes.meta.approximate_evidence import ApproximateEvidence
+from hierbayes.adaptation import Laplace
+from hierbayes.evidence.integrated import by_nodes
 from hierbayes.meta.better_evidence import AroundPhi
 from hierbayes.meta.correlations import HELD, held_entries
+from hierbayes.meta.criterion import Criterion
 from hierbayes.meta.optimum import curvature
 from hierbayes.model import HierarchicalModel
-from hierbayes.phi.space import Space, belief_in
+from hierbayes.phi.space import Space
 from hierbayes.tasks import Tasks
 
 HARDLY = 1e-10
@@ -72,21 +74,12 @@ def observed_information(
     Information
     """
     phi = {name: np.asarray(value, float) for name, value in phi.items()}
-    evidence = ApproximateEvidence(model, tasks, num_nodes)
-    space, vector = evidence.space, x_of(evidence.space, phi)
-    held, _ = held_entries(space, phi)
-    belief = belief_in(space, model.phi_distributions(tasks)) if with_belief else None
-
-    def value_and_slope(v: np.ndarray) -> tuple[float, np.ndarray]:
-        value, slope = evidence.value_and_slope(v)
-        if belief is not None:
-            more, tilt = belief(v)
-            value, slope = value - float(more), slope - np.asarray(tilt)
-        return value, slope
-
-    inside = space.inside(vector) & ~held
-    hessian = curvature(value_and_slope, vector, inside)
-    value_and_slope(vector)  # leaves the modes where phi has them
-    tilt = np.zeros(space.size) if belief is None else np.asarray(belief(vector)[1])
-    return Information(AroundPhi(evidence.rows, space, vector, evidence.start), inside, hessian,
-                       tilt)  # fmt: skip
+    how = by_nodes(num_nodes)
+    criterion = Criterion(model, tasks, how, with_belief=with_belief)
+    space, x = criterion.space, x_of(criterion.space, phi)
+    inside = space.inside(x) & ~held_entries(space, phi)[0]
+    hessian = curvature(criterion, x, inside)
+    criterion(x)  # leaves the modes where phi has them
+    rows = Laplace().lay_out(criterion.plain, tasks)
+    around = AroundPhi(rows, space, x, criterion.start)
+    return Information(around, inside, hessian, criterion.belief(x)[1])

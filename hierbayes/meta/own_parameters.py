@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hierbayes.adaptation.alone import (
-    arranged,
+from hierbayes.adaptation.least_squares import within_tasks
+from hierbayes.adaptation.unpooled import (
+    Unpooled,
     determined,
     integrated,
     perfectly_explained,
 )
-from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.approximate_evidence import maximise_approximate
@@ -153,8 +153,7 @@ def _minimise(function: Callable[[np.ndarray], Any], start: Any, low: Any, high:
 @functools.partial(jax.jit, static_argnums=0)
 def _within(model: HierarchicalModel, space: Space, x: Any, fixed: Any, given: Any) -> Any:
     def minus(v: Any) -> Any:
-        found = integrated(model, dict(fixed) | space.phi(v), given)
-        return -found / given.rows.mask.shape[0]
+        return -integrated(model, dict(fixed) | space.phi(v), given)
 
     return jax.value_and_grad(minus)(x)
 
@@ -183,12 +182,15 @@ def within(model: HierarchicalModel, tasks: Tasks, sigma: float | None = None) -
         )
     with float64():
         space = model.space(tasks, "beta", *names, likelihood_alone=True)
-        given, far = arranged(tasks, likelihood), np.full(len(shared), FAR)
+        given, far = Unpooled.of(tasks, likelihood), np.full(len(shared), FAR)
         logs = _ranges(names, model.scales(tasks).spread) - space.origin[len(far) :]
         begin, low, high = np.column_stack([[0 * far, -far, far], logs])
-        x = _minimise(
-            lambda v: _within(model.without_encoder(), space, v, fixed, given), begin, low, high
-        ).x
+
+        def a_row(v: np.ndarray) -> tuple[Any, Any]:
+            value, slope = _within(model.without_encoder(), space, v, fixed, given)
+            return value / tasks.num_rows, slope / tasks.num_rows
+
+        x = _minimise(a_row, begin, low, high).x
         _refuse_endless(shared, x[: len(far)], "within tasks")
         phi = to_numpy(phi_at(space, x))
     absorbed = rest.absorbed if shared else ~fine

@@ -1,4 +1,4 @@
-r"""Type-II MAP: the evidence plus the hyperprior, maximised over φ.
+r"""Type-II MAP, and maximum likelihood under a Student-t prior: the criterion maximised over φ.
 
 The search runs over (μ, Γ, β, τ, unconstrained correlations, log σ); densities are those of τ and
 R themselves, without the Jacobian of the correlations' parametrisation, and of log σ.
@@ -10,27 +10,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
-from hierbayes.evidence.exact import log_evidence
+from hierbayes.adaptation import Integrable
 from hierbayes.meta.correlations import SINGULAR
+from hierbayes.meta.criterion import Criterion
 from hierbayes.meta.marginal import maximise_likelihood
-from hierbayes.meta.optimum import (
-    Minimum,
-    Optimum,
-    ValueAndSlope,
-    curvature,
-    descend,
-    highest,
-    minimise,
-)
+from hierbayes.meta.optimum import Minimum, Optimum, ValueAndSlope, descend, highest, minimise
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64, to_numpy
-from hierbayes.phi.space import Space, at_an_end, phi_at, standard_errors
-from hierbayes.statistics import Statistics, placed_statistics
+from hierbayes.numerics import float64
+from hierbayes.phi.space import Space, at_an_end
+from hierbayes.priors import Gaussian, StudentT
 from hierbayes.tasks import Tasks
 
 TINY_RATE = 1e-8
@@ -61,51 +52,35 @@ def resolve_for_mode(model: HierarchicalModel, tasks: Tasks) -> HierarchicalMode
     return replace(resolved, hyperprior=replace(resolved.hyperprior, tau=tau))
 
 
-def maximise_posterior(resolved: HierarchicalModel, tasks: Tasks) -> Optimum:
-    """φ̂ at the mode of p(φ | D), with standard errors from the Hessian."""
-    start = maximise_likelihood(resolved, tasks, reml=False)
+def maximise_exact(
+    resolved: HierarchicalModel, tasks: Tasks, adaptation: Integrable, *, with_belief: bool
+) -> Optimum:
+    """φ̂ of Gaussian tasks, with standard errors from the Hessian.
+
+    From type-II maximum likelihood under a Gaussian prior: under a Student-t prior with less
+    spread, for where a few tasks alone are what makes that large.
+    """
+    prior, normal = resolved.prior, resolved
+    shares: Any = ((1.0, 0.05), (1.0, 0.01))
+    if isinstance(prior, StudentT):
+        normal = replace(resolved, prior=Gaussian(prior.correlated, prior.zero_mean))
+        shares = ((0.7, 0.05), (0.3, 0.01))
+    start = maximise_likelihood(normal, tasks, reml=False).phi
     with float64():
-        stats = jax.tree.map(jnp.asarray, placed_statistics(tasks))
-        beliefs = resolved.phi_distributions(tasks)
-        space = resolved.space(tasks)
-
-        def log_density(x: Any, stats: Statistics) -> tuple[Any, Any]:
-            evidence = log_evidence(stats, resolved.prior, space.phi(x)).sum()
-            return evidence, space.log_belief(x, beliefs)
-
-        def objective(x: jax.Array, stats: Statistics) -> Any:
-            return -sum(log_density(x, stats))
-
-        # as an argument, or every device would hold all tasks
-        slope = jax.jit(jax.value_and_grad(objective))
-
-        def value_and_slope(v: np.ndarray) -> tuple[float, np.ndarray]:
-            value, gradient = slope(v, stats)
-            return finite(float(value), np.asarray(gradient))
-
-        starts = [space.near(start.phi, floor) for floor in (0.05, 0.01)]
-        pooled = space.near(start.phi | {"tau": 0 * start.phi["tau"]})
-        best = off_the_boundary(value_and_slope, starts, space, [pooled])
-        inside, ends = space.inside(best.x), at_an_end(space, best.x)
-        hessian = curvature(value_and_slope, best.x, inside)
-        phi = to_numpy(phi_at(space, best.x))
-        evidence, belief = jax.jit(log_density)(best.x, stats)
-        along = space.along(best.x, inside, hessian)
-    errors = standard_errors(along)
-    warnings = [*([best.problem] if best.problem else []), *ends]
-    if np.isnan(errors["tau"]).any():
+        criterion = Criterion(resolved, tasks, adaptation, with_belief=with_belief)
+        space = criterion.space
+        starts = [space.near(start | {"tau": share * start["tau"]}, floor)
+                  for share, floor in shares]  # fmt: skip
+        pooled = space.near(start | {"tau": 0 * start["tau"]})
+        best = off_the_boundary(criterion, starts, space, [pooled])
+        warnings = [*([best.problem] if best.problem else []), *at_an_end(space, best.x)]
+        found, _ = criterion.optimum(best.x, space.inside(best.x), warnings)
+    if np.isnan(found.standard_errors["tau"]).any():
         warnings.append(
-            "standard errors of tau are NaN where the mode lies at tau = 0 or the posterior "
-            "is not concave there"
+            "standard errors of tau are NaN where the estimate lies at tau = 0 or the criterion is "
+            "not concave there"
         )
-    return Optimum(phi, float(evidence), errors, warnings, float(evidence + belief), along)
-
-
-def finite(value: float, slope: np.ndarray) -> tuple[float, np.ndarray]:
-    """A criterion and its slope as a minimiser can use them."""
-    if np.isfinite(value) and np.isfinite(slope).all():
-        return value, np.array(slope)
-    return (value if np.isfinite(value) else 1e300), np.nan_to_num(slope)
+    return found
 
 
 def off_the_boundary(

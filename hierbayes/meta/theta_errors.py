@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation import Conjugate, Laplace, Posterior, Quadrature, WithShared
-from hierbayes.adaptation.quadrature import rule_of
-from hierbayes.adaptation.whitened import after_newton, at_modes
+from hierbayes.adaptation.mode import after_newton, mode_near
+from hierbayes.adaptation.quadrature import ByNodes, nodes_of
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.fit import Fit
 from hierbayes.fit.adapted import label
@@ -181,27 +181,20 @@ def _mean(model: HierarchicalModel, around: AroundPhi, num_nodes: int) -> Any:
     By quadrature with the nodes held where φ̂ has them. By Laplace the mode, which two Newton
     steps follow.
     """
-    rule = rule_of(num_nodes, len(around.modes))
     here, near = around.tasks(model, around.vector), jnp.asarray(around.modes)
-    stand = at_modes(here, near) if rule is None else rule.around(here, near)
-    if rule is None:
+    if num_nodes == 1:
+        held = mode_near(here, near).z
 
         def mode(v: Any) -> jax.Array:
             tasks = around.tasks(model, v)
-            return tasks.theta(after_newton(tasks, stand.z))
+            return tasks.theta(after_newton(tasks, held))
 
         return mode
+    rule = nodes_of(num_nodes, len(around.modes))
+    stand = rule.around(here, near)
 
     def posterior_mean(v: Any) -> jax.Array:
         tasks = around.tasks(model, v)
-
-        def add(sums: Any, q: Any) -> tuple[Any, None]:
-            z, log_weight = rule.node(stand, q)
-            weight = jnp.exp(tasks.value(z) - stand.base + log_weight)
-            return (sums[0] + weight, sums[1] + weight * z), None
-
-        zero = (jnp.zeros_like(stand.base), jnp.zeros_like(stand.z))
-        total, first = jax.lax.scan(add, zero, jnp.arange(rule.count))[0]
-        return tasks.theta(first / total)
+        return tasks.theta(stand.z + ByNodes(tasks, stand, rule).around_mode()[0])
 
     return posterior_mean

@@ -14,9 +14,10 @@ from hierbayes.adaptation.curvature import slopes
 from hierbayes.adaptation.descent import Descent
 from hierbayes.adaptation.discrepancy import measure
 from hierbayes.adaptation.implied import FLAT, EquivalentPrior
-from hierbayes.adaptation.newton import climb
+from hierbayes.adaptation.mode import LogJoint, find_mode
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
+from hierbayes.rows import Whole
 from hierbayes.tasks import Task, Tasks
 
 IDENTIFIED = 1e-8
@@ -146,11 +147,13 @@ def _steps(
 def _estimates(
     model: HierarchicalModel, phi: Any, rows: Task, task_of_row: Any, location: Any, precisions: Any
 ) -> Any:
-    eye, start = jnp.eye(location.shape[-1]), jnp.zeros_like(location)[None]
+    eye, centre = jnp.eye(location.shape[-1]), location[:, None]
 
     def one(precision: Any) -> Any:
-        mode = climb(model, phi, rows, task_of_row, location[None], eye, precision * eye, start)
-        return mode.theta[0], mode.curvature[0], mode.converged[0]
+        penalty = (precision * eye)[:, :, None]
+        tasks = LogJoint(model.likelihood, Whole.of(rows, task_of_row), phi, centre, eye, penalty)
+        mode = find_mode(tasks, jnp.zeros_like(centre))
+        return tasks.theta(mode.z)[:, 0], tasks.bend(mode.z).curvature[..., 0], mode.converged[0]
 
     return jax.vmap(one)(precisions)
 

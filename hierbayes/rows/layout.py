@@ -40,8 +40,7 @@ def rows_of(tasks: Tasks, likelihood: Likelihood) -> Rows | Whole:
     """The tasks' rows: alike ones added up where f is linear in θ, as arranged elsewhere."""
     if likelihood.linear:
         return added_up(tasks, likelihood)
-    rows, task_of_row = likelihood.arrange(tasks)
-    return Whole(rows, task_of_row, tasks.task_predictors, tasks.num_tasks)
+    return Whole.of(*likelihood.arrange(tasks))
 
 
 @kept

@@ -12,6 +12,7 @@ import numpy as np
 
 from hierbayes.likelihoods import Likelihood
 from hierbayes.likelihoods.base import sum_by_task
+from hierbayes.numerics import UNROLL_UP_TO
 from hierbayes.rows.blocks import Curved
 from hierbayes.tasks import Task
 
@@ -30,6 +31,11 @@ class Whole:
     task_predictors: Any
     num_tasks: int
     constant = 0.0
+
+    @classmethod
+    def of(cls, rows: Task, task_of_row: Any) -> Whole:
+        """Rows and the task of each, as they are arranged."""
+        return cls(rows, task_of_row, rows.task_predictors, len(rows.task_predictors))
 
     def under(self, likelihood: Likelihood, phi: dict[str, Any]) -> Whole:
         """The same."""
@@ -73,13 +79,14 @@ class Whole:
         def slopes(t: jax.Array) -> tuple[jax.Array, jax.Array]:
             return jax.grad(total, has_aux=True)(t)
 
-        d = len(theta)
-        columns = []
-        slope, value = slopes(theta)
-        for k in range(d):
-            unit = jnp.zeros_like(theta).at[k].set(1.0)
-            columns.append(-jax.jvp(slopes, (theta,), (unit,), has_aux=True)[1])
-        bent = jnp.stack(columns, axis=1)
+        def column(unit: jax.Array) -> jax.Array:
+            along = jnp.broadcast_to(unit[:, None], theta.shape)
+            return -jax.jvp(slopes, (theta,), (along,), has_aux=True)[1]
+
+        d, (slope, value) = len(theta), slopes(theta)
+        units = jnp.eye(d, dtype=theta.dtype)
+        columns = map(column, units) if d <= UNROLL_UP_TO else jax.lax.map(column, units)
+        bent = jnp.stack([*columns], axis=1)
         bent = 0.5 * (bent + jnp.swapaxes(bent, 0, 1))
         if damped:
             values, vectors = jnp.linalg.eigh(jnp.moveaxis(bent, -1, 0))

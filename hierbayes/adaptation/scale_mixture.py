@@ -2,14 +2,17 @@ r"""The posterior of Gaussian tasks under a Student-t prior, a mixture over each
 
 .. math::
 
-    p(\theta_j \mid D_j, \varphi) = \int N\!\left(\theta_j;\; m_j + L Q\, \frac{B_Q^\top a_j}
+    p(\theta_j \mid D_j, \varphi) &= \int N\!\left(\theta_j;\; m_j + L Q\, \frac{B_Q^\top a_j}
         {\lambda \sigma^2 + s^2},\; L Q\, \frac{\sigma^2}{\lambda\sigma^2 + s^2}\, Q^\top L^\top
-        \right) p(\lambda \mid D_j, \varphi)\, d\lambda
+        \right) p(\lambda \mid D_j, \varphi)\, d\lambda \\
+    \log p(D_j \mid \varphi) &= \log \int p(D_j \mid \tau / \sqrt\lambda, \varphi)\,
+        \operatorname{Gamma}(\lambda;\, \tfrac\nu2, \tfrac\nu2)\, d\lambda
 
-with B_j = R_j L as in :mod:`~hierbayes.adaptation.conjugate`, Q the directions that make the
-columns of B_Q = B_j Q orthogonal, and s their lengths. The integral is a sum over the nodes λ_k of
-:func:`~hierbayes.priors.student_t.mixing`, right to rounding error at every θ; so are draws, with
-λ drawn from the nodes and θ given λ from its normal.
+with B_j = R_j L as in :mod:`~hierbayes.adaptation.exact`, Q the directions that make the columns of
+B_Q = B_j Q orthogonal, and s their lengths. Both integrals are sums over the nodes λ_k of
+:func:`~hierbayes.priors.student_t.mixing`, right to rounding error at every θ and to a relative
+1e-10 of the evidence, wherever the task lies; so are draws, with λ drawn from the nodes and θ given
+λ from its normal. A task without rows has the evidence one.
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Adaptation
-from hierbayes.adaptation.conjugate import averaged_moments
+from hierbayes.adaptation.base import Integrable, Moments
+from hierbayes.adaptation.exact import Collapse, collapse
 from hierbayes.adaptation.posterior import Mixture
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_rng, float64, matmul, matvec
-from hierbayes.priors import Prior, StudentT
+from hierbayes.priors import StudentT
 from hierbayes.priors.student_t import mixing
 from hierbayes.sharding import gathered, place
 from hierbayes.statistics import Statistics, placed_statistics
@@ -43,44 +46,13 @@ STRATA = 64
 class Directions(NamedTuple):
     """What does not depend on λ; tasks on the last axis.
 
-    ``location`` m (d, J); ``root`` L (d, d); ``turned`` L Q (d, d, J); ``squares`` s² (d, J);
-    ``pull`` B_Qᵀ a (d, J).
+    ``location`` m (d, J); ``turned`` L Q (d, d, J); ``squares`` s² (d, J); ``pull`` B_Qᵀ a (d, J).
     """
 
     location: jax.Array
-    root: jax.Array
     turned: jax.Array
     squares: jax.Array
     pull: jax.Array
-
-
-class Spread(NamedTuple):
-    """What the evidence given λ is made of; tasks on the last axis.
-
-    ``location`` m (d, J), ``root`` L (d, d), ``design`` B (d, d, J), ``moved`` a (d, J) and
-    ``left`` b (p + 1, J) as in :mod:`~hierbayes.adaptation.conjugate`.
-    """
-
-    location: jax.Array
-    root: jax.Array
-    design: jax.Array
-    moved: jax.Array
-    left: jax.Array
-    noise_variance: Any
-
-
-def bring_together(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> Spread:
-    """A Gaussian task and the centre and scale matrix of its prior."""
-    d = stats.num_coef
-    noise_variance = phi["sigma"] ** 2 if "sigma" in phi else jnp.ones(())
-    location, root = prior.location(phi, stats.task_predictors.T).T, prior.scale_tril(phi)
-    residual = stats.y
-    if "beta" in phi:
-        residual = residual - jnp.einsum("mpj,p->mj", stats.z, phi["beta"])
-    x = stats.x[:d]
-    design = matmul(x, root[:, :, None])
-    moved = residual[:d] - matvec(x, location)
-    return Spread(location, root, design, moved, residual[d:], noise_variance)
 
 
 def principal_axes(a: jax.Array) -> jax.Array:
@@ -95,7 +67,7 @@ def principal_axes(a: jax.Array) -> jax.Array:
     return jnp.moveaxis(jnp.linalg.eigh(jnp.moveaxis(a, -1, 0))[1], 0, -1)
 
 
-def log_evidence_by_precision(spread: Spread, precision: Any) -> jax.Array:
+def log_evidence_by_precision(spread: Collapse, precision: Any) -> jax.Array:
     r"""−½ [log |V| + aᵀ V⁻¹ a] of every λ_k and task (K, J), with V = σ² I + B Bᵀ / λ.
 
     In the axes U of B Bᵀ, with ã = Uᵀ a and W = Uᵀ B Bᵀ U: V is diagonal there, so that nothing
@@ -119,87 +91,108 @@ def log_evidence_by_precision(spread: Spread, precision: Any) -> jax.Array:
     return -0.5 * jnp.asarray(total)
 
 
-def weights(spread: Spread, prior: StudentT) -> jax.Array:
-    """p(λ_k | D_j, φ) of every node and task (K, J)."""
-    rule = mixing(prior.df, len(spread.moved))
-    logs = log_evidence_by_precision(spread, rule.precision)
-    return jax.nn.softmax(logs + jnp.asarray(rule.log_weight)[:, None], axis=0)
+class OverScales(NamedTuple):
+    """p(θ_j, λ_j | D_j, φ) of every task."""
 
+    spread: Collapse
+    prior: StudentT
 
-def directions(spread: Spread) -> Directions:
-    """What θ given λ is made of."""
-    turn = principal_axes(matmul(jnp.swapaxes(spread.design, 0, 1), spread.design))
-    columns = matmul(spread.design, turn)
-    return Directions(
-        spread.location, spread.root, matmul(spread.root[:, :, None], turn),
-        (columns**2).sum(0), (columns * spread.moved[:, None]).sum(0),
-    )  # fmt: skip
+    @classmethod
+    def at(cls, stats: Statistics, prior: StudentT, phi: dict[str, Any]) -> OverScales:
+        """Under φ."""
+        return cls(collapse(stats, prior, phi), prior)
 
+    @property
+    def rule(self) -> Any:
+        """The nodes λ_k (K,) and the logs of their weights."""
+        return mixing(self.prior.df, len(self.spread.moved))
 
-def _normals(at: Directions, noise_variance: Any, precision: Any) -> tuple[jax.Array, jax.Array]:
-    """Means and variances of θ given λ in its own directions, both (K, d, J)."""
-    wide = jnp.asarray(precision)[:, None, None] * noise_variance + at.squares
-    return at.pull / wide, noise_variance / wide
+    @property
+    def _logs(self) -> jax.Array:
+        """log p(D_j, λ_k | φ) (K, J), up to a constant."""
+        logs = log_evidence_by_precision(self.spread, self.rule.precision)
+        return logs + jnp.asarray(self.rule.log_weight)[:, None]
 
+    @property
+    def log_normaliser(self) -> jax.Array:
+        """log p(D_j | φ) (J,), with all constants."""
+        at, d = self.spread, len(self.spread.moved)
+        noise = at.noise_variance
+        rest = (at.num_rows - d) * jnp.log(noise) + (at.left**2).sum(0) / noise
+        mixed = jax.nn.logsumexp(self._logs, axis=0)
+        return mixed - 0.5 * (at.num_rows * jnp.log(2 * jnp.pi) + rest) + at.log_scale
 
-@functools.partial(jax.jit, static_argnums=1)
-def _moments(stats: Statistics, prior: StudentT, phi: dict[str, Any]) -> tuple[Any, Any]:
-    return _moments_of(stats, prior, phi)
+    @property
+    def start(self) -> None:
+        """Nothing is searched."""
 
+    @property
+    def converged(self) -> jax.Array:
+        """Nothing is searched."""
+        return self.spread.converged
 
-def _moments_of(stats: Statistics, prior: StudentT, phi: dict[str, Any]) -> tuple[Any, Any]:
-    """Mean (J, d) and covariance (J, d, d) of every θ_j."""
-    spread = bring_together(stats, prior, phi)
-    share, at = weights(spread, prior), directions(spread)
-    rule = mixing(prior.df, stats.num_coef)
-    means, variances = _normals(at, spread.noise_variance, rule.precision)
-    mean = jnp.einsum("kj,kdj->dj", share, means)
-    away = means - mean
-    inside = jnp.einsum("kj,kdj,kej->dej", share, away, away)
-    inside = (
-        inside
-        + jnp.einsum("kj,kdj->dj", share, variances)[:, None] * jnp.eye(len(mean))[:, :, None]
-    )
-    return (
-        (at.location + matvec(at.turned, mean)).T,
-        jnp.einsum("adj,dej,bej->jab", at.turned, inside, at.turned),
-    )
+    @property
+    def weights(self) -> jax.Array:
+        """p(λ_k | D_j, φ) of every node and task (K, J)."""
+        return jax.nn.softmax(self._logs, axis=0)
 
+    @property
+    def above(self) -> jax.Array:
+        """p(λ_j ≤ λ_k | D_j, φ) (K, J)."""
+        total = jnp.cumsum(self.weights, axis=0)
+        return total / total[-1]
 
-@functools.partial(jax.jit, static_argnums=1)
-def _average(stats: Statistics, prior: StudentT, phis: dict[str, Any]) -> tuple[Any, Any]:
-    """Mean and covariance of every θ_j over the S values of φ."""
+    @property
+    def directions(self) -> Directions:
+        """What θ given λ is made of."""
+        at = self.spread
+        turn = principal_axes(matmul(jnp.swapaxes(at.design, 0, 1), at.design))
+        columns = matmul(at.design, turn)
+        return Directions(
+            at.location, matmul(at.root[:, :, None], turn), (columns**2).sum(0),
+            (columns * at.moved[:, None]).sum(0),
+        )  # fmt: skip
 
-    def at(phi: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        return _moments_of(stats, prior, phi)
+    def moments(self) -> Moments:
+        """Mean and covariance of every θ_j."""
+        (mean, covariance) = self._strata(self.weights[None])
+        return Moments.exact(mean[0], covariance[0])
 
-    return averaged_moments(at, phis, stats.num_tasks, stats.num_coef)
+    def strata(self, count: int) -> tuple[jax.Array, jax.Array]:
+        """Means (S, J, d) and covariances (S, J, d, d) of ``count`` strata of λ, equally likely.
+
+        A node on the border of two counts in both by its share: the moments of all together stay.
+        """
+        above = self.above
+        ends = jnp.arange(1, count + 1)[:, None, None] / count
+        low = jnp.concatenate([jnp.zeros_like(above[:1]), above[:-1]])
+        share = jnp.minimum(above, ends) - jnp.maximum(low, ends - 1.0 / count)
+        return self._strata(count * jnp.maximum(share, 0.0))
+
+    def _strata(self, share: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Moments of the mixtures that take the nodes by their ``share`` (S, K, J)."""
+        at, noise = self.directions, self.spread.noise_variance
+        wide = jnp.asarray(self.rule.precision)[:, None, None] * noise + at.squares
+        means, variances = at.pull / wide, noise / wide  # of θ given λ_k in its own directions
+        mean = jnp.einsum("skj,kdj->sdj", share, means)
+
+        def around(part: Any) -> jax.Array:
+            shares, centre = part
+            away = means - centre
+            return jnp.einsum("kj,kdj,kej->dej", shares, away, away)
+
+        within = jnp.einsum("skj,kdj->sdj", share, variances)
+        inside = jax.lax.map(around, (share, mean))
+        inside = inside + within[:, :, None] * jnp.eye(within.shape[1])[None, :, :, None]
+        return (
+            jnp.swapaxes(at.location[None] + jnp.einsum("adj,sdj->saj", at.turned, mean), 1, 2),
+            jnp.einsum("adj,sdej,bej->sjab", at.turned, inside, at.turned),
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3))
 def _strata(stats: Statistics, prior: StudentT, phi: dict[str, Any], count: int) -> Any:
-    """Means (S, J, d) and covariances (S, J, d, d) of ``count`` strata of λ, equally likely.
-
-    A node on the border of two counts in both by its share: the moments of all together stay.
-    """
-    spread = bring_together(stats, prior, phi)
-    above, at = jnp.cumsum(weights(spread, prior), axis=0), directions(spread)
-    above = above / above[-1]
-    ends = jnp.arange(1, count + 1)[:, None, None] / count
-    low = jnp.concatenate([jnp.zeros_like(above[:1]), above[:-1]])
-    share = jnp.minimum(above, ends) - jnp.maximum(low, ends - 1.0 / count)
-    share = count * jnp.maximum(share, 0.0)
-    rule = mixing(prior.df, stats.num_coef)
-    means, variances = _normals(at, spread.noise_variance, rule.precision)
-    mean = jnp.einsum("skj,kdj->sdj", share, means)
-    square = jnp.einsum("skj,kdj,kej->sdej", share, means, means)
-    square = square - mean[:, :, None] * mean[:, None]
-    within = jnp.einsum("skj,kdj->sdj", share, variances)
-    inside = square + within[:, :, None] * jnp.eye(within.shape[1])[None, :, :, None]
-    return (
-        jnp.swapaxes(at.location[None] + jnp.einsum("adj,sdj->saj", at.turned, mean), 1, 2),
-        jnp.einsum("adj,sdej,bej->sjab", at.turned, inside, at.turned),
-    )
+    return OverScales.at(stats, prior, phi).strata(count)
 
 
 class _Ready(NamedTuple):
@@ -211,9 +204,8 @@ class _Ready(NamedTuple):
 
 
 def _ready(stats: Statistics, prior: StudentT, phi: dict[str, Any]) -> _Ready:
-    spread = bring_together(stats, prior, phi)
-    above = jnp.cumsum(weights(spread, prior), axis=0)
-    return _Ready(above / above[-1], directions(spread), spread.noise_variance)
+    found = OverScales.at(stats, prior, phi)
+    return _Ready(found.above, found.directions, found.spread.noise_variance)
 
 
 def _drawn(ready: _Ready, precision: Any, uniform: Any, white: Any) -> jax.Array:
@@ -247,7 +239,7 @@ def _draws_at(stats: Statistics, prior: StudentT, phi: Any, uniform: Any, white:
 
 
 @dataclass(frozen=True)
-class MixedScales(Adaptation):
+class MixedScales(Integrable):
     """A(D; φ) = the posterior under a Student-t prior; for Gaussian tasks.
 
     Means and covariances by quadrature over the task's scale, to rounding error. A task without
@@ -257,15 +249,31 @@ class MixedScales(Adaptation):
 
     name = "posterior over mixed scales"
 
-    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Mixture:
-        """Posterior means and covariances, and the normals that predictions take."""
-        prior, phi = _student(model), dict(phi)
-        with float64():
-            found = _moments(placed_statistics(tasks), prior, phi)
-            mean, covariance = gathered(found, tasks.num_tasks)
+    @staticmethod
+    def num_nodes(model: HierarchicalModel, tasks: Tasks) -> int:
+        """Nodes of the integral over a task's scale."""
+        return len(mixing(_student(model).df, len(tasks.coef)).precision)
+
+    def lay_out(self, model: HierarchicalModel, tasks: Tasks) -> Statistics:
+        """Sufficient statistics, where the tasks lie."""
+        del model
+        return placed_statistics(tasks)
+
+    @staticmethod
+    def given(
+        model: HierarchicalModel, phi: dict[str, Any], data: Statistics, start: Any = None
+    ) -> OverScales:
+        """The posterior of every task."""
+        del start
+        return OverScales.at(data, _student(model), phi)
+
+    def _posterior(
+        self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any], found: Moments
+    ) -> Mixture:
+        """With the normals that predictions take."""
         # a partial, for a function made here could not be pickled
-        normals = functools.partial(_some, tasks, prior, phi)
-        return Mixture(mean, covariance, normals, together=False)
+        normals = functools.partial(_some, tasks, _student(model), phi)
+        return Mixture(found.mean, found.covariance, normals, together=False)
 
     def draws(
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: Any
@@ -299,14 +307,6 @@ class MixedScales(Adaptation):
             rng.standard_normal((size, d, tasks.num_tasks)),
         )
         return place(uniform, tasks.sharding), place(white, tasks.sharding)
-
-    def moments(
-        self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Posterior mean (J, d) and covariance (J, d, d), averaged over the values of φ."""
-        with float64():
-            found = _average(placed_statistics(tasks), _student(model), dict(phis))
-            return gathered(found, tasks.num_tasks)
 
 
 def _student(model: HierarchicalModel) -> StudentT:

@@ -14,23 +14,23 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Adaptation
-from hierbayes.adaptation.curvature import curvatures_at, slopes
+from hierbayes.adaptation.base import Adaptation, Moments
+from hierbayes.adaptation.laplace import AtMode
 from hierbayes.adaptation.least_squares import RANK_TOLERANCE
-from hierbayes.adaptation.newton import Mode, climb, trouble
+from hierbayes.adaptation.mode import LogJoint, climb, trouble
 from hierbayes.adaptation.posterior import FlatPrior
-from hierbayes.likelihoods.base import sum_by_task
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64
-from hierbayes.tasks import Task, Tasks
+from hierbayes.numerics import float64, to_numpy
+from hierbayes.rows import Rows, Whole, rows_of
+from hierbayes.tasks import Tasks
 from hierbayes.tasks.kept import kept
 
 
@@ -118,70 +118,59 @@ def _of_one(x: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
     return perfect
 
 
-class Alone(NamedTuple):
-    """What a compiled programme is given of the tasks."""
+class Unpooled(NamedTuple):
+    """What a compiled programme is given of the tasks: the rows that have a maximum, and L, Q.
 
-    rows: Task
-    task_of_row: Any
+    L = ``root`` (d, d, J) holds the directions that rows tell apart, Q = ``penalty`` (d, d, J)
+    keeps those at zero that they do not.
+    """
+
+    rows: Rows | Whole
     root: Any
     penalty: Any
     start: Any
 
+    @classmethod
+    def of(cls, tasks: Tasks, likelihood: GeneralisedLinear) -> Unpooled:
+        """The tasks, with the search starting at least squares on each row's own best f."""
+        known = determined(tasks, likelihood)
+        d = tasks.predictors.shape[1]
+        with float64():
+            best = np.asarray(likelihood.best_location(tasks.outcome, tasks.slots), float)
+        best = best - tasks.slots.get("offset", 0.0)
+        pull = np.zeros((tasks.num_tasks, d))
+        x = np.where(known.rows[:, None], tasks.predictors, 0.0)
+        np.add.at(pull, tasks.task_of_row, x * best[:, None])
+        start = np.einsum("jkl,jk->lj", known.root, pull)
+        empty = (np.abs(known.root).max(1) == 0).astype(float)
+        penalty = np.eye(d)[:, :, None] * empty.T[None]
+        rows = rows_of(tasks.keep_rows(known.rows), likelihood)
+        return cls(rows, np.moveaxis(known.root, 0, -1), penalty, start)
 
-def arranged(tasks: Tasks, likelihood: GeneralisedLinear) -> Alone:
-    """The tasks as :func:`maxima` takes them, from least squares on each row's own best f."""
-    known = determined(tasks, likelihood)
-    d = tasks.predictors.shape[1]
-    rows = replace(tasks.flat(), mask=known.rows)
-    with float64():
-        best = np.asarray(likelihood.best_location(tasks.outcome, tasks.slots), float)
-    best = best - tasks.slots.get("offset", 0.0)
-    pull = np.zeros((tasks.num_tasks, d))
-    x = np.where(known.rows[:, None], tasks.predictors, 0.0)
-    np.add.at(pull, tasks.task_of_row, x * best[:, None])
-    start = np.einsum("jkl,jk->jl", known.root, pull)
-    empty = (np.abs(known.root).max(1) == 0).astype(float)
-    return Alone(rows, tasks.task_of_row, known.root, np.eye(d) * empty[:, None, :], start)
+    def at(self, model: HierarchicalModel, phi: dict[str, Any]) -> AtMode:
+        """The normal at the maximum of every task's likelihood under φ, differentiable in it."""
 
+        def tasks(phi: dict[str, Any]) -> LogJoint:
+            rows, nowhere = self.rows.under(model.likelihood, phi), jnp.zeros(self.start.shape)
+            return LogJoint(model.likelihood, rows, phi, nowhere, self.root, self.penalty)
 
-def maxima(model: HierarchicalModel, phi: dict[str, Any], given: Alone) -> Mode:
-    """The maximum of every task's likelihood; zero along what it does not determine."""
-    nowhere = jnp.zeros(given.start.shape)
-    return climb(
-        model, phi, given.rows, given.task_of_row, nowhere, given.root, given.penalty, given.start
-    )
+        held = tasks(jax.lax.stop_gradient(phi))
+        near = jax.lax.stop_gradient(climb(held, jnp.asarray(self.start)))
+        return AtMode(tasks(phi), near)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _maxima(model: HierarchicalModel, phi: dict[str, Any], given: Alone) -> Any:
-    found = maxima(model, phi, given)
-    inverse = jnp.linalg.inv(jnp.where(found.definite[:, None, None], found.curvature, jnp.nan))
-    covariance = jnp.einsum("jkl,jlm,jnm->jkn", given.root, inverse, given.root)
-    return found.theta, covariance, found.converged, found.definite
+def _maxima(model: HierarchicalModel, phi: dict[str, Any], given: Unpooled) -> Moments:
+    return given.at(model, phi).moments()
 
 
-def integrated(model: HierarchicalModel, phi: dict[str, Any], given: Alone) -> jax.Array:
+def integrated(model: HierarchicalModel, phi: dict[str, Any], given: Unpooled) -> jax.Array:
     r"""Σ_j log p(D_j | θ̂_j, φ) − ½ log |H_j|: the evidence under a flat prior, by Laplace.
 
-    Differentiable once in φ: one Newton step follows θ̂_j. For Gaussian rows its maximum in σ is
-    the residual sum of squares over the degrees of freedom.
+    For Gaussian rows its maximum in σ is the residual sum of squares over the degrees of freedom.
     """
-    held = jax.lax.stop_gradient(maxima(model, jax.lax.stop_gradient(phi), given))
-    rows, of_row = given.rows, given.task_of_row
-
-    def in_z(thetas: Any, z: Any) -> Any:
-        slope = jnp.einsum("jkl,jk->jl", given.root, slopes(model, phi, rows, of_row, thetas))
-        return slope - jnp.einsum("jkl,jl->jk", given.penalty, z)
-
-    slope = in_z(held.theta, held.z)
-    z = held.z + jnp.linalg.solve(held.curvature, slope[..., None])[..., 0]
-    thetas = jnp.einsum("jkl,jl->jk", given.root, z)
-    bend = curvatures_at(model, phi, rows, of_row, thetas, "hessian")
-    bend = jnp.einsum("jki,jkl,jlm->jim", given.root, bend, given.root) + given.penalty
-    each = model.likelihood.log_likelihood_of_rows(thetas, phi, rows, of_row)
-    fit = sum_by_task(each, of_row, len(z))
-    sign, size = jnp.linalg.slogdet(bend)
-    return jnp.where(sign > 0, fit - 0.5 * size, -jnp.inf).sum()
+    each = given.at(model, phi).log_normaliser
+    return jnp.where(jnp.isnan(each), -jnp.inf, each).sum()
 
 
 @dataclass(frozen=True)
@@ -199,12 +188,9 @@ class MaximumLikelihood(Adaptation):
         likelihood = model.likelihood
         assert isinstance(likelihood, GeneralisedLinear)
         with float64():
-            given = arranged(tasks, likelihood)
-            plain = model.without_encoder()
-            theta, covariance, *went = (
-                np.asarray(part) for part in _maxima(plain, dict(phi), given)
-            )
+            given = Unpooled.of(tasks, likelihood)
+            found = to_numpy(_maxima(model.without_encoder(), dict(phi), given))
         blind = determined(tasks, likelihood).blind
-        none = np.zeros(theta.shape, bool)
-        said = trouble(tasks.names, *went)
-        return FlatPrior(theta, covariance, blind, none, remarks=said)
+        none = np.zeros(found.mean.shape, bool)
+        said = trouble(tasks.names, found.converged, found.definite)
+        return FlatPrior(found.mean, found.covariance, blind, none, remarks=said)
