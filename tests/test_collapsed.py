@@ -22,7 +22,7 @@ from test_evidence import case
 
 import hierbayes as hb
 from hierbayes.evidence import Exact
-from hierbayes.evidence.integrated import (
+from hierbayes.evidence.fixed_effects_out import (
     NormalBelief,
     amplification,
     integrate,

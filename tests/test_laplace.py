@@ -16,7 +16,7 @@ from scipy import optimize, special
 from simulated import by_task
 
 import hierbayes as hb
-from hierbayes.adaptation import Conjugate, Laplace, laplace, newton
+from hierbayes.adaptation import Conjugate, Laplace, base, mode
 
 BERNOULLI = hb.HierarchicalModel(hb.likelihoods.Bernoulli(), hb.priors.Gaussian())
 PHI = {
@@ -235,9 +235,9 @@ def test_a_task_without_a_maximum_is_named():
 
 def test_a_climb_that_stops_early_is_said(monkeypatch):
     tasks = logistic_tasks([12, 0, 5])
-    monkeypatch.setattr(newton, "MAX_STEPS", 1)
-    laplace._posterior.clear_cache()
+    monkeypatch.setattr(mode, "MAX_STEPS", 0)  # the two last steps alone
+    base._moments.clear_cache()
     found = Laplace()(BERNOULLI, tasks, PHI)
-    laplace._posterior.clear_cache()
+    base._moments.clear_cache()
     assert_said(found.remarks, "has not converged in 2 of 3 tasks", "(0, 2)")
     assert len(found.remarks) == 1

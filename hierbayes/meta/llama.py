@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from hierbayes import inputs
 from hierbayes.adaptation.linearised import LinearisedSteps
 from hierbayes.errors import NotApplicable
-from hierbayes.evidence.laplace import LaplacePredictive
+from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
 from hierbayes.meta.episodic import (
     PLAIN_STEP,
@@ -103,7 +103,7 @@ def llama(
     episodes, sample = source(model, tasks, query, training.get("held_out") or DEFAULTS["held_out"])
     outer = Outer(model, len(sample.coef), fixed_noise(model, sigma))
     adaptation = LinearisedSteps(num_steps, eta, "mean", spread="laplace")
-    evidence = LaplacePredictive(adaptation, float(weight))
+    evidence = Predictive(adaptation, determinant=float(weight))
 
     def objective(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
         del key
