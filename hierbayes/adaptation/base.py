@@ -69,18 +69,22 @@ class NotOffered(Adaptation):
 
 
 class Moments(NamedTuple):
-    """Means (J, d) and covariances (J, d, d) of θ_j, and how the search for them went (J,)."""
+    """Means (J, d) and covariances (J, d, d) of θ_j with log p(D_j | φ) (J,).
+
+    And how the search for them went: whether it ended, on a maximum, (J,) of bool.
+    """
 
     mean: Any
     covariance: Any
+    log_normaliser: Any
     converged: Any
     definite: Any
 
     @classmethod
-    def exact(cls, mean: jax.Array, covariance: jax.Array) -> Moments:
+    def exact(cls, mean: Any, covariance: Any, log_normaliser: Any) -> Moments:
         """Of what needs no search."""
         fine = jnp.ones(len(mean), bool)
-        return cls(mean, covariance, fine, fine)
+        return cls(mean, covariance, log_normaliser, fine, fine)
 
 
 class Concluded(Protocol):
@@ -147,7 +151,8 @@ class Integrable(Adaptation):
     ) -> Posterior:
         del model, phi
         remarks = trouble(tasks.names, found.converged, found.definite)
-        return Normal(found.mean, found.covariance, remarks=remarks)
+        evidence = found.log_normaliser
+        return Normal(found.mean, found.covariance, log_normaliser=evidence, remarks=remarks)
 
     def moments(
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray]
@@ -173,15 +178,17 @@ def _averaged(given: Given, model: HierarchicalModel, phis: dict[str, Any], data
     def add(sums: Moments, phi: dict[str, Any]) -> tuple[Moments, None]:
         found = given(model, phi, data).moments()
         second = found.covariance + found.mean[:, :, None] * found.mean[:, None]
-        return Moments(
-            sums.mean + found.mean, sums.covariance + second, sums.converged & found.converged,
-            sums.definite & found.definite,
-        ), None  # fmt: skip
+        total = sums._replace(
+            mean=sums.mean + found.mean, covariance=sums.covariance + second,
+            converged=sums.converged & found.converged, definite=sums.definite & found.definite,
+        )  # fmt: skip
+        return total, None
 
     first = jax.tree.map(lambda value: value[0], phis)
     shapes = jax.eval_shape(lambda phi: given(model, phi, data).moments(), first)
     fine = jnp.ones(shapes.converged.shape, bool)
-    zero = Moments(jnp.zeros(shapes.mean.shape), jnp.zeros(shapes.covariance.shape), fine, fine)
+    mean, covariance, normaliser = (jnp.zeros(s.shape) for s in shapes[:3])
+    zero = Moments(mean, covariance, normaliser, fine, fine)
     sums, _ = jax.lax.scan(add, zero, phis)
     size = jax.tree.leaves(phis)[0].shape[0]
     mean = sums.mean / size

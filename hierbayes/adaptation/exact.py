@@ -111,7 +111,8 @@ class Collapse(NamedTuple):
     def moments(self) -> Moments:
         """Mean and covariance of every θ_j."""
         mean, root = self.mean_and_root()
-        return Moments.exact(mean.T, jnp.einsum("ikj,lkj->jil", root, root))
+        covariance = jnp.einsum("ikj,lkj->jil", root, root)
+        return Moments.exact(mean.T, covariance, self.log_normaliser)
 
 
 def collapse(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> Collapse:

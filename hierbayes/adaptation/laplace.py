@@ -88,7 +88,7 @@ class AtMode(NamedTuple):
         """Mode and covariance of every θ_j; NaN where the curvature is not positive."""
         (mean, root), mode = self.mean_and_root(), self.mode
         covariance = jnp.einsum("ikj,lkj->jil", root, root)
-        return Moments(mean.T, covariance, mode.converged, mode.definite)
+        return Moments(mean.T, covariance, self.log_normaliser, mode.converged, mode.definite)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))

@@ -45,10 +45,12 @@ class Linear(NamedTuple):
 class Posterior(abc.ABC):
     """Of J tasks with d coefficients.
 
-    ``mean`` (J, d); ``remarks``: what went wrong, in sentences that name the tasks.
+    ``mean`` (J, d); ``log_normaliser`` (J,): log p(D_j | φ), exact or approximate, where it is a
+    distribution under one φ; ``remarks``: what went wrong, in sentences that name the tasks.
     """
 
     mean: np.ndarray
+    log_normaliser: np.ndarray | None = field(default=None, kw_only=True)
     remarks: tuple[str, ...] = field(default=(), kw_only=True)
     has_prior: ClassVar[bool] = True
     """Whether something beside the task's own rows holds θ_j."""
@@ -183,7 +185,8 @@ class WithShared(Moments):
         mean, spread = self._moved(at, beta)
         mixed = at.of_theta @ self.cross @ at.from_shared.T
         own = at.from_shared @ self.of_shared @ at.from_shared.T
-        return Normal(mean, spread + mixed + mixed.swapaxes(1, 2) + own, remarks=self.remarks)
+        more: Any = {"log_normaliser": self.log_normaliser, "remarks": self.remarks}
+        return Normal(mean, spread + mixed + mixed.swapaxes(1, 2) + own, **more)
 
 
 @dataclass(frozen=True)

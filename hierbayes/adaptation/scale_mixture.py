@@ -156,7 +156,7 @@ class OverScales(NamedTuple):
     def moments(self) -> Moments:
         """Mean and covariance of every θ_j."""
         (mean, covariance) = self._strata(self.weights[None])
-        return Moments.exact(mean[0], covariance[0])
+        return Moments.exact(mean[0], covariance[0], self.log_normaliser)
 
     def strata(self, count: int) -> tuple[jax.Array, jax.Array]:
         """Means (S, J, d) and covariances (S, J, d, d) of ``count`` strata of λ, equally likely.
@@ -273,7 +273,10 @@ class MixedScales(Integrable):
         """With the normals that predictions take."""
         # a partial, for a function made here could not be pickled
         normals = functools.partial(_some, tasks, _student(model), phi)
-        return Mixture(found.mean, found.covariance, normals, together=False)
+        evidence = found.log_normaliser
+        return Mixture(
+            found.mean, found.covariance, normals, together=False, log_normaliser=evidence
+        )
 
     def draws(
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: Any

@@ -345,20 +345,21 @@ def read_training(moments: dict[str, np.ndarray], tasks: Tasks) -> Posterior | N
     p = len(tasks.labels.shared)
     square = {
         "covariance": (count, d, d), "unidentified": (count, d, d), "absorbed": (count, d),
-        "cross": (count, d, p), "of_shared": (p, p),
+        "cross": (count, d, p), "of_shared": (p, p), "log_normaliser": (count,),
     }  # fmt: skip
     for name, shape in square.items():
         if name in moments:
             array(moments, name, shape, finite=False)
     if "covariance" not in moments:
         return Point(mean)
-    spread = moments["covariance"]
+    spread, evidence = moments["covariance"], moments.get("log_normaliser")
     if "cross" in moments and "of_shared" in moments:
-        return WithShared(mean, spread, moments["cross"], moments["of_shared"])
+        more = moments["cross"], moments["of_shared"]
+        return WithShared(mean, spread, *more, log_normaliser=evidence)
     if "unidentified" in moments:
         absorbed = moments.get("absorbed", np.zeros(mean.shape, bool))
         return FlatPrior(mean, spread, moments["unidentified"], absorbed)
-    return Normal(mean, spread)
+    return Normal(mean, spread, log_normaliser=evidence)
 
 
 def _short(value: Any) -> str:

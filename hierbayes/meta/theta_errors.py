@@ -110,7 +110,8 @@ class ByPhi(NamedTuple):
     def added_to(self, plain: Posterior) -> WithShared:
         """A posterior that takes φ̂ for known, with this."""
         spread = np.asarray(plain.covariance) + self.theta
-        return WithShared(plain.mean, spread, self.cross, self.shared, remarks=plain.remarks)
+        more = {"log_normaliser": plain.log_normaliser, "remarks": plain.remarks}
+        return WithShared(plain.mean, spread, self.cross, self.shared, **more)
 
 
 def covariance_by_phi(
@@ -195,6 +196,6 @@ def _mean(model: HierarchicalModel, around: AroundPhi, num_nodes: int) -> Any:
 
     def posterior_mean(v: Any) -> jax.Array:
         tasks = around.tasks(model, v)
-        return tasks.theta(stand.z + ByNodes(tasks, stand, rule).around_mode()[0])
+        return tasks.theta(stand.z + ByNodes(tasks, stand, rule).around_mode()[1])
 
     return posterior_mean
