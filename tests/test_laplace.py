@@ -236,8 +236,8 @@ def test_a_task_without_a_maximum_is_named():
 def test_a_climb_that_stops_early_is_said(monkeypatch):
     tasks = logistic_tasks([12, 0, 5])
     monkeypatch.setattr(mode, "MAX_STEPS", 0)  # the two last steps alone
-    base._moments.clear_cache()
+    base.moments_of.clear_cache()
     found = Laplace()(BERNOULLI, tasks, PHI)
-    base._moments.clear_cache()
+    base.moments_of.clear_cache()
     assert_said(found.remarks, "has not converged in 2 of 3 tasks", "(0, 2)")
     assert len(found.remarks) == 1

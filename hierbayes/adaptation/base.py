@@ -144,7 +144,7 @@ class Integrable(Adaptation):
         return self._posterior(model, tasks, dict(phi), found)
 
     def _moments_at(self, model: HierarchicalModel, phi: dict[str, Any], data: Any) -> Moments:
-        return _moments(self.given, model, phi, data)
+        return moments_of(self.given, model, phi, data)
 
     def _posterior(
         self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any], found: Moments
@@ -167,7 +167,8 @@ class Integrable(Adaptation):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _moments(given: Given, model: HierarchicalModel, phi: dict[str, Any], data: Any) -> Moments:
+def moments_of(given: Given, model: HierarchicalModel, phi: dict[str, Any], data: Any) -> Moments:
+    """What all tasks conclude at one φ."""
     return given(model, phi, data).moments()
 
 

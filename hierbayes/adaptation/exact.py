@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Integrable, Moments
+from hierbayes.adaptation.base import Integrable, Moments, moments_of
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import (
     as_rng,
@@ -220,7 +220,7 @@ class Conjugate(Integrable):
     ) -> Moments:
         if isinstance(data.x, np.ndarray) and data.num_tasks >= 4 * TASKS_AT_ONCE:
             return _moments_by_chunks(data, model.prior, phi)
-        return super()._moments_at(model, phi, data)
+        return moments_of(self.given, model, phi, data)
 
     def draws(
         self, model: HierarchicalModel, tasks: Tasks, phis: dict[str, np.ndarray], key: jax.Array

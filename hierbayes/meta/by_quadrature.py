@@ -205,9 +205,10 @@ class ByQuadrature(ByEvidence):
         advance: Callable[[], Any] = lambda: None, *, rough: bool = False,
     ) -> Point:  # fmt: skip
         """φ by name (n, …) and log densities (n,) at xs, in batches of one shape."""
-        if not rough:
-            return super().points(units, xs, es, advance)
+        del es
         data = self.data.within(units)
+        if not rough:
+            return self.found(point, data, xs, advance)
         phi, log_density, missed = self.found(_rough_point, data, xs, advance)
         far = np.flatnonzero(~(missed <= MOST_MISSED) | np.isnan(log_density))
         if far.size:
