@@ -5,15 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hierbayes import plots
 from hierbayes.files import write_whole
 
-if TYPE_CHECKING:
-    from hierbayes.comparison.side_by_side import Comparison
+DASH = "—"
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 78rem; margin: 2rem auto;
@@ -44,15 +43,29 @@ _READING = {
 }
 
 
-def write_report(comparison: Comparison, path: Any) -> None:
+def formatted(table: Any) -> Any:
+    """The table as text: three decimals, dashes where there is nothing."""
+    import pandas as pd
+
+    whole = {"rows", "left_out"}
+
+    def cell(column: str, value: float) -> str:
+        if not np.isfinite(value):
+            return DASH
+        return f"{value:.0f}" if column in whole else f"{value:.3f}"
+
+    shown = [c for c in table.columns if table[c].notna().any()]
+    text = {c: [cell(c, v) for v in table[c].astype(float)] for c in shown}
+    return pd.DataFrame(text, index=table.index)
+
+
+def write_report(comparison: Any, path: Any) -> None:
     """Write the report, whole or not at all."""
     write_whole(path, render(comparison).encode("utf-8"))
 
 
-def render(comparison: Comparison) -> str:
+def render(comparison: Any) -> str:
     """The page as a string."""
-    from hierbayes.comparison.side_by_side import formatted
-
     first = next(iter(comparison.fits.values()))
     tasks = first.tasks
     warnings = [
@@ -91,7 +104,7 @@ def render(comparison: Comparison) -> str:
 """
 
 
-def _model_in_words(comparison: Comparison) -> str:
+def _model_in_words(comparison: Any) -> str:
     fit = next(iter(comparison.fits.values()))
     tasks, labels = fit.tasks, fit.tasks.labels
     parts = getattr(fit.model.encoder, "parts", None)
@@ -104,7 +117,7 @@ def _model_in_words(comparison: Comparison) -> str:
     return " ".join(words)
 
 
-def _pictures(comparison: Comparison) -> list[str]:
+def _pictures(comparison: Any) -> list[str]:
     import matplotlib.pyplot as plt
 
     images = []
@@ -128,7 +141,7 @@ def _image(ax: Any, about: str) -> str:
     return f'<p><img alt="{html.escape(about)}" src="data:image/png;base64,{data}"></p>'
 
 
-def _priors(comparison: Comparison) -> str:
+def _priors(comparison: Any) -> str:
     import pandas as pd
 
     columns = {}
@@ -141,7 +154,7 @@ def _priors(comparison: Comparison) -> str:
     return pd.DataFrame(columns).fillna("—").to_html(border=0)
 
 
-def _tasks(comparison: Comparison) -> str:
+def _tasks(comparison: Any) -> str:
     import pandas as pd
 
     first = next(iter(comparison.fits.values())).tasks
@@ -156,7 +169,7 @@ def _tasks(comparison: Comparison) -> str:
     return pd.DataFrame(columns, index=first.names).to_html(border=0)
 
 
-def _settings(comparison: Comparison) -> str:
+def _settings(comparison: Any) -> str:
     import pandas as pd
 
     settings = {

@@ -12,7 +12,7 @@ from hierbayes import inputs, plots
 from hierbayes.adaptation import GradientSteps
 from hierbayes.checks import held_out_scores, leave_one_task_out, theta_differences
 from hierbayes.checks.differences import score
-from hierbayes.comparison.report import write_report
+from hierbayes.comparison.report import formatted, write_report
 from hierbayes.errors import InputError, overhearing
 from hierbayes.fit import Fit, Prediction
 from hierbayes.likelihoods.neural import Neural
@@ -23,8 +23,6 @@ COLUMNS = (
     "coverage_50", "coverage_80", "coverage_95", "width_50", "width_80", "width_95",
     "theta_difference", "theta_sd_ratio", "rows", "left_out", "seconds",
 )  # fmt: skip
-
-DASH = "—"
 
 
 @dataclass(frozen=True)
@@ -184,22 +182,6 @@ def compare(
         {label: rows.get(label, {}) for label in fits}, orient="index", columns=list(COLUMNS)
     ).astype(float)
     return Comparison(usable, table, chosen, scored_on, tuple(notes), predictions)
-
-
-def formatted(table: Any) -> Any:
-    """The table as text: three decimals, dashes where there is nothing."""
-    import pandas as pd
-
-    whole = {"rows", "left_out"}
-
-    def cell(column: str, value: float) -> str:
-        if not np.isfinite(value):
-            return DASH
-        return f"{value:.0f}" if column in whole else f"{value:.3f}"
-
-    shown = [c for c in table.columns if table[c].notna().any()]
-    text = {c: [cell(c, v) for v in table[c].astype(float)] for c in shown}
-    return pd.DataFrame(text, index=table.index)
 
 
 def _check_same_tasks(fits: dict[str, Fit]) -> None:

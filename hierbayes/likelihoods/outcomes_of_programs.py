@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,6 @@ import numpyro.distributions as dist
 from hierbayes.errors import NotApplicable
 from hierbayes.numerics import float64
 from hierbayes.tasks import Tasks
-
-if TYPE_CHECKING:
-    from hierbayes.likelihoods.program import Program
 
 HALVINGS = 200
 
@@ -29,7 +26,7 @@ class ProgramOutcomes:
     ``thetas`` (S, J, d) are those of the tasks of ``rows``; ``phis`` have S values each, or one.
     """
 
-    likelihood: Program
+    likelihood: Any
     thetas: np.ndarray
     phis: dict[str, Any]
     rows: Tasks
@@ -129,7 +126,7 @@ ASKED: dict[str, Callable[[dist.Distribution, Any, Any], Any]] = {
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _ask(
-    likelihood: Program, of: str, thetas: Any, phis: Any, rows: Any, outcome: Any, keys: Any
+    likelihood: Any, of: str, thetas: Any, phis: Any, rows: Any, outcome: Any, keys: Any
 ) -> jax.Array:
     def one(at: Any) -> jax.Array:
         theta, phi, y, key = at

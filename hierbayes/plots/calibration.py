@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hierbayes.errors import InputError
 from hierbayes.plots.labels import named
-
-if TYPE_CHECKING:
-    from hierbayes.calibration import Calibration
 
 PASSED, FAILED, BAND = "#0072B2", "#D55E00", "#DDDDDD"
 COLUMNS = 4
@@ -22,7 +19,7 @@ MOST_NAMED = 6
 """Failed quantities that are named in a single picture."""
 
 
-def calibration(found: Calibration, *, ax: Any = None) -> Any:
+def calibration(found: Any, *, ax: Any = None) -> Any:
     """The share of ranks up to each rank, less what it would be if they were uniform.
 
     A panel a quantity, failed ones in orange and first. Right samplers stay inside the grey band
@@ -33,7 +30,7 @@ def calibration(found: Calibration, *, ax: Any = None) -> Any:
 
     Parameters
     ----------
-    found : Calibration
+    found : hierbayes.calibration.Calibration
         Of :func:`hierbayes.check_calibration`.
     ax : matplotlib Axes, optional
         Draw all quantities into one, without a panel each.
@@ -87,7 +84,7 @@ def calibration(found: Calibration, *, ax: Any = None) -> Any:
     return axes.ravel()[: len(labels)]
 
 
-def _together(ax: Any, found: Calibration, curves: dict[str, Any], failed: list[str]) -> Any:
+def _together(ax: Any, found: Any, curves: dict[str, Any], failed: list[str]) -> Any:
     for label in [label for label in curves if label not in failed]:
         _draw(ax, found, curves[label], PASSED, alpha=0.5)
     for k, label in enumerate(failed):
@@ -113,7 +110,7 @@ def _difference(ranks: np.ndarray, num_draws: int) -> tuple[np.ndarray, np.ndarr
     return z, np.concatenate([[0.0], np.cumsum(counts) / len(ranks)]) - z
 
 
-def _draw(ax: Any, found: Calibration, curve: Any, colour: str, alpha: float = 1.0) -> None:
+def _draw(ax: Any, found: Any, curve: Any, colour: str, alpha: float = 1.0) -> None:
     band = found.band
     z = np.concatenate([[0.0], band.position, [1.0]])
     low, high = (
@@ -129,7 +126,7 @@ def _draw(ax: Any, found: Calibration, curve: Any, colour: str, alpha: float = 1
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _limit(found: Calibration, curves: list[Any]) -> float:
+def _limit(found: Any, curves: list[Any]) -> float:
     """Of the y axis: all curves and the band fit."""
     band = found.band
     widest = np.abs(np.stack([band.low, band.high]) / band.num_ranks - band.position).max()

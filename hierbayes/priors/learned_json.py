@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hierbayes import inputs
 from hierbayes.errors import InputError, listing
 from hierbayes.files import write_whole
-
-if TYPE_CHECKING:
-    from hierbayes.priors.learned import LearnedPrior
 
 FORMAT, VERSION = "hierbayes learned prior", 1
 FIELDS = ("coef", "weights", "locations", "scale_trils", "df")
@@ -22,8 +19,8 @@ MOST_COMPONENTS = 500
 """Components that a file holds unless more are asked for."""
 
 
-def write_json(prior: LearnedPrior, path: Any, num_components: int) -> str:
-    """The JSON of a prior, and to a file where there is a path."""
+def write_json(prior: Any, path: Any, num_components: int) -> str:
+    """The JSON of a learned prior, and to a file where there is a path."""
     num_components = inputs.count("num_components", num_components)
     weights = prior.weights
     kept = np.arange(len(weights))
