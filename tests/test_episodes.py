@@ -379,7 +379,7 @@ def test_a_generator_goes_on_where_it_was_by_skipping():
 
 def test_large_batches_come_in_few_at_a_time(monkeypatch):
     """A batch holds 2 · 3 · 5 · (2 + 1) float64 and 30 bools, 750 bytes: two fit into 1600."""
-    monkeypatch.setattr("hierbayes.tasks.streams.CHUNK_BYTES", 1600)
+    monkeypatch.setattr("hierbayes.tasks.episodes.CHUNK_BYTES", 1600)
     feed = Episodes.from_generator(batches(5)).feed(3, 0, 0)
     sizes = []
     while sum(sizes) < 5:

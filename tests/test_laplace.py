@@ -207,6 +207,13 @@ class Cauchy(hb.likelihoods.Gaussian):
         return dist.Cauchy(location, 1.0)
 
 
+def test_a_family_of_ones_own_is_not_taken_for_concave():
+    """Whoever gives a family says so, as the package's own do; a network's θ never is."""
+    assert not Cauchy().log_concave
+    assert hb.likelihoods.Gaussian().concave_in_theta
+    assert not hb.likelihoods.Network.mlp([1, 4, 1]).concave_in_theta
+
+
 @pytest.mark.slow
 def test_a_task_without_a_maximum_is_named():
     """Rows at ±10 under a Cauchy: at the prior's mean, 0, the slope is 0.

@@ -124,7 +124,7 @@ def newton_step(curvature: jax.Array, slope: jax.Array) -> tuple[jax.Array, jax.
 
 def climb(tasks: LogJoint, start: jax.Array) -> jax.Array:
     """Near the mode of every Ψ_j, z (d, J), by Newton steps halved until they rise."""
-    num_tasks, concave = start.shape[1], tasks.likelihood.log_concave
+    num_tasks, concave = start.shape[1], tasks.likelihood.concave_in_theta
 
     def body(state: Any) -> Any:
         z, share, _, count = state

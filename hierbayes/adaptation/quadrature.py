@@ -105,7 +105,7 @@ class Rays(NamedTuple):
         stand = mode_near(tasks, z)
         far = jnp.sqrt(2 * FALLEN)
         if (
-            not tasks.likelihood.log_concave
+            not tasks.likelihood.concave_in_theta
         ):  # then −∇²Ψ ≥ I does not hold, and the prior's tail does
             far = 2 * far + jnp.sqrt((stand.z**2).sum(0))
 

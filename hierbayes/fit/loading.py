@@ -41,7 +41,7 @@ from hierbayes.priors.columns import Columns
 from hierbayes.priors.hyperprior import HyperPrior
 from hierbayes.priors.serialise import hyperprior_from_plain
 from hierbayes.tasks import Tasks
-from hierbayes.tasks.reading import ColumnReader
+from hierbayes.tasks.container import ColumnReader
 from hierbayes.tasks.views import SLOTS
 
 if TYPE_CHECKING:

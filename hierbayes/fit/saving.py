@@ -20,7 +20,7 @@ from hierbayes.fit.stored_inside import arrays_inside, inside_to_plain
 from hierbayes.formula import FormulaEncoder
 from hierbayes.priors.columns import to_plain
 from hierbayes.priors.serialise import hyperprior_to_plain
-from hierbayes.tasks.reading import ColumnReader
+from hierbayes.tasks.container import ColumnReader
 
 
 def save(fit: Learned, path: Any) -> None:

@@ -26,8 +26,8 @@ from hierbayes.likelihoods import Likelihood
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors import HyperPrior
 from hierbayes.tasks import Labels, Tasks
+from hierbayes.tasks.container import assemble
 from hierbayes.tasks.frames import Frame, Missing, complete_rows
-from hierbayes.tasks.reading import assemble
 
 
 def from_formula(

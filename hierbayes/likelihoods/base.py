@@ -45,15 +45,25 @@ class Likelihood(abc.ABC):
     log_link: bool = False
     """True where f is the log of a mean, and an offset the log of an exposure."""
 
-    log_concave: bool = True
-    """True where log p(y | f) is concave in f: every task then has one mode."""
+    log_concave: bool = False
+    """True where log p(y | f) is concave in f: then every task has one mode, if f is linear in θ."""
 
     precision: str = "float64"
     """What the training of φ computes in."""
 
+    @property
+    def concave_in_theta(self) -> bool:
+        """Whether log p(D | θ) is concave in θ, so that Newton's steps need no damping."""
+        return self.linear and self.log_concave
+
     def __init_subclass__(cls, **arguments: Any) -> None:
-        """An f of a subclass's own is taken for curved, unless the subclass says that it is not."""
+        """An f of a subclass's own is taken for curved, unless the subclass says that it is not.
+
+        So is a family of its own for one with several modes.
+        """
         super().__init_subclass__(**arguments)
+        if "family" in vars(cls) and "log_concave" not in vars(cls):
+            cls.log_concave = False
         if {"location", "locations"} & set(vars(cls)):
             for promise in ("linear", "gaussian_in_theta"):
                 if promise not in vars(cls):

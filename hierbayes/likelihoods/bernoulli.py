@@ -68,6 +68,7 @@ class Bernoulli(GeneralisedLinear):
     ['mu', 'tau']
     """
 
+    log_concave = True
     discrete = True
     binary = True
 

@@ -37,6 +37,7 @@ class Binomial(GeneralisedLinear):
     Binomial()
     """
 
+    log_concave = True
     discrete = True
     refused = ("known_se",)
 

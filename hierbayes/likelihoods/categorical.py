@@ -38,6 +38,7 @@ class Categorical(Likelihood):
     True
     """
 
+    log_concave = True
     num_classes: int
     discrete = True
 

@@ -35,6 +35,7 @@ class Gamma(GeneralisedLinear):
     ('shape',)
     """
 
+    log_concave = True
     log_link = True
 
     def parameters(self) -> tuple[str, ...]:

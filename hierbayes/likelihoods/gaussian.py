@@ -39,6 +39,7 @@ class Gaussian(Likelihood):
     ()
     """
 
+    log_concave = True
     known_se: bool = False
     gaussian_in_theta = True
 

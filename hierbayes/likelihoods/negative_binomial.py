@@ -40,6 +40,7 @@ class NegativeBinomial(GeneralisedLinear):
     ('concentration',)
     """
 
+    log_concave = True
     discrete = True
     log_link = True
 

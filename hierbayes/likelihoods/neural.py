@@ -24,7 +24,7 @@ from hierbayes.likelihoods.probing import (
 )
 from hierbayes.likelihoods.weights import Weights
 from hierbayes.numerics import arithmetic, standard_promotion
-from hierbayes.tasks import Task, Tasks, layout
+from hierbayes.tasks import Task, Tasks
 
 
 class Neural(Likelihood):
@@ -107,7 +107,7 @@ class Neural(Likelihood):
         others filled up to powers of two.
         """
         exact = _of_one_size(tasks) or self.mixes_rows(tasks.predictors)
-        return layout.blocks(tasks, exact=exact)
+        return tasks.alike() if exact else tasks.blocks()
 
     def arrange(self, tasks: Tasks) -> tuple[Task, None]:
         """Tasks side by side, filled up to the longest: a network is run once for a task.

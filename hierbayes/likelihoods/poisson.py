@@ -38,6 +38,7 @@ class Poisson(GeneralisedLinear):
     Poisson()
     """
 
+    log_concave = True
     discrete = True
     condenses = True
     log_link = True

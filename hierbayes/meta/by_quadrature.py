@@ -120,7 +120,7 @@ def _rough_point(made: Made, data: Data, x: Any) -> Rough:
     tasks, near = _tasks(made, data, phi), near_expected(made, data, phi, x)
     mode = mode_near(tasks, near)
     missed = mode.gain
-    if not made.model.likelihood.log_concave:
+    if not made.model.likelihood.concave_in_theta:
         missed = jnp.maximum(missed, tasks.value(near) - mode.base)
     total = total + (mode.log_integral + tasks.rows.constant).sum()
     return Rough(phi, total, missed.sum())
@@ -141,7 +141,7 @@ def _modes_near(made: Made, data: Data, x: Any) -> tuple[jax.Array, Known]:
     here = tasks(x)
     mode = find_mode(here, data.start)
     theta = here.theta(mode.z)
-    damped = not likelihood.log_concave
+    damped = not likelihood.concave_in_theta
     at = here.rows.to_second_order(likelihood, theta, here.phi, damped=damped)
     slope = here.rows.to_second_order(likelihood, theta, here.phi, damped=False).slope
     parabola = Parabola(theta, slope, at.curvature)
@@ -234,7 +234,7 @@ class ByQuadrature(ByEvidence):
                 break
             if count > self.num_nodes:
                 self.num_nodes, self.error = count, error(count)
-        if not self.made.model.likelihood.log_concave:
+        if not self.made.model.likelihood.concave_in_theta:
             data = self.data.within(units)
             for x in some[:: max(1, len(some) // 8)]:
                 share = np.asarray(_second_modes(self.made, data, x))

@@ -9,7 +9,7 @@ see them in power-of-two buckets, which never pad beyond twice the observations.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,11 +18,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from hierbayes import inputs
-from hierbayes.errors import InputError
+from hierbayes.errors import InputError, listing, suggestion
+from hierbayes.numerics import as_rng
 from hierbayes.sharding import sharding_over
-from hierbayes.tasks import layout
-from hierbayes.tasks.frames import Missing
-from hierbayes.tasks.views import Labels, Slots, Task, unwritable
+from hierbayes.tasks.frames import Frame, Missing, as_names, complete_rows
+from hierbayes.tasks.views import SLOTS, Labels, Slots, Task, taken, unwritable
+
+POSITIVE = ("known_se", "weight", "trials")
+"""Slots that hold positive numbers only."""
 
 
 @functools.partial(
@@ -145,8 +148,6 @@ class Tasks:
         >>> hb.Tasks.from_dataframe(df, task="county", outcome="log_radon", predictors=["floor"])
         Tasks(85 tasks, 919 rows (1 to 116 a task), coef=('Intercept', 'floor'))
         """
-        from hierbayes.tasks.reading import ColumnReader
-
         slots = dict(known_se=known_se, offset=offset, weight=weight, trials=trials)
         reader = ColumnReader(
             task, outcome, predictors, shared, task_predictors, intercept,  # type: ignore[arg-type]
@@ -186,9 +187,7 @@ class Tasks:
         -------
         Tasks
         """
-        from hierbayes.tasks.reading import read_arrays
-
-        return read_arrays(arrays, names, coef, shared, known_se, task_predictors)
+        return _read_arrays(arrays, names, coef, shared, known_se, task_predictors)
 
     def encode(self, data: Any, missing: Missing = "raise") -> Tasks:
         """New rows as Tasks, through the transforms that the training data fixed.
@@ -257,9 +256,7 @@ class Tasks:
 
     def __getitem__(self, names: Any) -> Tasks:
         """The task of this name, or the tasks of these names, as Tasks."""
-        from hierbayes.tasks import selection
-
-        return self.take([selection.position(self, n) for n in selection.names_asked(names)])
+        return self.take([_position(self, n) for n in _names_asked(names)])
 
     def __iter__(self) -> Iterator[tuple[Any, Tasks]]:
         """Each task as ``(name, Tasks of one)``."""
@@ -267,15 +264,11 @@ class Tasks:
 
     def take(self, positions: Sequence[int] | np.ndarray) -> Tasks:
         """The tasks at these positions, in this order; −1 is the last; or a mask (J,) of bool."""
-        from hierbayes.tasks import selection
-
-        return selection.taken(self, positions)
+        return _taken(self, positions)
 
     def keep_rows(self, keep: np.ndarray) -> Tasks:
         """The same tasks with only the rows where ``keep`` (N,) is True; tasks may become empty."""
-        from hierbayes.tasks import selection
-
-        return selection.rows_kept(self, keep)
+        return _rows_kept(self, keep)
 
     def replace(self, **columns: Any) -> Tasks:
         """The same tasks with other numbers: ``tasks.replace(outcome=y)``.
@@ -297,9 +290,7 @@ class Tasks:
         >>> tasks.replace(outcome=[1, 2, 3, 4]).outcome
         array([1., 2., 3., 4.])
         """
-        from hierbayes.tasks import selection
-
-        return selection.with_columns(self, columns)
+        return _with_columns(self, columns)
 
     # ------------------------------------------------------------------ splits
 
@@ -316,7 +307,7 @@ class Tasks:
         seed : int or JAX key
         """
         query = inputs.share("query", query)
-        chosen = layout.choose_rows(self, query, seed, lonely_is_chosen=True)
+        chosen = _choose_rows(self, query, seed, lonely_is_chosen=True)
         return self.keep_rows(~chosen), self.keep_rows(chosen)
 
     def hold_out(self, fraction: float = 0.2, seed: int | jax.Array = 0) -> tuple[Tasks, Tasks]:
@@ -325,7 +316,7 @@ class Tasks:
         As :meth:`split`, but a one-row task stays in the training part.
         """
         fraction = inputs.share("fraction", fraction)
-        chosen = layout.choose_rows(self, fraction, seed, lonely_is_chosen=False)
+        chosen = _choose_rows(self, fraction, seed, lonely_is_chosen=False)
         return self.keep_rows(~chosen), self.keep_rows(chosen)
 
     # ----------------------------------------------------------------- devices
@@ -386,14 +377,434 @@ class Tasks:
         A bucket of width 2^k holds the tasks of 2^(k−1) < n_j ≤ 2^k rows, so that padding stays
         below the number of observations. Tasks without rows stand in no bucket.
         """
-        return layout.blocks(self)
+        sizes = self.sizes
+        width = np.where(sizes > 0, 2 ** np.ceil(np.log2(np.maximum(sizes, 1))), 0)
+        return self._buckets(width)
+
+    def alike(self) -> list[tuple[np.ndarray, Task]]:
+        """The same with a bucket a size, in which nothing is filled up."""
+        return self._buckets(self.sizes)
+
+    def _buckets(self, width: np.ndarray) -> list[tuple[np.ndarray, Task]]:
+        return [
+            (positions := np.flatnonzero(width == w), self.block(positions, int(w)))
+            for w in np.unique(width[width > 0])
+        ]
 
     def block(self, positions: np.ndarray, width: int) -> Task:
         """The tasks at these positions side by side, each filled up to ``width`` rows."""
-        return layout.block(self, positions, width)
+        column = np.arange(width)
+        mask = column < self.sizes[positions][:, None]
+        rows = np.where(mask, self.starts[positions][:, None] + column, -1)
+        return taken(self.flat(), rows, self.task_predictors[positions])
 
     def to_dataframe(self) -> Any:
         """The rows as a pandas DataFrame: task, columns, outcome, slots."""
-        from hierbayes.tasks import selection
+        return _to_dataframe(self)
 
-        return selection.to_dataframe(self)
+
+# ------------------------------------------------------------ parts and other numbers
+
+
+def _taken(tasks: Tasks, positions: Any) -> Tasks:
+    """See :meth:`Tasks.take`."""
+    at = _positions_of(tasks, positions)
+    ranges = [np.arange(tasks.starts[j], tasks.starts[j + 1]) for j in at]
+    rows = np.concatenate(ranges) if ranges else np.zeros(0, dtype=int)
+    return replace(
+        _with_rows(tasks, rows),
+        task_predictors=tasks.task_predictors[at],
+        starts=np.concatenate([[0], np.cumsum(tasks.sizes[at])]).astype(int),
+        labels=replace(tasks.labels, names=tasks.names[at]),
+    )
+
+
+def _rows_kept(tasks: Tasks, keep: Any) -> Tasks:
+    """See :meth:`Tasks.keep_rows`."""
+    kept = _mask_of_rows(tasks, keep)
+    counts = np.bincount(tasks.task_of_row[kept], minlength=tasks.num_tasks)
+    return replace(
+        _with_rows(tasks, np.flatnonzero(kept)),
+        starts=np.concatenate([[0], np.cumsum(counts)]).astype(int),
+    )
+
+
+def _with_rows(tasks: Tasks, rows: np.ndarray) -> Tasks:
+    return replace(
+        tasks,
+        predictors=tasks.predictors[rows],
+        shared=tasks.shared[rows],
+        outcome=None if tasks.outcome is None else tasks.outcome[rows],
+        slots={name: values[rows] for name, values in tasks.slots.items()},
+        rows=tasks.rows[rows],
+    )
+
+
+def _positions_of(tasks: Tasks, asked: Any) -> np.ndarray:
+    """Positions (B,) of int, each once, as :meth:`Tasks.take` takes them."""
+    try:
+        found = np.atleast_1d(np.asarray(asked))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"positions must be whole numbers: {error}") from error
+    if found.ndim != 1:
+        raise InputError(f"positions has shape {found.shape}; expected one dimension")
+    if found.dtype.kind == "b":
+        if len(found) != tasks.num_tasks:
+            raise InputError(
+                f"positions holds {len(found)} truth values for {tasks.num_tasks} tasks; a mask "
+                "has one for each task"
+            )
+        return np.flatnonzero(found)
+    if found.size and found.dtype.kind not in "iu":
+        raise InputError(
+            f"positions must be whole numbers, or one truth value a task; found "
+            f"{inputs.shown(asked)}. Tasks are taken by name by tasks[names]"
+        )
+    outside = (found < -tasks.num_tasks) | (found >= tasks.num_tasks)
+    if outside.any():
+        raise InputError(
+            f"position {found[outside][0]} is out of range: there are {tasks.num_tasks} tasks, "
+            "and −1 is the last"
+        )
+    found = found.astype(int) % max(tasks.num_tasks, 1)
+    if len(np.unique(found)) < len(found):
+        values, counts = np.unique(found, return_counts=True)
+        twice = listing(tasks.names[values[counts > 1]].tolist())
+        raise InputError(f"positions holds task(s) {twice} twice; each can be taken once")
+    return found
+
+
+def _names_asked(names: Any) -> list[Any]:
+    """The names that ``tasks[names]`` asks for, one or many."""
+    if isinstance(names, (list, tuple)) or getattr(names, "ndim", 0) == 1:
+        return list(names)
+    if getattr(names, "ndim", 0) > 1:
+        raise InputError(f"names must be one name or a sequence of them, named as the tasks are; "
+                         f"found {inputs.shown(names)}")  # fmt: skip
+    return [names]
+
+
+def _position(tasks: Tasks, name: Any) -> int:
+    """Where the task of this name stands."""
+    plain = name.item() if isinstance(name, (np.generic, np.ndarray)) and name.ndim == 0 else name
+    found = tasks.labels.position(plain)
+    if found is None:
+        raise InputError(
+            f"no task is named {inputs.shown(plain)}; "
+            f"{suggestion(str(plain), tasks.names.tolist())}"
+        )
+    return found
+
+
+def _mask_of_rows(tasks: Tasks, keep: Any) -> np.ndarray:
+    """Rows (N,) of bool, as :meth:`Tasks.keep_rows` takes them."""
+    try:
+        found = np.asarray(keep)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"keep must be one truth value a row: {error}") from error
+    empty = found.shape == (0,) and tasks.num_rows == 0
+    if found.shape != (tasks.num_rows,) or not (found.dtype.kind == "b" or empty):
+        raise InputError(
+            f"keep must be one truth value for each of {tasks.num_rows} rows; found "
+            f"{found.dtype} of shape {found.shape}. Of row numbers: "
+            "np.isin(np.arange(tasks.num_rows), numbers)"
+        )
+    return found.astype(bool)
+
+
+def _with_columns(tasks: Tasks, given: dict[str, Any]) -> Tasks:
+    """See :meth:`Tasks.replace`."""
+    arrays = ("outcome", "predictors", "shared", "task_predictors")
+    changed: dict[str, Any] = {}
+    slots = dict(tasks.slots)
+    for name, value in given.items():
+        if name not in (*arrays, *SLOTS):
+            raise InputError(
+                f"tasks.replace takes no {name!r}; {suggestion(name, (*arrays, *SLOTS))}"
+            )
+        if value is None and name in SLOTS:
+            slots.pop(name, None)
+        elif value is None and name == "outcome":
+            changed[name] = None
+        elif name in SLOTS or name == "outcome":
+            found = inputs.numbers(name, value, shape=(tasks.num_rows,))
+            changed |= {name: found} if name == "outcome" else {}
+            slots |= {} if name == "outcome" else {name: found}
+        else:
+            changed[name] = inputs.numbers(name, value, shape=np.shape(getattr(tasks, name)))
+    found = replace(tasks, slots=slots, **changed)
+    _refuse_negative_slots(found)
+    return found
+
+
+def _refuse_negative_slots(tasks: Tasks) -> None:
+    """Refuse standard errors, weights and trials that are not positive, naming the task."""
+    for name in POSITIVE:
+        if name in tasks.slots and (bad := tasks.slots[name] <= 0).any():
+            row = int(np.flatnonzero(bad)[0])
+            raise InputError(
+                f"{name} must be positive: {bad.sum()} value(s) are not, the first "
+                f"{tasks.slots[name][row]:g} in task "
+                f"{tasks.names.tolist()[tasks.task_of_row[row]]!r}"
+            )
+
+
+def _to_dataframe(tasks: Tasks) -> Any:
+    """See :meth:`Tasks.to_dataframe`."""
+    import pandas as pd
+
+    labels = tasks.labels
+    columns: list[tuple[str, str, Any]] = [("task", labels.task, tasks.names[tasks.task_of_row])]
+    if tasks.outcome is not None:
+        columns.append(("outcome", labels.outcome, tasks.outcome))
+    columns += [("predictor", c, tasks.predictors[:, i]) for i, c in enumerate(labels.coef)]
+    columns += [("shared", c, tasks.shared[:, i]) for i, c in enumerate(labels.shared)]
+    columns += [
+        ("task predictor", c, tasks.task_predictors[tasks.task_of_row, i])
+        for i, c in enumerate(labels.task_predictors)
+    ]
+    columns += [("slot", name, values) for name, values in tasks.slots.items()]
+    table: dict[str, Any] = {}
+    for role, name, values in columns:
+        # a name may stand in two roles; only other numbers need a column of their own
+        if name in table and not np.array_equal(table[name], values):
+            name = f"{name} ({role})"
+        table[name] = values
+    return pd.DataFrame(table, index=tasks.rows)
+
+
+def _choose_rows(
+    tasks: Tasks, share: float, seed: int | jax.Array, *, lonely_is_chosen: bool
+) -> np.ndarray:
+    """Rows (N,) of bool that go to the second part, about ``share`` of every task's."""
+    sizes, task = tasks.sizes, tasks.task_of_row
+    shuffled = as_rng(seed).random(tasks.num_rows)
+    order = np.lexsort((shuffled, task))
+    place = np.empty(tasks.num_rows, dtype=int)
+    place[order] = np.arange(tasks.num_rows) - tasks.starts[:-1][task]
+    count = np.clip(np.floor(share * sizes + 0.5), 1, np.maximum(sizes - 1, 1))
+    count = np.where(sizes == 1, int(lonely_is_chosen), count)
+    return place < count[task]
+
+
+# ------------------------------------------------------------ from arrays and DataFrames
+
+
+def _read_arrays(
+    arrays: Sequence[tuple[Any, Any]],
+    names: Sequence[Any] | None,
+    coef: Sequence[str] | None,
+    shared: Sequence[Any] | None,
+    known_se: Sequence[Any] | None,
+    task_predictors: Any | None,
+) -> Tasks:
+    """Tasks from one (X_j, y_j) pair a task; see :meth:`Tasks.from_arrays`."""
+    arrays = [_pair(j, each) for j, each in enumerate(_listed("arrays", arrays))]
+    if len(arrays) == 0:
+        raise InputError("no tasks: `arrays` is empty")
+    label = as_names(list(range(len(arrays))) if names is None else _listed("names", names))
+    if len(label) != len(arrays):
+        raise InputError(f"`names` has {len(label)} entries for {len(arrays)} tasks")
+    named = label.tolist()
+    xs = [inputs.numbers(f"X of task {named[j]!r}", x) for j, (x, _) in enumerate(arrays)]
+    ys = [inputs.numbers(f"y of task {named[j]!r}", y, ndim=1) for j, (_, y) in enumerate(arrays)]
+    if xs[0].ndim < 2:
+        raise InputError(f"X of task {named[0]!r} has shape {xs[0].shape}; expected (n, d)")
+    width = xs[0].shape[1:]
+    for j, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        if x.ndim < 2 or x.shape[1:] != width or len(x) != len(y):
+            raise InputError(
+                f"task {label.tolist()[j]!r}: X of shape {x.shape} and y of shape {y.shape}; "
+                f"expected (n, {', '.join(map(str, width))}) and (n,) as in the first task"
+            )
+    sizes = np.array([len(y) for y in ys])
+    zs = _per_task(shared, "shared", sizes, ndim=2) or [np.zeros((n, 0)) for n in sizes]
+    se = _per_task(known_se, "known_se", sizes, ndim=1)
+    w = (
+        np.zeros((len(ys), 0))
+        if task_predictors is None
+        else inputs.numbers("`task_predictors`", task_predictors, ndim=2)
+    )
+    if w.ndim != 2 or len(w) != len(ys):
+        raise InputError(
+            f"`task_predictors` has shape {w.shape}; expected ({len(ys)}, q), one row a task"
+        )
+    z = np.concatenate(zs)
+    flat = len(width) == 1
+    names_of_coef = _numbered("x", width[0] if flat else 0)
+    if coef is not None:
+        names_of_coef = inputs.names("coef", coef)
+    if flat and len(names_of_coef) != width[0]:
+        raise InputError(f"`coef` has {len(names_of_coef)} names for {width[0]} columns of X")
+    labels = Labels(label, names_of_coef, _numbered("z", z.shape[1]), _numbered("w", w.shape[1]))
+    return _checked(
+        Tasks(
+            np.concatenate(xs), z, w, np.concatenate(ys),
+            {} if se is None else {"known_se": np.concatenate(se)},
+            np.concatenate([[0], np.cumsum(sizes)]), np.arange(sizes.sum()), labels,
+        )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ColumnReader:
+    """Reads Tasks from plain numeric columns; the encoder of :meth:`Tasks.from_dataframe`."""
+
+    task: str
+    outcome: str
+    predictors: tuple[str, ...]
+    shared: tuple[str, ...]
+    task_predictors: tuple[str, ...]
+    intercept: bool
+    slots: tuple[tuple[str, str], ...]
+
+    def __post_init__(self) -> None:
+        read: dict[str, Any] = {}
+        for name in ("task", "outcome"):
+            read[name] = inputs.column(name, getattr(self, name))
+        read |= {
+            name: inputs.names(name, getattr(self, name))
+            for name in ("predictors", "shared", "task_predictors")
+        }
+        read["intercept"] = inputs.flag("intercept", self.intercept)
+        read["slots"] = tuple((name, inputs.column(name, column)) for name, column in self.slots)
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
+
+    def encode(self, data: Any, missing: Missing = "raise", need_outcome: bool = False) -> Tasks:
+        """Tasks of ``data``; without its outcome where that column is absent."""
+        frame = Frame(data)
+        has_outcome = need_outcome or self.outcome in frame.columns
+        frame.require([self.task], "task column")
+        frame.require([self.outcome] if has_outcome else [], "outcome")
+        frame.require(self.predictors + self.shared + self.task_predictors, "predictor")
+        frame.require([column for _, column in self.slots], "column")
+        if self.intercept and "Intercept" in self.predictors:
+            raise InputError(
+                "a column called 'Intercept' stands beside the intercept: rename it, or pass "
+                "intercept=False"
+            )
+        if not self.predictors and not self.intercept:
+            raise InputError("no varying coefficient: name `predictors` or keep the intercept")
+        used = [*self.predictors, *self.shared, *self.task_predictors]
+        used += [column for _, column in self.slots] + ([self.outcome] if has_outcome else [])
+        columns = {column: frame.numbers(column) for column in used}
+        nameless = {self.task: np.where(frame.is_null(self.task), np.nan, 0.0)}
+        keep = complete_rows(nameless | columns, missing)
+        if not keep.all():
+            rows = np.flatnonzero(keep)
+            frame, columns = frame.take(rows), {c: v[rows] for c, v in columns.items()}
+        x = [columns[c] for c in self.predictors]
+        if self.intercept:
+            x.insert(0, np.ones(len(frame)))
+        return assemble(
+            frame, self.task,
+            predictors=np.stack(x, axis=1),
+            shared=_stack([columns[c] for c in self.shared], len(frame)),
+            task_level=_stack([columns[c] for c in self.task_predictors], len(frame)),
+            outcome=columns[self.outcome] if has_outcome else None,
+            slots={name: columns[column] for name, column in self.slots},
+            labels=Labels(
+                np.zeros(0), ("Intercept",) * self.intercept + self.predictors, self.shared,
+                self.task_predictors, self.task, self.outcome, self,
+            ),
+        )  # fmt: skip
+
+
+def assemble(
+    frame: Frame,
+    task: str,
+    *,
+    predictors: np.ndarray,
+    shared: np.ndarray,
+    task_level: np.ndarray,
+    outcome: np.ndarray | None,
+    slots: Mapping[str, np.ndarray],
+    labels: Labels,
+) -> Tasks:
+    """Sort complete rows by task, check them, and lay them flat."""
+    names, index = frame.groups(task)
+    together = bool((index[1:] >= index[:-1]).all())
+    order: Any = slice(None) if together else np.argsort(index, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(index, minlength=len(names)))]).astype(int)
+    level = task_level[order]
+    for i, column in enumerate(labels.task_predictors):
+        spread = np.maximum.reduceat(level[:, i], starts[:-1]) - np.minimum.reduceat(
+            level[:, i], starts[:-1]
+        )
+        if spread.any():
+            raise InputError(
+                f"task predictor {column!r} varies within task "
+                f"{names.tolist()[int(np.argmax(spread > 0))]!r}; it must be constant within "
+                "tasks (use `shared` or `predictors` for a column of rows)"
+            )
+    return _checked(
+        Tasks(
+            predictors[order], shared[order], level[starts[:-1]],
+            None if outcome is None else outcome[order],
+            {name: values[order] for name, values in slots.items()},
+            starts, frame.rows[order], replace(labels, names=names),
+        )
+    )  # fmt: skip
+
+
+def _checked(tasks: Tasks) -> Tasks:
+    """Refuse slots that cannot be, and names that stand twice."""
+    for role in ("coef", "shared", "task_predictors"):
+        columns = getattr(tasks.labels, role)
+        if len(set(columns)) < len(columns):
+            again = sorted({c for c in columns if columns.count(c) > 1})
+            raise InputError(f"{role} holds {listing(again)} twice; give each column its own name")
+    if tasks.names.dtype.kind == "i":  # of a million, faster without a dictionary
+        ordered = np.sort(tasks.names)
+        twice = bool((ordered[1:] == ordered[:-1]).any())
+    else:
+        twice = len(tasks.labels.number) < tasks.num_tasks
+    if twice:
+        values, counts = np.unique(tasks.names, return_counts=True)
+        raise InputError(f"task names stand twice: {listing(values[counts > 1].tolist())}")
+    _refuse_negative_slots(tasks)
+    return tasks
+
+
+def _stack(columns: list[np.ndarray], num_rows: int) -> np.ndarray:
+    return np.stack(columns, axis=1) if columns else np.zeros((num_rows, 0))
+
+
+def _numbered(letter: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{letter}{i}" for i in range(count))
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError as error:
+        found = inputs.shown(values)
+        raise InputError(f"`{name}` must be a sequence, one entry a task; found {found}") from error
+
+
+def _pair(j: int, each: Any) -> tuple[Any, Any]:
+    sized = isinstance(each, (tuple, list)) or getattr(each, "ndim", 0) > 0
+    if not sized or len(each) != 2:
+        raise InputError(
+            f"`arrays` holds one pair (X, y) a task; entry {j} is {inputs.shown(each)}"
+        )
+    return each[0], each[1]
+
+
+def _per_task(
+    values: Sequence[Any] | None, role: str, sizes: np.ndarray, ndim: int
+) -> list[np.ndarray] | None:
+    if values is None:
+        return None
+    values = _listed(role, values)
+    if len(values) != len(sizes):
+        raise InputError(f"`{role}` has {len(values)} entries for {len(sizes)} tasks")
+    arrays = [inputs.numbers(f"{role} of task number {j}", v, ndim=ndim)
+              for j, v in enumerate(values)]  # fmt: skip
+    if len({a.shape[1:] for a in arrays}) > 1:
+        raise InputError(f"`{role}` has arrays of different widths")
+    for j, (array, n) in enumerate(zip(arrays, sizes, strict=True)):
+        if len(array) != n:
+            raise InputError(f"`{role}` of task number {j} has {len(array)} rows for {n} outcomes")
+    return arrays

@@ -5,7 +5,7 @@ r"""Tasks without end: a source that draws batches of tasks, each in two parts.
 
 A source draws inside the compiled outer loop where it can (:class:`Sampled`), and otherwise hands
 batches in from the host, a chunk of meta-steps at a time
-(:class:`~hierbayes.tasks.streams.Streamed`).
+(:class:`Streamed`).
 """
 
 from __future__ import annotations
@@ -13,21 +13,18 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hierbayes import inputs
-from hierbayes.errors import InputError
+from hierbayes.errors import InputError, listing
 from hierbayes.numerics import as_key, standard_promotion
 from hierbayes.tasks.container import Tasks
 from hierbayes.tasks.views import Labels, Task
-
-if TYPE_CHECKING:
-    from hierbayes.tasks.streams import Streamed
 
 Episode = tuple[Task, Task]
 """(support, query) of B tasks, on a leading axis."""
@@ -75,7 +72,7 @@ class Episodes(abc.ABC):
             Rows in the support and in the query part; as many queries as shots by default.
         """
         shots, queries = inputs.counts(shots=shots, queries=shots if queries is None else queries)
-        one = _OneTask(sample, shots, queries)
+        one = _OneOfSampler(sample, shots, queries)
         one.check(None)
         return Sampled(one)
 
@@ -99,8 +96,6 @@ class Episodes(abc.ABC):
         InputError
             Fewer classes than ways, or a class (named) with fewer than shots + queries examples.
         """
-        from hierbayes.tasks.classes import episodes_of_classes
-
         return episodes_of_classes(x, labels, ways, shots, queries)
 
     @staticmethod
@@ -122,8 +117,6 @@ class Episodes(abc.ABC):
             Where shots is not given: share of a task's rows in the query part; tasks may then be
             of any size, but for tasks of a single row, which are left out.
         """
-        from hierbayes.tasks.resplit import episodes_of_tasks
-
         return episodes_of_tasks(tasks, shots, queries, query)
 
     @staticmethod
@@ -138,8 +131,6 @@ class Episodes(abc.ABC):
             same seed must give the same batches: a resumed run starts it again and skips those
             that it has seen. Tasks to be held out come from another seed.
         """
-        from hierbayes.tasks.streams import Streamed
-
         if not callable(make):
             raise InputError(
                 "from_generator takes a function of a seed that returns an iterator over batches, "
@@ -246,7 +237,7 @@ class _SampledFeed(Feed):
 
 
 @dataclass(frozen=True)
-class _OneTask:
+class _OneOfSampler:
     """One task of a sampler, its first rows the support."""
 
     sample: Callable[[Any, int], tuple[Any, Any]]
@@ -306,3 +297,284 @@ def _check_sampler(sample: Any, num_rows: int) -> None:
             f"sample(key, {num_rows}) gives x of shape {x.shape} and y of shape {y.shape}; "
             f"expected ({num_rows}, …) and ({num_rows},)"
         )
+
+
+# ------------------------------------------------------------ classes of examples
+
+
+def episodes_of_classes(x: Any, labels: Any, ways: int, shots: int, queries: int) -> Sampled:
+    """See :meth:`Episodes.from_classes`."""
+    ways = inputs.count("ways", ways, least=2)
+    shots, queries = inputs.count("shots", shots, 1), inputs.count("queries", queries, 1)
+    x, labels = np.asarray(x), np.asarray(labels)
+    if x.dtype.kind not in "biuf" or x.ndim < 2 or labels.shape != x.shape[:1]:
+        raise InputError(
+            f"x must be numbers (N, …) and labels (N,); found {x.dtype} {x.shape} and "
+            f"{labels.shape}"
+        )
+    if not np.isfinite(x).all():
+        raise InputError(f"x has {int((~np.isfinite(x)).sum())} NaN or infinite value(s)")
+    if labels.dtype.kind == "f" and np.isnan(labels).any():
+        raise InputError(f"labels have {int(np.isnan(labels).sum())} NaN value(s)")
+    try:
+        classes, of = np.unique(labels, return_inverse=True)
+    except TypeError as error:
+        raise InputError(f"labels must all be of one kind, to be sorted: {error}") from error
+    counts = np.bincount(of, minlength=len(classes))
+    if len(classes) < ways:
+        raise InputError(
+            f"{ways}-way episodes need {ways} classes or more; labels hold {len(classes)}"
+        )
+    table = np.zeros((len(classes), counts.max()), dtype=np.int32)
+    for c in range(len(classes)):
+        table[c, : counts[c]] = np.flatnonzero(of == c)
+    data = {"x": x, "table": table, "counts": counts.astype(np.int32)}
+    one = _OneEpisode(int(ways), int(shots), int(queries), classes)
+    one.check(data)
+    return Sampled(one, data)
+
+
+@dataclass(frozen=True)
+class _OneEpisode:
+    ways: int
+    shots: int
+    queries: int
+    classes: np.ndarray
+
+    def check(self, data: Any) -> None:
+        """Refuse classes with fewer examples than an episode takes of each."""
+        counts = data["counts"]
+        if (few := counts < self.shots + self.queries).any():
+            raise InputError(
+                f"{few.sum()} of {len(counts)} classes have fewer than shots + queries = "
+                f"{self.shots} + {self.queries} examples: "
+                f"{listing(self.classes[few].tolist(), 3)}, the smallest {counts.min()}; take "
+                "fewer, or leave these classes out"
+            )
+
+    def __call__(self, data: Any, key: Any) -> Episode:
+        pick, deal = jax.random.split(key)
+        num_classes, width = data["table"].shape
+        chosen = jax.random.permutation(pick, num_classes)[: self.ways]
+        each = self.shots + self.queries
+        chance = jax.random.uniform(deal, (self.ways, width))
+        missing = jnp.arange(width) >= data["counts"][chosen][:, None]
+        places = jax.lax.top_k(jnp.where(missing, -1.0, chance), each)[1]
+        rows = jnp.take_along_axis(data["table"][chosen], places, axis=1)
+
+        def part(index: Any) -> Any:
+            x = data["x"][index.reshape(-1)]
+            y = jnp.repeat(jnp.arange(self.ways), index.shape[1])
+            return rows_of(x, y.astype(jnp.float32))
+
+        return part(rows[:, : self.shots]), part(rows[:, self.shots :])
+
+
+# ------------------------------------------------------------ a fixed set, split anew
+
+
+def episodes_of_tasks(
+    tasks: Tasks, shots: int | None, queries: int | None, query: float
+) -> Sampled:
+    """See :meth:`Episodes.from_tasks`."""
+    if not isinstance(tasks, Tasks):
+        raise InputError(f"expected Tasks, found {type(tasks).__name__}")
+    if tasks.sharding is not None:
+        raise InputError(
+            "episodes are drawn on one device, and these tasks are spread over several: use "
+            "tasks.shard(None)"
+        )
+    if tasks.outcome is None:
+        raise InputError(f"the tasks hold no outcome {tasks.labels.outcome!r} to learn from")
+    extra = [*tasks.labels.shared, *tasks.labels.task_predictors, *tasks.slots]
+    if extra:
+        raise InputError(
+            f"episodes hold x and y alone and would ignore {', '.join(map(repr, extra))}"
+        )
+    query = inputs.share("query", query)
+    if shots is None and queries is not None:
+        raise InputError("queries is given without shots; give both, or query as a share")
+    if shots is not None:
+        shots, queries = inputs.counts(shots=shots, queries=shots if queries is None else queries)
+    one = _OneTask(shots, queries, float(query))
+    sizes = tasks.sizes
+    one.check({"sizes": sizes, "names": tasks.names})
+    usable = np.flatnonzero(sizes >= 2)
+    if not usable.size:
+        raise InputError("no task has two rows, one for support and one for query")
+    width, different = int(sizes.max()), np.unique(sizes[usable])
+    if shots is None and len(different) == 1:  # all parts are as long, and none is filled up
+        asked = _share(width, float(query))
+        one = _OneTask(width - asked, asked, float(query))
+    filled = tuple(different.tolist()) if one.shots is None else ()
+    block = tasks.block(usable, width)
+    data = {"x": block.predictors, "y": block.outcome, "sizes": sizes[usable].astype(np.int32)}
+    return Sampled(one, data, tasks.coef, filled)
+
+
+def _share(size: Any, query: float) -> Any:
+    """Rows of the query part, of a task with so many."""
+    if isinstance(size, int):
+        return int(np.clip(np.floor(query * size + 0.5), 1, size - 1))
+    return jnp.clip(jnp.floor(query * size + 0.5).astype(int), 1, size - 1)
+
+
+@dataclass(frozen=True)
+class _OneTask:
+    shots: int | None
+    queries: int | None
+    query: float
+
+    def check(self, data: Any) -> None:
+        """Refuse tasks with fewer rows than both parts take."""
+        if self.shots is None or self.queries is None:
+            return
+        need, sizes = self.shots + self.queries, data["sizes"]
+        if (few := sizes < need).any():
+            names = data.get("names", np.arange(len(sizes)))
+            raise InputError(
+                f"{few.sum()} of {len(sizes)} tasks have fewer than shots + queries = {need} "
+                f"rows: {listing(names[few].tolist(), 3)}, the smallest {sizes.min()}"
+            )
+
+    def __call__(self, data: Any, key: Any) -> Episode:
+        pick, deal = jax.random.split(key)
+        j = jax.random.randint(pick, (), 0, len(data["sizes"]))
+        size, width = data["sizes"][j], data["y"].shape[1]
+        chance = jnp.where(jnp.arange(width) < size, jax.random.uniform(deal, (width,)), 2.0)
+        order = jnp.argsort(chance)
+        x, y = data["x"][j][order], data["y"][j][order]
+        if self.shots is not None and self.queries is not None:
+            end = self.shots + self.queries
+            return (
+                rows_of(x[: self.shots], y[: self.shots]),
+                rows_of(x[self.shots : end], y[self.shots : end]),
+            )
+        asked = _share(size, self.query)
+        place = jnp.arange(width)
+        return rows_of(x, y, place < size - asked), rows_of(
+            x, y, (place >= size - asked) & (place < size)
+        )
+
+
+# ------------------------------------------------------------ batches from the host
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed(Episodes):
+    """Episodes that a Python generator yields."""
+
+    make: Callable[[int], Iterator[Any]]
+
+    def feed(self, seed: int | jax.Array, batch_size: int, start: int) -> Feed:
+        """Batches from the ``start``-th on; the generator decides how many tasks they hold."""
+        del batch_size
+        feed = self._from_the_start(seed)
+        for _ in range(start):
+            try:
+                feed.next()
+            except StreamEnded as ended:
+                raise InputError(
+                    f"{ended}, but the run to be resumed has seen {start}: the same seed must "
+                    "give the same batches"
+                ) from ended
+        return feed
+
+    def _from_the_start(self, seed: int | jax.Array) -> _StreamedFeed:
+        made = self.make(_as_int(seed))
+        try:
+            return _StreamedFeed(iter(made))
+        except TypeError as error:
+            raise InputError(
+                f"make(seed) must return an iterator over batches, found {type(made).__name__}"
+            ) from error
+
+    def batch(self, num_tasks: int, seed: int | jax.Array) -> Episode:
+        """(support, query) of ``num_tasks`` tasks on a leading axis, NumPy arrays."""
+        feed, found, have = self._from_the_start(seed), [], 0
+        while have < num_tasks:
+            try:
+                found.append(feed.next())
+            except StreamEnded as error:
+                raise InputError(
+                    f"the generator stopped after {have} tasks; {num_tasks} were asked for"
+                ) from error
+            have += len(found[-1][0].outcome)
+        both = jax.tree.map(lambda *parts: np.concatenate(parts)[:num_tasks], *found)
+        return both
+
+
+CHUNK, CHUNK_BYTES = 64, 1 << 28
+"""Batches brought in from the host for one compiled call at most, and their bytes."""
+
+
+@dataclass(eq=False)
+class _StreamedFeed(Feed):
+    iterator: Iterator[Any]
+    seen: int = 0
+    shapes: Any = field(default=None)
+    most = CHUNK
+
+    def next(self) -> Episode:
+        """The next batch, checked against the first."""
+        try:
+            batch = next(self.iterator)
+        except StopIteration:
+            raise StreamEnded(f"the generator stopped after {self.seen} batches") from None
+        try:
+            (xs, ys), (xq, yq) = batch
+            arrays = [np.asarray(a) for a in (xs, ys, xq, yq)]
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"batch {self.seen} of the generator is no ((x, y), (x, y)) of support and query"
+            ) from error
+        shapes = [a.shape for a in arrays]
+        for role, (x, y) in (("support", shapes[:2]), ("query", shapes[2:])):
+            if len(y) != 2 or len(x) < 3 or x[:2] != y or y[0] != shapes[1][0]:
+                raise InputError(
+                    f"batch {self.seen} of the generator: {role} has x of shape {x} and y of shape "
+                    f"{y}; expected (B, n, …) and (B, n) with the same B tasks in both parts"
+                )
+        if self.shapes is not None and shapes != self.shapes:
+            raise InputError(
+                f"the generator changed shape at batch {self.seen}: {shapes}, before {self.shapes} "
+                "(x and y of support, x and y of query); every batch must have the same shapes"
+            )
+        places = ("x of support", "y of support", "x of query", "y of query")
+        for place, values in zip(places, arrays, strict=True):
+            where = f"batch {self.seen} of the generator: {place}"
+            if values.dtype.kind not in "biuf":
+                raise InputError(f"{where} must be numbers, found {values.dtype}")
+            if lost := int((~np.isfinite(values)).sum()):
+                raise InputError(f"{where} has {lost} NaN or infinite value(s)")
+        self.shapes, self.seen = shapes, self.seen + 1
+        xs, ys, xq, yq = arrays
+        return _with_tasks(xs, ys), _with_tasks(xq, yq)
+
+    def chunk(self, count: int) -> tuple[Any, int]:
+        batches: list[Episode] = [self.next()]
+        size = sum(values.nbytes for values in jax.tree.leaves(batches[0]))
+        width = max(1, min(CHUNK, CHUNK_BYTES // size))
+        while len(batches) < min(count, width):
+            try:
+                batches.append(self.next())
+            except StreamEnded:
+                break
+        filled = batches + [batches[-1]] * (width - len(batches))
+        return jax.tree.map(lambda *parts: np.stack(parts), *filled), len(batches)
+
+    def take(self, chunk: Any, place: Any, key: Any) -> Episode:
+        del key
+        return jax.tree.map(lambda values: values[place], chunk)
+
+
+def _with_tasks(x: np.ndarray, y: np.ndarray) -> Task:
+    num_tasks, n = y.shape
+    full = np.ones((num_tasks, n), bool)
+    return Task(x, np.zeros((num_tasks, n, 0)), np.zeros((num_tasks, 0)), y, {}, full)
+
+
+def _as_int(seed: int | jax.Array) -> int:
+    if isinstance(seed, int):
+        return seed
+    return int(np.asarray(jax.random.key_data(as_key(seed))).ravel()[-1])

@@ -1,56 +1,14 @@
-"""How rows of ragged tasks lie side by side or on devices, and which go into parts of a split."""
+"""How rows of ragged tasks lie on many devices."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
 import numpy as np
 
-from hierbayes.numerics import as_rng
 from hierbayes.sharding import num_shares, padded, place
-from hierbayes.tasks.views import FILL, Task
-
-if TYPE_CHECKING:
-    from hierbayes.tasks.container import Tasks
-
-
-def blocks(tasks: Tasks, *, exact: bool = False) -> list[tuple[np.ndarray, Task]]:
-    """See :meth:`Tasks.blocks`; ``exact``: a bucket a size, in which nothing is filled up."""
-    sizes = width = tasks.sizes
-    if not exact:
-        width = np.where(sizes > 0, 2 ** np.ceil(np.log2(np.maximum(sizes, 1))), 0)
-    return [
-        (positions := np.flatnonzero(width == w), block(tasks, positions, int(w)))
-        for w in np.unique(width[width > 0])
-    ]
-
-
-def block(tasks: Tasks, positions: np.ndarray, width: int) -> Task:
-    """See :meth:`Tasks.block`."""
-    column = np.arange(width)
-    mask = column < tasks.sizes[positions][:, None]
-    rows = np.where(mask, tasks.starts[positions][:, None] + column, -1)
-    return _taken(tasks.flat(), rows, tasks.task_predictors[positions])
-
-
-def _taken(source: Task, places: np.ndarray, task_predictors: Any) -> Task:
-    """What stands at ``places`` of the leading axis; where they are −1 an empty row or task."""
-    real = places >= 0
-
-    def taken(values: Any, fill: float = 0.0) -> Any:
-        found = np.full((*places.shape, *values.shape[1:]), fill, values.dtype)
-        found[real] = values[places[real]]
-        return found
-
-    return Task(
-        taken(source.predictors),
-        taken(source.shared),
-        task_predictors,
-        None if source.outcome is None else taken(source.outcome),
-        {name: taken(values, FILL[name]) for name, values in source.slots.items()},
-        taken(source.mask),
-    )
+from hierbayes.tasks.container import Tasks
+from hierbayes.tasks.views import Task, taken
 
 
 def on_devices(
@@ -77,7 +35,7 @@ def on_devices(
         # an optimiser's derivative may not exist where nothing moves it, as Adam's at slope zero
         longest = int(np.argmax(rows.mask.sum(1)))
         again = np.where(order >= 0, order, longest)
-        return place((_taken(rows, again, level), None), tasks.sharding, axis=0)
+        return place((taken(rows, again, level), None), tasks.sharding, axis=0)
     sizes = np.where(order >= 0, tasks.sizes[order], 0)
     shares = num_shares(tasks.sharding)
     a_share = sizes.reshape(shares, -1)
@@ -89,7 +47,7 @@ def on_devices(
         before = np.cumsum(counts) - counts
         lines[k, :total] = np.repeat(starts - before, counts) + np.arange(total)
         of_line[k, :total] = np.repeat(np.arange(len(counts)), counts)
-    return place((_taken(rows, lines, level), of_line), tasks.sharding, axis=0)
+    return place((taken(rows, lines, level), of_line), tasks.sharding, axis=0)
 
 
 def dealt(tasks: Tasks, sizes: np.ndarray) -> np.ndarray | None:
@@ -105,17 +63,3 @@ def dealt(tasks: Tasks, sizes: np.ndarray) -> np.ndarray | None:
     rounds = order.reshape(-1, num_shares(tasks.sharding))
     rounds[1::2] = rounds[1::2, ::-1]
     return rounds.T.ravel()
-
-
-def choose_rows(
-    tasks: Tasks, share: float, seed: int | jax.Array, *, lonely_is_chosen: bool
-) -> np.ndarray:
-    """Rows (N,) of bool that go to the second part, about ``share`` of every task's."""
-    sizes, task = tasks.sizes, tasks.task_of_row
-    shuffled = as_rng(seed).random(tasks.num_rows)
-    order = np.lexsort((shuffled, task))
-    place = np.empty(tasks.num_rows, dtype=int)
-    place[order] = np.arange(tasks.num_rows) - tasks.starts[:-1][task]
-    count = np.clip(np.floor(share * sizes + 0.5), 1, np.maximum(sizes - 1, 1))
-    count = np.where(sizes == 1, int(lonely_is_chosen), count)
-    return place < count[task]

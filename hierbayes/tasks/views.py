@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from hierbayes.tasks.frames import Missing
-
-if TYPE_CHECKING:
-    from hierbayes.tasks.container import Tasks
 
 SLOTS = ("offset", "weight", "trials", "known_se")
 """Optional columns that a row may carry beside its predictors and outcome."""
@@ -55,7 +52,7 @@ def unwritable(array: Any) -> Any:
 class Encoder(Protocol):
     """Turns new rows into Tasks by the training data's transforms."""
 
-    def encode(self, data: Any, missing: Missing = "raise") -> Tasks:
+    def encode(self, data: Any, missing: Missing = "raise") -> Any:
         """Tasks of ``data``, with the training columns."""
         ...
 
@@ -116,3 +113,22 @@ class Task:
     outcome: Any
     slots: dict[str, Any]
     mask: Any
+
+
+def taken(source: Task, places: np.ndarray, task_predictors: Any) -> Task:
+    """What stands at ``places`` of the leading axis; where they are −1 an empty row or task."""
+    real = places >= 0
+
+    def at_places(values: Any, fill: float = 0.0) -> Any:
+        found = np.full((*places.shape, *values.shape[1:]), fill, values.dtype)
+        found[real] = values[places[real]]
+        return found
+
+    return Task(
+        at_places(source.predictors),
+        at_places(source.shared),
+        task_predictors,
+        None if source.outcome is None else at_places(source.outcome),
+        {name: at_places(values, FILL[name]) for name, values in source.slots.items()},
+        at_places(source.mask),
+    )
