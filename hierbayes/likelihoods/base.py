@@ -46,7 +46,7 @@ class Likelihood(abc.ABC):
     """True where f is the log of a mean, and an offset the log of an exposure."""
 
     log_concave: bool = False
-    """True where log p(y | f) is concave in f: then every task has one mode, if f is linear in θ."""
+    """True where log p(y | f) is concave in f: every task has one mode where f is linear in θ."""
 
     precision: str = "float64"
     """What the training of φ computes in."""
