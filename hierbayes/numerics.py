@@ -325,4 +325,13 @@ def triangle(rows: np.ndarray) -> np.ndarray:
 
 def log_diagonal_sum(factor: jax.Array) -> jax.Array:
     """Σ_i log L_ii of (d, d, …) triangular factors: half the log determinant."""
-    return jnp.log(jnp.stack([factor[i, i] for i in range(factor.shape[0])])).sum(0)
+    return log_product([factor[i, i] for i in range(factor.shape[0])])
+
+
+def log_product(values: list[jax.Array]) -> jax.Array:
+    """Σ_i log v_i, two at a time, since a logarithm is dearer than all the rest of a small task.
+
+    Values are to be far from the square roots of what overflows.
+    """
+    pairs = [jnp.log(v * w) for v, w in zip(values[::2], values[1::2], strict=False)]
+    return total(pairs + [jnp.log(v) for v in values[len(pairs) * 2 :]])

@@ -30,6 +30,7 @@ from hierbayes.numerics import (
     cholesky,
     eliminate,
     log_diagonal_sum,
+    log_product,
     solve_lower,
     solve_upper,
     total,
@@ -162,7 +163,7 @@ def _sums(x: jax.Array, fixed: jax.Array, y: jax.Array, root: jax.Array, *, fast
         parts = zip(rows, pivots, strict=True)
         products = total(jnp.einsum("kj,mj->km", c / pivot, c) for c, pivot in parts)
     return Sums(
-        products[-1, -1], _log_product(pivots).sum(), products[:num_fixed, :num_fixed],
+        products[-1, -1], log_product(pivots).sum(), products[:num_fixed, :num_fixed],
         products[:num_fixed, -1],
     )  # fmt: skip
 
@@ -182,12 +183,6 @@ def _products_by_inverse(ratio: jax.Array, columns: jax.Array) -> tuple[Any, lis
     sums = jnp.einsum("ej,epj->p", jnp.stack(inverse), jnp.stack(both)[:, *lower])
     products = jnp.zeros((width, width)).at[lower].set(sums)
     return products + jnp.tril(products, -1).T, pivots
-
-
-def _log_product(pivots: list[jax.Array]) -> jax.Array:
-    """Σ_i log p_i, two at a time: pivots are at least one, and far from overflow."""
-    pairs = [jnp.log(p * q) for p, q in zip(pivots[::2], pivots[1::2], strict=False)]
-    return total(pairs + [jnp.log(p) for p in pivots[len(pairs) * 2 :]])
 
 
 def _all_sums(p: IntegratedProblem, root: jax.Array, *, fast: bool) -> Sums:
