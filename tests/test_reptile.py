@@ -237,13 +237,13 @@ def test_a_task_left_out_is_scored_at_phi_of_the_others():
 def rotation(rate, angle):
     """Δ(v) = M(v* − v) with eigenvalues rate · exp(± i angle), and v* = (1, −2)."""
     m = rate * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    return lambda v: {"v": jnp.asarray(m) @ (jnp.array([1.0, -2.0]) - v["v"])}
+    return lambda v: jnp.asarray(m) @ (jnp.array([1.0, -2.0]) - v)
 
 
 def run(direction, optimiser=None, num_steps=50, start=(0.0, 0.0)):
     with float64():
-        found = follow(direction, {"v": jnp.array(start)}, optimiser, num_steps, 1e-12, False, "it")
-        return np.asarray(found.parameters["v"]), found
+        found = follow(direction, np.array(start), optimiser, num_steps, 1e-12, False, "it")
+        return found.x, found
 
 
 @pytest.mark.parametrize(("rate", "angle"), [(1e-4, 0.0), (0.5, 1.5), (1.9, 0.1), (40.0, 2.0)])
@@ -264,10 +264,10 @@ def test_an_iteration_that_has_not_ended_or_diverges_is_said():
     close(v, np.array([1.0, -2.0]) * (1 - (1 - 1e-4) ** 50), rtol=1e-9)
     _, found = run(rotation(40.0, 0.0), optax.sgd(1.0))
     assert_said(found.warnings, "diverged")
-    _, found = run(lambda v: {"v": v["v"] * jnp.nan})
+    _, found = run(lambda v: v * jnp.nan)
     assert_said(found.warnings, "diverged")
     # no fixed point at all: the direction is never shorter than one
-    _, found = run(lambda v: {"v": 1 + v["v"] ** 2})
+    _, found = run(lambda v: 1 + v**2)
     assert_said(found.warnings, "not converged after 50 outer steps")
 
 

@@ -10,6 +10,7 @@ in φ it ends after about dim φ + 1 of them, as GMRES does.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from hierbayes.meta.ascent import CHUNK
 from hierbayes.numerics import to_numpy
@@ -36,18 +36,22 @@ DIVERGED = 1e6
 """Norm of the parameters, which are of order one, that is taken for divergence."""
 
 
+Direction = Callable[..., jax.Array]
+"""A function of (x, *data), hashable: one that is equal runs the programs that are compiled."""
+
+
 @dataclass(frozen=True)
 class FixedPoint:
     """Where the iteration ended, after how many steps."""
 
-    parameters: Any
+    x: np.ndarray
     taken: int
     warnings: list[str]
 
 
 def follow(
-    direction: Callable[..., Any],
-    start: Any,
+    direction: Direction,
+    start: np.ndarray,
     optimiser: optax.GradientTransformation | None,
     num_steps: int,
     tolerance: float,
@@ -55,7 +59,7 @@ def follow(
     name: str,
     data: tuple[Any, ...] = (),
 ) -> FixedPoint:
-    """Follow ``direction(parameters, *data)`` from ``start``; accelerated unless told otherwise.
+    """Follow ``direction(x, *data)`` from ``start``; accelerated unless told otherwise.
 
     Both are of order one. An Optax optimiser is given minus the direction in the place of a
     gradient.
@@ -65,13 +69,9 @@ def follow(
     shown = sys.stderr.isatty() if progress is None else progress
     with tqdm(total=num_steps, desc=name, disable=not shown, leave=False, delay=1.0) as bar:
         if optimiser is None:
-            parameters, norm, taken = _accelerated(
-                direction, start, data, num_steps, tolerance, bar
-            )
+            x, norm, taken = _accelerated(direction, start, data, num_steps, tolerance, bar)
         else:
-            parameters, norm, taken = _optax(
-                direction, start, data, optimiser, num_steps, tolerance, bar
-            )
+            x, norm, taken = _optax(direction, start, data, optimiser, num_steps, tolerance, bar)
     warnings = []
     if not np.isfinite(norm):
         warnings.append(
@@ -83,30 +83,33 @@ def follow(
             f"{name} has not converged after {taken} outer steps (its direction has norm "
             f"{norm:.1e} in scaled parameters, {tolerance:.0e} wanted); raise num_meta_steps"
         )
-    return FixedPoint(parameters, taken, warnings)
+    return FixedPoint(x, taken, warnings)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _move(direction: Direction, x: Any, data: Any) -> jax.Array:
+    return direction(x, *data)
 
 
 def _accelerated(
-    direction: Callable[..., Any], start: Any, data: Any, num_steps: int, tolerance: float, bar: Any
-) -> tuple[Any, float, int]:
+    direction: Direction, start: np.ndarray, data: Any, num_steps: int, tolerance: float, bar: Any
+) -> tuple[np.ndarray, float, int]:
     """Anderson's acceleration of full steps; returns the point of the shortest direction."""
-    flat, unravel = ravel_pytree(start)
-    compiled = jax.jit(lambda v, *d: ravel_pytree(direction(unravel(v), *d))[0])
-    at = np.asarray(flat)
+    at = np.asarray(start)
     points, moves = [], []
     best, shortest = at, np.inf
     for taken in range(1, num_steps + 1):
-        move = np.asarray(compiled(at, *data))
+        move = np.asarray(_move(direction, at, data))
         norm = float(np.linalg.norm(move))
         bar.update(1)
         bar.set_postfix({"direction": f"{norm:.1e}"})
         if norm < shortest:
             best, shortest = at, norm
         if shortest <= tolerance:
-            return unravel(jnp.asarray(best)), shortest, taken
+            return best, shortest, taken
         if not norm <= GROWTH * shortest:  # a NaN too
             if not points:
-                return unravel(jnp.asarray(best)), np.nan, taken
+                return best, np.nan, taken
             at, points, moves = best, [], []
             continue
         points, moves = [*points, at][-MEMORY:], [*moves, move][-MEMORY:]
@@ -117,35 +120,35 @@ def _accelerated(
             units = np.where(units > 0, units, 1.0)
             share = np.linalg.lstsq(turned / units, move, rcond=1e-13)[0] / units
             at = at - (np.diff(points, axis=0).T + turned) @ share
-    return unravel(jnp.asarray(best)), shortest, num_steps
+    return best, shortest, num_steps
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 3))
+def _chunk(direction: Direction, optimiser: Any, carry: Any, length: int, data: Any) -> Any:
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        x, state = carry
+        updates, state = optimiser.update(-direction(x, *data), state, x)
+        return (x + updates, state), None
+
+    carry, _ = jax.lax.scan(step, carry, None, length)
+    norms = jnp.linalg.norm(jnp.stack([direction(carry[0], *data), carry[0]]), axis=1)
+    return carry, norms
 
 
 def _optax(
-    direction: Callable[..., Any],
-    start: Any,
+    direction: Direction,
+    start: np.ndarray,
     data: Any,
     optimiser: optax.GradientTransformation,
     num_steps: int,
     tolerance: float,
     bar: Any,
-) -> tuple[Any, float, int]:
-    import optax
-
-    def run(carry: Any, length: int, data: Any) -> Any:
-        def step(carry: Any, _: None) -> tuple[Any, None]:
-            parameters, state = carry
-            falling = jax.tree.map(jnp.negative, direction(parameters, *data))
-            updates, state = optimiser.update(falling, state, parameters)
-            return (optax.apply_updates(parameters, updates), state), None
-
-        carry, _ = jax.lax.scan(step, carry, None, length)
-        return carry, optax.tree.norm(direction(carry[0], *data)), optax.tree.norm(carry[0])
-
-    chunk = jax.jit(run, static_argnums=1)
-    carry, taken, norm = (start, optimiser.init(start)), 0, np.inf
+) -> tuple[np.ndarray, float, int]:
+    first = jnp.asarray(start)
+    carry, taken, norm = (first, optimiser.init(first)), 0, np.inf
     while taken < num_steps and norm > tolerance:
         size = min(CHUNK, num_steps - taken)
-        carry, norm, far = chunk(carry, size, data)
+        carry, (norm, far) = _chunk(direction, optimiser, carry, size, data)
         norm, taken = float(norm), taken + size
         bar.update(size)
         bar.set_postfix({"direction": f"{norm:.1e}"})

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hierbayes import inputs
@@ -23,6 +24,8 @@ from hierbayes.fit.outward import as_given, enter
 from hierbayes.meta.ascent import maximise
 from hierbayes.meta.episodic import PLAIN_STEP, on_episodes
 from hierbayes.meta.inner_loop import (
+    Learned,
+    Predicted,
     check_counts,
     check_optimiser,
     check_steps,
@@ -187,18 +190,12 @@ def imaml(
             fixed = fixed | {"tau": 1 / np.sqrt(given)}
         start = space.x({"mu": resolved.scales(tasks).mu_location})
 
-        def unpack(x: Any) -> dict[str, Any]:
-            return dict(fixed) | space.phi(x)
-
         support, asked = (side_by_side(parts) for parts in zip(*splits, strict=True))
-        plain = resolved.without_encoder()
-
-        def objective(x: Any, *parts: Any) -> jax.Array:
-            return evidence.of_rows(plain, unpack(x), *parts).sum() / asked.num_rows
-
-        data = evidence.arrange(plain, support, asked)
+        learned, plain = Learned(space, fixed), resolved.without_encoder()
+        data = (learned, *evidence.arrange(plain, support, asked), float(asked.num_rows))
+        objective = Predicted(evidence, plain)
         best = maximise(objective, start, optimiser, num_meta_steps, progress, "iMAML", data)
-        phi = to_numpy(unpack(best.parameters))
+        phi = to_numpy(learned.phi(jnp.asarray(best.x)))
     adapted = adaptation(resolved, tasks, phi)
     remarks = [*best.warnings, *adapted.remarks]
     if not resolved.likelihood.gaussian_in_theta:  # the maxima that phi was learned through

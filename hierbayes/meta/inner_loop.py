@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from hierbayes import inputs
 from hierbayes.adaptation.gradient import DERIVATIVES
 from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable
+from hierbayes.evidence import Predictive
 from hierbayes.meta.baselines import noise, refuse_idle_sigma
 from hierbayes.meta.own_parameters import own_parameters
 from hierbayes.model import HierarchicalModel
@@ -139,6 +140,32 @@ def query_parameters(model: HierarchicalModel, fixed: Mapping[str, Any]) -> tupl
     if model.likelihood.gaussian_in_theta:
         return ("sigma",)
     return tuple(name for name in fixed if name != "df")
+
+
+class Learned(NamedTuple):
+    """φ from a vector x of order one: what is learned of it, and what is given."""
+
+    space: Space
+    given: dict[str, Any]
+
+    def phi(self, x: Any) -> dict[str, Any]:
+        """φ by name."""
+        return dict(self.given) | self.space.phi(x)
+
+
+class Predicted(NamedTuple):
+    """Log p(y^query | A(D^support; φ), φ), the mean over all query rows, of x.
+
+    Its ``data`` are how φ follows from x, the rows of both parts, and the number of the latter.
+    """
+
+    evidence: Predictive
+    model: HierarchicalModel
+
+    def __call__(self, x: Any, learned: Learned, support: Any, query: Any, count: Any) -> jax.Array:
+        """The mean at x."""
+        rows = self.evidence.of_rows(self.model, learned.phi(x), support, query)
+        return rows.sum() / count
 
 
 def nth_seed(seed: int | jax.Array, i: int) -> int | jax.Array:

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
@@ -30,6 +31,8 @@ from hierbayes.fit.outward import enter_or_stay
 from hierbayes.meta.ascent import maximise
 from hierbayes.meta.episodic import PLAIN_STEP, on_episodes
 from hierbayes.meta.inner_loop import (
+    Learned,
+    Predicted,
     check_counts,
     check_optimiser,
     check_steps,
@@ -217,18 +220,12 @@ def maml(
             )
         start = space.x({"mu": resolved.scales(tasks).mu_location})
 
-        def unpack(x: Any) -> dict[str, Any]:
-            return dict(noise) | space.phi(x)
-
         support, asked = (side_by_side(parts) for parts in zip(*splits, strict=True))
-
-        def objective(x: Any, *parts: Any) -> jax.Array:
-            rows = evidence.of_rows(resolved, unpack(x), *parts)
-            return rows.sum() / asked.num_rows
-
-        data = evidence.arrange(resolved, support, asked)
+        learned, plain = Learned(space, noise), resolved.without_encoder()
+        data = (learned, *evidence.arrange(plain, support, asked), float(asked.num_rows))
+        objective = Predicted(evidence, plain)
         best = maximise(objective, start, optimiser, num_meta_steps, progress, "MAML", data)
-        phi = to_numpy(unpack(best.parameters))
+        phi = to_numpy(learned.phi(jnp.asarray(best.x)))
     chosen: Any = phi.get("step_size", eta) if inner_optimiser is None else None
     if chosen is not None and np.ndim(chosen) == 0:
         chosen = float(chosen)

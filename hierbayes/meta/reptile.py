@@ -7,8 +7,7 @@ r"""Reptile: φ is where the tasks, after K gradient steps, pull it nowhere.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,8 @@ from hierbayes.meta.ascent import maximise
 from hierbayes.meta.episodic import PLAIN_STEP, on_episodes
 from hierbayes.meta.fixed_point import follow
 from hierbayes.meta.inner_loop import (
+    Learned,
+    Predicted,
     check_counts,
     check_optimiser,
     check_steps,
@@ -43,7 +44,6 @@ from hierbayes.meta.reptile_on_episodes import follow_moves
 from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy
-from hierbayes.phi import Space
 from hierbayes.sharding import place
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.layout import on_devices
@@ -181,11 +181,13 @@ def reptile(
     with float64():
         space = outer_space(resolved, tasks, fixed, queries=False)
         start = space.x({"mu": resolved.scales(tasks).mu_location})
+        learned, plain = Learned(space, fixed), resolved.without_encoder()
+        level = float(resolved.likelihood.units(tasks)[0])
         found = follow(
-            _direction(resolved, tasks, adaptation, space, fixed), start, optimiser,
-            num_meta_steps, tolerance, progress, "Reptile", _data(resolved, tasks),
+            Pulled(adaptation, plain), start, optimiser, num_meta_steps, tolerance, progress,
+            "Reptile", (learned, level, *_data(resolved, tasks)),
         )  # fmt: skip
-        phi = to_numpy(dict(fixed) | space.phi(found.parameters))
+        phi = to_numpy(learned.phi(jnp.asarray(found.x)))
     remarks = list(found.warnings)
     if eta > longest * (1 + 1e-9):
         remarks.append(
@@ -213,41 +215,39 @@ def reptile(
     return entered.leave(fit)
 
 
-def _direction(
-    model: HierarchicalModel,
-    tasks: Tasks,
-    adaptation: GradientSteps,
-    space: Space,
-    fixed: dict[str, Any],
-) -> Callable[..., jax.Array]:
+class Pulled(NamedTuple):
     """Where the tasks pull x, that is μ, Γ and β in scaled units; of x and :func:`_data`."""
-    plain, level = model.without_encoder(), model.likelihood.units(tasks)[0]
 
-    def direction(x: Any, regression: Any, rows: Any, of_row: Any) -> jax.Array:
-        phi = dict(fixed) | space.phi(x)
-        thetas = adaptation.steps(plain, phi, rows, of_row)
-        moves = thetas - plain.prior.location(phi, rows.task_predictors)
+    adaptation: GradientSteps
+    model: HierarchicalModel
+
+    def __call__(
+        self, x: Any, learned: Learned, level: Any, regression: Any, rows: Any, of_row: Any
+    ) -> jax.Array:
+        """The direction at x."""
+        model, phi = self.model, learned.phi(x)
+        thetas = self.adaptation.steps(model, phi, rows, of_row)
+        moves = thetas - model.prior.location(phi, rows.task_predictors)
         effects = jnp.einsum("ckj,jc->ck", regression, moves)
         pull = {"mu": effects[:, 0], "gamma": effects[:, 1:]}
         if "beta" in phi:
 
             def log_likelihood(beta: Any) -> Any:
-                each = plain.likelihood.log_likelihood_of_rows(
+                each = model.likelihood.log_likelihood_of_rows(
                     thetas, phi | {"beta": beta}, rows, of_row
                 )
                 return each.sum()
 
-            if plain.likelihood.has_location:
-                bound = row_curvature(plain.likelihood, level, phi, rows)
+            if model.likelihood.has_location:
+                bound = row_curvature(model.likelihood, level, phi, rows)
                 bound = jnp.where(rows.mask, bound, 0.0)[..., None]
                 curvature = jnp.einsum("...p,...q->pq", rows.shared, bound * rows.shared)
             else:
                 curvature = -jax.hessian(log_likelihood)(phi["beta"])
             slope = jax.grad(log_likelihood)(phi["beta"])
             pull["beta"] = jnp.linalg.solve(curvature, slope)
+        space = learned.space
         return jnp.concatenate([p.entries(pull[p.name]) for p in space.parts]) / space.units
-
-    return direction
 
 
 def _data(model: HierarchicalModel, tasks: Tasks) -> tuple[Any, ...]:
@@ -292,12 +292,9 @@ def _query(
     evidence, plain = Predictive(adaptation), model.without_encoder()
     with float64():
         space = query_space(model, tasks, fixed)
-
-        def objective(x: Any, *parts: Any) -> jax.Array:
-            return evidence.of_rows(plain, phi | space.phi(x), *parts).sum() / asked.num_rows
-
-        data = evidence.arrange(plain, support, asked)
-        start = np.zeros(space.size)
+        parts = evidence.arrange(plain, support, asked)
+        data = (Learned(space, phi), *parts, float(asked.num_rows))
+        start, objective = np.zeros(space.size), Predicted(evidence, plain)
         best = maximise(objective, start, None, 100, False, "Reptile's sigma_query", data)
-        found = to_numpy(space.phi(best.parameters))
+        found = to_numpy(space.phi(jnp.asarray(best.x)))
     return found, best.value * asked.num_rows, best.warnings
