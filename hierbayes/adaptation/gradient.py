@@ -11,7 +11,7 @@ mean longer steps, or of its mean. How long they may be says
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -71,6 +71,12 @@ class GradientSteps(PointAdaptation):
     derivative: Derivative = "unrolled"
     proximal: bool = False
     name = "gradient steps"
+
+    def for_programs(self, phi: dict[str, Any]) -> tuple[GradientSteps, dict[str, Any]]:
+        """The same steps with η in φ, so that a compiled program serves every step size."""
+        if self.step_size is None or self.optimiser is not None:
+            return self, dict(phi)
+        return replace(self, step_size=None), dict(phi) | {"step_size": self.step_size}
 
     def steps(
         self, model: HierarchicalModel, phi: dict[str, Any], rows: Task, task_of_row: Any
@@ -210,9 +216,9 @@ class GradientSteps(PointAdaptation):
             blocks = model.likelihood.blocks(tasks)
             groups = [(positions, (block, None)) for positions, block in blocks]
         with arithmetic(model.likelihood.precision):
-            plain = model.without_encoder()
+            plain, (how, at) = model.without_encoder(), self.for_programs(phi)
             parts = [
-                (positions, _steps(self, plain, dict(phi), *on_devices(arranged, tasks)))
+                (positions, _steps(how, plain, at, *on_devices(arranged, tasks)))
                 for positions, arranged in groups
             ]
             parts = [(positions, gathered(found, len(positions))) for positions, found in parts]

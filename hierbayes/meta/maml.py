@@ -208,7 +208,6 @@ def maml(
     splits = support_query_splits(tasks, query, num_splits, seed, "MAML")
     fixed = None if learn_step_size or inner_optimiser is not None else eta
     adaptation = GradientSteps(num_steps, fixed, loss, inner_optimiser, derivative)
-    evidence = Predictive(adaptation)
     with float64():
         space = outer_space(resolved, tasks, noise)
         if learn_step_size:
@@ -221,11 +220,13 @@ def maml(
         start = space.x({"mu": resolved.scales(tasks).mu_location})
 
         support, asked = (side_by_side(parts) for parts in zip(*splits, strict=True))
-        learned, plain = Learned(space, noise), resolved.without_encoder()
+        how, given = adaptation.for_programs(noise)
+        evidence = Predictive(how)
+        learned, plain = Learned(space, given), resolved.without_encoder()
         data = (learned, *evidence.arrange(plain, support, asked), float(asked.num_rows))
         objective = Predicted(evidence, plain)
         best = maximise(objective, start, optimiser, num_meta_steps, progress, "MAML", data)
-        phi = to_numpy(learned.phi(jnp.asarray(best.x)))
+        phi = to_numpy(dict(noise) | space.phi(jnp.asarray(best.x)))
     chosen: Any = phi.get("step_size", eta) if inner_optimiser is None else None
     if chosen is not None and np.ndim(chosen) == 0:
         chosen = float(chosen)

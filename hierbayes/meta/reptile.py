@@ -181,13 +181,14 @@ def reptile(
     with float64():
         space = outer_space(resolved, tasks, fixed, queries=False)
         start = space.x({"mu": resolved.scales(tasks).mu_location})
-        learned, plain = Learned(space, fixed), resolved.without_encoder()
+        how, given = adaptation.for_programs(fixed)
+        learned, plain = Learned(space, given), resolved.without_encoder()
         level = float(resolved.likelihood.units(tasks)[0])
         found = follow(
-            Pulled(adaptation, plain), start, optimiser, num_meta_steps, tolerance, progress,
+            Pulled(how, plain), start, optimiser, num_meta_steps, tolerance, progress,
             "Reptile", (learned, level, *_data(resolved, tasks)),
         )  # fmt: skip
-        phi = to_numpy(learned.phi(jnp.asarray(found.x)))
+        phi = to_numpy(dict(fixed) | space.phi(jnp.asarray(found.x)))
     remarks = list(found.warnings)
     if eta > longest * (1 + 1e-9):
         remarks.append(
@@ -289,11 +290,12 @@ def _query(
             "of their task predict, cannot be learned: predictions hold the noise alone and are "
             "too narrow"
         ]  # fmt: skip
-    evidence, plain = Predictive(adaptation), model.without_encoder()
+    how, given = adaptation.for_programs(phi)
+    evidence, plain = Predictive(how), model.without_encoder()
     with float64():
         space = query_space(model, tasks, fixed)
         parts = evidence.arrange(plain, support, asked)
-        data = (Learned(space, phi), *parts, float(asked.num_rows))
+        data = (Learned(space, given), *parts, float(asked.num_rows))
         start, objective = np.zeros(space.size), Predicted(evidence, plain)
         best = maximise(objective, start, None, 100, False, "Reptile's sigma_query", data)
         found = to_numpy(space.phi(jnp.asarray(best.x)))
