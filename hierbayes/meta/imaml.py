@@ -11,37 +11,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hierbayes import inputs
 from hierbayes.adaptation import GradientSteps, Proximal
 from hierbayes.adaptation.gradient import Derivative
-from hierbayes.errors import InputError, announce, listing
-from hierbayes.evidence import Predictive
+from hierbayes.errors import InputError, listing
 from hierbayes.fit import Fit
-from hierbayes.fit.outward import as_given, enter
-from hierbayes.meta.ascent import maximise
-from hierbayes.meta.episodic import PLAIN_STEP, on_episodes
-from hierbayes.meta.inner_loop import (
-    Learned,
-    Predicted,
-    check_counts,
-    check_optimiser,
-    check_steps,
-    inner_noise,
-    outer_space,
-    refuse_idle,
-    refuse_splits,
-    side_by_side,
-    step_or,
-    support_query_splits,
-)
-from hierbayes.meta.maml_on_episodes import maximise_predictive
+from hierbayes.fit.outward import Entered, as_given, enter
+from hierbayes.meta.episodic import on_episodes
+from hierbayes.meta.inner_loop import check_steps
+from hierbayes.meta.sources import AllAtOnce, Batches, Extra, all_at_once, batches
 from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel, check_model
-from hierbayes.numerics import float64, to_numpy
-from hierbayes.phi import Part, Space
 from hierbayes.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -158,99 +140,115 @@ def imaml(
         num_steps=num_steps, step_size=step_size, loss=loss, derivative=derivative,
         inner_optimiser=inner_optimiser,
     )  # fmt: skip
+    outer: dict[str, Any] = dict(
+        optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
+    )
     if on_episodes(model, tasks):
-        refuse_splits(num_splits, "iMAML")
-        outer = dict(
-            optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
-        )
         training = {**outer_loop, **outer}
-        return _on_episodes(model, tasks, prior_precision, query, sigma, training, **inner)
-    refuse_idle({**outer_loop, **inner}, "iMAML")
-    num_meta_steps = 500 if num_meta_steps is None else num_meta_steps
-    tasks = model.tasks(tasks)
-    check_counts(num_splits=num_splits, num_meta_steps=num_meta_steps)
-    check_optimiser(optimiser)
-    model.check(tasks, learns_prior=True)
-    given = _given(prior_precision, tasks)
-    entered = enter(model, tasks, "prior") if given is None else as_given(model, tasks)
-    resolved, tasks = entered.inner_model, entered.inner_tasks
-    units = resolved.scales(tasks).coef
-    fixed = inner_noise(resolved, tasks, sigma)
-    splits = support_query_splits(tasks, query, num_splits, seed, "iMAML")
-    adaptation = Proximal()
-    evidence = Predictive(adaptation)
-    with float64():
-        space = outer_space(resolved, tasks, fixed)
-        if given is None:  # x is the log of the precision, up to its sign
-            space += Space.of(
-                [Part("tau", ("coef",), units.shape, "positive")],
-                units={"tau": 0.5}, starts={"tau": STARTING_TAU * units},
-            )  # fmt: skip
-        else:
-            fixed = fixed | {"tau": 1 / np.sqrt(given)}
-        start = space.x({"mu": resolved.scales(tasks).mu_location})
-
-        support, asked = (side_by_side(parts) for parts in zip(*splits, strict=True))
-        learned, plain = Learned(space, fixed), resolved.without_encoder()
-        data = (learned, *evidence.arrange(plain, support, asked), float(asked.num_rows))
-        objective = Predicted(evidence, plain)
-        best = maximise(objective, start, optimiser, num_meta_steps, progress, "iMAML", data)
-        phi = to_numpy(learned.phi(jnp.asarray(best.x)))
-    adapted = adaptation(resolved, tasks, phi)
-    remarks = [*best.warnings, *adapted.remarks]
-    if not resolved.likelihood.gaussian_in_theta:  # the maxima that phi was learned through
-        through = adaptation(resolved, support, phi).remarks
-        remarks += [f"of the support rows: {said}" for said in through]
-    if given is None:
-        remarks += _extremes(tasks, phi["tau"] / units)
-    fit = Fit(
-        "iMAML", resolved, tasks, phi, adaptation, adapted,
-        no_evidence="iMAML maximises the predictive evidence of the query rows, in "
-        'info["query_log_density"], not log p(D | φ)',
-        warnings=announce(remarks),
-        info={
-            "prior_precision": "learn" if given is None else given.tolist(),
-            "query_log_density": best.value * asked.num_rows / num_splits, "query": query,
-            "num_splits": num_splits, "num_meta_steps": num_meta_steps, "sigma": sigma,
-            "seed": seed,
-            "seconds": time.perf_counter() - started,
-        },
+        given: dict[str, Any] = {"query": query, "num_splits": num_splits, "training": training}
+        source = batches(model, tasks, "iMAML", started, **given)
+        return _by_steps(source, prior_precision, sigma, **inner)
+    outer["num_meta_steps"] = 500 if num_meta_steps is None else num_meta_steps
+    source = all_at_once(
+        lambda tasks: _entered(model, tasks, prior_precision), model, tasks, "iMAML",
+        {**outer_loop, **inner}, started, query=query, num_splits=num_splits, **outer,
     )  # fmt: skip
-    return entered.leave(fit)
+    return _by_maxima(source, prior_precision, sigma)
 
 
-def _on_episodes(
-    model: HierarchicalModel,
-    tasks: Any,
-    prior_precision: Any,
-    query: float,
-    sigma: float | None,
-    training: Any,
-    *,
-    num_steps: int | None,
-    step_size: float | None,
-    loss: Any,
-    derivative: Any,
-    inner_optimiser: Any,
-) -> Fit:
+NO_EVIDENCE = (
+    "iMAML maximises the predictive evidence of query rows, in info['query_log_density'] or "
+    "info['history'], not log p(D | φ)"
+)
+
+
+def _entered(model: HierarchicalModel, tasks: Tasks, prior_precision: Any) -> Entered:
+    """Numbers are precisions in the user's columns; what is learned is one in scaled ones."""
+    learn = _given(prior_precision, tasks) is None
+    return enter(model, tasks, "prior") if learn else as_given(model, tasks)
+
+
+def _by_maxima(source: AllAtOnce, prior_precision: Any, sigma: float | None) -> Fit:
+    """The maximum of each task's log posterior by Newton's method."""
+    model, tasks = source.model, source.tasks
+    precision, noise, adaptation = _given(prior_precision, tasks), source.noise(sigma), Proximal()
+    units, extras = model.scales(tasks).coef, ()
+    if precision is None:  # its logarithm is learned
+        extras = (Extra("tau", STARTING_TAU * units, each=True, unit=0.5),)
+    else:
+        noise = noise | {"tau": 1 / np.sqrt(precision)}
+    found = source.maximise("iMAML", adaptation, noise, {}, extras)
+    training = adaptation(model, tasks, found.phi)
+    remarks = [*found.warnings, *training.remarks]
+    if not model.likelihood.gaussian_in_theta:  # the maxima that φ was learned through
+        through = adaptation(model, found.more, found.phi).remarks
+        remarks += [f"of the support rows: {said}" for said in through]
+    if precision is None:
+        remarks += _extremes(tasks, found.phi["tau"] / units)
+    described = {
+        "prior_precision": "learn" if precision is None else precision.tolist(), "sigma": sigma,
+    }  # fmt: skip
+    found = found._replace(warnings=remarks, more=training)
+    return source.fit("iMAML", adaptation, found, NO_EVIDENCE, described)
+
+
+def _by_steps(
+    source: Batches, prior_precision: Any, sigma: float | None, *, num_steps: int | None,
+    step_size: float | None, loss: Any, derivative: Any, inner_optimiser: Any,
+) -> Fit:  # fmt: skip
     """K steps on the log posterior under N(φ, I/λ), and the derivative of its maximum."""
     num_steps = PROXIMAL_STEPS if num_steps is None else num_steps
     derivative = derivative or "implicit"
-    given = "auto" if step_size is None else step_size
-    check_steps(num_steps, given, loss, derivative, inner_optimiser)
-    learn = isinstance(prior_precision, str) and prior_precision == "learn"
-    if not learn:
+    asked = "auto" if step_size is None else step_size
+    check_steps(num_steps, asked, loss, derivative, inner_optimiser)
+    noise, extras, tau = source.noise(sigma), (Extra("tau", STARTING_TAU),), "learn"
+    if not (isinstance(prior_precision, str) and prior_precision == "learn"):
         name = 'prior_precision on episodes must be "learn", or one number for all weights, which'
-        prior_precision = inputs.positive(name, prior_precision)
-    eta = step_or(step_size, PLAIN_STEP)
-    steps = GradientSteps(
-        num_steps, eta if inner_optimiser is None else None, loss or "mean", inner_optimiser,
-        derivative, proximal=True,
-    )  # fmt: skip
-    return maximise_predictive(
-        "iMAML", model, tasks, steps, step_size=eta, learn_step_size=False, query=query,
-        sigma=sigma, tau="learn" if learn else float(prior_precision) ** -0.5, training=training,
-    )  # fmt: skip
+        tau = float(inputs.positive(name, prior_precision)) ** -0.5
+        noise, extras = noise | {"tau": np.asarray(tau)}, ()
+    loss, eta = loss or source.loss, source.step_size(asked, noise, loss)
+    fixed = eta if inner_optimiser is None else None
+    steps = GradientSteps(num_steps, fixed, loss, inner_optimiser, derivative, proximal=True)
+    described = {
+        "num_steps": num_steps, "step_size": eta, "loss": loss, "derivative": derivative,
+        "sigma": sigma, "tau": tau,
+    }  # fmt: skip
+    found = source.maximise("iMAML", steps, noise, described, extras)
+    if derivative == "implicit":
+        found = found._replace(warnings=[*found.warnings, *_unsolved(steps, found.info)])
+    return source.fit("iMAML", steps, found, NO_EVIDENCE, described)
+
+
+SOLVED, SOLVED_SLOPE = 1e-2, 1e-3
+"""Of the inner problem's slope, and of the right-hand side of the gradient's system: what may be
+left for the gradient to be right to about as much."""
+
+
+def _unsolved(adaptation: GradientSteps, last: dict[str, float]) -> list[str]:
+    """What to say where the implicit gradient is not that of a maximum, from held-out tasks."""
+    said = []
+    if not last["inner_residual"] <= SOLVED:
+        said.append(
+            f"iMAML: {adaptation.num_steps} inner steps do not reach the maximum whose "
+            f"derivative the outer loop takes: up to {last['inner_residual']:.2g} of the slope at "
+            f"phi is left at theta in held-out tasks, {SOLVED:g} being little. Take more "
+            'or longer steps, a larger prior_precision, or derivative="unrolled", that of the steps'
+        )
+    if last["not_a_maximum"] > 0:
+        said.append(
+            f"iMAML: in {100 * last['not_a_maximum']:.2g} % of held-out tasks the log posterior "
+            "bends upwards somewhere at theta, which is no maximum there and has no implicit "
+            "gradient: conjugate gradients stop at that direction, and a share of up to "
+            f"{last['gradient_residual']:.2g} of their system is left. Take a larger "
+            'prior_precision or more steps, or derivative="unrolled"'
+        )
+    elif not last["gradient_residual"] <= SOLVED_SLOPE:
+        said.append(
+            f"iMAML: conjugate gradients for the implicit gradient have not converged: a share "
+            f"of up to {last['gradient_residual']:.2g} of their system is left in held-out tasks. "
+            'Take a larger prior_precision, or dtype="float64" in the likelihood'
+        )
+    return said
 
 
 PROXIMAL_STEPS = 16

@@ -10,44 +10,20 @@ import time
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 
 from hierbayes import inputs
 from hierbayes.adaptation import GradientSteps
-from hierbayes.adaptation.base import step_sizes
 from hierbayes.adaptation.gradient import Derivative
-from hierbayes.adaptation.step_length import (
-    bounded,
-    check_step_size,
-    curvatures,
-    largest_curvature,
-)
-from hierbayes.errors import InputError, announce
-from hierbayes.evidence import Predictive
+from hierbayes.adaptation.step_length import bounded, curvatures
+from hierbayes.errors import InputError
 from hierbayes.fit import Fit
 from hierbayes.fit.outward import enter_or_stay
-from hierbayes.meta.ascent import maximise
-from hierbayes.meta.episodic import PLAIN_STEP, on_episodes
-from hierbayes.meta.inner_loop import (
-    Learned,
-    Predicted,
-    check_counts,
-    check_optimiser,
-    check_steps,
-    inner_noise,
-    outer_space,
-    refuse_idle,
-    refuse_splits,
-    side_by_side,
-    support_query_splits,
-)
-from hierbayes.meta.maml_on_episodes import maximise_predictive
+from hierbayes.meta.episodic import on_episodes
+from hierbayes.meta.inner_loop import check_counts, check_steps
+from hierbayes.meta.sources import AllAtOnce, Extra, Found, Source, all_at_once, batches
 from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel, check_model
-from hierbayes.numerics import float64, to_numpy
-from hierbayes.phi import Space
 from hierbayes.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -178,85 +154,79 @@ def maml(
         )
     check_steps(num_steps, step_size, loss, derivative, inner_optimiser, learn_step_size)
     check_counts(num_splits=num_splits)
+    outer: dict[str, Any] = dict(
+        optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
+    )
     if on_episodes(model, tasks):
-        refuse_splits(num_splits, "MAML")
-        outer = dict(
-            optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
-        )
-        eta = PLAIN_STEP if step_size == "auto" else float(step_size)
-        fixed = None if learn_step_size or inner_optimiser is not None else eta
-        steps = GradientSteps(num_steps, fixed, loss or "mean", inner_optimiser, derivative)
-        return maximise_predictive(
-            "MAML", model, tasks, steps, step_size=None if inner_optimiser is not None else eta,
-            learn_step_size=learn_step_size, query=query, sigma=sigma,
-            training={**outer_loop, **outer},
+        training = {**outer_loop, **outer}
+        given: dict[str, Any] = {"query": query, "num_splits": num_splits, "training": training}
+        source: Source = batches(model, tasks, "MAML", started, **given)
+    else:
+        stay = step_size != "auto" or inner_optimiser is not None
+        outer["num_meta_steps"] = 500 if num_meta_steps is None else num_meta_steps
+        source = all_at_once(
+            lambda tasks: enter_or_stay(model, tasks, stay=stay), model, tasks, "MAML",
+            dict(outer_loop), started, query=query, num_splits=num_splits, **outer,
         )  # fmt: skip
-    refuse_idle(outer_loop, "MAML")
-    num_meta_steps = 500 if num_meta_steps is None else num_meta_steps
-    tasks = model.tasks(tasks)
-    check_counts(num_meta_steps=num_meta_steps)
-    check_optimiser(optimiser)
-    model.check(tasks, learns_prior=True)
-    entered = enter_or_stay(model, tasks, stay=step_size != "auto" or inner_optimiser is not None)
-    resolved, tasks = entered.inner_model, entered.inner_tasks
-    noise = inner_noise(resolved, tasks, sigma)
-    loss = loss or "sum"
-    longest = 1.0 / float(largest_curvature(resolved, tasks, noise, loss).max())
-    eta = longest if step_size == "auto" else float(step_size)
-    check_step_size(eta, resolved, tasks, noise, loss)
-    free = not bounded(resolved, tasks, noise)
-    splits = support_query_splits(tasks, query, num_splits, seed, "MAML")
-    fixed = None if learn_step_size or inner_optimiser is not None else eta
-    adaptation = GradientSteps(num_steps, fixed, loss, inner_optimiser, derivative)
-    with float64():
-        space = outer_space(resolved, tasks, noise)
-        if learn_step_size:
-            top = max(longest, eta)
-            space += Space.of(
-                [step_sizes((len(tasks.coef),) if learn_step_size == "coef" else ())],
-                beliefs={"step_size": dist.Uniform(0.0, top)},
-                starts={"step_size": min(eta, 0.9 * top)},
-            )
-        start = space.x({"mu": resolved.scales(tasks).mu_location})
+    noise, climbed = source.noise(sigma), loss or source.loss
+    eta = source.step_size(step_size, noise, climbed)
+    plain = inner_optimiser is None
+    fixed = eta if plain and not learn_step_size else None
+    steps = GradientSteps(num_steps, fixed, climbed, inner_optimiser, derivative)
+    extras = _learned_steps(source, noise, climbed, eta, learn_step_size)
+    described = {
+        "num_steps": num_steps, "step_size": eta if plain else None, "loss": climbed,
+        "derivative": derivative, "learn_step_size": learn_step_size, "sigma": sigma,
+    }  # fmt: skip
+    found = source.maximise("MAML", steps, noise, described, extras)
+    if isinstance(source, AllAtOnce):
+        found = _judged(source, steps, noise, found, eta, learn_step_size)
+        described["step_size"] = _chosen(found.phi, eta) if plain else None
+    return source.fit("MAML", steps, found, NO_EVIDENCE, described)
 
-        support, asked = (side_by_side(parts) for parts in zip(*splits, strict=True))
-        how, given = adaptation.for_programs(noise)
-        evidence = Predictive(how)
-        learned, plain = Learned(space, given), resolved.without_encoder()
-        data = (learned, *evidence.arrange(plain, support, asked), float(asked.num_rows))
-        objective = Predicted(evidence, plain)
-        best = maximise(objective, start, optimiser, num_meta_steps, progress, "MAML", data)
-        phi = to_numpy(dict(noise) | space.phi(jnp.asarray(best.x)))
-    chosen: Any = phi.get("step_size", eta) if inner_optimiser is None else None
-    if chosen is not None and np.ndim(chosen) == 0:
-        chosen = float(chosen)
-    remarks = best.warnings
-    training = None
-    if free and inner_optimiser is None:
-        training = adaptation(resolved, tasks, phi)
+
+NO_EVIDENCE = (
+    "MAML maximises the predictive evidence of query rows, in info['query_log_density'] or "
+    "info['history'], not log p(D | φ)"
+)
+
+
+def _learned_steps(
+    source: Source, noise: dict[str, Any], loss: str, eta: float, learn: bool | str
+) -> tuple[Extra, ...]:
+    """The step size as a part of φ: up to 1/λ_max where that is known."""
+    if not learn:
+        return ()
+    if not isinstance(source, AllAtOnce):
+        return (Extra("step_size", eta, learn == "coef"),)
+    top = max(source.longest(noise, loss), eta)
+    return (Extra("step_size", min(eta, 0.9 * top), learn == "coef", top),)
+
+
+def _chosen(phi: dict[str, Any], eta: float) -> Any:
+    chosen = phi.get("step_size", eta)
+    return float(chosen) if np.ndim(chosen) == 0 else chosen
+
+
+def _judged(
+    source: AllAtOnce, steps: GradientSteps, noise: dict[str, Any], found: Found, eta: float,
+    learn: bool | str,
+) -> Found:  # fmt: skip
+    """With what is to be said of the steps, and what tasks conclude where that is looked at."""
+    model, tasks, remarks, training = source.model, source.tasks, found.warnings, None
+    if steps.optimiser is not None:
+        return found._replace(more=None)
+    longest, chosen = source.longest(noise, steps.loss), _chosen(found.phi, eta)
+    if not bounded(model, tasks, noise):
+        training = steps(model, tasks, found.phi)
         remarks = [*remarks, *training.remarks]
-    if learn_step_size and chosen is not None and np.max(chosen) < NEGLIGIBLE * longest:
+    if learn and np.max(chosen) < NEGLIGIBLE * longest:
         remarks = [*remarks, _unmoved(float(np.max(chosen)), longest)]
-    elif chosen is not None and np.ndim(chosen) == 0:
-        supports = [support for support, _ in splits]
-        remarks = remarks + _remarks(
-            resolved, float(chosen), longest, num_steps, supports, phi, loss
-        )
-    fit = Fit(
-        "MAML", resolved, tasks, phi, adaptation, training,
-        no_evidence="MAML maximises the predictive evidence of the query rows, in "
-        'info["query_log_density"], not log p(D | φ)',
-        warnings=announce(remarks),
-        info={
-            "num_steps": num_steps, "step_size": chosen,
-            "loss": loss, "derivative": derivative,
-            "query_log_density": best.value * asked.num_rows / num_splits, "query": query,
-            "num_splits": num_splits, "num_meta_steps": num_meta_steps, "sigma": sigma,
-            "seed": seed,
-            "seconds": time.perf_counter() - started,
-        },
-    )  # fmt: skip
-    return entered.leave(fit)
+    elif np.ndim(chosen) == 0:
+        supports = [support for support, _ in source.splits()]
+        given = (float(chosen), longest, steps.num_steps, supports, found.phi, steps.loss)
+        remarks = [*remarks, *_remarks(model, *given)]
+    return found._replace(warnings=remarks, more=training)
 
 
 NEGLIGIBLE = 1e-6

@@ -6,7 +6,9 @@ r"""Reptile: φ is where the tasks, after K gradient steps, pull it nowhere.
 
 from __future__ import annotations
 
+import functools
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
 import jax
@@ -15,37 +17,20 @@ import numpy as np
 
 from hierbayes import inputs
 from hierbayes.adaptation import GradientSteps
-from hierbayes.adaptation.step_length import (
-    bounded,
-    check_step_size,
-    largest_curvature,
-    row_curvature,
-)
-from hierbayes.errors import announce
+from hierbayes.adaptation.step_length import bounded, row_curvature
+from hierbayes.errors import InputError
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
 from hierbayes.fit.outward import enter_or_stay
-from hierbayes.meta.ascent import maximise
-from hierbayes.meta.episodic import PLAIN_STEP, on_episodes
-from hierbayes.meta.fixed_point import follow
-from hierbayes.meta.inner_loop import (
-    Learned,
-    Predicted,
-    check_counts,
-    check_optimiser,
-    check_steps,
-    inner_noise,
-    outer_space,
-    query_parameters,
-    query_space,
-    refuse_idle,
-)
-from hierbayes.meta.reptile_on_episodes import follow_moves
+from hierbayes.likelihoods import LastLayer
+from hierbayes.meta.episodic import Outer, Parameters, on_episodes, per_row, rows_together
+from hierbayes.meta.inner_loop import Learned, check_steps, query_parameters
+from hierbayes.meta.sources import AllAtOnce, Batches, Found, all_at_once, batches
 from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel, check_model
-from hierbayes.numerics import float64, to_numpy
+from hierbayes.numerics import float64
 from hierbayes.sharding import place
-from hierbayes.tasks import Tasks
+from hierbayes.tasks import Task, Tasks
 from hierbayes.tasks.layout import on_devices
 
 if TYPE_CHECKING:
@@ -155,65 +140,103 @@ def reptile(
     query = inputs.share("query", query)
     tolerance = inputs.positive("tolerance", tolerance)
     check_steps(num_steps, step_size, loss, "first-order", inner_optimiser)
+    outer: dict[str, Any] = dict(
+        optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
+    )
+    steps = functools.partial(GradientSteps, num_steps)
     if on_episodes(model, tasks):
-        outer = dict(
-            optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
-        )
-        eta = PLAIN_STEP if step_size == "auto" else float(step_size)
-        steps = GradientSteps(
-            num_steps, eta if inner_optimiser is None else None, loss or "mean", inner_optimiser
-        )
-        return follow_moves(model, tasks, steps, eta, query, sigma, {**outer_loop, **outer})
+        training = {**outer_loop, **outer}
+        source = batches(model, tasks, "Reptile", started, query=query, training=training)
+        return _along_batches(source, steps, step_size, loss, inner_optimiser, sigma)
     idle = {"loss": loss, "inner_optimiser": inner_optimiser}
-    refuse_idle({**outer_loop, **idle}, "Reptile")
-    num_meta_steps = 1000 if num_meta_steps is None else num_meta_steps
-    tasks = model.tasks(tasks)
-    check_counts(num_meta_steps=num_meta_steps)
-    check_optimiser(optimiser)
-    model.check(tasks, learns_prior=True)
-    entered = enter_or_stay(model, tasks, stay=step_size != "auto")
-    resolved, tasks = entered.inner_model, entered.inner_tasks
-    fixed = inner_noise(resolved, tasks, sigma)
-    longest = 1.0 / float(largest_curvature(resolved, tasks, fixed).max())
-    eta = longest if step_size == "auto" else float(step_size)
-    check_step_size(eta, resolved, tasks, fixed)
-    adaptation = GradientSteps(num_steps, eta)
-    with float64():
-        space = outer_space(resolved, tasks, fixed, queries=False)
-        start = space.x({"mu": resolved.scales(tasks).mu_location})
-        how, given = adaptation.for_programs(fixed)
-        learned, plain = Learned(space, given), resolved.without_encoder()
-        level = float(resolved.likelihood.units(tasks)[0])
-        found = follow(
-            Pulled(how, plain), start, optimiser, num_meta_steps, tolerance, progress,
-            "Reptile", (learned, level, *_data(resolved, tasks)),
-        )  # fmt: skip
-        phi = to_numpy(dict(fixed) | space.phi(jnp.asarray(found.x)))
-    remarks = list(found.warnings)
-    if eta > longest * (1 + 1e-9):
-        remarks.append(
-            f"step_size={eta:.3g} is longer than 1/λ_max = {longest:.3g}: gradient steps overshoot "
-            "in some tasks, and for odd num_steps no Gaussian prior makes them a MAP estimate"
-        )
-    density, training = None, None
-    if query_parameters(resolved, fixed):
-        more, density, said = _query(resolved, tasks, adaptation, phi, fixed, query, seed)
-        phi, remarks = phi | more, [*remarks, *said]
-    if not bounded(resolved, tasks, fixed):
-        training = adaptation(resolved, tasks, phi)
-        remarks += training.remarks
-    fit = Fit(
-        "Reptile", resolved, tasks, phi, adaptation, training,
-        no_evidence="Reptile follows a direction and maximises nothing",
-        warnings=announce(remarks),
-        info={
-            "num_steps": num_steps, "step_size": eta, "query": query,
-            "query_log_density": density, "num_meta_steps": num_meta_steps,
-            "tolerance": tolerance, "sigma": sigma, "outer_steps": found.taken,
-            "seed": seed, "seconds": time.perf_counter() - started,
-        },
+    outer["num_meta_steps"] = 1000 if num_meta_steps is None else num_meta_steps
+    source = all_at_once(
+        lambda tasks: enter_or_stay(model, tasks, stay=step_size != "auto"), model, tasks,
+        "Reptile", {**outer_loop, **idle}, started, query=query, **outer,
     )  # fmt: skip
-    return entered.leave(fit)
+    return _to_where_it_vanishes(source, steps, step_size, sigma, tolerance)
+
+
+NO_EVIDENCE = "Reptile follows a direction and maximises nothing"
+
+
+def _to_where_it_vanishes(
+    source: AllAtOnce, steps: Any, step_size: Any, sigma: float | None, tolerance: float
+) -> Fit:
+    """Of all tasks at once, with their regression on task predictors, and β."""
+    model, tasks, plain = source.model, source.tasks, source.model.without_encoder()
+    noise = source.noise(sigma)
+    eta, longest = source.step_size(step_size, noise, "sum"), source.longest(noise, "sum")
+    adaptation = steps(eta)
+    how, known = adaptation.for_programs(noise)
+    with float64():
+        data = float(model.likelihood.units(tasks)[0]), *_data(model, tasks)
+    found = source.follow(Pulled(how, plain), noise, known, data, tolerance)
+    phi, remarks, info, training = found.phi, found.warnings, found.info, None
+    if eta > longest * (1 + 1e-9):
+        remarks = [
+            *remarks,
+            f"step_size={eta:.3g} is longer than 1/λ_max = {longest:.3g}: gradient steps overshoot "
+            "in some tasks, and for odd num_steps no Gaussian prior makes them a MAP estimate",
+        ]
+    if query_parameters(model, noise):
+        more = source.judge_queries(adaptation, phi, noise)
+        phi, remarks, info = phi | more.phi, [*remarks, *more.warnings], info | more.info
+    if not bounded(model, tasks, noise):
+        training = adaptation(model, tasks, phi)
+        remarks = [*remarks, *training.remarks]
+    described = {
+        "num_steps": adaptation.num_steps, "step_size": eta, "tolerance": tolerance, "sigma": sigma,
+        "query_log_density": None,
+    }  # fmt: skip
+    found = Found(phi, remarks, info, training)
+    return source.fit("Reptile", adaptation, found, NO_EVIDENCE, described)
+
+
+def _along_batches(
+    source: Batches, steps: Any, step_size: Any, loss: Any, inner_optimiser: Any,
+    sigma: float | None,
+) -> Fit:  # fmt: skip
+    """Along the mean move of each batch's tasks, all their rows in the inner loop."""
+    import optax
+
+    model = source.model
+    if isinstance(model.likelihood, LastLayer):
+        raise InputError(
+            "Reptile moves φ to where tasks take θ, and tasks do not move features that all share: "
+            "use hb.maml (ANIL) or hb.empirical_bayes with a LastLayer"
+        )
+    noise, loss = source.noise(sigma), loss or source.loss
+    eta = source.step_size(step_size, noise, loss)
+    adaptation = steps(eta if inner_optimiser is None else None, loss, inner_optimiser)
+    outer, evidence = Outer(model, len(source.tasks.coef), noise), Predictive(adaptation)
+
+    def direction(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
+        del key
+        phi, rows = outer.phi(parameters), rows_together(support, asked)
+        thetas = adaptation.steps(model, phi, rows, None)
+        move = (thetas - phi["mu"]).mean(0)
+        each = model.likelihood.log_likelihood_of_rows(thetas, phi, rows, None)
+        return per_row(each, rows.mask), {"mu": _like(parameters["mu"], move, model)}
+
+    def score(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
+        del key
+        rows = evidence.of_rows(model, outer.phi(parameters), (support, None), (asked, None))
+        return per_row(rows, asked.mask)
+
+    described = {
+        "num_steps": adaptation.num_steps, "step_size": eta, "loss": loss, "sigma": sigma,
+    }  # fmt: skip
+    optimiser = source.training.get("optimiser") or optax.sgd(0.1)
+    source = replace(source, training=source.training | {"optimiser": optimiser})
+    found = source.follow("Reptile", direction, score, outer, described)
+    return source.fit("Reptile", adaptation, found, NO_EVIDENCE, described)
+
+
+def _like(parameters: Any, move: jax.Array, model: HierarchicalModel) -> Any:
+    """A move of θ as the parameters are: a network's are the pytree that it takes."""
+    tree = model.likelihood.tree(move)
+    return jax.tree.map(lambda p, m: m.reshape(p.shape).astype(p.dtype), parameters, tree)
 
 
 class Pulled(NamedTuple):
@@ -266,37 +289,3 @@ def _regression(tasks: Tasks, free: np.ndarray) -> np.ndarray:
     columns = with_rows * np.column_stack([np.ones(tasks.num_tasks), tasks.task_predictors])
     pinned = columns * np.array([0.0] + [1.0] * (columns.shape[1] - 1))
     return np.stack([np.linalg.pinv(columns if f else pinned) for f in free])
-
-
-def _query(
-    model: HierarchicalModel,
-    tasks: Tasks,
-    adaptation: GradientSteps,
-    phi: dict[str, Any],
-    fixed: dict[str, Any],
-    query: float,
-    seed: int | jax.Array,
-) -> tuple[dict[str, Any], float | None, list[str]]:
-    """``sigma_query`` and the like at their maximum given the rest of φ, that log density, remarks.
-
-    See :func:`~hierbayes.meta.inner_loop.query_parameters`.
-    """
-    names = query_parameters(model, fixed)
-    support, asked = tasks.split(query, seed=seed)
-    if not ((support.sizes > 0) & (asked.sizes > 0)).any():
-        learned = ", ".join(f"{name}_query" for name in names)
-        return {}, None, [
-            f"no task has two rows, so that {learned}, the deviation of rows from what the others "
-            "of their task predict, cannot be learned: predictions hold the noise alone and are "
-            "too narrow"
-        ]  # fmt: skip
-    how, given = adaptation.for_programs(phi)
-    evidence, plain = Predictive(how), model.without_encoder()
-    with float64():
-        space = query_space(model, tasks, fixed)
-        parts = evidence.arrange(plain, support, asked)
-        data = (Learned(space, given), *parts, float(asked.num_rows))
-        start, objective = np.zeros(space.size), Predicted(evidence, plain)
-        best = maximise(objective, start, None, 100, False, "Reptile's sigma_query", data)
-        found = to_numpy(space.phi(jnp.asarray(best.x)))
-    return found, best.value * asked.num_rows, best.warnings
