@@ -21,17 +21,9 @@ from hierbayes import inputs
 from hierbayes.adaptation.variational import Variational, divergence, expected
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.fit import Fit
-from hierbayes.meta.episodic import (
-    PLAIN_STEP,
-    Outer,
-    Parameters,
-    finish,
-    rows_together,
-    run,
-    source,
-)
-from hierbayes.meta.inner_loop import check_counts, check_steps, step_or
-from hierbayes.meta.training import DEFAULTS, Training, ascent_of
+from hierbayes.meta.batches import Outer, Parameters, batches, rows_together
+from hierbayes.meta.inner_loop import check_counts, check_steps
+from hierbayes.meta.training import Training
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.tasks import Task
 
@@ -115,9 +107,9 @@ def abml(
             "abml approximates the posterior of a network's weights; tasks that are linear in θ "
             "have exact ones: use hb.empirical_bayes or hb.full_bayes"
         )
-    model = model.without_encoder()
-    eta = step_or(step_size, PLAIN_STEP)
-    episodes, sample = source(model, tasks, query, training.get("held_out") or DEFAULTS["held_out"])
+    source = batches(model, tasks, "ABML", started, query=query, training=dict(training))
+    model, sample = source.model, source.tasks
+    eta = source.step_size("auto" if step_size is None else step_size, {}, "mean")
     outer = Outer(model, len(sample.coef), {})
     adaptation = Variational(num_steps, eta, num_samples)
     has_noise = "sigma" in model.likelihood.parameters()
@@ -144,16 +136,12 @@ def abml(
         return bound / jnp.maximum(rows.mask.sum(-1), 1)
 
     described = {
-        "num_steps": num_steps, "step_size": eta, "num_samples": num_samples, "query": query,
+        "num_steps": num_steps, "step_size": eta, "num_samples": num_samples,
         "num_tasks": num_tasks, "precision_prior": list(precision_prior),
     }  # fmt: skip
-    trained = run(
-        outer, ascent_of(objective), objective, episodes, dict(training), "ABML", described, start
-    )
-    return finish(
-        "ABML", outer, adaptation, trained, sample, episodes, described, started,
-        "ABML maximises a lower bound of the evidence, in info['history'], a row", None,
-    )  # fmt: skip
+    found = source.ascend("ABML", outer, objective, described, start)
+    no_evidence = "ABML maximises a lower bound of the evidence, in info['history'], a row"
+    return source.fit("ABML", adaptation, found, no_evidence, described)
 
 
 def log_hyperprior(phi: dict[str, Any], precision_prior: tuple[float, float]) -> Any:

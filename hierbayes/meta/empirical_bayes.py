@@ -29,7 +29,7 @@ from hierbayes.fit import Fit
 from hierbayes.fit.outward import enter
 from hierbayes.likelihoods import LastLayer
 from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS, maximise_approximate
-from hierbayes.meta.episodic import on_episodes
+from hierbayes.meta.batches import on_episodes
 from hierbayes.meta.expected_coverage import remarks_on_coverage
 from hierbayes.meta.inner_loop import refuse_idle
 from hierbayes.meta.intervals import Intervals, check_intervals, draws_of_mixture, widened

@@ -19,9 +19,10 @@ from hierbayes.adaptation.gradient import Derivative
 from hierbayes.errors import InputError, listing
 from hierbayes.fit import Fit
 from hierbayes.fit.outward import Entered, as_given, enter
-from hierbayes.meta.episodic import on_episodes
+from hierbayes.meta.all_at_once import AllAtOnce, all_at_once
+from hierbayes.meta.batches import Batches, batches, on_episodes
 from hierbayes.meta.inner_loop import check_steps
-from hierbayes.meta.sources import AllAtOnce, Batches, Extra, all_at_once, batches
+from hierbayes.meta.sources import Extra
 from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.tasks import Tasks

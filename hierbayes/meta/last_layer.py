@@ -20,8 +20,7 @@ from hierbayes.adaptation import Conjugate
 from hierbayes.errors import InputError
 from hierbayes.evidence.features import log_evidence_on_features
 from hierbayes.fit import Fit
-from hierbayes.meta.episodic import Outer, Parameters, finish, rows_together, run, source
-from hierbayes.meta.training import DEFAULTS, ascent_of
+from hierbayes.meta.batches import SHARE, Outer, Parameters, batches, rows_together
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task
 
@@ -34,7 +33,6 @@ def maximise_evidence_of_features(
 ) -> Fit:
     """φ̂ = (mu, tau, sigma, features) from a source of tasks, by stochastic ascent."""
     started = time.perf_counter()
-    model = model.without_encoder()
     model.require_gaussian_prior(
         "empirical_bayes on a learned last layer", "its evidence is that of a Gaussian prior",
         "use priors.Gaussian(correlated=False)",
@@ -44,7 +42,8 @@ def maximise_evidence_of_features(
             "the last layer's prior is independent: pass hb.priors.Gaussian(correlated=False). "
             "Nothing is lost: features are learned, and a rotation of them is a correlation"
         )
-    episodes, sample = source(model, tasks, 0.5, training.get("held_out") or DEFAULTS["held_out"])
+    source = batches(model, tasks, "empirical Bayes", started, query=SHARE, training=training)
+    model, sample = source.model, source.tasks
     outer = Outer(model, len(sample.coef), {})
     spread = float(np.std(sample.outcome)) or 1.0
 
@@ -65,19 +64,17 @@ def maximise_evidence_of_features(
         return log_evidence_on_features(model, phi, rows) / jnp.maximum(rows.mask.sum(-1), 1)
 
     described: dict[str, Any] = {"criterion": "ml", "evidence": "exact"}
-    trained = run(
-        outer, ascent_of(objective), objective, episodes, training, "empirical Bayes", described,
-        start, precision="float64",
-    )  # fmt: skip
-    floor = SMALLEST_SIGMA * spread
+    precision = "float64"
+    found = source.ascend("empirical Bayes", outer, objective, described, start, precision)
+    trained, floor = found.more[1], SMALLEST_SIGMA * spread
     if float(jnp.exp(trained.parameters["log_sigma"])) <= floor:
         trained.parameters["log_sigma"] = jax.device_get(np.log(floor))
-        trained.warnings.append(
+        found.warnings.append(
             f"sigma has reached the smallest that is followed, {floor:.2g} ({SMALLEST_SIGMA:g} of "
             "the outcome's spread): the features explain the rows almost without an error"
         )
-    return finish(
-        "empirical Bayes", outer, Conjugate(), trained, sample, episodes, described, started,
+    return source.fit(
+        "empirical Bayes", Conjugate(), found,
         "tasks are drawn without end: info['history'] has the mean log evidence a row of held-out "
-        "tasks", None, precision="float64",
+        "tasks", described, precision=precision,
     )  # fmt: skip

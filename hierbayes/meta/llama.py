@@ -16,18 +16,10 @@ from hierbayes.adaptation.linearised import LinearisedSteps
 from hierbayes.errors import NotApplicable
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
-from hierbayes.meta.episodic import (
-    PLAIN_STEP,
-    Outer,
-    Parameters,
-    finish,
-    fixed_noise,
-    run,
-    source,
-)
+from hierbayes.meta.batches import Outer, Parameters, batches
 from hierbayes.meta.implied import scale_of
-from hierbayes.meta.inner_loop import check_steps, step_or
-from hierbayes.meta.training import DEFAULTS, Training, ascent_of
+from hierbayes.meta.inner_loop import check_steps
+from hierbayes.meta.training import Training
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.tasks import Task
 
@@ -98,10 +90,10 @@ def llama(
     check_steps(num_steps, "auto" if step_size is None else step_size, "mean", "unrolled", None)
     weight = inputs.positive("weight", weight, or_zero=True)
     _require_gaussian_network(model)
-    model = model.without_encoder()
-    eta = step_or(step_size, PLAIN_STEP)
-    episodes, sample = source(model, tasks, query, training.get("held_out") or DEFAULTS["held_out"])
-    outer = Outer(model, len(sample.coef), fixed_noise(model, sigma))
+    source = batches(model, tasks, "LLAMA", started, query=query, training=dict(training))
+    model, noise = source.model, source.noise(sigma)
+    eta = source.step_size("auto" if step_size is None else step_size, noise, "mean")
+    outer = Outer(model, len(source.tasks.coef), noise)
     adaptation = LinearisedSteps(num_steps, eta, "mean", spread="laplace")
     evidence = Predictive(adaptation, determinant=float(weight))
 
@@ -112,16 +104,14 @@ def llama(
 
     described = {
         "num_steps": num_steps, "step_size": eta, "loss": "mean", "weight": float(weight),
-        "sigma": sigma, "query": query,
+        "sigma": sigma,
     }  # fmt: skip
-    trained = run(
-        outer, ascent_of(objective), objective, episodes, dict(training), "LLAMA", described
-    )
-    return finish(
-        "LLAMA", outer, adaptation, trained, sample, episodes, described, started,
+    found = source.ascend("LLAMA", outer, objective, described)
+    return source.fit(
+        "LLAMA", adaptation, found,
         "LLAMA maximises the predictive evidence of query rows less Laplace's determinant, in "
         "info['history'], not log p(D | φ)",
-        scale_of(adaptation),
+        described, scale_of(adaptation),
     )  # fmt: skip
 
 

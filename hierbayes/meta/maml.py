@@ -19,9 +19,10 @@ from hierbayes.adaptation.step_length import bounded, curvatures
 from hierbayes.errors import InputError
 from hierbayes.fit import Fit
 from hierbayes.fit.outward import enter_or_stay
-from hierbayes.meta.episodic import on_episodes
+from hierbayes.meta.all_at_once import AllAtOnce, all_at_once
+from hierbayes.meta.batches import batches, on_episodes
 from hierbayes.meta.inner_loop import check_counts, check_steps
-from hierbayes.meta.sources import AllAtOnce, Extra, Found, Source, all_at_once, batches
+from hierbayes.meta.sources import Extra, Found, Source
 from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.tasks import Tasks

@@ -23,9 +23,18 @@ from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
 from hierbayes.fit.outward import enter_or_stay
 from hierbayes.likelihoods import LastLayer
-from hierbayes.meta.episodic import Outer, Parameters, on_episodes, per_row, rows_together
+from hierbayes.meta.all_at_once import AllAtOnce, all_at_once
+from hierbayes.meta.batches import (
+    Batches,
+    Outer,
+    Parameters,
+    batches,
+    on_episodes,
+    per_row,
+    rows_together,
+)
 from hierbayes.meta.inner_loop import Learned, check_steps, query_parameters
-from hierbayes.meta.sources import AllAtOnce, Batches, Found, all_at_once, batches
+from hierbayes.meta.sources import Found
 from hierbayes.meta.training import OuterLoop
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64
@@ -229,7 +238,7 @@ def _along_batches(
     }  # fmt: skip
     optimiser = source.training.get("optimiser") or optax.sgd(0.1)
     source = replace(source, training=source.training | {"optimiser": optimiser})
-    found = source.follow("Reptile", direction, score, outer, described)
+    found = source.follow("Reptile", outer, direction, score, described)
     return source.fit("Reptile", adaptation, found, NO_EVIDENCE, described)
 
 
