@@ -132,27 +132,15 @@ class AllAtOnce(Source):
         self, adaptation: PointAdaptation, phi: dict[str, Any], given: dict[str, Any]
     ) -> Found:
         """``sigma_query`` and the like at their maximum given the rest of φ."""
-        model, tasks, plain = self.model, self.tasks, self.model.without_encoder()
-        names = query_parameters(model, given)
-        support, asked = tasks.split(self.query, seed=self.seed)
+        support, asked = self.tasks.split(self.query, seed=self.seed)
         if not ((support.sizes > 0) & (asked.sizes > 0)).any():
-            learned = ", ".join(f"{name}_query" for name in names)
+            learned = ", ".join(f"{name}_query" for name in query_parameters(self.model, given))
             return Found({}, [
                 f"no task has two rows, so that {learned}, the deviation of rows from what the "
                 "others of their task predict, cannot be learned: predictions hold the noise alone "
                 "and are too narrow"
             ], {"query_log_density": None})  # fmt: skip
-        how, known = for_programs(adaptation, phi)
-        evidence = Predictive(how)
-        with float64():
-            space = query_space(model, tasks, given)
-            parts = evidence.arrange(plain, support, asked)
-            data = (Learned(space, known), *parts, float(asked.num_rows))
-            name, start = f"{self.method}'s sigma_query", np.zeros(space.size)
-            best = maximise(Predicted(evidence, plain), start, None, 100, False, name, data)
-            found = to_numpy(space.phi(jnp.asarray(best.x)))
-        density = best.value * asked.num_rows
-        return Found(found, list(best.warnings), {"query_log_density": density})
+        return queries_judged(self.method, self.model, adaptation, phi, given, support, asked)
 
     def fit(
         self, method: str, adaptation: Adaptation, found: Found, no_evidence: str,
@@ -169,6 +157,24 @@ class AllAtOnce(Source):
             info=described | found.info | own | {"seconds": time.perf_counter() - self.started},
         )  # fmt: skip
         return self.entered.leave(made)
+
+
+def queries_judged(
+    method: str, model: HierarchicalModel, adaptation: PointAdaptation, phi: dict[str, Any],
+    given: dict[str, Any], support: Tasks, asked: Tasks,
+) -> Found:  # fmt: skip
+    """How query rows are scored, at its maximum given the rest of φ."""
+    how, known = for_programs(adaptation, phi)
+    evidence, plain = Predictive(how), model.without_encoder()
+    with float64():
+        space = query_space(model, support, given)
+        parts = evidence.arrange(plain, support, asked)
+        data = (Learned(space, known), *parts, float(asked.num_rows))
+        name, start = f"{method}'s sigma_query", np.zeros(space.size)
+        best = maximise(Predicted(evidence, plain), start, None, 100, False, name, data)
+        found = to_numpy(space.phi(jnp.asarray(best.x)))
+    density = best.value * asked.num_rows
+    return Found(found, list(best.warnings), {"query_log_density": density})
 
 
 def for_programs(

@@ -26,7 +26,8 @@ from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
 from hierbayes.likelihoods import LastLayer
 from hierbayes.likelihoods.neural import Neural, refuse_filling
-from hierbayes.meta.inner_loop import check_counts, refuse_splits, step_or
+from hierbayes.meta.all_at_once import queries_judged
+from hierbayes.meta.inner_loop import check_counts, inner_noise, refuse_splits, step_or
 from hierbayes.meta.sources import Extra, Found, Source
 from hierbayes.meta.training import (
     DEFAULTS,
@@ -40,6 +41,7 @@ from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic, to_numpy
 from hierbayes.tasks import Episodes, Task, Tasks
 from hierbayes.tasks.episodes import Sampled
+from hierbayes.tasks.joining import joined
 
 Parameters = dict[str, Any]
 
@@ -172,7 +174,8 @@ def rows_together(support: Task, query: Task) -> Task:
 
     return Task(
         joined(support.predictors, query.predictors), joined(support.shared, query.shared),
-        support.task_predictors, joined(support.outcome, query.outcome), {},
+        support.task_predictors, joined(support.outcome, query.outcome),
+        {name: joined(values, query.slots[name]) for name, values in support.slots.items()},
         joined(support.mask, query.mask),
     )  # fmt: skip
 
@@ -206,8 +209,22 @@ class Batches(Source):
         return self.sample
 
     def noise(self, sigma: float | None) -> dict[str, Any]:
-        """σ as given, or √½: then minus the mean log likelihood is the mean squared error."""
+        """σ as given, or √½: then minus the mean log likelihood is the mean squared error.
+
+        Other parameters of a family that is linear in θ are pooled within tasks that are drawn.
+        """
+        likelihood = self.plain.likelihood
+        if likelihood.linear and not likelihood.gaussian_in_theta and likelihood.parameters():
+            return inner_noise(self.plain, joined(*self._drawn()), sigma)
         return fixed_noise(self.plain, sigma)
+
+    def _drawn(self) -> tuple[Tasks, Tasks]:
+        """(support, query) of fresh tasks; a generator has given as many as there are held out."""
+        num_tasks = 500 if isinstance(self.episodes, Sampled) else self.sample.num_tasks
+        with arithmetic(self.plain.likelihood.precision):
+            drawn = self.episodes.draw(num_tasks, seed=jax.random.key(DEVIATION_SEED))
+            support, query = (self.plain.tasks(part) for part in drawn)
+        return support, query
 
     def step_size(self, asked: Any, noise: dict[str, Any], loss: str) -> float:
         """0.01 unless asked otherwise; no bound is known."""
@@ -286,19 +303,16 @@ class Batches(Source):
         It is the deviation of query rows by default, where the family has a σ.
         """
         (outer, trained), plain = found.more, self.plain
+        parameters = plain.likelihood.parameters()
         if after is None and isinstance(adaptation, GradientSteps):
-            after = query_deviation(adaptation)
+            by_deviation = plain.likelihood.gaussian_in_theta or not plain.likelihood.linear
+            after = query_deviation(adaptation) if by_deviation else _judged(method, adaptation)
         with arithmetic(precision or plain.likelihood.precision):
             phi = {k: np.asarray(v, np.float64) for k, v in outer.phi(trained.parameters).items()}
         phi |= {name: np.array(value) for name, value in outer.fixed.items()}  # not as rounded
-        if after is not None and "sigma" in plain.likelihood.parameters():
-            # a generator may end; it has given as many as there are held out
-            sampled = isinstance(self.episodes, Sampled)
-            num_tasks = 500 if sampled else self.sample.num_tasks
+        if after is not None and parameters:
             with arithmetic(plain.likelihood.precision):
-                drawn = self.episodes.draw(num_tasks, seed=jax.random.key(DEVIATION_SEED))
-                support, query = (plain.tasks(part) for part in drawn)
-                phi |= to_numpy(after(plain, phi, support, query))
+                phi |= to_numpy(after(plain, phi, *self._drawn()))
         if "tau" in phi and np.ndim(phi["tau"]) == 0:
             phi["tau"] = np.full(len(self.sample.coef), phi["tau"])
         return Fit(
@@ -322,6 +336,18 @@ def batches(
     held = training.get("held_out") or DEFAULTS["held_out"]
     episodes, sample = _read(plain, tasks, query, held)
     return Batches(plain, episodes, sample, started, query, training)
+
+
+def _judged(method: str, adaptation: GradientSteps) -> After:
+    """``sigma_query``, ``concentration_query`` and the like at their maximum."""
+
+    def learn(
+        model: HierarchicalModel, phi: dict[str, Any], support: Tasks, query: Tasks
+    ) -> dict[str, Any]:
+        given = {name: phi[name] for name in model.likelihood.parameters()}
+        return queries_judged(method, model, adaptation, phi, given, support, query).phi
+
+    return learn
 
 
 def query_deviation(adaptation: GradientSteps) -> Any:

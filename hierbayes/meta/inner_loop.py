@@ -139,7 +139,8 @@ def query_parameters(model: HierarchicalModel, fixed: Mapping[str, Any]) -> tupl
     """
     if model.likelihood.gaussian_in_theta:
         return ("sigma",)
-    return tuple(name for name in fixed if name != "df")
+    own = set(model.likelihood.parameters()) - {"df"}
+    return tuple(name for name in fixed if name in own)
 
 
 class Learned(NamedTuple):

@@ -255,11 +255,11 @@ class _OneOfSampler:
         return rows_of(x[: self.shots], y[: self.shots]), rows_of(x[self.shots :], y[self.shots :])
 
 
-def rows_of(x: Any, y: Any, mask: Any = None) -> Task:
-    """Rows as a likelihood sees them, with x and y alone."""
+def rows_of(x: Any, y: Any, mask: Any = None, slots: dict[str, Any] | None = None) -> Task:
+    """Rows as a likelihood sees them: x, y, and what rows carry beside them."""
     n = y.shape[0]
     full = jnp.ones(n, bool) if mask is None else mask
-    return Task(x, jnp.zeros((n, 0)), jnp.zeros(0), y, {}, full)
+    return Task(x, jnp.zeros((n, 0)), jnp.zeros(0), y, slots or {}, full)
 
 
 def side_by_side(part: Task, coef: tuple[str, ...] | None = None) -> Tasks:
@@ -270,7 +270,8 @@ def side_by_side(part: Task, coef: tuple[str, ...] | None = None) -> Tasks:
         coef = tuple(f"x{i}" for i in range(x.shape[2])) if x.ndim == 3 else ()
     return Tasks(
         x[mask], np.zeros((sizes.sum(), 0)), np.zeros((len(sizes), 0)),
-        np.asarray(part.outcome, dtype=np.float64)[mask], {},
+        np.asarray(part.outcome, dtype=np.float64)[mask],
+        {name: np.asarray(v, dtype=np.float64)[mask] for name, v in part.slots.items()},
         np.concatenate([[0], np.cumsum(sizes)]), np.arange(sizes.sum()),
         Labels(np.arange(len(sizes)), coef),
     )  # fmt: skip
@@ -386,10 +387,12 @@ def episodes_of_tasks(
         )
     if tasks.outcome is None:
         raise InputError(f"the tasks hold no outcome {tasks.labels.outcome!r} to learn from")
-    extra = [*tasks.labels.shared, *tasks.labels.task_predictors, *tasks.slots]
+    extra = [*tasks.labels.shared, *tasks.labels.task_predictors]
     if extra:
         raise InputError(
-            f"episodes hold x and y alone and would ignore {', '.join(map(repr, extra))}"
+            "methods on episodes learn the mean of theta and no effects that tasks share: they "
+            f"would ignore {', '.join(map(repr, extra))}; fit the tasks all at once, or put the "
+            "columns among the predictors"
         )
     query = inputs.share("query", query)
     if shots is None and queries is not None:
@@ -408,7 +411,10 @@ def episodes_of_tasks(
         one = _OneTask(width - asked, asked, float(query))
     filled = tuple(different.tolist()) if one.shots is None else ()
     block = tasks.block(usable, width)
-    data = {"x": block.predictors, "y": block.outcome, "sizes": sizes[usable].astype(np.int32)}
+    data = {
+        "x": block.predictors, "y": block.outcome, "sizes": sizes[usable].astype(np.int32),
+        "slots": block.slots,
+    }  # fmt: skip
     return Sampled(one, data, tasks.coef, filled)
 
 
@@ -444,17 +450,17 @@ class _OneTask:
         chance = jnp.where(jnp.arange(width) < size, jax.random.uniform(deal, (width,)), 2.0)
         order = jnp.argsort(chance)
         x, y = data["x"][j][order], data["y"][j][order]
+        slots = {name: values[j][order] for name, values in data["slots"].items()}
+
+        def rows(places: slice, mask: Any = None) -> Task:
+            carried = {name: values[places] for name, values in slots.items()}
+            return rows_of(x[places], y[places], mask, carried)
+
         if self.shots is not None and self.queries is not None:
-            end = self.shots + self.queries
-            return (
-                rows_of(x[: self.shots], y[: self.shots]),
-                rows_of(x[self.shots : end], y[self.shots : end]),
-            )
-        asked = _share(size, self.query)
-        place = jnp.arange(width)
-        return rows_of(x, y, place < size - asked), rows_of(
-            x, y, (place >= size - asked) & (place < size)
-        )
+            return rows(slice(self.shots)), rows(slice(self.shots, self.shots + self.queries))
+        asked, place, whole = _share(size, self.query), jnp.arange(width), slice(width)
+        given = rows(whole, place < size - asked)
+        return given, rows(whole, (place >= size - asked) & (place < size))
 
 
 # ------------------------------------------------------------ batches from the host
