@@ -359,11 +359,6 @@ class Tasks:
 
     # ------------------------------------------------- what the methods consume
 
-    def batch(self, key: Any, step: int) -> Tasks:
-        """A fixed set of tasks is a source that always yields itself."""
-        del key, step
-        return self
-
     def flat(self) -> Task:
         """All rows as one :class:`Task`, for likelihoods that work row by row."""
         return Task(
