@@ -45,12 +45,14 @@ def differences(mesh: Mesh) -> dict[str, float]:
             "map": lambda m, t: hb.empirical_bayes(m, t, criterion="map"),
             "full Bayes": lambda m, t: hb.full_bayes(m, t, num_draws=50, num_chains=2, seed=3),
             "iMAML": lambda m, t: hb.imaml(m, t, prior_precision=0.5),
+            "kass-steffey": lambda m, t: hb.empirical_bayes(m, t, intervals="kass-steffey"),
         },
     )  # fmt: skip
     return found | sharded.compare(
         sharded.binary, mesh,
         {
             "Laplace": sharded.laplace,
+            "Laplace's evidence": lambda m, t: hb.empirical_bayes(m, t, evidence="laplace"),
             "maml by Adam": lambda m, t: hb.maml(
                 m, t.take(np.flatnonzero(t.sizes > 1)), num_steps=3, num_meta_steps=20,
                 inner_optimiser=optax.adam(0.1), optimiser=optax.adam(0.05),

@@ -68,7 +68,7 @@ class NotOffered(Adaptation):
         raise NotApplicable(self.reason)
 
 
-class Moments(NamedTuple):
+class TaskMoments(NamedTuple):
     """Means (J, d) and covariances (J, d, d) of θ_j with log p(D_j | φ) (J,).
 
     And how the search for them went: whether it ended, on a maximum, (J,) of bool.
@@ -81,7 +81,7 @@ class Moments(NamedTuple):
     definite: Any
 
     @classmethod
-    def exact(cls, mean: Any, covariance: Any, log_normaliser: Any) -> Moments:
+    def exact(cls, mean: Any, covariance: Any, log_normaliser: Any) -> TaskMoments:
         """Of what needs no search."""
         fine = jnp.ones(len(mean), bool)
         return cls(mean, covariance, log_normaliser, fine, fine)
@@ -105,7 +105,7 @@ class Concluded(Protocol):
         """Whether the search has ended on a mode, (J,) of bool."""
         ...
 
-    def moments(self) -> Moments:
+    def moments(self) -> TaskMoments:
         """Mean and covariance of every θ_j."""
         ...
 
@@ -143,11 +143,11 @@ class Integrable(Adaptation):
             found = gathered(self._moments_at(plain, dict(phi), data), tasks.num_tasks)
         return self._posterior(model, tasks, dict(phi), found)
 
-    def _moments_at(self, model: HierarchicalModel, phi: dict[str, Any], data: Any) -> Moments:
+    def _moments_at(self, model: HierarchicalModel, phi: dict[str, Any], data: Any) -> TaskMoments:
         return moments_of(self.given, model, phi, data)
 
     def _posterior(
-        self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any], found: Moments
+        self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any], found: TaskMoments
     ) -> Posterior:
         del model, phi
         remarks = trouble(tasks.names, found.converged, found.definite)
@@ -167,16 +167,20 @@ class Integrable(Adaptation):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def moments_of(given: Given, model: HierarchicalModel, phi: dict[str, Any], data: Any) -> Moments:
+def moments_of(
+    given: Given, model: HierarchicalModel, phi: dict[str, Any], data: Any
+) -> TaskMoments:
     """What all tasks conclude at one φ."""
     return given(model, phi, data).moments()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _averaged(given: Given, model: HierarchicalModel, phis: dict[str, Any], data: Any) -> Moments:
+def _averaged(
+    given: Given, model: HierarchicalModel, phis: dict[str, Any], data: Any
+) -> TaskMoments:
     """Moments over the S values of φ, without keeping draws."""
 
-    def add(sums: Moments, phi: dict[str, Any]) -> tuple[Moments, None]:
+    def add(sums: TaskMoments, phi: dict[str, Any]) -> tuple[TaskMoments, None]:
         found = given(model, phi, data).moments()
         second = found.covariance + found.mean[:, :, None] * found.mean[:, None]
         total = sums._replace(
@@ -189,7 +193,7 @@ def _averaged(given: Given, model: HierarchicalModel, phis: dict[str, Any], data
     shapes = jax.eval_shape(lambda phi: given(model, phi, data).moments(), first)
     fine = jnp.ones(shapes.converged.shape, bool)
     mean, covariance, normaliser = (jnp.zeros(s.shape) for s in shapes[:3])
-    zero = Moments(mean, covariance, normaliser, fine, fine)
+    zero = TaskMoments(mean, covariance, normaliser, fine, fine)
     sums, _ = jax.lax.scan(add, zero, phis)
     size = jax.tree.leaves(phis)[0].shape[0]
     mean = sums.mean / size

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Integrable, Moments, moments_of
+from hierbayes.adaptation.base import Integrable, TaskMoments, moments_of
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import (
     as_rng,
@@ -108,11 +108,11 @@ class Collapse(NamedTuple):
         units = jnp.broadcast_to(jnp.eye(d)[:, :, None], factor.shape)
         return mean, matmul(self.root[:, :, None], solve_upper(factor, units))
 
-    def moments(self) -> Moments:
+    def moments(self) -> TaskMoments:
         """Mean and covariance of every θ_j."""
         mean, root = self.mean_and_root()
         covariance = jnp.einsum("ikj,lkj->jil", root, root)
-        return Moments.exact(mean.T, covariance, self.log_normaliser)
+        return TaskMoments.exact(mean.T, covariance, self.log_normaliser)
 
 
 def collapse(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> Collapse:
@@ -132,11 +132,11 @@ def collapse(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> Collapse:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _moments_by_chunks(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> Moments:
+def _moments_by_chunks(stats: Statistics, prior: Prior, phi: dict[str, Any]) -> TaskMoments:
     """Moments a thousand tasks at a time, so that what lies between stays in the cache."""
     num_tasks = stats.num_tasks
 
-    def chunk(start: Any) -> Moments:
+    def chunk(start: Any) -> TaskMoments:
         def part(a: Any) -> Any:
             return jax.lax.dynamic_slice_in_dim(a, start, TASKS_AT_ONCE, a.ndim - 1)
 
@@ -217,7 +217,7 @@ class Conjugate(Integrable):
 
     def _moments_at(
         self, model: HierarchicalModel, phi: dict[str, Any], data: Statistics
-    ) -> Moments:
+    ) -> TaskMoments:
         if isinstance(data.x, np.ndarray) and data.num_tasks >= 4 * TASKS_AT_ONCE:
             return _moments_by_chunks(data, model.prior, phi)
         return moments_of(self.given, model, phi, data)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Integrable, Moments
+from hierbayes.adaptation.base import Integrable, TaskMoments
 from hierbayes.adaptation.mode import LogJoint, Mode, climb, mode_near, trouble
 from hierbayes.errors import announce
 from hierbayes.model import HierarchicalModel
@@ -84,11 +84,11 @@ class AtMode(NamedTuple):
         root = matmul(self.tasks.roots, solve_upper(mode.factor, units))
         return self.tasks.theta(mode.z), root
 
-    def moments(self) -> Moments:
+    def moments(self) -> TaskMoments:
         """Mode and covariance of every θ_j; NaN where the curvature is not positive."""
         (mean, root), mode = self.mean_and_root(), self.mode
         covariance = jnp.einsum("ikj,lkj->jil", root, root)
-        return Moments(mean.T, covariance, self.log_normaliser, mode.converged, mode.definite)
+        return TaskMoments(mean.T, covariance, self.log_normaliser, mode.converged, mode.definite)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))

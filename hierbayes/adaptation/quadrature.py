@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Integrable, Moments
+from hierbayes.adaptation.base import Integrable, TaskMoments
 from hierbayes.adaptation.draws_of_theta import LEAST_MOVES, draws_given
 from hierbayes.adaptation.mode import LogJoint, Mode, climb, mode_near
 from hierbayes.errors import announce, listing
@@ -244,14 +244,14 @@ class ByNodes(NamedTuple):
         total, first, second = jax.lax.fori_loop(0, self.rule.count, add, zero)
         return jnp.log(total), first / total, second / total
 
-    def moments(self) -> Moments:
+    def moments(self) -> TaskMoments:
         """Mean and covariance of every θ_j."""
         gain, away, square = self.around_mode()
         spread, root = square - away[:, None] * away[None], self.tasks.root
         mean = self.tasks.theta(self.mode.z + away).T
         covariance = jnp.einsum("ak,kmj,bm->jab", root, spread, root)
         evidence = self.mode.log_integral + gain + self.tasks.rows.constant
-        return Moments(mean, covariance, evidence, self.mode.converged, self.mode.definite)
+        return TaskMoments(mean, covariance, evidence, self.mode.converged, self.mode.definite)
 
 
 # what of a LogJoint depends on φ: rows that moved, φ, m and L

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Integrable, Moments
+from hierbayes.adaptation.base import Integrable, TaskMoments
 from hierbayes.adaptation.exact import Collapse, collapse
 from hierbayes.adaptation.posterior import Mixture
 from hierbayes.model import HierarchicalModel
@@ -153,10 +153,10 @@ class OverScales(NamedTuple):
             (columns * at.moved[:, None]).sum(0),
         )  # fmt: skip
 
-    def moments(self) -> Moments:
+    def moments(self) -> TaskMoments:
         """Mean and covariance of every θ_j."""
         (mean, covariance) = self._strata(self.weights[None])
-        return Moments.exact(mean[0], covariance[0], self.log_normaliser)
+        return TaskMoments.exact(mean[0], covariance[0], self.log_normaliser)
 
     def strata(self, count: int) -> tuple[jax.Array, jax.Array]:
         """Means (S, J, d) and covariances (S, J, d, d) of ``count`` strata of λ, equally likely.
@@ -268,7 +268,7 @@ class MixedScales(Integrable):
         return OverScales.at(data, _student(model), phi)
 
     def _posterior(
-        self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any], found: Moments
+        self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any], found: TaskMoments
     ) -> Mixture:
         """With the normals that predictions take."""
         # a partial, for a function made here could not be pickled

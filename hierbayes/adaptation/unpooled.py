@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.base import Adaptation, Moments
+from hierbayes.adaptation.base import Adaptation, TaskMoments
 from hierbayes.adaptation.laplace import AtMode
 from hierbayes.adaptation.least_squares import RANK_TOLERANCE
 from hierbayes.adaptation.mode import LogJoint, climb, trouble
@@ -160,7 +160,7 @@ class Unpooled(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _maxima(model: HierarchicalModel, phi: dict[str, Any], given: Unpooled) -> Moments:
+def _maxima(model: HierarchicalModel, phi: dict[str, Any], given: Unpooled) -> TaskMoments:
     return given.at(model, phi).moments()
 
 

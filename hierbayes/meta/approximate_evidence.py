@@ -306,7 +306,7 @@ class _Search:
             )
         remarks = []
         if judged:
-            around = AroundPhi(criterion.data, space, vector, criterion.start)
+            around = AroundPhi(criterion.rows, space, vector, criterion.start)
             tilt = criterion.belief(vector)[1]
             shift = newton_shift(criterion.plain, around, inside, hessian, tilt).surely
             if shift > LARGE_SHIFT:

@@ -127,14 +127,14 @@ class ByEvidence:
     """The posterior of φ with θ integrated out by ``adaptation``; use it in float64.
 
     ``optimum`` is that of empirical Bayes, where the sampler starts, and ``start`` where the search
-    for the modes there does. ``cells``: numbers that a density works on.
+    for the modes there does. ``cells``: numbers that a density works on, the rows by default.
     """
 
     num_white, exact, has_rough = 0, True, False
 
     def __init__(
         self, model: HierarchicalModel, tasks: Tasks, adaptation: Integrable, optimum: Optimum,
-        *, cells: float, start: Any = None,
+        *, cells: float | None = None, start: Any = None,
     ):  # fmt: skip
         beliefs, space = model.phi_distributions(tasks), model.space(tasks)
         leaves, how = jax.tree.flatten(beliefs)
@@ -142,7 +142,7 @@ class ByEvidence:
         self.made = Made(plain, adaptation.given, how)
         self.proper = not any(map(improper, beliefs.values()))
         self.num_coef, self.num_tasks = len(tasks.coef), tasks.num_tasks
-        self.spread, self.cells = tasks.sharding is not None, cells
+        self.spread = tasks.sharding is not None
         phi, errors, scales = optimum.phi, optimum.standard_errors, model.scales(tasks)
         rough = space.only("mu", "gamma", "beta")
         fixed = rough.plain()
@@ -162,6 +162,7 @@ class ByEvidence:
         around = Around(leaves, psi.in_units(tau=self.units), fixed, fixed.x(phi), own, share)
         laid_out = jax.tree.map(jnp.asarray, adaptation.lay_out(plain, tasks))
         self.data = Data(laid_out, around, start)
+        self.cells = laid_out.num_cells if cells is None else cells
         self._begin = dict(phi) | {"tau": np.maximum(phi["tau"], 0.05 * scales.coef)}
 
     @property

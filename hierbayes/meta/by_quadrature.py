@@ -189,8 +189,8 @@ class ByQuadrature(ByEvidence):
             model, tasks, quadrature=True, with_belief=True, for_draws=True
         )
         how = Quadrature(found.num_nodes)
-        super().__init__(model, tasks, how, found.optimum, cells=0, start=found.modes)
-        self.spread, self.cells = False, self.data.tasks.num_cells
+        # on one device, whatever the tasks are spread over
+        super().__init__(model, tasks.shard(None), how, found.optimum, start=found.modes)
         self.num_nodes, self.error = found.num_nodes, found.error
         self.names, self.bimodal = tasks.names, np.zeros(tasks.num_tasks, bool)
         self.has_rough = found.num_nodes % 2 == 1

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation.base import Given, Integrable
+from hierbayes.adaptation.quadrature import RowsAndRule
 from hierbayes.meta.optimum import Optimum, curvature
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import to_numpy
 from hierbayes.phi.space import Space, belief_in, phi_at, standard_errors
+from hierbayes.rows import Rows, Whole
 from hierbayes.tasks import Tasks
 
 
@@ -54,13 +56,20 @@ class Criterion:
         self.space = model.space(tasks) if space is None else space
         self.with_belief, self.share = with_belief, share
         self.start = jax.tree.map(jnp.asarray, adaptation.begin(tasks))
+        # a search for modes begins at a place for every task, on one device
+        self.laid_out = tasks if self.start is None else tasks.shard(None)
         self.unfinished = np.zeros(tasks.num_tasks, bool)
         self.integrate_by(adaptation)
 
     def integrate_by(self, adaptation: Integrable) -> None:
         """Integrate θ out in this way from now on."""
         self.adaptation = adaptation
-        self.data = jax.tree.map(jnp.asarray, adaptation.lay_out(self.plain, self.tasks))
+        self.data = jax.tree.map(jnp.asarray, adaptation.lay_out(self.plain, self.laid_out))
+
+    @property
+    def rows(self) -> Rows | Whole:
+        """The rows of tasks whose modes are searched."""
+        return self.data.rows if isinstance(self.data, RowsAndRule) else self.data
 
     def evidence(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the log evidence and its slope."""

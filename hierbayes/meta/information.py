@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hierbayes.adaptation import Laplace
 from hierbayes.evidence.integrated import by_nodes
 from hierbayes.meta.better_evidence import AroundPhi
 from hierbayes.meta.correlations import HELD, held_entries
@@ -80,6 +79,5 @@ def observed_information(
     inside = space.inside(x) & ~held_entries(space, phi)[0]
     hessian = curvature(criterion, x, inside)
     criterion(x)  # leaves the modes where phi has them
-    rows = Laplace().lay_out(criterion.plain, tasks)
-    around = AroundPhi(rows, space, x, criterion.start)
+    around = AroundPhi(criterion.rows, space, x, criterion.start)
     return Information(around, inside, hessian, criterion.belief(x)[1])
