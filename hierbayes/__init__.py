@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from hierbayes.comparison import Comparison, compare, equivalence_report
     from hierbayes.errors import FitWarning, InputError
     from hierbayes.files import compilation_cache
-    from hierbayes.fit import Fit, Prediction, load
+    from hierbayes.fit import Fit, Prediction
     from hierbayes.formula import from_formula
     from hierbayes.meta import (
         complete_pooling,
         empirical_bayes,
         full_bayes,
         imaml,
+        load,
         maml,
         no_pooling,
         reptile,
@@ -60,7 +61,7 @@ _ROOM_OF = {
     "from_formula": "formula",
     "full_bayes": "meta",
     "imaml": "meta",
-    "load": "fit",
+    "load": "meta",
     "maml": "meta",
     "no_pooling": "meta",
     "reptile": "meta",

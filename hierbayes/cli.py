@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from hierbayes import meta
 from hierbayes.comparison import compare
 from hierbayes.comparison.folder import check_folder, check_writable, write_folder
 from hierbayes.datasets import CATALOGUE
@@ -22,6 +21,7 @@ from hierbayes.datasets.tables import read_table
 from hierbayes.errors import InputError, NotApplicable, overhearing, suggestion
 from hierbayes.files import KEPT, beside, moved, seen
 from hierbayes.fit import Fit
+from hierbayes.fit.method import named_methods
 from hierbayes.formula import from_formula
 from hierbayes.formula.families import FAMILIES
 from hierbayes.model import HierarchicalModel
@@ -29,22 +29,8 @@ from hierbayes.tasks import Tasks
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
-METHODS: dict[str, tuple[str, Callable[..., Fit]]] = {
-    "no_pooling": ("no pooling", lambda model, tasks, args: meta.no_pooling(model, tasks)),
-    "maml": ("MAML", lambda model, tasks, args: meta.maml(model, tasks, seed=args.seed)),
-    "imaml": ("iMAML", lambda model, tasks, args: meta.imaml(model, tasks, seed=args.seed)),
-    "reptile": ("Reptile", lambda model, tasks, args: meta.reptile(model, tasks, seed=args.seed)),
-    "empirical_bayes": ("empirical Bayes", lambda model, tasks, args: meta.empirical_bayes(
-        model, tasks, seed=args.seed
-    )),
-    "full_bayes": ("full Bayes", lambda model, tasks, args: meta.full_bayes(
-        model, tasks, num_draws=args.draws, num_warmup=args.draws, seed=args.seed
-    )),
-    "complete_pooling": (
-        "complete pooling", lambda model, tasks, args: meta.complete_pooling(model, tasks)
-    ),
-}  # fmt: skip
-"""Methods by the name that the command line knows, with their label in tables."""
+METHODS = {kind.command: kind for kind in named_methods().values() if kind.command}
+"""Methods by the name that the command line knows."""
 
 COLUMNS = {
     "--known-se": "column of known standard errors",
@@ -53,7 +39,7 @@ COLUMNS = {
     "--weights": "column of weights: of precisions (gaussian), else of rows' log likelihoods",
 }
 
-COMPARED = "no_pooling,maml,empirical_bayes,full_bayes,complete_pooling"
+COMPARED = ",".join(command for command, kind in METHODS.items() if kind.compared)
 
 EPILOG = """\
 exit codes: 0 done; 1 a computation failed; 2 bad input or arguments; 130 interrupted.
@@ -155,8 +141,8 @@ def _fit(args: argparse.Namespace) -> int:
     data = _read(args)
     with _Colleague() as colleague:
         model, tasks = data.build()
-        label, method = METHODS[args.method]
-        fit = colleague.timed(label, lambda: method(model, tasks, args))
+        method = METHODS[args.method].with_draws(args.draws)
+        fit = colleague.timed(method.name, lambda: method(model, tasks, args.seed))
         if args.out is not None:
             _save(fit, args.out, before)
         print(fit.summary([*fit.phi, "theta"]).to_string())
@@ -183,11 +169,12 @@ def _compare(args: argparse.Namespace) -> int:
         _say(f"{train}; scored on {held}")
         fits: dict[str, Fit | str] = {}
         for name in chosen:
-            label, method = METHODS[name]
+            method = METHODS[name].with_draws(args.draws)
             try:
-                fits[label] = colleague.timed(label, lambda m=method: m(model, train, args))
+                fitted = colleague.timed(method.name, lambda m=method: m(model, train, args.seed))
             except NotApplicable as error:
-                fits[label] = str(error)
+                fitted = str(error)
+            fits[method.name] = fitted
         if all(isinstance(fit, str) for fit in fits.values()):
             raise InputError("; ".join(f"{label}: {why}" for label, why in fits.items()))
         result = colleague.timed("scores", lambda: compare(fits, test=test))

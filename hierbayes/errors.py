@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,19 +23,29 @@ class FitWarning(UserWarning):
     """What a careful colleague would say about a fit; also kept in ``fit.warnings``."""
 
 
+PACKAGE = f"{__name__.partition('.')[0]}."
+
 _HEARD: ContextVar[list[str] | None] = ContextVar("hierbayes_heard", default=None)
 """Who listens to :func:`announce` in this thread; None where warnings go to Python."""
 
 
-def announce(messages: Iterable[str], stacklevel: int = 3) -> tuple[str, ...]:
-    """Issue each message as a :class:`FitWarning` and return them as a tuple."""
+def announce(messages: Iterable[str]) -> tuple[str, ...]:
+    """Issue each message as a :class:`FitWarning`, at the user's line, and return them all."""
     messages, heard = tuple(messages), _HEARD.get()
     if heard is not None:
         heard.extend(messages)
         return messages
     for message in messages:
-        warnings.warn(message, FitWarning, stacklevel=stacklevel)
+        warnings.warn(message, FitWarning, stacklevel=_steps_out_of_the_package())
     return messages
+
+
+def _steps_out_of_the_package() -> int:
+    """The ``stacklevel`` of the first frame above :func:`announce` that is not the package's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def test_fit_and_datasets(houses, tmp_path, capsys):
     arguments = ["fit", str(houses), "--formula", CSV, "--method", "empirical_bayes"]
     assert main([*arguments, "--out", str(out)]) == 0
     assert "tau[Intercept]" in capsys.readouterr().out
-    assert hb.load(out).method == "empirical Bayes"
+    assert hb.load(out).method.name == "empirical Bayes"
     assert main(["datasets"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in ("radon", "eight_schools", "rats", "sleepstudy"))

@@ -473,7 +473,7 @@ def test_rungs_come_back_from_files(rung, report, study, tmp_path):
     fit.save(tmp_path / "rung.nc")
     again = hb.load(tmp_path / "rung.nc")
     assert again.adaptation == fit.adaptation
-    assert again.method == rung
+    assert again.method.name == rung
     assert again.info == fit.info
     close(again.theta_draws, fit.theta_draws, rtol=0)
     for mine, theirs in zip(moments(again), moments(fit), strict=True):

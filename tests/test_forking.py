@@ -15,13 +15,13 @@ for when in ("before", "after"):
     child = os.fork()
     if child == 0:
         try:
-            found = "fitted " + hb.complete_pooling(model, tasks).method
+            found = "fitted " + hb.complete_pooling(model, tasks).method.name
         except RuntimeError as error:
             found = f"refused: {error}"
         print(when, found, flush=True)
         os._exit(0)
     os.waitpid(child, 0)
-    print(when, "parent:", hb.complete_pooling(model, tasks).method, flush=True)
+    print(when, "parent:", hb.complete_pooling(model, tasks).method.name, flush=True)
 """
 
 

@@ -392,7 +392,7 @@ def test_rows_that_weights_cannot_leave_out_are_counted():
 
 def test_methods_without_a_posterior_are_refused(radon_maml, radon_imaml, radon_no_pooling):
     for fit in (radon_maml, radon_imaml, radon_no_pooling):
-        with refuses(fit.method, "posterior of theta"):
+        with refuses(fit.method.name, "posterior of theta"):
             leave_one_row_out(fit)
 
 

@@ -114,7 +114,7 @@ def answers(fit, frame, by=NONE):
     new = frame[frame["g"] < 3].assign(g=lambda d: d["g"] + 50)
     known = fit.predict(frame)
     said |= {"mean": known.to_dataframe()["mean"], "sd": known.to_dataframe()["sd"]}
-    if fit.method != "no pooling":
+    if fit.method.name != "no pooling":
         unseen = fit.predict(new, target="new").to_dataframe()
         said |= {"new mean": unseen["mean"], "new sd": unseen["sd"]}
     with warnings.catch_warnings():

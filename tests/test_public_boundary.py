@@ -358,7 +358,7 @@ def fault_of(place: Door, argument: str, value: Any) -> str | None:
     except hb.InputError as refusal:
         words = (*place.words.get(argument, ()), argument)
         if isinstance(value, hb.Fit):  # a fit goes by the name of its method
-            words = (*words, value.method, "Gaussian tasks")
+            words = (*words, value.method.name, "Gaussian tasks")
         named = any(word in str(refusal) for word in words)
         return None if named else f"InputError does not name it: {refusal}"
     except Exception as error:

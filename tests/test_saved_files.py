@@ -12,7 +12,7 @@ import pytest
 
 import hierbayes as hb
 from hierbayes.files import sealed, unsealed, write_whole
-from hierbayes.fit import loading
+from hierbayes.meta import loading
 
 OLD = Path(__file__).parent / "references" / "eight_schools_format_3.nc"
 """Complete pooling of the eight schools, as the package wrote it before there was a checksum."""

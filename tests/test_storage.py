@@ -14,7 +14,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import PowerTransform
 
 import hierbayes as hb
-from hierbayes.fit import loading
+from hierbayes.meta import loading
 from hierbayes.priors.serialise import hyperprior_from_plain, hyperprior_to_plain
 
 FITS = ["radon_no_pooling", "radon_complete_pooling", "radon_ml", "radon_map", "radon_maml",

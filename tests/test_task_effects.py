@@ -181,7 +181,7 @@ def test_what_has_no_effects_is_said_or_refused(schools, radon_maml, radon_imaml
     assert np.isnan(found.p_value).all()
     assert any("tau is 0 for 'Intercept'" in remark for remark in found.remarks)
     for other in (radon_maml, radon_imaml):
-        with refuses(other.method, "learns no spread"):
+        with refuses(other.method.name, "learns no spread"):
             task_effects(other)
     counts = hb.Tasks.from_arrays([(np.ones((4, 1)), rng.poisson(3, 4) * 1.0) for _ in range(6)])
     model = hb.HierarchicalModel(hb.likelihoods.Poisson(), hb.priors.Gaussian())

@@ -179,7 +179,7 @@ def matrix_free_prior(
     dual = directions if (root == 1).all() else basis / root[:, None]
     return MatrixFreePrior(
         tasks, method, location, theta, values, directions, dual, left, moved, pinned, status,
-        announce(messages, stacklevel=4), validity, rest, root,
+        announce(messages), validity, rest, root,
     )  # fmt: skip
 
 

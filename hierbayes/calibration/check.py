@@ -11,6 +11,7 @@ for every quantity g of parameters and data, if and only if the draws are from t
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,9 @@ import numpy as np
 from hierbayes import inputs
 from hierbayes.calibration.gathered import FULL_BAYES, SAMPLER, Gathered
 from hierbayes.calibration.result import Calibration
-from hierbayes.checks.coverage import METHODS, Method
 from hierbayes.checks.draws import Sampler
 from hierbayes.errors import InputError, announce, overhearing, suggestion
+from hierbayes.fit.method import Method, named_methods
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import as_rng
 from hierbayes.simulation import draw_outcomes, draw_phi, draw_theta, refuse_without_outcomes
@@ -35,7 +36,7 @@ def check_calibration(
     model: HierarchicalModel,
     tasks_like: Any,
     num_simulations: int = 500,
-    methods: str | Sequence[str] | Mapping[str, Method] = FULL_BAYES,
+    methods: str | Method | Sequence[str | Method] | Mapping[str, Sampler] = FULL_BAYES,
     *,
     sampler: Sampler | None = None,
     num_draws: int = 99,
@@ -54,11 +55,12 @@ def check_calibration(
         Simulated data sets have its rows with other outcomes.
     num_simulations : int
         Data sets, N. 200 tell large errors, 1,000 small ones.
-    methods : str, sequence of str, or mapping
-        "full Bayes" ranks the truth among posterior draws. "empirical Bayes" and "MAML" have no
-        posterior of φ to rank in; of them the coverage of intervals of θ_j is found: of posteriors
-        at φ̂, and of those that gradient steps imply (:func:`equivalent_prior`). A mapping from
-        label to ``function(model, tasks, seed) -> Fit`` checks intervals of other methods.
+    methods : str, Method, a sequence of these, or mapping
+        "full Bayes" ranks the truth among posterior draws. Other methods, by name or as values
+        ("empirical Bayes", ``fit.method``), have no posterior of φ to rank in; of them the coverage
+        of intervals of θ_j is found: of posteriors at φ̂, and of those that gradient steps imply
+        (:func:`equivalent_prior`). A mapping from label to ``function(model, tasks, seed) -> Fit``
+        checks intervals of what else there is.
     sampler : callable, optional
         ``sampler(model, tasks, seed)`` in the place of :func:`full_bayes`: a Fit, or a mapping of
         draws by name, ``mu`` (S, d), ``tau`` (S, d), …, ``theta`` (S, J, d), S at least
@@ -140,7 +142,7 @@ def check_calibration(
     )  # fmt: skip
 
 
-def _read_methods(methods: Any, sampler: Sampler | None) -> tuple[bool, dict[str, Method]]:
+def _read_methods(methods: Any, sampler: Sampler | None) -> tuple[bool, dict[str, Sampler]]:
     """Whether draws are ranked, and the methods whose intervals are checked."""
     if sampler is not None and not callable(sampler):
         raise InputError(
@@ -155,23 +157,31 @@ def _read_methods(methods: Any, sampler: Sampler | None) -> tuple[bool, dict[str
                 f"methods holds {SAMPLER!r}, which sampler= is called: name it otherwise"
             )
         return sampler is not None, dict(methods)
-    if not (isinstance(methods, str) or np.iterable(methods)):
+    one = isinstance(methods, (str, Method))
+    if not (one or np.iterable(methods)):
         found = inputs.shown(methods)
         raise InputError(f"methods must be names, or a mapping of functions, found {found}")
-    names = [methods] if isinstance(methods, str) else list(methods)
-    known = {_plain(name): name for name in (FULL_BAYES, *METHODS)}
-    found = []
-    for name in names:
-        if _plain(str(name)) not in known:
-            raise InputError(
-                f"check_calibration knows no method {name!r}; "
-                f"{suggestion(str(name), list(known.values()))}"
-            )
-        found.append(known[_plain(str(name))])
+    found = [_method(asked) for asked in ([methods] if one else methods)]
     if not found:
         raise InputError("name at least one method to check")
-    ranked = FULL_BAYES in found or sampler is not None
-    return ranked, {name: METHODS[name] for name in found if name != FULL_BAYES}
+    ranked = sampler is not None or any(method.draws_phi for method in found)
+    quiet = {m.name: functools.partial(m, progress=False) for m in found if not m.draws_phi}
+    return ranked, quiet
+
+
+def _method(asked: Any) -> Method:
+    """A method from its name, or as it is."""
+    if isinstance(asked, Method) and asked.draws_phi:
+        raise InputError(f"{asked} draws phi: pass it as sampler=, whose draws are ranked")
+    if isinstance(asked, Method):
+        return asked
+    known = {_plain(name): kind for name, kind in named_methods().items()}
+    if _plain(str(asked)) not in known:
+        raise InputError(
+            f"check_calibration knows no method {asked!r}; "
+            f"{suggestion(str(asked), list(named_methods()))}"
+        )
+    return known[_plain(str(asked))]()
 
 
 def _plain(name: str) -> str:

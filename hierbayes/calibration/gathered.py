@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hierbayes.checks.coverage import Method, covered_by_draws, covered_by_normal, normal_posterior
+from hierbayes.checks.coverage import covered_by_draws, covered_by_normal, normal_posterior
 from hierbayes.checks.draws import (
     AT_FIRST,
     PILOTS,
@@ -38,7 +38,7 @@ class Gathered:
 
     def __init__(
         self, model: HierarchicalModel, num_draws: int, rng: np.random.Generator,
-        sampler: Sampler | None, by_interval: Mapping[str, Method],
+        sampler: Sampler | None, by_interval: Mapping[str, Sampler],
     ):  # fmt: skip
         self.model, self.num_draws, self.rng = model, num_draws, rng
         self.sampler, self.by_interval = sampler, by_interval

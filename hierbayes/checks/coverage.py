@@ -9,7 +9,6 @@ and fail together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,23 +19,6 @@ from hierbayes.adaptation.judgement import Status
 from hierbayes.checks.scores import LEVELS
 from hierbayes.errors import NotApplicable
 from hierbayes.fit import Fit
-from hierbayes.meta import empirical_bayes, maml
-from hierbayes.model import HierarchicalModel
-from hierbayes.tasks import Tasks
-
-Method = Callable[[HierarchicalModel, Tasks, int], Fit]
-
-
-def _empirical_bayes(model: HierarchicalModel, tasks: Tasks, seed: int) -> Fit:
-    return empirical_bayes(model, tasks, num_draws=1, num_chains=1, seed=seed)
-
-
-def _maml(model: HierarchicalModel, tasks: Tasks, seed: int) -> Fit:
-    return maml(model, tasks, seed=seed, progress=False)
-
-
-METHODS: dict[str, Method] = {"empirical Bayes": _empirical_bayes, "MAML": _maml}
-"""Methods whose intervals are checked by name."""
 
 
 def normal_posterior(fit: Fit) -> tuple[np.ndarray, np.ndarray]:

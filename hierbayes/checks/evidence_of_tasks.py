@@ -11,7 +11,6 @@ import numpy as np
 from hierbayes.errors import NotApplicable
 from hierbayes.fit import Fit, updating
 from hierbayes.fit.adapted import phis_of
-from hierbayes.meta.without_one import WithoutOne
 from hierbayes.tasks import Tasks
 
 
@@ -34,13 +33,3 @@ def refuse_carried(fit: Fit, what: str) -> None:
             f"{what} asks of the tasks that phi was learned from, and this fit was carried to "
             "others: ask it of the fit itself, or use new_task_scores"
         )
-
-
-def integrated(fit: Fit, tasks: Tasks) -> WithoutOne:
-    """The evidence of tasks that are not Gaussian, as the fit has it."""
-    fit.model.require_gaussian_prior(
-        "leave_one_task_out where tasks are not Gaussian",
-        "the evidence log p(D_j | phi) is not offered there", "take priors.Gaussian()",
-    )  # fmt: skip
-    how = updating.evidence_of(fit).by(fit.model, tasks)
-    return WithoutOne(fit.model, tasks, how)

@@ -21,6 +21,7 @@ from hierbayes.errors import InputError, NotApplicable, listing
 from hierbayes.evidence.many import posteriors
 from hierbayes.fit import Fit
 from hierbayes.fit.fit import check_fit
+from hierbayes.meta.empirical_bayes import EmpiricalBayes
 from hierbayes.meta.intervals import check_intervals, morris, normal_means
 from hierbayes.meta.many_data_sets import (
     ManyEstimates,
@@ -216,7 +217,8 @@ def _fault(name: str, value: np.ndarray) -> str:
 
 
 def _check(fit: Fit, names: tuple[str, ...], num_bootstrap: Any) -> None:
-    if fit.method != "empirical Bayes" or fit.info.get("criterion") not in ("ml", "reml"):
+    by_evidence = isinstance(fit.method, EmpiricalBayes)
+    if not by_evidence or fit.info.get("criterion") not in ("ml", "reml"):
         raise NotApplicable(
             'interval_coverage is of empirical_bayes with criterion="ml" or "reml", found '
             f"{fit.method} with criterion {fit.info.get('criterion')!r}"

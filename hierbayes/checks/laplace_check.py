@@ -38,6 +38,7 @@ from hierbayes.meta.better_evidence import (
     pooled,
     scrambled_sobol,
 )
+from hierbayes.meta.empirical_bayes import EmpiricalBayes
 from hierbayes.meta.information import observed_information
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_rng, float64
@@ -180,7 +181,7 @@ def _refuse(fit: Fit) -> None:
             "full Bayes need not be checked for Laplace's error: it samples with quadrature's "
             "evidence, or with theta itself, and uses Laplace's only to propose"
         )
-    if fit.method != "empirical Bayes":
+    if not isinstance(fit.method, EmpiricalBayes):
         raise NotApplicable(
             f"{fit.method} uses no approximation of log p(D | phi): there is nothing to check"
         )

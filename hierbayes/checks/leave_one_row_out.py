@@ -136,7 +136,6 @@ def _result(tasks: Tasks, given: str, log_density: np.ndarray) -> dict[str, Any]
         announce(
             [f"{lost.sum()} row(s) (of {names}) have no finite log density given the others: sigma "
              "is next to nothing beside tau, and rounding is all that is left"],
-            stacklevel=4,
         )  # fmt: skip
     mean, se = mean_over_tasks(log_density, tasks.task_of_row)
     return {"log_density": _by_row(log_density, tasks), "mean": mean, "se": se, "given": given}

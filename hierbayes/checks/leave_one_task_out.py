@@ -18,15 +18,12 @@ import numpy as np
 from scipy.special import logsumexp
 
 from hierbayes import inputs
-from hierbayes.adaptation import Laplace, LeastSquares, MaximumLikelihood
-from hierbayes.checks.evidence_of_tasks import evidence_of, integrated, refuse_carried
+from hierbayes.adaptation import LeastSquares, MaximumLikelihood
+from hierbayes.checks.evidence_of_tasks import evidence_of, refuse_carried
 from hierbayes.checks.importance import leave_one_out, relative_efficiency
 from hierbayes.errors import InputError, announce, listing, overhearing
-from hierbayes.evidence import Integrated
 from hierbayes.fit import Fit
 from hierbayes.fit.fit import check_fit
-from hierbayes.meta import complete_pooling, empirical_bayes, full_bayes, imaml, maml, reptile
-from hierbayes.meta.own_parameters import over_all
 from hierbayes.tasks import Tasks
 
 
@@ -79,13 +76,8 @@ def leave_one_task_out(fit: Fit, refit: bool = False) -> dict[str, Any]:
     fit = fit.inside
     if fit.phi_draws is not None:
         return _importance(fit, refit)
-    gaussian = fit.model.likelihood.gaussian_in_theta
-    if fit.method == "empirical Bayes" and not gaussian:
-        with_belief = fit.info["criterion"] == "map"
-        found = integrated(fit, fit.tasks).scores(dict(fit.phi), with_belief=with_belief)
-    elif fit.method == "complete pooling" and not gaussian:
-        found = _pooled_scores(fit)
-    else:
+    found = fit.method.scores_without(fit)
+    if found is None:
         found = np.full(fit.tasks.num_tasks, np.nan)
         for j, without in _refits(fit, np.flatnonzero(fit.tasks.sizes > 0)):
             if isinstance(without, Fit):
@@ -105,43 +97,11 @@ def _refits(fit: Fit, positions: Iterable[int]) -> Iterator[tuple[int, Fit | Inp
         rest = fit.tasks.take(np.delete(np.arange(fit.tasks.num_tasks), j))
         with overhearing():  # said once, of the fit to all tasks
             try:
-                without: Fit | InputError = _refit(fit, rest)
+                seed = fit.info.get("seed", 0)
+                without: Fit | InputError = fit.method(fit.model, rest, seed, progress=False)
             except InputError as refusal:
                 without = refusal
         yield j, without
-
-
-def _refit(fit: Fit, tasks: Tasks) -> Fit:
-    """The same method on other tasks; defaults of the hyperprior stay as they were resolved."""
-    if fit.method == "full Bayes":
-        settings = _kept(fit, "method", "num_draws", "num_chains", "num_warmup", "target_accept")
-        return full_bayes(fit.model, tasks, progress=False, **settings)
-    if fit.method == "empirical Bayes":
-        evidence = "auto" if fit.info["evidence"] == "exact" else fit.info["evidence"]
-        return empirical_bayes(
-            fit.model, tasks, fit.info["criterion"], evidence, num_draws=1, num_chains=1
-        )
-    if fit.method == "complete pooling":
-        return complete_pooling(fit.model, tasks)
-    if fit.method == "MAML":
-        settings = _kept(fit, "num_steps", "query", "num_splits", "num_meta_steps", "sigma", "seed")
-        learned = "step_size" in fit.phi
-        step_size = "auto" if learned else fit.info["step_size"]
-        return maml(fit.model, tasks, step_size=step_size, learn_step_size=learned, **settings)
-    if fit.method == "iMAML":
-        settings = _kept(fit, "query", "num_splits", "num_meta_steps", "sigma", "seed")
-        return imaml(fit.model, tasks, prior_precision=fit.info["prior_precision"], **settings)
-    if fit.method == "Reptile":
-        settings = _kept(
-            fit, "num_steps", "step_size", "query", "num_meta_steps", "tolerance", "sigma", "seed"
-        )
-        return reptile(fit.model, tasks, **settings)
-    raise InputError(f"{fit.method} cannot be refitted")
-
-
-def _kept(fit: Fit, *names: str) -> dict[str, Any]:
-    """The fit's own settings; an outer optimiser of the user's is not among what a fit keeps."""
-    return {name: fit.info[name] for name in names if name in fit.info}
 
 
 def _joint_log_density(fit: Fit, task: Tasks) -> float:
@@ -150,19 +110,6 @@ def _joint_log_density(fit: Fit, task: Tasks) -> float:
         return float(evidence_of(fit, task)[0, 0])
     prediction = fit.predict(task, target="new")
     return float(prediction.log_density().sum())
-
-
-def _pooled_scores(fit: Fit) -> np.ndarray:
-    """log p(D_j | φ̂) of every task, φ̂ from all rows of the others."""
-    scores = np.full(fit.tasks.num_tasks, np.nan)
-    for j in np.flatnonzero(fit.tasks.sizes > 0):
-        try:
-            phi = over_all(fit.model, fit.tasks, without=int(j)).phi
-        except InputError:
-            continue
-        at_zero = phi | {"tau": np.zeros(len(fit.tasks.coef))}
-        scores[j] = Integrated(Laplace())(fit.model, fit.tasks, at_zero)[j]
-    return scores
 
 
 def _importance(fit: Fit, refit: bool) -> dict[str, Any]:
@@ -188,7 +135,7 @@ def _importance(fit: Fit, refit: bool) -> dict[str, Any]:
                 continue
             log_density[j], error[j] = _averaged(without, fit.tasks.take([j]))
             refitted[j] = True
-    announce(_said(fit, rough & ~refitted, found.good_k, failed), stacklevel=4)
+    announce(_said(fit, rough & ~refitted, found.good_k, failed))
     return {
         "log_density": log_density, "error": error, "pareto_k": pareto_k,
         "good_k": found.good_k, "refitted": refitted,

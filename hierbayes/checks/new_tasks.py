@@ -88,7 +88,7 @@ def new_task_scores(
     ('partial', True)
     """
     mapped = isinstance(fits, (Fit, Mapping))
-    named = {} if not mapped else {fits.method: fits} if isinstance(fits, Fit) else dict(fits)
+    named = {} if not mapped else {fits.method.name: fits} if isinstance(fits, Fit) else dict(fits)
     if not named or not all(isinstance(fit, Fit) for fit in named.values()):
         raise InputError("expected a fit, or a mapping from label to fit")
     predictions: dict[str, Prediction] = {}
@@ -167,7 +167,6 @@ def _matched(fit: Fit, support: Any, query: Any, *, say: bool) -> tuple[Tasks, T
         announce(
             [f"{len(idle)} task(s) of the support have no query row and are not scored: "
              f"{listing(idle)}"],
-            stacklevel=5,
         )  # fmt: skip
     return _aligned(given, asked), asked
 

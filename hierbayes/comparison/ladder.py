@@ -34,6 +34,7 @@ from hierbayes.adaptation.implied_posterior import ImpliedPosterior
 from hierbayes.adaptation.step_length import largest_curvature
 from hierbayes.errors import InputError, overhearing
 from hierbayes.fit import Fit
+from hierbayes.fit.method import Derived
 from hierbayes.meta import empirical_bayes
 from hierbayes.meta.diagnostics import remarks
 from hierbayes.meta.inner_loop import check_inner_step, nth_seed
@@ -136,7 +137,7 @@ def _steps(start: Fit, num_steps: int | None, step_size: float | str | None) -> 
 
 
 def _drawn(
-    method: str,
+    rung: str,
     model: HierarchicalModel,
     tasks: Tasks,
     phi: dict[str, np.ndarray],
@@ -148,7 +149,7 @@ def _drawn(
     """A fit at this φ, with draws from its normal posterior."""
     values = adapted.draw(as_rng(seed), draws[0] * draws[1])
     return Fit(
-        method, model, tasks, phi, adaptation, adapted,
+        Derived(rung), model, tasks, phi, adaptation, adapted,
         theta_draws=values.reshape(*draws, *adapted.mean.shape),
         no_evidence="phi was taken from another fit", warnings=adapted.remarks,
         info={k: v for k, v in vars(adaptation).items() if k in ("num_steps", "step_size")},
@@ -179,7 +180,7 @@ def _sampled(
     theta = np.asarray(location) + found["z"] @ np.asarray(root).T
     flat = theta.reshape(-1, *theta.shape[2:])
     return Fit(
-        "posterior at a point", model, tasks, phi, Laplace(), Draws.of(flat),
+        Derived("posterior at a point"), model, tasks, phi, Laplace(), Draws.of(flat),
         theta_draws=theta, sample_stats=stats,
         no_evidence="phi was taken from the full posterior's mean",
         warnings=(

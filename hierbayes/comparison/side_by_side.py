@@ -211,7 +211,7 @@ def _reference(fits: dict[str, Fit], asked: str | None) -> str | None:
                 f"reference {inputs.shown(asked)} is not among the fits: {', '.join(fits)}"
             )
         return asked
-    full = [label for label, fit in fits.items() if fit.method == "full Bayes"]
+    full = [label for label, fit in fits.items() if fit.phi_draws is not None]
     posterior = [label for label, fit in fits.items() if _has_posterior(fit) and "mu" in fit.phi]
     return next(iter(full + posterior), None)
 

@@ -2,7 +2,6 @@
 
 from hierbayes.fit.adapted import AdaptedTasks
 from hierbayes.fit.fit import Fit
-from hierbayes.fit.loading import load
 from hierbayes.fit.prediction import Prediction
 
-__all__ = ["AdaptedTasks", "Fit", "Prediction", "load"]
+__all__ = ["AdaptedTasks", "Fit", "Prediction"]

@@ -97,7 +97,7 @@ def adapt(
     phis = phis_of(fit.phi, fit.phi_draws)
     if fit.phi_draws is None:
         adapted = fit.adaptation(fit.model, tasks, dict(fit.phi))
-        announce(adapted.remarks, stacklevel=4)
+        announce(adapted.remarks)
         said = (*adapted.remarks, LEFT_POINT.format(num_tasks=fit.learned_from.num_tasks))
         return AdaptedTasks(fit.model, tasks, phis, adapted, remarks=said)
     return _over_draws(fit, tasks, phis, update_phi, seed)[0]

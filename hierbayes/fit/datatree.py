@@ -32,7 +32,7 @@ def build(fit: Learned, *, with_predictive: bool = True) -> Any:
 
     groups: dict[str, Any] = {}
     draws = _draws(fit)
-    attrs = {"inference_library": "hierbayes", "method": fit.method}
+    attrs = {"inference_library": "hierbayes", "method": fit.method.name}
     if draws:
         posterior = dataset(draws, fit.tasks, dims(fit), ("chain", "draw"))
         groups["posterior"] = posterior.assign_attrs(attrs)

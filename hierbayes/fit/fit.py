@@ -40,8 +40,9 @@ class Fit(Learned):
 
     Attributes
     ----------
-    method : str
-        The method's name.
+    method : Method
+        How φ was learned: ``fit.method(model, tasks)`` fits other tasks with the same settings,
+        ``fit.method.name`` is what tables call it.
     phi : mapping
         The learned prior by name: ``mu``, ``tau``, ``corr``, ``beta``, ``gamma``, ``sigma``;
         point values, posterior means under full Bayes.
@@ -68,7 +69,7 @@ class Fit(Learned):
 
     def __repr__(self) -> str:
         names = ", ".join(f"{n}={_short(v)}" for n, v in self.phi.items() if np.size(v) <= 4)
-        return f"Fit({self.method!r}, {self.tasks.num_tasks} tasks, {names})"
+        return f"Fit({self.method.name!r}, {self.tasks.num_tasks} tasks, {names})"
 
     # --------------------------------------------------------------- estimates
 

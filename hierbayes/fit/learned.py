@@ -11,6 +11,7 @@ import numpy as np
 
 from hierbayes.adaptation import Adaptation, Posterior
 from hierbayes.fit.adapted import AdaptedTasks
+from hierbayes.fit.method import Method
 from hierbayes.fit.when_read import WhenRead
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors.column_map import ColumnMap
@@ -24,7 +25,7 @@ class Learned(abc.ABC):
     Its attributes are those of :class:`~hierbayes.Fit`, which is one with methods.
     """
 
-    method: str
+    method: Method
     model: HierarchicalModel
     tasks: Tasks
     phi: Mapping[str, np.ndarray]

@@ -56,7 +56,7 @@ class Entered:
             said = [FAR_AWAY.format(names=listing([repr(n) for n in names]), far=FAR)]
         if said:
             draws = fit.__dict__["_theta_draws"]  # not made before they are read
-            said = [*announce(said, stacklevel=4), *fit.warnings]
+            said = [*announce(said), *fit.warnings]
             fit = replace(fit, warnings=tuple(said), theta_draws=draws)
         return outward(fit, self.at, self.model, self.tasks, along)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
+import optax
 
 from hierbayes.adaptation import (
     Adaptation,
@@ -15,7 +17,8 @@ from hierbayes.files import MARK, checked_place, sealed, write_whole
 from hierbayes.fit import hdf5
 from hierbayes.fit.datatree import PREDICTIVE, build
 from hierbayes.fit.learned import Learned
-from hierbayes.fit.stored import FORMAT, GROUP, KINDS, LIKELIHOODS, OPTIMISER, PRIORS
+from hierbayes.fit.method import METHODS, Method
+from hierbayes.fit.stored import FORMAT, GROUP, KINDS, LIKELIHOODS, OPTIMISER, OWN, PRIORS
 from hierbayes.fit.stored_inside import arrays_inside, inside_to_plain
 from hierbayes.formula import FormulaEncoder
 from hierbayes.priors.columns import to_plain
@@ -27,7 +30,7 @@ def save(fit: Learned, path: Any) -> None:
     """Write ``fit`` to ``path``, whole or not at all."""
     import xarray as xr
 
-    if type(fit.adaptation) not in KINDS:
+    if type(fit.adaptation) not in KINDS and not _of_the_users_method(fit):
         raise InputError(
             f"a fit by {fit.method} cannot be saved whole; fit.datatree.to_netcdf(path) keeps its "
             "draws and estimates"
@@ -74,7 +77,7 @@ def _describe(fit: Learned) -> tuple[dict[str, Any], Any]:
     adaptation = fit.adaptation
     described = {
         "format": FORMAT,
-        "method": fit.method,
+        "method": _method(fit.method),
         "model": model_json,
         "labels": {
             "coef": labels.coef,
@@ -84,7 +87,9 @@ def _describe(fit: Learned) -> tuple[dict[str, Any], Any]:
             "outcome": labels.outcome,
         },
         "encoder": encoder_json,
-        "adaptation": {"kind": type(adaptation).__name__, "settings": _settings(adaptation)},
+        "adaptation": {"kind": type(adaptation).__name__, "settings": _settings(adaptation)}
+        if type(adaptation) in KINDS
+        else {"kind": OWN, "settings": {}},
         "phi_draws": list(fit.phi_draws or {}),
         "theta_draws": fit.theta_draws is not None,
         "evidence": fit.evidence,
@@ -95,6 +100,28 @@ def _describe(fit: Learned) -> tuple[dict[str, Any], Any]:
         "inside": inside_to_plain(fit),
     }
     return json.loads(json.dumps(described, default=_number)), table
+
+
+def _of_the_users_method(fit: Learned) -> bool:
+    """Whether the adaptation is a user's own, which the user's method gives again."""
+    own = getattr(fit.method, "adaptation", None)
+    return type(fit.method).__name__ not in METHODS and own is not None and fit.adaptation == own()
+
+
+def _method(method: Method) -> dict[str, Any]:
+    """The method's class and settings; an optimiser is a function that no file can keep."""
+    settings: dict[str, Any] = {}
+    for f in fields(method):  # type: ignore[arg-type]
+        value = getattr(method, f.name)
+        settings[f.name] = OPTIMISER if isinstance(value, optax.GradientTransformation) else value
+        try:
+            json.dumps(settings[f.name], default=_number)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{method.name} cannot be saved: its setting {f.name!r} is "
+                f"{type(value).__name__}, which no file keeps"
+            ) from error
+    return {"kind": type(method).__name__, "settings": settings}
 
 
 def _settings(adaptation: Adaptation) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from hierbayes.adaptation.implied_posterior import ImpliedPosterior
 from hierbayes.adaptation.linearised import LinearisedSteps
 from hierbayes.adaptation.variational import Variational
 from hierbayes.errors import InputError, listing
+from hierbayes.fit.method import Method
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Labels, Tasks
 from hierbayes.tasks.frames import as_names
@@ -55,6 +56,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "intercept": (True, False),
 }
 
+OWN = "the method's own"
+"""What stands in the file for an adaptation of the user's, which the user's method has."""
+
 GROUP = "hierbayes"
 KINDS = (
     Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, LinearisedSteps,
@@ -66,12 +70,9 @@ LIKELIHOODS = (
 )  # fmt: skip
 PRIORS = (priors.Gaussian, priors.StudentT)
 
-FORMAT = 3
-"""3 names the prior; 2 names the likelihood; 1 knew the Gaussian one
-alone, by its ``known_se``."""
-
-LEARNS_ALL = ("empirical Bayes", "full Bayes")
-"""Methods whose φ holds everything that the model has."""
+FORMAT = 4
+"""4 holds the method's settings, of which there was a name before; 3 names the prior; 2 names the
+likelihood; 1 knew the Gaussian one alone, by its ``known_se``."""
 
 
 class NeedsMore(InputError):
@@ -150,7 +151,7 @@ def made(described: Any, kinds: Sequence[type], *, tuples: bool = False, whole: 
             if name not in own:
                 refuse(f"{kind} has no such setting")
             _check_setting(name, value)
-    return known[kind](**{n: _tuples(v) if tuples else v for n, v in settings.items()})
+    return known[kind](**{n: as_tuples(v) if tuples else v for n, v in settings.items()})
 
 
 def _check_setting(name: str, value: Any) -> None:
@@ -280,7 +281,7 @@ def _check_tasks(tasks: Tasks) -> None:
 
 
 def check_phi(
-    phi: Mapping[str, np.ndarray], method: str, model: HierarchicalModel, tasks: Tasks, own: bool
+    phi: Mapping[str, np.ndarray], method: Method, model: HierarchicalModel, tasks: Tasks, own: bool
 ) -> None:
     """Refuse a φ that is not this model's; ``own``: the model is the user's, not the file's."""
     parts = {p.name: p for p in model.parts(tasks)}
@@ -303,7 +304,7 @@ def check_phi(
             unit = np.allclose(np.diag(corr), 1.0) and np.allclose(corr, corr.T)
             if not unit or (np.linalg.eigvalsh(corr) < -1e-6).any():
                 refuse("it is no correlation matrix")
-    if method in LEARNS_ALL and not own:
+    if method.learns_all and not own:
         for name in parts:
             with field(name):
                 if name not in phi:
@@ -367,5 +368,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+def as_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that settings are."""
+    return tuple(as_tuples(v) for v in value) if isinstance(value, list) else value

@@ -81,7 +81,7 @@ def updated(
     def left(k: float) -> Updated:
         shown = f"= {k:.2f}" if np.isfinite(k) else "not to be had"
         message = LEFT_FAR.format(k=shown, most=largest_k(size), num_tasks=known.num_tasks)
-        announce([message], stacklevel=6)
+        announce([message])
         return Updated(phis, k, (*said, message), False)
 
     first = log_weights(np.unique(np.linspace(0, size - 1, FIRST_LOOK).astype(int)))

@@ -9,19 +9,33 @@ follow a direction that maximises nothing (:func:`reptile`), or take a limit of 
 :func:`nuts` and :func:`implied_posterior` give posteriors of weights under a φ learned otherwise.
 """
 
-from hierbayes.meta.abml import abml
-from hierbayes.meta.baselines import complete_pooling, no_pooling
-from hierbayes.meta.empirical_bayes import empirical_bayes
-from hierbayes.meta.full_bayes import full_bayes
-from hierbayes.meta.imaml import imaml
+from hierbayes.fit.method import Method
+from hierbayes.meta.abml import Abml, abml
+from hierbayes.meta.baselines import CompletePooling, NoPooling, complete_pooling, no_pooling
+from hierbayes.meta.empirical_bayes import EmpiricalBayes, empirical_bayes
+from hierbayes.meta.full_bayes import FullBayes, full_bayes
+from hierbayes.meta.imaml import Imaml, imaml
 from hierbayes.meta.implied import implied_posterior
-from hierbayes.meta.llama import llama
-from hierbayes.meta.maml import maml
-from hierbayes.meta.reptile import reptile
-from hierbayes.meta.training import Training
+from hierbayes.meta.learner import Learner
+from hierbayes.meta.llama import Llama, llama
+from hierbayes.meta.loading import load
+from hierbayes.meta.maml import Maml, maml
+from hierbayes.meta.outer_loop import Training
+from hierbayes.meta.reptile import Reptile, reptile
 from hierbayes.meta.weights_posterior import nuts
 
 __all__ = [
+    "Abml",
+    "CompletePooling",
+    "EmpiricalBayes",
+    "FullBayes",
+    "Imaml",
+    "Learner",
+    "Llama",
+    "Maml",
+    "Method",
+    "NoPooling",
+    "Reptile",
     "Training",
     "abml",
     "complete_pooling",
@@ -30,6 +44,7 @@ __all__ = [
     "imaml",
     "implied_posterior",
     "llama",
+    "load",
     "maml",
     "no_pooling",
     "nuts",

@@ -9,7 +9,7 @@ with q_j what K steps make of the prior on the support rows, D_j all rows.
 
 from __future__ import annotations
 
-import time
+from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import jax
@@ -21,10 +21,12 @@ from hierbayes import inputs
 from hierbayes.adaptation.variational import Variational, divergence, expected
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.fit import Fit
-from hierbayes.meta.batches import Outer, Parameters, batches, rows_together
+from hierbayes.meta.batches import Batches, Outer, Parameters, rows_together
 from hierbayes.meta.inner_loop import check_counts, check_steps
-from hierbayes.meta.training import Training
-from hierbayes.model import HierarchicalModel, check_model
+from hierbayes.meta.learner import Learner
+from hierbayes.meta.outer_loop import Training, parted
+from hierbayes.meta.sources import Source
+from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task
 
 STARTING_TAU = 0.05
@@ -69,7 +71,7 @@ def abml(
     query : float
         Share of a task's rows in the query part, where ``tasks`` are a fixed set.
     **training
-        See :class:`~hierbayes.meta.training.Training`.
+        See :class:`~hierbayes.meta.outer_loop.Training`.
 
     Returns
     -------
@@ -90,58 +92,95 @@ def abml(
     >>> sorted(fit.phi)
     ['mu', 'sigma', 'tau']
     """
-    started = time.perf_counter()
-    check_model(model)
-    check_steps(num_steps, "auto" if step_size is None else step_size, "mean", "unrolled", None)
-    check_counts(num_samples=num_samples, num_tasks=1 if num_tasks is None else num_tasks)
-    given = inputs.numbers("precision_prior", precision_prior, shape=(2,))
-    if not (given > 0).all():
-        raise InputError(
-            f"precision_prior must be a positive shape and rate, found {precision_prior!r}"
-        )
-    model.require_gaussian_prior(
-        "abml", "its approximate posteriors and its prior are normal", "use priors.Gaussian()"
-    )
-    if model.likelihood.linear:
-        raise NotApplicable(
-            "abml approximates the posterior of a network's weights; tasks that are linear in θ "
-            "have exact ones: use hb.empirical_bayes or hb.full_bayes"
-        )
-    source = batches(model, tasks, "ABML", started, query=query, training=dict(training))
-    model, sample = source.model, source.tasks
-    eta = source.step_size("auto" if step_size is None else step_size, {}, "mean")
-    outer = Outer(model, len(sample.coef), {})
-    adaptation = Variational(num_steps, eta, num_samples)
-    has_noise = "sigma" in model.likelihood.parameters()
-    spread = float(np.std(sample.outcome)) or 1.0
-    share = 0.0 if num_tasks is None else 1.0 / num_tasks
+    run, more = parted(training, Abml)
+    method = Abml(
+        num_steps, step_size, num_samples=num_samples, num_tasks=num_tasks,
+        precision_prior=precision_prior, query=query, **more,
+    )  # fmt: skip
+    return method(model, tasks, **run)
 
-    def start(key: Any) -> Parameters:
-        parameters = outer.start(key)
-        log_tau = jax.tree.map(lambda m: jnp.full_like(m, np.log(STARTING_TAU)), parameters["mu"])
-        noise = {"log_sigma": jnp.log(jnp.asarray(spread))} if has_noise else {}
-        return parameters | {"log_tau": log_tau} | noise
 
-    def objective(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
-        phi, rows = outer.phi(parameters), rows_together(support, asked)
-        steps, draws = jax.random.split(key)
-        q = adaptation.steps(model, phi, support, jax.random.split(steps, len(rows.mask)))
-        shape = (rows.mask.shape[0], num_samples, phi["mu"].shape[0])
-        noise = jax.random.normal(draws, shape, phi["mu"].dtype)
-        bound = jax.vmap(lambda task, m, s, e: expected(model, phi, task, (m, s), e))(
-            rows, *q, noise
-        ) - jax.vmap(lambda m, s: divergence((m, s), phi))(*q)
-        if share:
-            bound = bound + share * log_hyperprior(phi, precision_prior)
-        return bound / jnp.maximum(rows.mask.sum(-1), 1)
+@dataclass(frozen=True)
+class Abml(Learner):
+    """ABML with these settings; :func:`abml` says what they are."""
 
-    described = {
-        "num_steps": num_steps, "step_size": eta, "num_samples": num_samples,
-        "num_tasks": num_tasks, "precision_prior": list(precision_prior),
-    }  # fmt: skip
-    found = source.ascend("ABML", outer, objective, described, start)
+    num_steps: int = 5
+    step_size: float | None = None
+    num_samples: int = field(default=5, kw_only=True)
+    num_tasks: int | None = field(default=None, kw_only=True)
+    precision_prior: tuple[float, float] = field(default=(1.0, 0.01), kw_only=True)
+
+    name = "ABML"
+    rank = 0.4
     no_evidence = "ABML maximises a lower bound of the evidence, in info['history'], a row"
-    return source.fit("ABML", adaptation, found, no_evidence, described)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        asked = "auto" if self.step_size is None else self.step_size
+        check_steps(self.num_steps, asked, "mean", "unrolled", None)
+        num_tasks = 1 if self.num_tasks is None else self.num_tasks
+        check_counts(num_samples=self.num_samples, num_tasks=num_tasks)
+        given = inputs.numbers("precision_prior", self.precision_prior, shape=(2,))
+        if not (given > 0).all():
+            found = self.precision_prior
+            raise InputError(f"precision_prior must be a positive shape and rate, found {found!r}")
+        object.__setattr__(self, "precision_prior", tuple(given.tolist()))
+
+    def check(self, model: HierarchicalModel) -> None:
+        """Networks under a Gaussian prior."""
+        model.require_gaussian_prior(
+            "abml", "its approximate posteriors and its prior are normal", "use priors.Gaussian()"
+        )
+        if model.likelihood.linear:
+            raise NotApplicable(
+                "abml approximates the posterior of a network's weights; tasks that are linear in "
+                "θ have exact ones: use hb.empirical_bayes or hb.full_bayes"
+            )
+
+    def learn(self, source: Source) -> Fit:
+        """φ where the bound on the evidence is highest, a row."""
+        assert isinstance(source, Batches)
+        model, sample = source.model, source.tasks
+        asked = "auto" if self.step_size is None else self.step_size
+        eta = source.step_size(asked, {}, "mean")
+        outer = Outer(model, len(sample.coef), {})
+        adaptation = Variational(self.num_steps, eta, self.num_samples)
+        spread = float(np.std(sample.outcome)) or 1.0
+
+        def start(key: Any) -> Parameters:
+            parameters = outer.start(key)
+            log_tau = np.log(STARTING_TAU)
+            each = jax.tree.map(lambda m: jnp.full_like(m, log_tau), parameters["mu"])
+            has_noise = "sigma" in model.likelihood.parameters()
+            noise = {"log_sigma": jnp.log(jnp.asarray(spread))} if has_noise else {}
+            return parameters | {"log_tau": each} | noise
+
+        described = {
+            "num_steps": self.num_steps, "step_size": eta, "num_samples": self.num_samples,
+            "num_tasks": self.num_tasks, "precision_prior": list(self.precision_prior),
+        }  # fmt: skip
+        objective = self._bound(model, outer, adaptation)
+        found = source.ascend(outer, objective, described, start)
+        return source.fit(adaptation, found, described)
+
+    def _bound(self, model: HierarchicalModel, outer: Outer, adaptation: Variational) -> Any:
+        """The bound on log p(D_j | φ) of each task of a batch, a row."""
+        share = 0.0 if self.num_tasks is None else 1.0 / self.num_tasks
+
+        def objective(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
+            phi, rows = outer.phi(parameters), rows_together(support, asked)
+            steps, draws = jax.random.split(key)
+            q = adaptation.steps(model, phi, support, jax.random.split(steps, len(rows.mask)))
+            shape = (rows.mask.shape[0], self.num_samples, phi["mu"].shape[0])
+            noise = jax.random.normal(draws, shape, phi["mu"].dtype)
+            bound = jax.vmap(lambda task, m, s, e: expected(model, phi, task, (m, s), e))(
+                rows, *q, noise
+            ) - jax.vmap(lambda m, s: divergence((m, s), phi))(*q)
+            if share:
+                bound = bound + share * log_hyperprior(phi, self.precision_prior)
+            return bound / jnp.maximum(rows.mask.sum(-1), 1)
+
+        return objective
 
 
 def log_hyperprior(phi: dict[str, Any], precision_prior: tuple[float, float]) -> Any:

@@ -7,6 +7,7 @@ r"""A fixed set of tasks as a source: all at once, over a vector of order one.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +27,14 @@ from hierbayes.meta.fixed_point import Direction, follow
 from hierbayes.meta.inner_loop import (
     Learned,
     Predicted,
-    check_counts,
-    check_optimiser,
     inner_noise,
     outer_space,
     query_parameters,
     query_space,
-    refuse_idle,
     side_by_side,
     support_query_splits,
 )
+from hierbayes.meta.outer_loop import Run, WithOuterLoop
 from hierbayes.meta.sources import Extra, Found, Source
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
@@ -48,14 +47,9 @@ class AllAtOnce(Source):
     """A fixed set of tasks, in the columns of ``entered``, whose rows are split at random."""
 
     entered: Entered
-    method: str
-    started: float
-    query: float
-    num_splits: int
-    seed: Any
-    optimiser: Any
+    method: WithOuterLoop
+    run: Run
     num_meta_steps: int
-    progress: bool | None
     loss = "sum"
     whole = True
 
@@ -85,11 +79,12 @@ class AllAtOnce(Source):
 
     def splits(self) -> list[tuple[Tasks, Tasks]]:
         """Support and query parts of every task."""
-        return support_query_splits(self.tasks, self.query, self.num_splits, self.seed, self.method)
+        method, seed = self.method, self.run.seed
+        return support_query_splits(self.tasks, method.query, method.num_splits, seed, method.name)
 
     def maximise(
-        self, method: str, adaptation: PointAdaptation, given: dict[str, Any],
-        described: dict[str, Any], extras: tuple[Extra, ...] = (),
+        self, adaptation: PointAdaptation, given: dict[str, Any], described: dict[str, Any],
+        extras: tuple[Extra, ...] = (),
     ) -> Found:  # fmt: skip
         """Over a vector of order one, by L-BFGS unless there is another optimiser."""
         del described
@@ -105,11 +100,11 @@ class AllAtOnce(Source):
             parts = evidence.arrange(plain, support, asked)
             data = (Learned(space, known), *parts, float(asked.num_rows))
             best = maximise(
-                Predicted(evidence, plain), start, self.optimiser, self.num_meta_steps,
-                self.progress, method, data,
+                Predicted(evidence, plain), start, self.method.optimiser, self.num_meta_steps,
+                self.run.progress, self.method.name, data,
             )  # fmt: skip
             phi = to_numpy(dict(given) | space.phi(jnp.asarray(best.x)))
-        density = best.value * asked.num_rows / self.num_splits
+        density = best.value * asked.num_rows / self.method.num_splits
         return Found(phi, list(best.warnings), {"query_log_density": density}, support)
 
     def follow(
@@ -122,8 +117,8 @@ class AllAtOnce(Source):
             space = outer_space(model, tasks, given, queries=False)
             start = space.x({"mu": model.scales(tasks).mu_location})
             found = follow(
-                direction, start, self.optimiser, self.num_meta_steps, tolerance, self.progress,
-                self.method, (Learned(space, known), *data),
+                direction, start, self.method.optimiser, self.num_meta_steps, tolerance,
+                self.run.progress, self.method.name, (Learned(space, known), *data),
             )  # fmt: skip
             phi = to_numpy(dict(given) | space.phi(jnp.asarray(found.x)))
         return Found(phi, list(found.warnings), {"outer_steps": found.taken})
@@ -132,7 +127,7 @@ class AllAtOnce(Source):
         self, adaptation: PointAdaptation, phi: dict[str, Any], given: dict[str, Any]
     ) -> Found:
         """``sigma_query`` and the like at their maximum given the rest of φ."""
-        support, asked = self.tasks.split(self.query, seed=self.seed)
+        support, asked = self.tasks.split(self.method.query, seed=self.run.seed)
         if not ((support.sizes > 0) & (asked.sizes > 0)).any():
             learned = ", ".join(f"{name}_query" for name in query_parameters(self.model, given))
             return Found({}, [
@@ -140,21 +135,20 @@ class AllAtOnce(Source):
                 "others of their task predict, cannot be learned: predictions hold the noise alone "
                 "and are too narrow"
             ], {"query_log_density": None})  # fmt: skip
-        return queries_judged(self.method, self.model, adaptation, phi, given, support, asked)
+        name = self.method.name
+        return queries_judged(name, self.model, adaptation, phi, given, support, asked)
 
-    def fit(
-        self, method: str, adaptation: Adaptation, found: Found, no_evidence: str,
-        described: dict[str, Any],
-    ) -> Fit:  # fmt: skip
+    def fit(self, adaptation: Adaptation, found: Found, described: dict[str, Any]) -> Fit:
         """In the user's columns."""
+        method = self.method
         own = {
-            "query": self.query, "num_splits": self.num_splits,
-            "num_meta_steps": self.num_meta_steps, "seed": self.seed,
+            "query": method.query, "num_splits": method.num_splits,
+            "num_meta_steps": self.num_meta_steps, "seed": self.run.seed,
         }  # fmt: skip
         made = Fit(
             method, self.model, self.tasks, found.phi, adaptation, found.more,
-            no_evidence=no_evidence, warnings=announce(found.warnings),
-            info=described | found.info | own | {"seconds": time.perf_counter() - self.started},
+            no_evidence=method.no_evidence, warnings=announce(found.warnings),
+            info=described | found.info | own | {"seconds": time.perf_counter() - self.run.started},
         )  # fmt: skip
         return self.entered.leave(made)
 
@@ -198,16 +192,15 @@ def _part_of(extra: Extra, num_coef: int) -> Space:
 
 
 def all_at_once(
-    enter: Any, model: HierarchicalModel, tasks: Any, method: str, idle: dict[str, Any],
-    started: float, *, query: float, num_splits: int = 1, seed: Any, optimiser: Any,
-    num_meta_steps: int,  progress: bool | None,
+    method: WithOuterLoop, enter: Callable[[HierarchicalModel, Tasks], Entered],
+    model: HierarchicalModel, tasks: Any, run: Run, *idle: str, most: int = 500,
 ) -> AllAtOnce:  # fmt: skip
-    """The source of a fixed set of tasks; ``idle`` are settings that have no place here."""
-    refuse_idle(idle, method)
+    """The source of a fixed set of tasks; ``idle`` are settings that have no place here.
+
+    ``enter`` takes them into the columns that are computed with; ``most`` outer steps are taken
+    where nothing else is said.
+    """
+    method.refuse_batches(run, *idle)
     tasks = model.tasks(tasks)
-    check_counts(num_splits=num_splits, num_meta_steps=num_meta_steps)
-    check_optimiser(optimiser)
     model.check(tasks, learns_prior=True)
-    return AllAtOnce(
-        enter(tasks), method, started, query, num_splits, seed, optimiser, num_meta_steps, progress
-    )
+    return AllAtOnce(enter(model, tasks), method, run, method.num_meta_steps or most)

@@ -7,7 +7,7 @@ r"""The two ends between which every method lies.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,10 @@ from hierbayes.adaptation import Conjugate, Laplace, LeastSquares, MaximumLikeli
 from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.adaptation.unpooled import determined
 from hierbayes.errors import InputError, NotApplicable, announce, listing
+from hierbayes.evidence import Integrated
 from hierbayes.evidence.profile import profile, profile_problem
 from hierbayes.fit import Fit
+from hierbayes.fit.method import Method
 from hierbayes.fit.outward import Entered, enter
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.marginal import fixed_along
@@ -62,29 +64,77 @@ def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = No
     >>> float(hb.no_pooling(model, tasks).theta.sel(task="A", coef="Intercept"))
     28.0
     """
-    started = time.perf_counter()
+    return NoPooling(sigma)(model, tasks)
+
+
+@dataclass(frozen=True)
+class NoPooling(Method):
+    """No pooling; :func:`no_pooling` says what it is."""
+
+    sigma: float | None = None
+
+    name = "no pooling"
+    command = "no_pooling"
+    colour, marker, rank = "#777777", "x", 0.0
+    compared = True
+
+    def __post_init__(self) -> None:
+        if self.sigma is not None:
+            inputs.positive("sigma", self.sigma)
+
+    def __call__(
+        self, model: HierarchicalModel, tasks: Any, seed: Any = 0, *, progress: bool | None = None
+    ) -> Fit:
+        """Each task by its own rows; nothing is random here."""
+        del seed, progress
+        started = time.perf_counter()
+        entered = _entered(model, tasks, "no_pooling")
+        resolved, tasks = entered.inner_model, entered.inner_tasks
+        refuse_idle_sigma(model, self.sigma)
+        phi, within, remarks = _within(resolved, tasks, self.sigma)
+        gaussian = model.likelihood.gaussian_in_theta
+        adaptation = LeastSquares() if gaussian else MaximumLikelihood()
+        training = replace(adaptation(resolved, tasks, phi), absorbed=within.absorbed)
+        remarks += [*_absorbed(within, tasks), *training.remarks]
+        remarks += _undetermined(model, tasks, np.abs(training.blind).max(axis=(1, 2)) > 1e-8)
+        fit = Fit(
+            self, resolved, tasks, phi, adaptation, training,
+            no_evidence="the prior is flat", warnings=announce(remarks),
+            info={"seconds": time.perf_counter() - started},
+        )  # fmt: skip
+        return entered.leave(fit)
+
+
+def _entered(model: HierarchicalModel, tasks: Any, name: str) -> Entered:
+    """The tasks as they are computed with, both ends of pooling reading rows alone."""
     check_model(model)
     tasks = model.tasks(tasks)
     model.check(tasks, learns_prior=False)
-    _refuse_programs(model, "no_pooling")
-    entered = enter(model, tasks, "rows")
-    resolved, tasks = entered.inner_model, entered.inner_tasks
-    refuse_idle_sigma(model, sigma)
-    phi, within, remarks = _within(resolved, tasks, sigma)
-    if not within.identified.all():
-        blind = [c for c, ok in zip(tasks.labels.shared, within.identified, strict=True) if not ok]
-        remarks.append(
-            f"without pooling the shared effect of {listing(blind)} is not identified: each task's "
-            "own coefficients absorb it, and are marked as unidentified where they do"
+    if not model.likelihood.has_location:
+        raise NotApplicable(
+            f"{name} needs a linear predictor, to tell estimates that exist from infinite ones; "
+            "a likelihood from a NumPyro program has none: use empirical_bayes or full_bayes"
         )
-    gaussian = model.likelihood.gaussian_in_theta
-    adaptation = LeastSquares() if gaussian else MaximumLikelihood()
-    training = replace(adaptation(resolved, tasks, phi), absorbed=within.absorbed)
-    lacking = np.abs(training.blind).max(axis=(1, 2)) > 1e-8
-    remarks += training.remarks
+    return enter(model, tasks, "rows")
+
+
+def _absorbed(within: Any, tasks: Tasks) -> list[str]:
+    """What to say of shared effects that tasks' own coefficients absorb."""
+    if within.identified.all():
+        return []
+    blind = [c for c, ok in zip(tasks.labels.shared, within.identified, strict=True) if not ok]
+    return [
+        f"without pooling the shared effect of {listing(blind)} is not identified: each task's "
+        "own coefficients absorb it, and are marked as unidentified where they do"
+    ]
+
+
+def _undetermined(model: HierarchicalModel, tasks: Tasks, lacking: np.ndarray) -> list[str]:
+    """What to say of tasks whose rows do not determine their coefficients."""
+    remarks = []
     if isinstance(model.likelihood, GeneralisedLinear):
         endless = determined(tasks, model.likelihood).endless
-        lacking &= ~endless
+        lacking = lacking & ~endless
         if endless.any():
             remarks.append(
                 f"the likelihood of {endless.sum()} of {len(endless)} tasks has no maximum "
@@ -99,12 +149,7 @@ def no_pooling(model: HierarchicalModel, tasks: Any, *, sigma: float | None = No
             f"alone ({listing(tasks.names[lacking].tolist(), 3)}): minimum-norm estimates there, "
             "marked as unidentified"
         )
-    fit = Fit(
-        "no pooling", resolved, tasks, phi, adaptation, training,
-        no_evidence="the prior is flat", warnings=announce(remarks),
-        info={"seconds": time.perf_counter() - started},
-    )  # fmt: skip
-    return entered.leave(fit)
+    return remarks
 
 
 def _within(
@@ -121,14 +166,6 @@ def _within(
         noise(sigma, sigma)
     found = within_likelihood(model, tasks, sigma)
     return found.phi, found, list(found.remarks)
-
-
-def _refuse_programs(model: HierarchicalModel, method: str) -> None:
-    if not model.likelihood.has_location:
-        raise NotApplicable(
-            f"{method} needs a linear predictor, to tell estimates that exist from infinite ones; "
-            "a likelihood from a NumPyro program has none: use empirical_bayes or full_bayes"
-        )
 
 
 def refuse_idle_sigma(model: HierarchicalModel, sigma: float | None) -> None:
@@ -177,48 +214,77 @@ def complete_pooling(model: HierarchicalModel, tasks: Any) -> Fit:
     >>> round(float(hb.complete_pooling(model, tasks).phi["mu"][0]), 4)
     7.6856
     """
-    started = time.perf_counter()
-    check_model(model)
-    tasks = model.tasks(tasks)
-    model.check(tasks, learns_prior=False)
-    _refuse_programs(model, "complete_pooling")
-    entered = enter(model, tasks, "rows")
-    resolved, tasks = entered.inner_model, entered.inner_tasks
-    if not model.likelihood.gaussian_in_theta:
-        return _pooled(entered, started)
-    shape, fixed = resolved.shape(tasks), resolved.fixed(tasks)
-    known_noise = "sigma" not in shape.parameters
-    d = len(shape.coef)
-    with float64():
-        problem = profile_problem(
-            placed_statistics(tasks), shape, reml=False, known_noise=known_noise
-        )
-        best = profile(problem, np.zeros((d, d)))
-    phi = fixed.phi(np.asarray(best.fixed)) | {"tau": np.zeros(d)}
-    errors = fixed.phi(np.sqrt(np.diag(np.asarray(best.covariance))))
-    if not known_noise:
-        phi["sigma"] = np.asarray(best.sigma)
-    adaptation = Conjugate()
-    fit = Fit(
-        "complete pooling", resolved, tasks, phi, adaptation, adaptation(resolved, tasks, phi),
-        standard_errors=errors, evidence=float(best.log_evidence),
-        info={"seconds": time.perf_counter() - started},
-    )  # fmt: skip
-    return entered.leave(fit, fixed_along(fixed, np.asarray(best.covariance)))
+    return CompletePooling()(model, tasks)
 
 
-def _pooled(entered: Entered, started: float) -> Fit:
-    """Maximum likelihood over all tasks; standard errors from its curvature."""
-    model, tasks = entered.inner_model, entered.inner_tasks
-    found = over_all(model, tasks)
-    phi = found.phi | {"tau": np.zeros(len(tasks.coef))}
-    with float64():
-        location = np.asarray(model.prior.location(phi, tasks.task_predictors))
-    fit = Fit(
-        "complete pooling", model, tasks, phi, Laplace(),
-        Normal(location, np.zeros((*location.shape, location.shape[1]))),
-        standard_errors=found.errors, evidence=found.log_likelihood,
-        warnings=announce(found.remarks),
-        info={"seconds": time.perf_counter() - started},
-    )  # fmt: skip
-    return entered.leave(fit, found.along)
+@dataclass(frozen=True)
+class CompletePooling(Method):
+    """Complete pooling; :func:`complete_pooling` says what it is."""
+
+    name = "complete pooling"
+    command = "complete_pooling"
+    colour, marker, rank = "#000000", "|", 1.0
+    compared = True
+
+    def __call__(
+        self, model: HierarchicalModel, tasks: Any, seed: Any = 0, *, progress: bool | None = None
+    ) -> Fit:
+        """All rows as those of one task; nothing is random here."""
+        del seed, progress
+        started = time.perf_counter()
+        entered = _entered(model, tasks, "complete_pooling")
+        gaussian = model.likelihood.gaussian_in_theta
+        fit, along = (self._by_least_squares if gaussian else self._by_likelihood)(entered)
+        fit = replace(fit, info={"seconds": time.perf_counter() - started})
+        return entered.leave(fit, along)
+
+    def _by_least_squares(self, entered: Entered) -> tuple[Fit, Any]:
+        """The fit, weighted by what is known of the noise, and how φ̂ moves."""
+        resolved, tasks, adaptation = entered.inner_model, entered.inner_tasks, Conjugate()
+        shape, fixed = resolved.shape(tasks), resolved.fixed(tasks)
+        known_noise = "sigma" not in shape.parameters
+        d = len(shape.coef)
+        with float64():
+            problem = profile_problem(
+                placed_statistics(tasks), shape, reml=False, known_noise=known_noise
+            )
+            best = profile(problem, np.zeros((d, d)))
+        phi = fixed.phi(np.asarray(best.fixed)) | {"tau": np.zeros(d)}
+        if not known_noise:
+            phi["sigma"] = np.asarray(best.sigma)
+        covariance = np.asarray(best.covariance)
+        fit = Fit(
+            self, resolved, tasks, phi, adaptation, adaptation(resolved, tasks, phi),
+            standard_errors=fixed.phi(np.sqrt(np.diag(covariance))),
+            evidence=float(best.log_evidence),
+        )  # fmt: skip
+        return fit, fixed_along(fixed, covariance)
+
+    def _by_likelihood(self, entered: Entered) -> tuple[Fit, Any]:
+        """Maximum likelihood over all tasks; standard errors from its curvature."""
+        model, tasks = entered.inner_model, entered.inner_tasks
+        found = over_all(model, tasks)
+        phi = found.phi | {"tau": np.zeros(len(tasks.coef))}
+        with float64():
+            location = np.asarray(model.prior.location(phi, tasks.task_predictors))
+        fit = Fit(
+            self, model, tasks, phi, Laplace(),
+            Normal(location, np.zeros((*location.shape, location.shape[1]))),
+            standard_errors=found.errors, evidence=found.log_likelihood,
+            warnings=announce(found.remarks),
+        )  # fmt: skip
+        return fit, found.along
+
+    def scores_without(self, fit: Fit) -> np.ndarray | None:
+        """Where tasks are not Gaussian: φ̂ from the rows of the others, from where all have led."""
+        if fit.model.likelihood.gaussian_in_theta:
+            return None
+        scores = np.full(fit.tasks.num_tasks, np.nan)
+        for j in np.flatnonzero(fit.tasks.sizes > 0):
+            try:
+                phi = over_all(fit.model, fit.tasks, without=int(j)).phi
+            except InputError:
+                continue
+            at_zero = phi | {"tau": np.zeros(len(fit.tasks.coef))}
+            scores[j] = Integrated(Laplace())(fit.model, fit.tasks, at_zero)[j]
+        return scores

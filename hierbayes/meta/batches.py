@@ -27,16 +27,10 @@ from hierbayes.fit import Fit
 from hierbayes.likelihoods import LastLayer
 from hierbayes.likelihoods.neural import Neural, refuse_filling
 from hierbayes.meta.all_at_once import queries_judged
-from hierbayes.meta.inner_loop import check_counts, inner_noise, refuse_splits, step_or
+from hierbayes.meta.inner_loop import inner_noise, refuse_splits, step_or
+from hierbayes.meta.outer_loop import SHARE, Run, WithOuterLoop
 from hierbayes.meta.sources import Extra, Found, Source
-from hierbayes.meta.training import (
-    DEFAULTS,
-    Direction,
-    Measure,
-    ascent_of,
-    settings,
-    train,
-)
+from hierbayes.meta.training import Direction, Measure, ascent_of, train
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic, to_numpy
 from hierbayes.tasks import Episodes, Task, Tasks
@@ -55,9 +49,6 @@ UNIT_LOSS = float(np.sqrt(0.5))
 """σ at which the mean negative log likelihood is the mean squared error, up to a constant."""
 
 
-SHARE = 0.5
-"""Share of a task's rows in the query part, where nothing else is said."""
-
 SAMPLE_SEED, DEVIATION_SEED = 0x5A17_0001, 0x5A17_0002
 """Of the tasks that a fit shows, and of those on which ``sigma_query`` is learned: no user's."""
 
@@ -72,8 +63,6 @@ def _read(model: HierarchicalModel, tasks: Any, query: float, held: int) -> tupl
 
     Of a fixed set the tasks are themselves, all rows of them.
     """
-    check_counts(held_out=held)
-    query = inputs.share("query", query)
     if not isinstance(tasks, Episodes):
         if not isinstance(tasks, Tasks):
             raise InputError(
@@ -192,9 +181,8 @@ class Batches(Source):
     plain: HierarchicalModel
     episodes: Episodes
     sample: Tasks
-    started: float
-    query: float
-    training: dict[str, Any]
+    method: WithOuterLoop
+    run: Run
     loss = "mean"
     whole = False
 
@@ -232,8 +220,8 @@ class Batches(Source):
         return step_or(asked, PLAIN_STEP)
 
     def maximise(
-        self, method: str, adaptation: PointAdaptation, given: dict[str, Any],
-        described: dict[str, Any], extras: tuple[Extra, ...] = (),
+        self, adaptation: PointAdaptation, given: dict[str, Any], described: dict[str, Any],
+        extras: tuple[Extra, ...] = (),
     ) -> Found:  # fmt: skip
         """By stochastic ascent on φ's parameters as the user's own functions take them."""
         outer, evidence = Outer(self.plain, len(self.sample.coef), given), Predictive(adaptation)
@@ -263,40 +251,38 @@ class Batches(Source):
             }  # fmt: skip
 
         return self.follow(
-            method, outer, ascent_of(objective), objective, described, start,
+            outer, ascent_of(objective), objective, described, start,
             measure=residuals if implicit else None,
         )  # fmt: skip
 
     def ascend(
-        self, method: str, outer: Outer, objective: Any, described: dict[str, Any],
+        self, outer: Outer, objective: Any, described: dict[str, Any],
         start: Callable[[Any], Parameters] | None = None, precision: str | None = None,
     ) -> Found:  # fmt: skip
         """Of the mean over tasks of ``objective(parameters, support, asked, key)`` (B,)."""
-        return self.follow(
-            method, outer, ascent_of(objective), objective, described, start, precision
-        )
+        return self.follow(outer, ascent_of(objective), objective, described, start, precision)
 
     def follow(
-        self, method: str, outer: Outer, direction: Direction, score: Any,
-        described: dict[str, Any], start: Callable[[Any], Parameters] | None = None,
-        precision: str | None = None, measure: Measure | None = None,
+        self, outer: Outer, direction: Direction, score: Any, described: dict[str, Any],
+        start: Callable[[Any], Parameters] | None = None, precision: str | None = None,
+        measure: Measure | None = None,
     ) -> Found:  # fmt: skip
         """Along a direction of φ's parameters; ``score`` judges held-out tasks."""
-        chosen = settings(self.training, method)
+        chosen = self.method.outer_settings(self.run)
         kept = ("batch_size", "held_out", "evaluate_every", "patience", "seed")
         settled = {name: chosen[name] for name in kept}
         trained = train(
             direction, score, outer.start if start is None else start, self.episodes, chosen,
-            precision or self.plain.likelihood.precision, method,
-            described | {"query": self.query} | settled, measure,
+            precision or self.plain.likelihood.precision, self.method.name,
+            described | {"query": self.method.query} | settled, measure,
         )  # fmt: skip
         trained.settings = settled | {"num_meta_steps": chosen["num_meta_steps"]}
         last = {name: values[-1] for name, values in trained.history.items()}
         return Found({}, trained.warnings, last, (outer, trained))
 
     def fit(
-        self, method: str, adaptation: Adaptation, found: Found, no_evidence: str,
-        described: dict[str, Any], after: After | None = None, precision: str | None = None,
+        self, adaptation: Adaptation, found: Found, described: dict[str, Any],
+        after: After | None = None, precision: str | None = None,
     ) -> Fit:  # fmt: skip
         """The fit; ``after`` learns what is left of φ from fresh tasks, φ being known by then.
 
@@ -306,7 +292,11 @@ class Batches(Source):
         parameters = plain.likelihood.parameters()
         if after is None and isinstance(adaptation, GradientSteps):
             by_deviation = plain.likelihood.gaussian_in_theta or not plain.likelihood.linear
-            after = query_deviation(adaptation) if by_deviation else _judged(method, adaptation)
+            after = (
+                query_deviation(adaptation)
+                if by_deviation
+                else _judged(self.method.name, adaptation)
+            )
         with arithmetic(precision or plain.likelihood.precision):
             phi = {k: np.asarray(v, np.float64) for k, v in outer.phi(trained.parameters).items()}
         phi |= {name: np.array(value) for name, value in outer.fixed.items()}  # not as rounded
@@ -316,26 +306,22 @@ class Batches(Source):
         if "tau" in phi and np.ndim(phi["tau"]) == 0:
             phi["tau"] = np.full(len(self.sample.coef), phi["tau"])
         return Fit(
-            method, plain, self.sample, phi, adaptation,
-            no_evidence=no_evidence, warnings=announce(found.warnings),
-            info=described | {"query": self.query} | trained.settings | {
+            self.method, plain, self.sample, phi, adaptation,
+            no_evidence=self.method.no_evidence, warnings=announce(found.warnings),
+            info=described | {"query": self.method.query} | trained.settings | {
                 "outer_steps": trained.steps, "history": trained.history,
                 "held_out_score": trained.held_out,
-                "seconds": time.perf_counter() - self.started,
+                "seconds": time.perf_counter() - self.run.started,
             },
         )  # fmt: skip
 
 
-def batches(
-    model: HierarchicalModel, tasks: Any, method: str, started: float, *, query: float,
-    num_splits: int = 1, training: dict[str, Any],
-) -> Batches:  # fmt: skip
-    """The source of tasks that are drawn; ``training`` are settings of the outer loop."""
-    refuse_splits(num_splits, method)
+def batches(method: WithOuterLoop, model: HierarchicalModel, tasks: Any, run: Run) -> Batches:
+    """The source of tasks that are drawn."""
+    refuse_splits(method.num_splits, method.name)
     plain = model.without_encoder()
-    held = training.get("held_out") or DEFAULTS["held_out"]
-    episodes, sample = _read(plain, tasks, query, held)
-    return Batches(plain, episodes, sample, started, query, training)
+    episodes, sample = _read(plain, tasks, method.query, method.outer_settings(run)["held_out"])
+    return Batches(plain, episodes, sample, method, run)
 
 
 def _judged(method: str, adaptation: GradientSteps) -> After:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
 import jax
 import numpy as np
@@ -26,17 +28,18 @@ from hierbayes.adaptation import (
 )
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.fit import Fit
-from hierbayes.fit.outward import enter
+from hierbayes.fit.outward import Entered, enter
+from hierbayes.fit.updating import evidence_of
 from hierbayes.likelihoods import LastLayer
 from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS, maximise_approximate
 from hierbayes.meta.batches import on_episodes
 from hierbayes.meta.expected_coverage import remarks_on_coverage
-from hierbayes.meta.inner_loop import refuse_idle
 from hierbayes.meta.intervals import Intervals, check_intervals, draws_of_mixture, widened
 from hierbayes.meta.last_layer import maximise_evidence_of_features
 from hierbayes.meta.marginal import maximise_likelihood
+from hierbayes.meta.outer_loop import OuterLoop, Run, WithOuterLoop, parted
 from hierbayes.meta.posterior_mode import maximise_exact, resolve_for_mode
-from hierbayes.meta.training import OuterLoop
+from hierbayes.meta.without_one import WithoutOne
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import as_key
 from hierbayes.tasks import Tasks
@@ -112,7 +115,7 @@ def empirical_bayes(
         For these draws; on episodes for weights and tasks.
     optimiser, num_meta_steps, progress, **outer_loop
         On episodes, with a :class:`~hierbayes.likelihoods.LastLayer` likelihood, whose features are
-        learned by stochastic ascent: see :class:`~hierbayes.meta.training.OuterLoop`. Then there
+        learned by stochastic ascent: see :class:`~hierbayes.meta.outer_loop.OuterLoop`. Then there
         are neither draws nor standard errors, and ``log_evidence`` is replaced by the mean a row
         of held-out tasks in ``info["history"]``.
 
@@ -161,90 +164,165 @@ def empirical_bayes(
     >>> bool(wider.phi["tau"] == 0), bool((wider.adapted.sd > 3).all())
     (True, True)
     """
-    started = time.perf_counter()
-    check_model(model)
-    criterion = inputs.one_of("criterion", criterion, ("ml", "reml", "map"))
-    evidence = inputs.one_of("evidence", evidence, ("auto", "exact", "laplace", "quadrature"))
-    num_draws, num_chains = inputs.counts(num_draws=num_draws, num_chains=num_chains)
-    seed = inputs.seed(seed)
-    given = {"optimiser": optimiser, "num_meta_steps": num_meta_steps, "progress": progress}
-    if on_episodes(model, tasks):
-        model.require_gaussian(
-            "empirical_bayes",
-            "the exact evidence log p(D_j | φ)",
-            "use hb.maml, or hb.likelihoods.LastLayer for exact evidence on learned features",
-        )
-        if not isinstance(model.likelihood, LastLayer):
-            raise NotApplicable(
-                "empirical_bayes takes episodes with a LastLayer likelihood only; draw a fixed set "
-                "of tasks, support, query = episodes.draw(1000), for other Gaussian tasks"
-            )
-        if criterion != "ml":
-            raise InputError(f'criterion must be "ml" on episodes, found {criterion!r}')
-        if intervals != "plain":
-            raise NotApplicable(f'intervals must be "plain" on episodes, found {intervals!r}')
-        return maximise_evidence_of_features(model, tasks, {**outer_loop, **given, "seed": seed})
-    refuse_idle({**outer_loop, **given}, "empirical_bayes")
-    tasks = model.tasks(tasks)
-    model.check(tasks, learns_prior=True)
-    check_intervals(intervals, num_bootstrap, model, tasks, criterion)
-    integral = chosen_evidence(model, tasks, evidence, criterion)
-    known = resolve_for_mode(model, tasks) if criterion == "map" else model
-    entered = enter(
-        known, tasks, "beliefs" if criterion == "map" else "prior", shared=intervals != "bootstrap"
+    run, more = parted(outer_loop, EmpiricalBayes)
+    method = EmpiricalBayes(
+        criterion, evidence, intervals=intervals, num_bootstrap=num_bootstrap, num_draws=num_draws,
+        num_chains=num_chains, optimiser=optimiser, num_meta_steps=num_meta_steps, **more,
+    )  # fmt: skip
+    return method(model, tasks, seed, progress=progress, **run)
+
+
+@dataclass(frozen=True)
+class EmpiricalBayes(WithOuterLoop):
+    """Empirical Bayes with these settings; :func:`empirical_bayes` says what they are."""
+
+    criterion: Literal["ml", "reml", "map"] = "ml"
+    evidence: Literal["auto", "exact", "laplace", "quadrature"] = "auto"
+    intervals: Intervals = field(default="plain", kw_only=True)
+    num_bootstrap: int = field(default=200, kw_only=True)
+    num_draws: int = field(default=1000, kw_only=True)
+    num_chains: int = field(default=4, kw_only=True)
+
+    name = "empirical Bayes"
+    command = "empirical_bayes"
+    colour, marker, rank = "#009E73", "s", 0.7
+    compared = True
+    learns_all = True
+    no_evidence = (
+        "tasks are drawn without end: info['history'] has the mean log evidence a row of held-out "
+        "tasks"
     )
-    resolved, tasks = entered.inner_model, entered.inner_tasks
-    info: dict[str, Any] = {"criterion": criterion, "evidence": integral, "intervals": intervals}
-    if intervals == "bootstrap":
-        info["num_bootstrap"] = int(num_bootstrap)
-    adaptation: Integrable = Conjugate() if model.prior.gaussian else MixedScales()
-    more: list[str] = []
-    if integral != "exact":
-        found = maximise_approximate(
-            resolved, tasks, quadrature=integral == "quadrature", with_belief=criterion == "map"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        inputs.one_of("criterion", self.criterion, ("ml", "reml", "map"))
+        inputs.one_of("evidence", self.evidence, ("auto", "exact", "laplace", "quadrature"))
+        inputs.counts(num_draws=self.num_draws, num_chains=self.num_chains)
+
+    def __call__(
+        self, model: HierarchicalModel, tasks: Any, seed: Any = 0, *,
+        progress: bool | None = None, checkpoint: Any = None,
+    ) -> Fit:  # fmt: skip
+        """Learn φ where the evidence is highest; ``seed`` is for draws of θ, which are random."""
+        run = Run.begun(seed, progress, checkpoint)
+        check_model(model)
+        if on_episodes(model, tasks):
+            _refuse_on_episodes(self, model)
+            return maximise_evidence_of_features(self, model, tasks, run)
+        self.refuse_batches(run, *IDLE)
+        tasks, by_map = model.tasks(tasks), self.criterion == "map"
+        model.check(tasks, learns_prior=True)
+        check_intervals(self.intervals, self.num_bootstrap, model, tasks, self.criterion)
+        integral = chosen_evidence(model, tasks, self.evidence, self.criterion)
+        entered = enter(
+            resolve_for_mode(model, tasks) if by_map else model, tasks,
+            "beliefs" if by_map else "prior", shared=self.intervals != "bootstrap",
+        )  # fmt: skip
+        found = self._maximum(entered.inner_model, entered.inner_tasks, integral)
+        return entered.leave(self._fit(entered, found, run), found.optimum.along)
+
+    def _maximum(self, model: HierarchicalModel, tasks: Tasks, integral: str) -> _Maximum:
+        """φ̂, how tasks are adapted at it, and what is to be said of both."""
+        by_map, info = self.criterion == "map", dict[str, Any](evidence=integral)
+        if integral != "exact":
+            quadrature = integral == "quadrature"
+            near = maximise_approximate(model, tasks, quadrature=quadrature, with_belief=by_map)
+            by: Integrable = Quadrature(near.num_nodes) if quadrature else Laplace()
+            info |= {"num_nodes": near.num_nodes, "evidence_error": near.error}
+            return _Maximum(near.optimum, by, info, near.remarks)
+        exact: Integrable = Conjugate() if model.prior.gaussian else MixedScales()
+        if by_map or not model.prior.gaussian:
+            return _Maximum(maximise_exact(model, tasks, exact, with_belief=by_map), exact, info)
+        reml = self.criterion == "reml"
+        return _Maximum(maximise_likelihood(model, tasks, reml=reml), exact, info)
+
+    def _fit(self, entered: Entered, best: _Maximum, run: Run) -> Fit:
+        """The fit, every task with the posterior that ``intervals`` asks for."""
+        model, tasks, optimum = entered.inner_model, entered.inner_tasks, best.optimum
+        found = widened(
+            self.intervals, model, tasks, optimum.phi, best.adaptation,
+            best.adaptation(model, tasks, optimum.phi), criterion=self.criterion,
+            num_nodes=best.info.get("num_nodes", 1), num_bootstrap=self.num_bootstrap,
+            seed=run.seed,
+        )  # fmt: skip
+        info = {"criterion": self.criterion, "intervals": self.intervals, **best.info}
+        if self.intervals == "bootstrap":
+            info["num_bootstrap"] = int(self.num_bootstrap)
+        spread = model.scales(tasks).spread
+        remarks = [*found.remarks, *_remarks(tasks, optimum.phi, spread, self.intervals)]
+        if self.intervals in ("plain", "kass-steffey"):
+            given = (model, tasks, optimum.phi, spread, self.criterion, self.intervals)
+            remarks += _remarks_on_intervals(*given)
+        said = [*optimum.warnings, *best.remarks, *entered.of_the_mean(remarks)]
+        return Fit(
+            self, model, tasks, optimum.phi, best.adaptation, found.training,
+            theta_draws=self._draws(model, tasks, best, found, run.seed),
+            standard_errors=optimum.standard_errors, evidence=optimum.log_evidence,
+            log_posterior=optimum.log_posterior, warnings=announce(said),
+            info=info | {"num_draws": self.num_draws, "num_chains": self.num_chains,
+                         "remarks": separation.remark(tasks, model.likelihood),
+                         "seconds": time.perf_counter() - run.started},
+            phi_bootstrap=found.phi_bootstrap,
+        )  # fmt: skip
+
+    def _draws(
+        self, model: HierarchicalModel, tasks: Tasks, best: _Maximum, found: Any, seed: Any
+    ) -> Any:
+        """Draws of θ, made when read; none where they are too many."""
+        shape, phi = (self.num_chains, self.num_draws), best.optimum.phi
+        if self.num_chains * self.num_draws * found.training.mean.size > LARGEST_THETA:
+            return None
+        if found.phi_bootstrap is not None:
+            assert isinstance(best.adaptation, Conjugate)
+            given = (best.adaptation, model, tasks, found.phi_bootstrap, seed, *shape)
+            return functools.partial(draws_of_mixture, *given)
+        if isinstance(best.adaptation, MixedScales):
+            given = (best.adaptation, model, tasks, phi, seed, *shape)
+            return functools.partial(_mixed_draws, *given)
+        return functools.partial(_draws, found.training, seed, *shape)
+
+    def scores_without(self, fit: Fit) -> np.ndarray | None:
+        """Where tasks are not Gaussian: one program finds φ̂ without each, from that of all."""
+        model, tasks = fit.model, fit.tasks
+        if model.likelihood.gaussian_in_theta:
+            return None
+        model.require_gaussian_prior(
+            "leave_one_task_out where tasks are not Gaussian",
+            "the evidence log p(D_j | phi) is not offered there", "take priors.Gaussian()",
+        )  # fmt: skip
+        without = WithoutOne(model, tasks, evidence_of(fit).by(model, tasks))
+        return without.scores(dict(fit.phi), with_belief=self.criterion == "map")
+
+
+IDLE = ("optimiser", "num_meta_steps")
+"""Settings of the outer loop that have no place on a fixed set of tasks."""
+
+
+class _Maximum(NamedTuple):
+    """Where the evidence is highest, and how θ is integrated out there."""
+
+    optimum: Any
+    adaptation: Integrable
+    info: dict[str, Any]
+    remarks: Sequence[str] = ()
+
+
+def _refuse_on_episodes(method: EmpiricalBayes, model: HierarchicalModel) -> None:
+    """Refuse what has no evidence on episodes, and settings that have no place there."""
+    model.require_gaussian(
+        "empirical_bayes",
+        "the exact evidence log p(D_j | φ)",
+        "use hb.maml, or hb.likelihoods.LastLayer for exact evidence on learned features",
+    )
+    if not isinstance(model.likelihood, LastLayer):
+        raise NotApplicable(
+            "empirical_bayes takes episodes with a LastLayer likelihood only; draw a fixed set "
+            "of tasks, support, query = episodes.draw(1000), for other Gaussian tasks"
         )
-        optimum, more = found.optimum, found.remarks
-        adaptation = Quadrature(found.num_nodes) if integral == "quadrature" else Laplace()
-        info |= {"num_nodes": found.num_nodes, "evidence_error": found.error}
-    elif criterion == "map" or not model.prior.gaussian:
-        with_belief = criterion == "map"
-        optimum = maximise_exact(resolved, tasks, adaptation, with_belief=with_belief)
-    else:
-        optimum = maximise_likelihood(resolved, tasks, reml=criterion == "reml")
-    found = widened(
-        intervals, resolved, tasks, optimum.phi, adaptation,
-        adaptation(resolved, tasks, optimum.phi),
-        criterion=criterion, num_nodes=info.get("num_nodes", 1), num_bootstrap=num_bootstrap,
-        seed=seed,
-    )  # fmt: skip
-    training, mixed = found.training, found.phi_bootstrap
-    draws = None
-    if num_chains * num_draws * training.mean.size <= LARGEST_THETA:
-        draws = functools.partial(_draws, training, seed, num_chains, num_draws)
-        if isinstance(adaptation, MixedScales):
-            given = (adaptation, resolved, tasks, optimum.phi, seed, num_chains, num_draws)
-            draws = functools.partial(_mixed_draws, *given)
-        if mixed is not None:
-            assert isinstance(adaptation, Conjugate)
-            draws = functools.partial(draws_of_mixture, adaptation, resolved, tasks, mixed, seed,
-                                      num_chains, num_draws)  # fmt: skip
-    spread = resolved.scales(tasks).spread
-    remarks = [*found.remarks, *_remarks(tasks, optimum.phi, spread, intervals)]
-    if intervals in ("plain", "kass-steffey"):
-        given = (resolved, tasks, optimum.phi, spread, criterion, intervals)
-        remarks += _remarks_on_intervals(*given)
-    remarks = entered.of_the_mean(remarks)
-    fit = Fit(
-        "empirical Bayes", resolved, tasks, optimum.phi, adaptation, training,
-        theta_draws=draws, standard_errors=optimum.standard_errors,
-        evidence=optimum.log_evidence, log_posterior=optimum.log_posterior,
-        warnings=announce([*optimum.warnings, *more, *remarks]),
-        info=info | {"num_draws": num_draws, "num_chains": num_chains,
-                     "remarks": separation.remark(tasks, resolved.likelihood),
-                     "seconds": time.perf_counter() - started},
-        phi_bootstrap=mixed,
-    )  # fmt: skip
-    return entered.leave(fit, optimum.along)
+    if method.criterion != "ml":
+        raise InputError(f'criterion must be "ml" on episodes, found {method.criterion!r}')
+    if method.intervals != "plain":
+        raise NotApplicable(f'intervals must be "plain" on episodes, found {method.intervals!r}')
 
 
 def chosen_evidence(

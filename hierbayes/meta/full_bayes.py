@@ -10,7 +10,8 @@ non-centred.
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from hierbayes.adaptation import (
 from hierbayes.errors import InputError, announce
 from hierbayes.fit import Fit
 from hierbayes.fit.adapting import LARGEST_THETA, theta_under
+from hierbayes.fit.method import Method
 from hierbayes.fit.outward import enter
 from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS
 from hierbayes.meta.by_evidence import ByEvidence
@@ -135,113 +137,195 @@ def full_bayes(
     >>> fit.datatree["posterior"]["theta"].dims
     ('chain', 'draw', 'task', 'coef')
     """
-    started = time.perf_counter()
-    check_model(model)
-    method = inputs.one_of("method", method, ("auto", "collapsed", "nuts"))
-    num_draws, num_chains, num_warmup = inputs.counts(
-        num_draws=num_draws, num_chains=num_chains, num_warmup=num_warmup
+    sampling = FullBayes(
+        method, num_draws, num_chains, num_warmup=num_warmup, target_accept=target_accept
     )
-    target_accept = inputs.share("target_accept", target_accept)
-    progress = inputs.optional_flag("progress", progress)
-    seed = inputs.seed(seed)
-    tasks = model.tasks(tasks)
-    model.check(tasks, learns_prior=True)
-    many = num_chains * num_draws * tasks.num_tasks * len(tasks.coef) > LARGEST_THETA
-    entered = enter(model, tasks, "beliefs", shared=not many)  # moments of θ alone know no β
-    resolved, tasks = entered.inner_model, entered.inner_tasks
-    exact = resolved.likelihood.gaussian_in_theta
-    normal = resolved.prior.gaussian
+    return sampling(model, tasks, seed, progress=progress)
+
+
+class _Drawn(NamedTuple):
+    """Draws of φ, and of θ where both were sampled, with all that a fit is told of them.
+
+    ``doubt``: why the quadrature that they stand on is not to be relied on, if it is not.
+    """
+
+    draws: dict[str, np.ndarray]
+    sample_stats: dict[str, np.ndarray]
+    remarks: list[str]
+    info: dict[str, Any]
+    adaptation: Any
+    key: Any
+    evidence: float | None = None
+    doubt: str = ""
+
+
+@dataclass(frozen=True)
+class FullBayes(Method):
+    """Full Bayes with these settings; :func:`full_bayes` says what they are."""
+
+    method: Literal["auto", "collapsed", "nuts"] = "auto"
+    num_draws: int = 1000
+    num_chains: int = 4
+    num_warmup: int = field(default=1000, kw_only=True)
+    target_accept: float = field(default=0.9, kw_only=True)
+
+    name = "full Bayes"
+    command = "full_bayes"
+    colour, marker, rank = "#0072B2", "o", 0.8
+    compared = True
+    draws_phi = True
+    learns_all = True
+
+    def __post_init__(self) -> None:
+        inputs.one_of("method", self.method, ("auto", "collapsed", "nuts"))
+        inputs.counts(
+            num_draws=self.num_draws, num_chains=self.num_chains, num_warmup=self.num_warmup
+        )
+        inputs.share("target_accept", self.target_accept)
+
+    @classmethod
+    def with_draws(cls, num_draws: int) -> FullBayes:
+        """So many draws a chain, after as many of warm-up."""
+        return cls(num_draws=num_draws, num_warmup=num_draws)
+
+    def __call__(
+        self, model: HierarchicalModel, tasks: Any, seed: Any = 0, *, progress: bool | None = None
+    ) -> Fit:
+        """Draw φ from its posterior, and every θ_j."""
+        started = time.perf_counter()
+        check_model(model)
+        seed, progress = inputs.seed(seed), inputs.optional_flag("progress", progress)
+        tasks = model.tasks(tasks)
+        model.check(tasks, learns_prior=True)
+        size = self.num_chains * self.num_draws * tasks.num_tasks * len(tasks.coef)
+        # moments of θ alone know no β
+        entered = enter(model, tasks, "beliefs", shared=size <= LARGEST_THETA)
+        resolved, tasks = entered.inner_model, entered.inner_tasks
+        with float64():
+            found = self._sampled(resolved, tasks, seed, progress)
+        return entered.leave(self._fit(resolved, tasks, found, started))
+
+    def _sampled(
+        self, model: HierarchicalModel, tasks: Tasks, seed: Any, progress: bool | None
+    ) -> _Drawn:
+        """φ with θ integrated out, or both together."""
+        settings: dict[str, Any] = dict(
+            num_draws=self.num_draws, num_chains=self.num_chains, num_warmup=self.num_warmup,
+            target_accept=self.target_accept, progress=progress,
+        )  # fmt: skip
+        if not _is_collapsed(self.method, model, tasks):
+            return _jointly(model, tasks, seed, settings)
+        found = _collapsed(model, tasks, seed, settings, give_up=self.method == "auto")
+        if not found.doubt:
+            return found
+        if self.method == "collapsed":
+            advice = f'{found.doubt}: use method="nuts"'
+            return found._replace(remarks=[*found.remarks, advice])
+        said = f"{found.doubt}: NUTS has sampled phi and theta jointly instead"
+        joint = _jointly(model, tasks, seed, settings)
+        return joint._replace(remarks=[said, *joint.remarks])
+
+    def _fit(self, model: HierarchicalModel, tasks: Tasks, found: _Drawn, started: float) -> Fit:
+        """The fit: θ under every draw of φ, and what the diagnostics say."""
+        draws, training = dict(found.draws), None
+        theta = draws.pop("theta", None)
+        draws.pop("z", None)
+        if theta is None:
+            phis = {name: value.reshape(-1, *value.shape[2:]) for name, value in draws.items()}
+            under = theta_under(found.adaptation, model, tasks, phis, found.key)
+            if under.draws is None:
+                training = under
+            else:
+                theta = under.draws.reshape(self.num_chains, self.num_draws, *under.draws.shape[1:])
+        remarks, info = found.remarks, found.info
+        sure = info["sampler"] == "independence" and info["acceptance"] >= SURE
+        if not sure or info["longest_stay"] > LONG_STAY:
+            dims = {p.name: p.dims for p in model.parts(tasks)}
+            remarks = [*remarks, *judged(draws, theta, found.sample_stats, tasks, dims)]
+        sites = model.phi_distributions(tasks)
+        return Fit(
+            self, model, tasks, {name: draws[name].mean(axis=(0, 1)) for name in sites},
+            found.adaptation, training,
+            phi_draws={name: draws[name] for name in sites}, theta_draws=theta,
+            sample_stats=found.sample_stats, evidence=found.evidence, no_evidence=NO_EVIDENCE,
+            warnings=announce(remarks),
+            info=info | {"remarks": separation.remark(tasks, model.likelihood),
+                         "seconds": time.perf_counter() - started},
+        )  # fmt: skip
+
+
+def _is_collapsed(asked: str, model: HierarchicalModel, tasks: Tasks) -> bool:
+    """Whether θ is integrated out; refused where that is asked for and cannot be."""
+    exact, normal = model.likelihood.gaussian_in_theta, model.prior.gaussian
     integrable = exact or (normal and len(tasks.coef) <= MOST_DIMENSIONS)
-    asked = method
-    if method == "auto":
-        method = "collapsed" if integrable and resolved.likelihood.linear else "nuts"
-    if method == "collapsed" and not (exact or normal):
-        resolved.require_gaussian_prior(
+    if asked == "auto":
+        return integrable and model.likelihood.linear
+    if asked == "collapsed" and not (exact or normal):
+        model.require_gaussian_prior(
             'method="collapsed" where tasks are not Gaussian',
             "theta cannot be integrated out by the quadrature that is there", 'use method="nuts"',
         )  # fmt: skip
-    if method == "collapsed" and not integrable:
+    if asked == "collapsed" and not integrable:
         raise InputError(
             'method="collapsed" integrates theta out, by quadrature for up to '
             f"{MOST_DIMENSIONS} coefficients where tasks are not Gaussian; found "
             f'{len(tasks.coef)}: use method="nuts"'
         )
-    adaptation: Any = _adaptation(resolved)
-    target: Any = None
-    settings: dict[str, Any] = dict(
-        num_draws=num_draws, num_chains=num_chains, num_warmup=num_warmup,
-        target_accept=target_accept, progress=progress,
+    return asked == "collapsed"
+
+
+def _collapsed(
+    model: HierarchicalModel, tasks: Tasks, seed: Any, settings: dict[str, Any], *, give_up: bool
+) -> _Drawn:
+    """Draws of φ from its posterior, θ integrated out in closed form or by quadrature."""
+    rng = as_rng(seed)  # NumPy's: of JAX's own each kind of draw would be compiled first
+    key, adaptation = int(rng.integers(2**63)), _adaptation(model)
+    target = _density(model, tasks, adaptation)
+    info: dict[str, Any] = {"method": "collapsed", "sampler": "nuts", **settings}
+    nothing = _Drawn({}, {}, [], info, adaptation, key)
+    try:
+        found = sample_collapsed(target, rng, give_up=give_up, **settings)
+    except Doubted:
+        return nothing._replace(doubt=target.doubt)
+    info |= found.info
+    drawn = nothing._replace(
+        draws=found.draws, sample_stats=found.sample_stats, remarks=[*found.remarks],
+        evidence=found.log_evidence,
     )  # fmt: skip
-    training, evidence, remarks = None, None, []
-    info: dict[str, Any] = {"method": method, "sampler": "nuts", **settings}
-    key_theta: Any
-    draws: dict[str, np.ndarray] = {}
-    sample_stats: dict[str, np.ndarray] = {}
-    with float64():
-        if method == "collapsed":
-            rng = as_rng(seed)  # NumPy's: of JAX's own each kind of draw would be compiled first
-            key_theta = int(rng.integers(2**63))
-            if exact and not normal:
-                optimum = maximise_exact(resolved, tasks, adaptation, with_belief=True)
-                cells = adaptation.num_nodes(resolved, tasks) * max(tasks.num_tasks, 1) / 5
-                target = ByEvidence(resolved, tasks, adaptation, optimum, cells=cells)
-            elif exact:
-                target = Collapsed(resolved, tasks)
-            else:
-                target = ByQuadrature(resolved, tasks)
-            try:
-                found = sample_collapsed(target, rng, give_up=asked == "auto", **settings)
-            except Doubted:  # why stands in target.doubt
-                pass
-            else:
-                draws, sample_stats, remarks = found.draws, found.sample_stats, [*found.remarks]
-                info |= found.info
-                evidence = found.log_evidence
-        if isinstance(target, ByQuadrature):
-            adaptation = Quadrature(target.num_nodes)
-            info |= {"num_nodes": target.num_nodes, "evidence_error": target.error}
-            if target.doubt and asked == "auto":
-                remarks = [f"{target.doubt}: NUTS has sampled phi and theta jointly instead"]
-                method, adaptation, evidence = "nuts", _adaptation(resolved), None
-                info = {"method": method, "sampler": "nuts", **settings}
-            elif target.doubt:
-                remarks.append(f'{target.doubt}: use method="nuts"')
-        if method == "nuts":
-            if tasks.sharding is not None:
-                remarks.append(
-                    'method="nuts" samples all theta together, on one device of each process: of '
-                    "the devices that the tasks are spread over it makes no use"
-                )
-            key, key_start, key_theta = jax.random.split(as_key(seed), 3)
-            start = _start(resolved, tasks, key_start, num_chains)
-            program = resolved.numpyro_program(tasks, centred=False)
-            white = jax.random.normal(key_theta, (num_chains, tasks.num_tasks, len(tasks.coef)))
-            start["z"] = 0.1 * white
-            draws, sample_stats = run_nuts(program, key, start, dense=False, **settings)
-    theta = draws.pop("theta", None)
-    draws.pop("z", None)
-    if theta is None:
-        phis = {name: value.reshape(-1, *value.shape[2:]) for name, value in draws.items()}
-        found = theta_under(adaptation, resolved, tasks, phis, key_theta)
-        if found.draws is None:
-            training = found
-        else:
-            theta = found.draws.reshape(num_chains, num_draws, *found.draws.shape[1:])
-    sure = info["sampler"] == "independence" and info["acceptance"] >= SURE
-    if not sure or info["longest_stay"] > LONG_STAY:
-        dims = {p.name: p.dims for p in resolved.parts(tasks)}
-        remarks += judged(draws, theta, sample_stats, tasks, dims)
-    phi = {name: value.mean(axis=(0, 1)) for name, value in draws.items()}
-    sites = resolved.phi_distributions(tasks)
-    fit = Fit(
-        "full Bayes", resolved, tasks, {name: phi[name] for name in sites}, adaptation, training,
-        phi_draws={name: draws[name] for name in sites}, theta_draws=theta,
-        sample_stats=sample_stats,
-        evidence=evidence, no_evidence=NO_EVIDENCE, warnings=announce(remarks),
-        info=info | {"remarks": separation.remark(tasks, resolved.likelihood),
-                     "seconds": time.perf_counter() - started},
-    )  # fmt: skip
-    return entered.leave(fit)
+    if not isinstance(target, ByQuadrature):
+        return drawn
+    info |= {"num_nodes": target.num_nodes, "evidence_error": target.error}
+    return drawn._replace(adaptation=Quadrature(target.num_nodes), doubt=target.doubt)
+
+
+def _density(model: HierarchicalModel, tasks: Tasks, adaptation: Any) -> Any:
+    """The posterior of φ, as the sampler sees it."""
+    if not model.likelihood.gaussian_in_theta:
+        return ByQuadrature(model, tasks)
+    if model.prior.gaussian:
+        return Collapsed(model, tasks)
+    optimum = maximise_exact(model, tasks, adaptation, with_belief=True)
+    cells = adaptation.num_nodes(model, tasks) * max(tasks.num_tasks, 1) / 5
+    return ByEvidence(model, tasks, adaptation, optimum, cells=cells)
+
+
+def _jointly(model: HierarchicalModel, tasks: Tasks, seed: Any, settings: dict[str, Any]) -> _Drawn:
+    """Draws of φ and θ together, non-centred, by NUTS."""
+    remarks = []
+    if tasks.sharding is not None:
+        remarks.append(
+            'method="nuts" samples all theta together, on one device of each process: of '
+            "the devices that the tasks are spread over it makes no use"
+        )
+    key, key_start, key_theta = jax.random.split(as_key(seed), 3)
+    num_chains = settings["num_chains"]
+    start = _start(model, tasks, key_start, num_chains)
+    program = model.numpyro_program(tasks, centred=False)
+    white = jax.random.normal(key_theta, (num_chains, tasks.num_tasks, len(tasks.coef)))
+    start["z"] = 0.1 * white
+    draws, stats = run_nuts(program, key, start, dense=False, **settings)
+    info = {"method": "nuts", "sampler": "nuts", **settings}
+    return _Drawn(draws, stats, remarks, info, _adaptation(model), key_theta)
 
 
 def _adaptation(model: HierarchicalModel) -> Adaptation:

@@ -6,8 +6,8 @@ r"""iMAML: φ is where the MAP estimates from some rows predict the other rows b
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
@@ -19,12 +19,12 @@ from hierbayes.adaptation.gradient import Derivative
 from hierbayes.errors import InputError, listing
 from hierbayes.fit import Fit
 from hierbayes.fit.outward import Entered, as_given, enter
-from hierbayes.meta.all_at_once import AllAtOnce, all_at_once
-from hierbayes.meta.batches import Batches, batches, on_episodes
-from hierbayes.meta.inner_loop import check_steps
-from hierbayes.meta.sources import Extra
-from hierbayes.meta.training import OuterLoop
-from hierbayes.model import HierarchicalModel, check_model
+from hierbayes.meta.all_at_once import AllAtOnce
+from hierbayes.meta.inner_loop import check_counts, check_steps
+from hierbayes.meta.learner import Learner
+from hierbayes.meta.outer_loop import OuterLoop, parted
+from hierbayes.meta.sources import Extra, Source
+from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def imaml(
     progress : bool, optional
         Show a progress bar; by default where stderr is a terminal.
     **outer_loop
-        On episodes; see :class:`~hierbayes.meta.training.OuterLoop`.
+        On episodes; see :class:`~hierbayes.meta.outer_loop.OuterLoop`.
 
     Returns
     -------
@@ -129,95 +129,108 @@ def imaml(
     >>> print(round(float(fit.prior.variance[0]), 6))
     0.1
     """
-    started = time.perf_counter()
-    check_model(model)
-    seed, progress = inputs.seed(seed), inputs.optional_flag("progress", progress)
-    query = inputs.share("query", query)
-    model.require_gaussian_prior(
-        "iMAML", "its inner problem is a MAP estimate under N(φ, I/λ)",
-        "use empirical_bayes or full_bayes, or priors.Gaussian()",
+    run, more = parted(outer_loop, Imaml)
+    method = Imaml(
+        prior_precision=prior_precision, num_steps=num_steps, step_size=step_size, loss=loss,
+        derivative=derivative, inner_optimiser=inner_optimiser, query=query, num_splits=num_splits,
+        sigma=sigma, optimiser=optimiser, num_meta_steps=num_meta_steps, **more,
     )  # fmt: skip
-    inner: dict[str, Any] = dict(
-        num_steps=num_steps, step_size=step_size, loss=loss, derivative=derivative,
-        inner_optimiser=inner_optimiser,
-    )  # fmt: skip
-    outer: dict[str, Any] = dict(
-        optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
+    return method(model, tasks, seed, progress=progress, **run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imaml(Learner):
+    """iMAML with these settings; :func:`imaml` says what they are."""
+
+    prior_precision: float | Sequence[float] | Literal["learn"] = "learn"
+    num_steps: int | None = None
+    step_size: float | None = None
+    loss: Literal["sum", "mean"] | None = None
+    derivative: Derivative | None = None
+    inner_optimiser: optax.GradientTransformation | None = None
+    num_splits: int = 1
+    sigma: float | None = None
+
+    name = "iMAML"
+    command = "imaml"
+    colour, marker, rank = "#CC79A7", "P", 0.3
+    idle = ("num_steps", "step_size", "loss", "derivative", "inner_optimiser")
+    no_evidence = (
+        "iMAML maximises the predictive evidence of query rows, in info['query_log_density'] or "
+        "info['history'], not log p(D | φ)"
     )
-    if on_episodes(model, tasks):
-        training = {**outer_loop, **outer}
-        given: dict[str, Any] = {"query": query, "num_splits": num_splits, "training": training}
-        source = batches(model, tasks, "iMAML", started, **given)
-        return _by_steps(source, prior_precision, sigma, **inner)
-    outer["num_meta_steps"] = 500 if num_meta_steps is None else num_meta_steps
-    source = all_at_once(
-        lambda tasks: _entered(model, tasks, prior_precision), model, tasks, "iMAML",
-        {**outer_loop, **inner}, started, query=query, num_splits=num_splits, **outer,
-    )  # fmt: skip
-    return _by_maxima(source, prior_precision, sigma)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(num_splits=self.num_splits)
+        given: Any = self.prior_precision
+        if isinstance(given, (list, np.ndarray)):  # a value that can be compared and hashed
+            object.__setattr__(self, "prior_precision", _hashable(np.asarray(given).tolist()))
 
-NO_EVIDENCE = (
-    "iMAML maximises the predictive evidence of query rows, in info['query_log_density'] or "
-    "info['history'], not log p(D | φ)"
-)
+    def check(self, model: HierarchicalModel) -> None:
+        """Refuse priors under which the inner problem is another."""
+        model.require_gaussian_prior(
+            "iMAML", "its inner problem is a MAP estimate under N(φ, I/λ)",
+            "use empirical_bayes or full_bayes, or priors.Gaussian()",
+        )  # fmt: skip
 
+    def enter(self, model: HierarchicalModel, tasks: Tasks) -> Entered:
+        """Numbers are precisions in the user's columns; what is learned is one in scaled ones."""
+        learn = _given(self.prior_precision, tasks) is None
+        return enter(model, tasks, "prior") if learn else as_given(model, tasks)
 
-def _entered(model: HierarchicalModel, tasks: Tasks, prior_precision: Any) -> Entered:
-    """Numbers are precisions in the user's columns; what is learned is one in scaled ones."""
-    learn = _given(prior_precision, tasks) is None
-    return enter(model, tasks, "prior") if learn else as_given(model, tasks)
+    def learn(self, source: Source) -> Fit:
+        """Through the maximum of each task's log posterior, or through steps towards it."""
+        return self._by_maxima(source) if isinstance(source, AllAtOnce) else self._by_steps(source)
 
+    def _by_maxima(self, source: AllAtOnce) -> Fit:
+        """The maximum of each task's log posterior by Newton's method."""
+        model, tasks, adaptation = source.model, source.tasks, Proximal()
+        precision, noise = _given(self.prior_precision, tasks), source.noise(self.sigma)
+        units, extras = model.scales(tasks).coef, ()
+        if precision is None:  # its logarithm is learned
+            extras = (Extra("tau", STARTING_TAU * units, each=True, unit=0.5),)
+        else:
+            noise = noise | {"tau": 1 / np.sqrt(precision)}
+        found = source.maximise(adaptation, noise, {}, extras)
+        training = adaptation(model, tasks, found.phi)
+        remarks = [*found.warnings, *training.remarks]
+        if not model.likelihood.gaussian_in_theta:  # the maxima that φ was learned through
+            through = adaptation(model, found.more, found.phi).remarks
+            remarks += [f"of the support rows: {said}" for said in through]
+        if precision is None:
+            remarks += _extremes(tasks, found.phi["tau"] / units)
+        described = {
+            "prior_precision": "learn" if precision is None else precision.tolist(),
+            "sigma": self.sigma,
+        }  # fmt: skip
+        return source.fit(adaptation, found._replace(warnings=remarks, more=training), described)
 
-def _by_maxima(source: AllAtOnce, prior_precision: Any, sigma: float | None) -> Fit:
-    """The maximum of each task's log posterior by Newton's method."""
-    model, tasks = source.model, source.tasks
-    precision, noise, adaptation = _given(prior_precision, tasks), source.noise(sigma), Proximal()
-    units, extras = model.scales(tasks).coef, ()
-    if precision is None:  # its logarithm is learned
-        extras = (Extra("tau", STARTING_TAU * units, each=True, unit=0.5),)
-    else:
-        noise = noise | {"tau": 1 / np.sqrt(precision)}
-    found = source.maximise("iMAML", adaptation, noise, {}, extras)
-    training = adaptation(model, tasks, found.phi)
-    remarks = [*found.warnings, *training.remarks]
-    if not model.likelihood.gaussian_in_theta:  # the maxima that φ was learned through
-        through = adaptation(model, found.more, found.phi).remarks
-        remarks += [f"of the support rows: {said}" for said in through]
-    if precision is None:
-        remarks += _extremes(tasks, found.phi["tau"] / units)
-    described = {
-        "prior_precision": "learn" if precision is None else precision.tolist(), "sigma": sigma,
-    }  # fmt: skip
-    found = found._replace(warnings=remarks, more=training)
-    return source.fit("iMAML", adaptation, found, NO_EVIDENCE, described)
-
-
-def _by_steps(
-    source: Batches, prior_precision: Any, sigma: float | None, *, num_steps: int | None,
-    step_size: float | None, loss: Any, derivative: Any, inner_optimiser: Any,
-) -> Fit:  # fmt: skip
-    """K steps on the log posterior under N(φ, I/λ), and the derivative of its maximum."""
-    num_steps = PROXIMAL_STEPS if num_steps is None else num_steps
-    derivative = derivative or "implicit"
-    asked = "auto" if step_size is None else step_size
-    check_steps(num_steps, asked, loss, derivative, inner_optimiser)
-    noise, extras, tau = source.noise(sigma), (Extra("tau", STARTING_TAU),), "learn"
-    if not (isinstance(prior_precision, str) and prior_precision == "learn"):
-        name = 'prior_precision on episodes must be "learn", or one number for all weights, which'
-        tau = float(inputs.positive(name, prior_precision)) ** -0.5
-        noise, extras = noise | {"tau": np.asarray(tau)}, ()
-    loss, eta = loss or source.loss, source.step_size(asked, noise, loss)
-    fixed = eta if inner_optimiser is None else None
-    steps = GradientSteps(num_steps, fixed, loss, inner_optimiser, derivative, proximal=True)
-    described = {
-        "num_steps": num_steps, "step_size": eta, "loss": loss, "derivative": derivative,
-        "sigma": sigma, "tau": tau,
-    }  # fmt: skip
-    found = source.maximise("iMAML", steps, noise, described, extras)
-    if derivative == "implicit":
-        found = found._replace(warnings=[*found.warnings, *_unsolved(steps, found.info)])
-    return source.fit("iMAML", steps, found, NO_EVIDENCE, described)
+    def _by_steps(self, source: Source) -> Fit:
+        """K steps on the log posterior under N(φ, I/λ), and the derivative of its maximum."""
+        num_steps = PROXIMAL_STEPS if self.num_steps is None else self.num_steps
+        derivative, optimiser = self.derivative or "implicit", self.inner_optimiser
+        asked = "auto" if self.step_size is None else self.step_size
+        check_steps(num_steps, asked, self.loss, derivative, optimiser)
+        noise, extras, tau = source.noise(self.sigma), (Extra("tau", STARTING_TAU),), "learn"
+        if not (isinstance(self.prior_precision, str) and self.prior_precision == "learn"):
+            name = (
+                'prior_precision on episodes must be "learn", or one number for all weights, which'
+            )
+            tau = float(inputs.positive(name, self.prior_precision)) ** -0.5
+            noise, extras = noise | {"tau": np.asarray(tau)}, ()
+        loss = self.loss or source.loss
+        eta = source.step_size(asked, noise, loss)
+        fixed = eta if optimiser is None else None
+        steps = GradientSteps(num_steps, fixed, loss, optimiser, derivative, proximal=True)
+        described = {
+            "num_steps": num_steps, "step_size": eta, "loss": loss, "derivative": derivative,
+            "sigma": self.sigma, "tau": tau,
+        }  # fmt: skip
+        found = source.maximise(steps, noise, described, extras)
+        if derivative == "implicit":
+            found = found._replace(warnings=[*found.warnings, *_unsolved(steps, found.info)])
+        return source.fit(steps, found, described)
 
 
 SOLVED, SOLVED_SLOPE = 1e-2, 1e-3
@@ -250,6 +263,10 @@ def _unsolved(adaptation: GradientSteps, last: dict[str, float]) -> list[str]:
             'Take a larger prior_precision, or dtype="float64" in the likelihood'
         )
     return said
+
+
+def _hashable(given: Any) -> Any:
+    return tuple(_hashable(one) for one in given) if isinstance(given, list) else given
 
 
 PROXIMAL_STEPS = 16

@@ -21,6 +21,7 @@ from hierbayes.errors import InputError, NotApplicable
 from hierbayes.fit import Fit
 from hierbayes.fit.adapted import AdaptedTasks
 from hierbayes.fit.fit import check_fit
+from hierbayes.fit.method import Derived
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
 
@@ -53,7 +54,7 @@ def implied_posterior(fit: Fit, support: Tasks, query: Tasks) -> Fit:
     >>> model = hb.HierarchicalModel(network, hb.priors.Gaussian(correlated=False))
     >>> episodes = hb.datasets.sinusoids(5)
     >>> fit = hb.maml(model, episodes, num_steps=1, num_meta_steps=20, batch_size=5)
-    >>> hb.meta.implied_posterior(fit, *episodes.draw(20)).method
+    >>> hb.meta.implied_posterior(fit, *episodes.draw(20)).method.name
     'MAML, implied posterior'
     """
     check_fit(fit)
@@ -76,9 +77,8 @@ def implied_posterior(fit: Fit, support: Tasks, query: Tasks) -> Fit:
     bands = LinearisedSteps(steps.num_steps, steps.step_size, steps.loss, spread="implied")
     support, query = fit.model.tasks(support), fit.model.tasks(query)
     phi = {**fit.phi, **scale_of(bands)(fit.model, dict(fit.phi), support, query)}
-    return replace(
-        fit, method=f"{fit.method}, implied posterior", adaptation=bands, phi=phi, training=None
-    )
+    method = Derived(f"{fit.method}, implied posterior")
+    return replace(fit, method=method, adaptation=bands, phi=phi, training=None)
 
 
 def scale_of(

@@ -9,7 +9,6 @@ with all rows of a task, support and query: no split is needed where θ is integ
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import jax
@@ -20,7 +19,8 @@ from hierbayes.adaptation import Conjugate
 from hierbayes.errors import InputError
 from hierbayes.evidence.features import log_evidence_on_features
 from hierbayes.fit import Fit
-from hierbayes.meta.batches import SHARE, Outer, Parameters, batches, rows_together
+from hierbayes.meta.batches import Outer, Parameters, batches, rows_together
+from hierbayes.meta.outer_loop import Run, WithOuterLoop
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task
 
@@ -29,10 +29,9 @@ SMALLEST_SIGMA = 1e-3
 
 
 def maximise_evidence_of_features(
-    model: HierarchicalModel, tasks: Any, training: dict[str, Any]
+    method: WithOuterLoop, model: HierarchicalModel, tasks: Any, run: Run
 ) -> Fit:
     """φ̂ = (mu, tau, sigma, features) from a source of tasks, by stochastic ascent."""
-    started = time.perf_counter()
     model.require_gaussian_prior(
         "empirical_bayes on a learned last layer", "its evidence is that of a Gaussian prior",
         "use priors.Gaussian(correlated=False)",
@@ -42,7 +41,7 @@ def maximise_evidence_of_features(
             "the last layer's prior is independent: pass hb.priors.Gaussian(correlated=False). "
             "Nothing is lost: features are learned, and a rotation of them is a correlation"
         )
-    source = batches(model, tasks, "empirical Bayes", started, query=SHARE, training=training)
+    source = batches(method, model, tasks, run)
     model, sample = source.model, source.tasks
     outer = Outer(model, len(sample.coef), {})
     spread = float(np.std(sample.outcome)) or 1.0
@@ -65,7 +64,7 @@ def maximise_evidence_of_features(
 
     described: dict[str, Any] = {"criterion": "ml", "evidence": "exact"}
     precision = "float64"
-    found = source.ascend("empirical Bayes", outer, objective, described, start, precision)
+    found = source.ascend(outer, objective, described, start, precision)
     trained, floor = found.more[1], SMALLEST_SIGMA * spread
     if float(jnp.exp(trained.parameters["log_sigma"])) <= floor:
         trained.parameters["log_sigma"] = jax.device_get(np.log(floor))
@@ -73,8 +72,4 @@ def maximise_evidence_of_features(
             f"sigma has reached the smallest that is followed, {floor:.2g} ({SMALLEST_SIGMA:g} of "
             "the outcome's spread): the features explain the rows almost without an error"
         )
-    return source.fit(
-        "empirical Bayes", Conjugate(), found,
-        "tasks are drawn without end: info['history'] has the mean log evidence a row of held-out "
-        "tasks", described, precision=precision,
-    )  # fmt: skip
+    return source.fit(Conjugate(), found, described, precision=precision)

@@ -6,7 +6,7 @@ r"""LLAMA: MAML on Laplace's approximation of the evidence, with Laplace's poste
 
 from __future__ import annotations
 
-import time
+from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import jax.numpy as jnp
@@ -16,11 +16,13 @@ from hierbayes.adaptation.linearised import LinearisedSteps
 from hierbayes.errors import NotApplicable
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
-from hierbayes.meta.batches import Outer, Parameters, batches
+from hierbayes.meta.batches import Batches, Outer, Parameters
 from hierbayes.meta.implied import scale_of
 from hierbayes.meta.inner_loop import check_steps
-from hierbayes.meta.training import Training
-from hierbayes.model import HierarchicalModel, check_model
+from hierbayes.meta.learner import Learner
+from hierbayes.meta.outer_loop import Training, parted
+from hierbayes.meta.sources import Source
+from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task
 
 
@@ -61,7 +63,7 @@ def llama(
         Noise that sets the units of the steps; √½ by default: they climb minus the mean squared
         error.
     **training
-        See :class:`~hierbayes.meta.training.Training`.
+        See :class:`~hierbayes.meta.outer_loop.Training`.
 
     Returns
     -------
@@ -85,43 +87,63 @@ def llama(
     >>> bool((fit.adapt(support).predict(query).sd > fit.phi["sigma_query"]).all())
     True
     """
-    started = time.perf_counter()
-    check_model(model)
-    check_steps(num_steps, "auto" if step_size is None else step_size, "mean", "unrolled", None)
-    weight = inputs.positive("weight", weight, or_zero=True)
-    _require_gaussian_network(model)
-    source = batches(model, tasks, "LLAMA", started, query=query, training=dict(training))
-    model, noise = source.model, source.noise(sigma)
-    eta = source.step_size("auto" if step_size is None else step_size, noise, "mean")
-    outer = Outer(model, len(source.tasks.coef), noise)
-    adaptation = LinearisedSteps(num_steps, eta, "mean", spread="laplace")
-    evidence = Predictive(adaptation, determinant=float(weight))
+    run, more = parted(training, Llama)
+    method = Llama(num_steps, step_size, weight=weight, query=query, sigma=sigma, **more)
+    return method(model, tasks, **run)
 
-    def objective(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
-        del key
-        each = evidence.of_tasks(model, outer.phi(parameters), support, asked)
-        return each / jnp.maximum(asked.mask.sum(-1), 1)
 
-    described = {
-        "num_steps": num_steps, "step_size": eta, "loss": "mean", "weight": float(weight),
-        "sigma": sigma,
-    }  # fmt: skip
-    found = source.ascend("LLAMA", outer, objective, described)
-    return source.fit(
-        "LLAMA", adaptation, found,
+@dataclass(frozen=True)
+class Llama(Learner):
+    """LLAMA with these settings; :func:`llama` says what they are."""
+
+    num_steps: int = 1
+    step_size: float | None = None
+    weight: float = field(default=1.0, kw_only=True)
+    sigma: float | None = field(default=None, kw_only=True)
+
+    name = "LLAMA"
+    rank = 0.15
+    no_evidence = (
         "LLAMA maximises the predictive evidence of query rows less Laplace's determinant, in "
-        "info['history'], not log p(D | φ)",
-        described, scale_of(adaptation),
-    )  # fmt: skip
-
-
-def _require_gaussian_network(model: HierarchicalModel) -> None:
-    likelihood = model.likelihood
-    model.require_gaussian_prior(
-        "llama", "the prior that its steps imply is Gaussian", "use priors.Gaussian()"
+        "info['history'], not log p(D | φ)"
     )
-    if likelihood.linear or "sigma" not in likelihood.parameters():
-        raise NotApplicable(
-            "llama takes a Network with Gaussian outcomes; for other outcomes use hb.meta.abml or "
-            "hb.maml, for a last layer hb.empirical_bayes, which is exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        asked = "auto" if self.step_size is None else self.step_size
+        check_steps(self.num_steps, asked, "mean", "unrolled", None)
+        weight = inputs.positive("weight", self.weight, or_zero=True)
+        object.__setattr__(self, "weight", float(weight))
+
+    def check(self, model: HierarchicalModel) -> None:
+        """Networks with Gaussian outcomes, under a Gaussian prior."""
+        model.require_gaussian_prior(
+            "llama", "the prior that its steps imply is Gaussian", "use priors.Gaussian()"
         )
+        if model.likelihood.linear or "sigma" not in model.likelihood.parameters():
+            raise NotApplicable(
+                "llama takes a Network with Gaussian outcomes; for other outcomes use hb.meta.abml "
+                "or hb.maml, for a last layer hb.empirical_bayes, which is exact"
+            )
+
+    def learn(self, source: Source) -> Fit:
+        """φ where the query rows, less half the log determinant at θ_K, are most likely."""
+        assert isinstance(source, Batches)
+        model, noise = source.model, source.noise(self.sigma)
+        asked = "auto" if self.step_size is None else self.step_size
+        eta = source.step_size(asked, noise, "mean")
+        outer = Outer(model, len(source.tasks.coef), noise)
+        adaptation = LinearisedSteps(self.num_steps, eta, "mean", spread="laplace")
+        evidence = Predictive(adaptation, determinant=self.weight)
+
+        def objective(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
+            del key
+            each = evidence.of_tasks(model, outer.phi(parameters), support, asked)
+            return each / jnp.maximum(asked.mask.sum(-1), 1)
+
+        described = {
+            "num_steps": self.num_steps, "step_size": eta, "loss": "mean", "weight": self.weight,
+            "sigma": self.sigma,
+        }  # fmt: skip
+        found = source.ascend(outer, objective, described)
+        return source.fit(adaptation, found, described, scale_of(adaptation))

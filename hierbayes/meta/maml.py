@@ -6,25 +6,24 @@ r"""MAML: φ is where K gradient steps on some rows predict the other rows best.
 
 from __future__ import annotations
 
-import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
 import numpy as np
 
-from hierbayes import inputs
 from hierbayes.adaptation import GradientSteps
 from hierbayes.adaptation.gradient import Derivative
 from hierbayes.adaptation.step_length import bounded, curvatures
 from hierbayes.errors import InputError
 from hierbayes.fit import Fit
-from hierbayes.fit.outward import enter_or_stay
-from hierbayes.meta.all_at_once import AllAtOnce, all_at_once
-from hierbayes.meta.batches import batches, on_episodes
+from hierbayes.fit.outward import Entered, enter_or_stay
+from hierbayes.meta.all_at_once import AllAtOnce
 from hierbayes.meta.inner_loop import check_counts, check_steps
+from hierbayes.meta.learner import Learner
+from hierbayes.meta.outer_loop import OuterLoop, parted
 from hierbayes.meta.sources import Extra, Found, Source
-from hierbayes.meta.training import OuterLoop
-from hierbayes.model import HierarchicalModel, check_model
+from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def maml(
         Show a progress bar; by default where stderr is a terminal.
     **outer_loop
         On episodes: ``batch_size``, ``held_out``, ``evaluate_every``, ``patience`` and
-        ``checkpoint``; see :class:`~hierbayes.meta.training.OuterLoop`.
+        ``checkpoint``; see :class:`~hierbayes.meta.outer_loop.OuterLoop`.
 
     Returns
     -------
@@ -144,52 +143,73 @@ def maml(
     >>> sorted(hb.maml(model, tasks, num_steps=5).phi)
     ['mu', 'sigma', 'sigma_query']
     """
-    started = time.perf_counter()
-    check_model(model)
-    seed, progress = inputs.seed(seed), inputs.optional_flag("progress", progress)
-    query = inputs.share("query", query)
-    if isinstance(derivative, str) and derivative == "implicit":
-        raise InputError(
-            'derivative="implicit" is that of a maximum, which K steps on the likelihood alone do '
-            "not stand for: use hb.imaml"
-        )
-    check_steps(num_steps, step_size, loss, derivative, inner_optimiser, learn_step_size)
-    check_counts(num_splits=num_splits)
-    outer: dict[str, Any] = dict(
-        optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
+    run, more = parted(outer_loop, Maml)
+    method = Maml(
+        num_steps, step_size, learn_step_size=learn_step_size, loss=loss, derivative=derivative,
+        inner_optimiser=inner_optimiser, query=query, num_splits=num_splits, sigma=sigma,
+        optimiser=optimiser, num_meta_steps=num_meta_steps, **more,
+    )  # fmt: skip
+    return method(model, tasks, seed, progress=progress, **run)
+
+
+@dataclass(frozen=True)
+class Maml(Learner):
+    """MAML with these settings; :func:`maml` says what they are."""
+
+    num_steps: int = 5
+    step_size: float | Literal["auto"] = "auto"
+    learn_step_size: bool | Literal["coef"] = field(default=False, kw_only=True)
+    loss: Literal["sum", "mean"] | None = field(default=None, kw_only=True)
+    derivative: Derivative = field(default="unrolled", kw_only=True)
+    inner_optimiser: optax.GradientTransformation | None = field(default=None, kw_only=True)
+    num_splits: int = field(default=1, kw_only=True)
+    sigma: float | None = field(default=None, kw_only=True)
+
+    name = "MAML"
+    command = "maml"
+    colour, marker, rank = "#D55E00", "D", 0.1
+    compared = True
+    no_evidence = (
+        "MAML maximises the predictive evidence of query rows, in info['query_log_density'] or "
+        "info['history'], not log p(D | φ)"
     )
-    if on_episodes(model, tasks):
-        training = {**outer_loop, **outer}
-        given: dict[str, Any] = {"query": query, "num_splits": num_splits, "training": training}
-        source: Source = batches(model, tasks, "MAML", started, **given)
-    else:
-        stay = step_size != "auto" or inner_optimiser is not None
-        outer["num_meta_steps"] = 500 if num_meta_steps is None else num_meta_steps
-        source = all_at_once(
-            lambda tasks: enter_or_stay(model, tasks, stay=stay), model, tasks, "MAML",
-            dict(outer_loop), started, query=query, num_splits=num_splits, **outer,
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.derivative, str) and self.derivative == "implicit":
+            raise InputError(
+                'derivative="implicit" is that of a maximum, which K steps on the likelihood alone '
+                "do not stand for: use hb.imaml"
+            )
+        check_steps(
+            self.num_steps, self.step_size, self.loss, self.derivative, self.inner_optimiser,
+            self.learn_step_size,
         )  # fmt: skip
-    noise, climbed = source.noise(sigma), loss or source.loss
-    eta = source.step_size(step_size, noise, climbed)
-    plain = inner_optimiser is None
-    fixed = eta if plain and not learn_step_size else None
-    steps = GradientSteps(num_steps, fixed, climbed, inner_optimiser, derivative)
-    extras = _learned_steps(source, noise, climbed, eta, learn_step_size)
-    described = {
-        "num_steps": num_steps, "step_size": eta if plain else None, "loss": climbed,
-        "derivative": derivative, "learn_step_size": learn_step_size, "sigma": sigma,
-    }  # fmt: skip
-    found = source.maximise("MAML", steps, noise, described, extras)
-    if isinstance(source, AllAtOnce):
-        found = _judged(source, steps, noise, found, eta, learn_step_size)
-        described["step_size"] = _chosen(found.phi, eta) if plain else None
-    return source.fit("MAML", steps, found, NO_EVIDENCE, described)
+        check_counts(num_splits=self.num_splits)
 
+    def enter(self, model: HierarchicalModel, tasks: Tasks) -> Entered:
+        """Scaled columns, but for a step size of the user's, which is one in the user's."""
+        stay = self.step_size != "auto" or self.inner_optimiser is not None
+        return enter_or_stay(model, tasks, stay=stay)
 
-NO_EVIDENCE = (
-    "MAML maximises the predictive evidence of query rows, in info['query_log_density'] or "
-    "info['history'], not log p(D | φ)"
-)
+    def learn(self, source: Source) -> Fit:
+        """φ from which K steps on the support rows predict the query rows best."""
+        noise, loss = source.noise(self.sigma), self.loss or source.loss
+        eta = source.step_size(self.step_size, noise, loss)
+        plain = self.inner_optimiser is None
+        fixed = eta if plain and not self.learn_step_size else None
+        steps = GradientSteps(self.num_steps, fixed, loss, self.inner_optimiser, self.derivative)
+        extras = _learned_steps(source, noise, loss, eta, self.learn_step_size)
+        described = {
+            "num_steps": self.num_steps, "step_size": eta if plain else None, "loss": loss,
+            "derivative": self.derivative, "learn_step_size": self.learn_step_size,
+            "sigma": self.sigma,
+        }  # fmt: skip
+        found = source.maximise(steps, noise, described, extras)
+        if isinstance(source, AllAtOnce):
+            found = _judged(source, steps, noise, found, eta, self.learn_step_size)
+            described["step_size"] = _chosen(found.phi, eta) if plain else None
+        return source.fit(steps, found, described)
 
 
 def _learned_steps(

@@ -6,9 +6,7 @@ r"""Reptile: φ is where the tasks, after K gradient steps, pull it nowhere.
 
 from __future__ import annotations
 
-import functools
-import time
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
 import jax
@@ -21,22 +19,15 @@ from hierbayes.adaptation.step_length import bounded, row_curvature
 from hierbayes.errors import InputError
 from hierbayes.evidence import Predictive
 from hierbayes.fit import Fit
-from hierbayes.fit.outward import enter_or_stay
+from hierbayes.fit.outward import Entered, enter_or_stay
 from hierbayes.likelihoods import LastLayer
-from hierbayes.meta.all_at_once import AllAtOnce, all_at_once
-from hierbayes.meta.batches import (
-    Batches,
-    Outer,
-    Parameters,
-    batches,
-    on_episodes,
-    per_row,
-    rows_together,
-)
+from hierbayes.meta.all_at_once import AllAtOnce
+from hierbayes.meta.batches import Batches, Outer, Parameters, per_row, rows_together
 from hierbayes.meta.inner_loop import Learned, check_steps, query_parameters
-from hierbayes.meta.sources import Found
-from hierbayes.meta.training import OuterLoop
-from hierbayes.model import HierarchicalModel, check_model
+from hierbayes.meta.learner import Learner
+from hierbayes.meta.outer_loop import OuterLoop, parted
+from hierbayes.meta.sources import Found, Source
+from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.sharding import place
 from hierbayes.tasks import Task, Tasks
@@ -116,7 +107,7 @@ def reptile(
     progress : bool, optional
         Show a progress bar; by default where stderr is a terminal.
     **outer_loop
-        On episodes; see :class:`~hierbayes.meta.training.OuterLoop`.
+        On episodes; see :class:`~hierbayes.meta.outer_loop.OuterLoop`.
 
     Returns
     -------
@@ -143,82 +134,111 @@ def reptile(
     >>> sorted(hb.reptile(model, tasks, num_steps=5).phi)
     ['mu', 'sigma', 'sigma_query']
     """
-    started = time.perf_counter()
-    check_model(model)
-    seed, progress = inputs.seed(seed), inputs.optional_flag("progress", progress)
-    query = inputs.share("query", query)
-    tolerance = inputs.positive("tolerance", tolerance)
-    check_steps(num_steps, step_size, loss, "first-order", inner_optimiser)
-    outer: dict[str, Any] = dict(
-        optimiser=optimiser, num_meta_steps=num_meta_steps, seed=seed, progress=progress
-    )
-    steps = functools.partial(GradientSteps, num_steps)
-    if on_episodes(model, tasks):
-        training = {**outer_loop, **outer}
-        source = batches(model, tasks, "Reptile", started, query=query, training=training)
-        return _along_batches(source, steps, step_size, loss, inner_optimiser, sigma)
-    idle = {"loss": loss, "inner_optimiser": inner_optimiser}
-    outer["num_meta_steps"] = 1000 if num_meta_steps is None else num_meta_steps
-    source = all_at_once(
-        lambda tasks: enter_or_stay(model, tasks, stay=step_size != "auto"), model, tasks,
-        "Reptile", {**outer_loop, **idle}, started, query=query, **outer,
+    run, more = parted(outer_loop, Reptile)
+    method = Reptile(
+        num_steps, step_size, loss=loss, inner_optimiser=inner_optimiser, sigma=sigma,
+        optimiser=optimiser, num_meta_steps=num_meta_steps, tolerance=tolerance, query=query,
+        **more,
     )  # fmt: skip
-    return _to_where_it_vanishes(source, steps, step_size, sigma, tolerance)
+    return method(model, tasks, seed, progress=progress, **run)
 
 
-NO_EVIDENCE = "Reptile follows a direction and maximises nothing"
+@dataclass(frozen=True)
+class Reptile(Learner):
+    """Reptile with these settings; :func:`reptile` says what they are."""
+
+    num_steps: int = 5
+    step_size: float | Literal["auto"] = "auto"
+    loss: Literal["sum", "mean"] | None = field(default=None, kw_only=True)
+    inner_optimiser: optax.GradientTransformation | None = field(default=None, kw_only=True)
+    sigma: float | None = field(default=None, kw_only=True)
+    tolerance: float = field(default=1e-10, kw_only=True)
+
+    name = "Reptile"
+    command = "reptile"
+    colour, marker, rank = "#E69F00", "v", 0.2
+    no_evidence = "Reptile follows a direction and maximises nothing"
+    most_steps = 1000
+    idle = ("loss", "inner_optimiser")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        inputs.positive("tolerance", self.tolerance)
+        check_steps(self.num_steps, self.step_size, self.loss, "first-order", self.inner_optimiser)
+
+    def outer_optimiser(self) -> optax.GradientTransformation:
+        """On batches a tenth of the way to where the tasks go."""
+        import optax
+
+        return self.optimiser or optax.sgd(0.1)
+
+    def enter(self, model: HierarchicalModel, tasks: Tasks) -> Entered:
+        """Scaled columns, but for a step size of the user's, which is one in the user's."""
+        return enter_or_stay(model, tasks, stay=self.step_size != "auto")
+
+    def learn(self, source: Source) -> Fit:
+        """φ where the mean move of all tasks vanishes, or where it leads batch by batch."""
+        if isinstance(source, AllAtOnce):
+            return self._to_where_it_vanishes(source)
+        assert isinstance(source, Batches)
+        return self._along_batches(source)
+
+    def _to_where_it_vanishes(self, source: AllAtOnce) -> Fit:
+        """Of all tasks at once, with their regression on task predictors, and β."""
+        model, tasks, plain = source.model, source.tasks, source.model.without_encoder()
+        noise = source.noise(self.sigma)
+        eta, longest = source.step_size(self.step_size, noise, "sum"), source.longest(noise, "sum")
+        adaptation = GradientSteps(self.num_steps, eta)
+        how, known = adaptation.for_programs(noise)
+        with float64():
+            data = float(model.likelihood.units(tasks)[0]), *_data(model, tasks)
+        found = source.follow(Pulled(how, plain), noise, known, data, self.tolerance)
+        phi, remarks, info, training = found.phi, found.warnings, found.info, None
+        if eta > longest * (1 + 1e-9):
+            remarks = [*remarks, _overshoots(eta, longest)]
+        if query_parameters(model, noise):
+            more = source.judge_queries(adaptation, phi, noise)
+            phi, remarks, info = phi | more.phi, [*remarks, *more.warnings], info | more.info
+        if not bounded(model, tasks, noise):
+            training = adaptation(model, tasks, phi)
+            remarks = [*remarks, *training.remarks]
+        described = {
+            "num_steps": self.num_steps, "step_size": eta, "tolerance": self.tolerance,
+            "sigma": self.sigma, "query_log_density": None,
+        }  # fmt: skip
+        return source.fit(adaptation, Found(phi, remarks, info, training), described)
+
+    def _along_batches(self, source: Batches) -> Fit:
+        """Along the mean move of each batch's tasks, all their rows in the inner loop."""
+        model = source.model
+        if isinstance(model.likelihood, LastLayer):
+            raise InputError(
+                "Reptile moves φ to where tasks take θ, and tasks do not move features that all "
+                "share: use hb.maml (ANIL) or hb.empirical_bayes with a LastLayer"
+            )
+        noise, loss = source.noise(self.sigma), self.loss or source.loss
+        eta = source.step_size(self.step_size, noise, loss)
+        fixed = eta if self.inner_optimiser is None else None
+        adaptation = GradientSteps(self.num_steps, fixed, loss, self.inner_optimiser)
+        outer = Outer(model, len(source.tasks.coef), noise)
+        described = {
+            "num_steps": self.num_steps, "step_size": eta, "loss": loss, "sigma": self.sigma,
+        }  # fmt: skip
+        found = source.follow(outer, *_moves(model, outer, adaptation), described)
+        return source.fit(adaptation, found, described)
 
 
-def _to_where_it_vanishes(
-    source: AllAtOnce, steps: Any, step_size: Any, sigma: float | None, tolerance: float
-) -> Fit:
-    """Of all tasks at once, with their regression on task predictors, and β."""
-    model, tasks, plain = source.model, source.tasks, source.model.without_encoder()
-    noise = source.noise(sigma)
-    eta, longest = source.step_size(step_size, noise, "sum"), source.longest(noise, "sum")
-    adaptation = steps(eta)
-    how, known = adaptation.for_programs(noise)
-    with float64():
-        data = float(model.likelihood.units(tasks)[0]), *_data(model, tasks)
-    found = source.follow(Pulled(how, plain), noise, known, data, tolerance)
-    phi, remarks, info, training = found.phi, found.warnings, found.info, None
-    if eta > longest * (1 + 1e-9):
-        remarks = [
-            *remarks,
-            f"step_size={eta:.3g} is longer than 1/λ_max = {longest:.3g}: gradient steps overshoot "
-            "in some tasks, and for odd num_steps no Gaussian prior makes them a MAP estimate",
-        ]
-    if query_parameters(model, noise):
-        more = source.judge_queries(adaptation, phi, noise)
-        phi, remarks, info = phi | more.phi, [*remarks, *more.warnings], info | more.info
-    if not bounded(model, tasks, noise):
-        training = adaptation(model, tasks, phi)
-        remarks = [*remarks, *training.remarks]
-    described = {
-        "num_steps": adaptation.num_steps, "step_size": eta, "tolerance": tolerance, "sigma": sigma,
-        "query_log_density": None,
-    }  # fmt: skip
-    found = Found(phi, remarks, info, training)
-    return source.fit("Reptile", adaptation, found, NO_EVIDENCE, described)
+def _overshoots(eta: float, longest: float) -> str:
+    """What to say of steps that are too long for a prior."""
+    return (
+        f"step_size={eta:.3g} is longer than 1/λ_max = {longest:.3g}: gradient steps overshoot in "
+        "some tasks, and for odd num_steps no Gaussian prior makes them a MAP estimate"
+    )
 
 
-def _along_batches(
-    source: Batches, steps: Any, step_size: Any, loss: Any, inner_optimiser: Any,
-    sigma: float | None,
-) -> Fit:  # fmt: skip
-    """Along the mean move of each batch's tasks, all their rows in the inner loop."""
-    import optax
-
-    model = source.model
-    if isinstance(model.likelihood, LastLayer):
-        raise InputError(
-            "Reptile moves φ to where tasks take θ, and tasks do not move features that all share: "
-            "use hb.maml (ANIL) or hb.empirical_bayes with a LastLayer"
-        )
-    noise, loss = source.noise(sigma), loss or source.loss
-    eta = source.step_size(step_size, noise, loss)
-    adaptation = steps(eta if inner_optimiser is None else None, loss, inner_optimiser)
-    outer, evidence = Outer(model, len(source.tasks.coef), noise), Predictive(adaptation)
+def _moves(model: HierarchicalModel, outer: Outer, adaptation: GradientSteps) -> tuple[Any, Any]:
+    """(where a batch's tasks pull, how well adapted tasks predict their query rows)."""
+    evidence = Predictive(adaptation)
 
     def direction(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
         del key
@@ -233,13 +253,7 @@ def _along_batches(
         rows = evidence.of_rows(model, outer.phi(parameters), (support, None), (asked, None))
         return per_row(rows, asked.mask)
 
-    described = {
-        "num_steps": adaptation.num_steps, "step_size": eta, "loss": loss, "sigma": sigma,
-    }  # fmt: skip
-    optimiser = source.training.get("optimiser") or optax.sgd(0.1)
-    source = replace(source, training=source.training | {"optimiser": optimiser})
-    found = source.follow("Reptile", outer, direction, score, described)
-    return source.fit("Reptile", adaptation, found, NO_EVIDENCE, described)
+    return direction, score
 
 
 def _like(parameters: Any, move: jax.Array, model: HierarchicalModel) -> Any:

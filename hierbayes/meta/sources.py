@@ -72,14 +72,11 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def maximise(
-        self, method: str, adaptation: PointAdaptation, given: dict[str, Any],
-        described: dict[str, Any], extras: tuple[Extra, ...] = (),
+        self, adaptation: PointAdaptation, given: dict[str, Any], described: dict[str, Any],
+        extras: tuple[Extra, ...] = (),
     ) -> Found:  # fmt: skip
         """φ where adapted tasks predict their query rows best; ``given`` is what is not learned."""
 
     @abc.abstractmethod
-    def fit(
-        self, method: str, adaptation: Adaptation, found: Found, no_evidence: str,
-        described: dict[str, Any],
-    ) -> Fit:  # fmt: skip
+    def fit(self, adaptation: Adaptation, found: Found, described: dict[str, Any]) -> Fit:
         """The fit; ``described`` are the method's settings."""

@@ -149,7 +149,7 @@ def covariance_by_phi(
 
 def _nodes(fit: Fit) -> int:
     """Nodes a dimension of the fit's evidence; one where it is Laplace's, or exact."""
-    if fit.method != "empirical Bayes":
+    if "criterion" not in fit.info:
         raise NotApplicable(
             f"{fit.method} has no estimate of phi with an observed information: these standard "
             "errors are those of empirical_bayes; under full Bayes the posterior standard "

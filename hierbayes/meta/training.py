@@ -13,22 +13,17 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes import inputs
 from hierbayes.errors import InputError
 from hierbayes.meta.checkpoint import Checkpoint
-from hierbayes.meta.inner_loop import check_counts, check_optimiser
 from hierbayes.numerics import arithmetic, as_key
 from hierbayes.tasks import Episodes, Task
 from hierbayes.tasks.episodes import StreamEnded
-
-if TYPE_CHECKING:
-    import optax
 
 LONGEST = 500
 """Meta-steps in one compiled call at most."""
@@ -44,54 +39,6 @@ Measure = Callable[[Any, Task, Task], dict[str, jax.Array]]
 """(parameters, support, query) → numbers by name."""
 
 
-class OuterLoop(TypedDict, total=False):
-    """Settings of the outer loop on episodes, of every method that learns from them.
-
-    Attributes
-    ----------
-    batch_size : int
-        B, tasks a meta-step; 25 by default. A generator's batches decide for themselves.
-    held_out : int
-        Fresh tasks, the same throughout, on which the score is taken along the way; 200. Of a fixed
-        set of tasks other splits of the same tasks, which cannot show overfitting to them.
-    evaluate_every : int
-        Meta-steps between those scores; 500.
-    patience : int
-        Stop when so many scores in a row have not improved on the best, and take φ of the best.
-        By default the run goes to its end and takes the last φ.
-    checkpoint : path
-        A file to which the state goes every minute, at the end and when the run is interrupted;
-        if it is there at the start, the run goes on from it, to bit-equal results.
-    """
-
-    batch_size: int
-    held_out: int
-    evaluate_every: int
-    patience: int | None
-    checkpoint: Any
-
-
-class Training(OuterLoop, total=False):
-    """The same, with the settings that methods on fixed tasks have too.
-
-    Attributes
-    ----------
-    num_meta_steps : int
-        Outer steps at most; 10,000 by default.
-    optimiser : optax.GradientTransformation
-        Of the outer loop; ``optax.adam(1e-3)`` by default.
-    seed : int or JAX key
-        Of initial weights, tasks and held-out tasks.
-    progress : bool
-        Show a progress bar; by default where stderr is a terminal.
-    """
-
-    num_meta_steps: int
-    optimiser: optax.GradientTransformation
-    seed: int | jax.Array
-    progress: bool | None
-
-
 @dataclass
 class Trained:
     """Where a run ended: φ's parameters, and how it went.
@@ -105,35 +52,6 @@ class Trained:
     history: dict[str, list[float]]
     warnings: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
-
-
-DEFAULTS: dict[str, Any] = {
-    "num_meta_steps": 10_000, "batch_size": 25, "optimiser": None, "held_out": 200,
-    "evaluate_every": 500, "patience": None, "checkpoint": None, "seed": 0, "progress": None,
-}  # fmt: skip
-
-
-def settings(given: dict[str, Any], method: str) -> dict[str, Any]:
-    """The settings with defaults filled in; what is unknown or cannot be is refused."""
-    import optax
-
-    for name in given:
-        if name not in DEFAULTS:
-            raise InputError(
-                f"{method} on episodes takes no argument {name!r}; it takes {', '.join(DEFAULTS)}"
-            )
-    if "seed" in given:
-        inputs.seed(given["seed"])  # None is no seed, though it leaves other settings as they are
-    chosen = DEFAULTS | {k: v for k, v in given.items() if v is not None}
-    names = ("num_meta_steps", "batch_size", "held_out", "evaluate_every")
-    check_counts(**{name: chosen[name] for name in names})
-    if chosen["patience"] is not None:
-        check_counts(patience=chosen["patience"])
-    check_optimiser(chosen["optimiser"])
-    chosen["seed"] = inputs.seed(chosen["seed"])
-    chosen["progress"] = inputs.optional_flag("progress", chosen["progress"])
-    chosen["optimiser"] = chosen["optimiser"] or optax.adam(1e-3)
-    return chosen
 
 
 def ascent_of(objective: Callable[[Any, Task, Task, Any], jax.Array]) -> Direction:

@@ -22,6 +22,7 @@ from hierbayes.errors import InputError, announce
 from hierbayes.fit import Fit
 from hierbayes.fit.adapted import locations
 from hierbayes.fit.fit import check_fit
+from hierbayes.fit.method import Derived
 from hierbayes.meta.diagnostics import remarks
 from hierbayes.meta.sampling import run_nuts
 from hierbayes.model import HierarchicalModel
@@ -122,10 +123,11 @@ def nuts(
     theta, stats = adaptation.sample(model, tasks, phi)
     adapted = adaptation.read(model, tasks, phi, theta, stats)
     return Fit(
-        "NUTS", model, tasks, phi, adaptation, adapted, theta_draws=theta, sample_stats=stats,
+        Derived("NUTS"), model, tasks, phi, adaptation, adapted,
+        theta_draws=theta, sample_stats=stats,
         no_evidence="phi was taken from another fit", warnings=announce(adapted.remarks),
         info={"num_draws": num_draws, "num_chains": num_chains, "num_warmup": num_warmup,
-              "phi_from": fit.method, "seconds": time.perf_counter() - started},
+              "phi_from": fit.method.name, "seconds": time.perf_counter() - started},
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def forest(
 
     fits = as_fits(fits)
     name, styles = pick_coef(fits, coef), looks(fits)
-    reference = next((f for f in fits.values() if f.method == "full Bayes"), None)
+    reference = next((f for f in fits.values() if f.phi_draws is not None), None)
     reference = reference or next(iter(fits.values()))
     order = np.argsort(reference.theta.sel(coef=name).values)
     if len(order) > max_tasks:
@@ -60,8 +60,7 @@ def forest(
         else:
             reach = stats.norm.ppf(1 - tail) * sd
             low, high = mean - reach, mean + reach
-        hidden = fit.method == "no pooling"
-        shown = np.isfinite(sd) if hidden else np.ones(len(order), bool)
+        shown = fit.adapted.posterior.identified[order, k]
         ax.hlines(rows[shown], low[shown], high[shown], color=styles[label]["color"], linewidth=1.1)
         marker = styles[label]["marker"]
         ax.scatter(mean[shown], rows[shown], s=11, zorder=3, label=named(label),

@@ -9,7 +9,7 @@ import numpy as np
 
 from hierbayes.fit import Fit
 from hierbayes.plots.labels import named
-from hierbayes.plots.style import ORDER, as_fits, axes_or_new, looks, pick_coef
+from hierbayes.plots.style import as_fits, axes_or_new, looks, pick_coef
 
 
 def shrinkage(fits: Mapping[str, Fit], *, coef: str | None = None, ax: Any = None) -> Any:
@@ -30,8 +30,7 @@ def shrinkage(fits: Mapping[str, Fit], *, coef: str | None = None, ax: Any = Non
     matplotlib Axes
     """
     fits = as_fits(fits)
-    rank = {method: i for i, method in enumerate(ORDER)}
-    fits = dict(sorted(fits.items(), key=lambda item: rank.get(item[1].method, 1)))
+    fits = dict(sorted(fits.items(), key=lambda item: item[1].method.rank))
     name, styles = pick_coef(fits, coef), looks(fits)
     ax = axes_or_new(ax, (1.7 * len(fits) + 1.5, 4.2))
     first = next(iter(fits.values()))

@@ -7,55 +7,37 @@ from typing import Any
 
 from hierbayes.errors import InputError, suggestion
 from hierbayes.fit import Fit
+from hierbayes.fit.method import named_methods
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart
-_COLOURS = {
-    "no pooling": "#777777",
-    "MAML": "#D55E00",
-    "Reptile": "#E69F00",
-    "iMAML": "#CC79A7",
-    "empirical Bayes": "#009E73",
-    "full Bayes": "#0072B2",
-    "complete pooling": "#000000",
-}
 _MORE = ("#56B4E9", "#F0E442")
-_MARKERS = {
-    "no pooling": "x",
-    "MAML": "D",
-    "Reptile": "v",
-    "iMAML": "P",
-    "empirical Bayes": "s",
-    "full Bayes": "o",
-    "complete pooling": "|",
-}
-ORDER = tuple(_COLOURS)
-"""From each task alone to one for all."""
+"""What methods have left of Okabe and Ito's palette, which colour-blind readers can tell apart."""
 
 
 def looks(fits: Mapping[str, Fit]) -> dict[str, dict[str, Any]]:
     """Colour and marker of each fit: by its method, further ones of a method in other colours."""
     used: set[str] = set()
     styles = {}
-    own = {_COLOURS.get(fit.method) for fit in fits.values()}
-    free = [colour for colour in (*_MORE, *_COLOURS.values()) if colour not in own]
+    own = {fit.method.colour for fit in fits.values()}
+    taken = [kind.colour for kind in named_methods().values() if kind.colour]
+    free = [colour for colour in (*_MORE, *taken) if colour not in own]
     spare = iter(free * (1 + len(fits)))
     for label, fit in fits.items():
-        colour = _COLOURS.get(fit.method)
+        colour = fit.method.colour
         if colour is None or colour in used:
             colour = next(spare)
         used.add(colour)
-        styles[label] = {"color": colour, "marker": _MARKERS.get(fit.method, "^")}
+        styles[label] = {"color": colour, "marker": fit.method.marker or "^"}
     return styles
 
 
 def as_fits(fits: Fit | Mapping[str, Fit] | Sequence[Fit]) -> dict[str, Fit]:
     """Fits by label: a mapping as it is, a sequence by the methods' names."""
     if isinstance(fits, Fit):
-        return {fits.method: fits}
+        return {fits.method.name: fits}
     if isinstance(fits, Mapping):
         named = dict(fits)
     else:
-        named = {fit.method: fit for fit in fits}
+        named = {fit.method.name: fit for fit in fits}
     if not named or not all(isinstance(fit, Fit) for fit in named.values()):
         raise InputError("expected a fit, or a mapping from label to fit")
     return named

@@ -206,7 +206,7 @@ def complete_rows(columns: dict[str, np.ndarray], missing: Missing) -> np.ndarra
     if not keep.any():
         raise InputError(f"no complete row is left; missing values (NaN): {found}")
     dropped = f"dropped {(~keep).sum()} of {len(keep)} rows with missing values ({found})"
-    announce([dropped], stacklevel=5)
+    announce([dropped])
     return keep
 
 

@@ -14,15 +14,18 @@ from hierbayes.errors import InputError
 from hierbayes.files import unsealed
 from hierbayes.fit import hdf5
 from hierbayes.fit.fit import Fit
+from hierbayes.fit.method import METHODS, Derived, Method, named_methods
 from hierbayes.fit.stored import (
     FORMAT,
     GROUP,
     KINDS,
     LIKELIHOODS,
     OPTIMISER,
+    OWN,
     PRIORS,
     NeedsMore,
     array,
+    as_tuples,
     check_draws,
     check_phi,
     entry,
@@ -55,6 +58,7 @@ def load(
     path: Any,
     model: HierarchicalModel | None = None,
     inner_optimiser: optax.GradientTransformation | None = None,
+    method: type[Method] | None = None,
 ) -> Fit:
     """Read a fit that :meth:`Fit.save` wrote.
 
@@ -65,11 +69,15 @@ def load(
         The model, where it holds functions of the user's that no file can keep: a network.
     inner_optimiser : optax.GradientTransformation, optional
         The optimiser of the inner loop, where the fit had one.
+    method : class, optional
+        The class of the fit's method, where that is the user's own.
 
     Returns
     -------
     Fit
-        Equal to the one saved: φ, θ, draws, data, model, warnings, the formula's transforms.
+        Equal to the one saved: φ, θ, draws, data, model, method, warnings, the formula's
+        transforms. An optimiser of the outer loop is not kept: ``fit.method`` says so when it is
+        run again.
 
     Examples
     --------
@@ -94,7 +102,7 @@ def load(
             raise InputError(
                 f"it was saved by a newer hierbayes (format {version}); upgrade to read it"
             )
-        return rebuilt(described, arrays, model, inner_optimiser, version, whole=whole)
+        return rebuilt(described, arrays, model, inner_optimiser, version, whole=whole, kind=method)
     except NeedsMore as error:
         raise InputError(str(error)) from None
     except InputError as error:
@@ -136,13 +144,16 @@ def rebuilt(
     version: int,
     *,
     whole: bool,
+    kind: type[Method] | None = None,
 ) -> Fit:
     """The fit of a file; an InputError that names the field where it cannot be one.
 
-    ``whole``: the file is of a version that names every setting, as all with a checksum do.
+    ``whole``: the file is of a version that names every setting, as all with a checksum do;
+    ``kind``: the user's class of method.
     """
+    with field("method"):
+        method = _method(described, kind, optimiser)
     own = arrays.get(GROUP, {})
-    method = entry(described, "method", str)
     with field("encoder"):
         encoder = _encoder(
             entry(described, "encoder", (dict, type(None))), arrays.get(f"{GROUP}/training", {})
@@ -174,10 +185,10 @@ def rebuilt(
         check_draws({n: draws[n] for n in drawn}, theta_draws, stats, phi, tasks, theirs)
         if not {*drawn} <= {*phi} or {*drawn} != {*draws}:
             raise InputError(f"{drawn} are not those in phi and the posterior, {tuple(draws)}")
-        if method == "full Bayes" and not drawn:
-            raise InputError("full Bayes has draws of phi, and there are none")
+        if method.draws_phi and not drawn:
+            raise InputError(f"{method} has draws of phi, and there are none")
     with field("adaptation"):
-        adaptation = _adaptation(entry(described, "adaptation", dict), optimiser, whole)
+        adaptation = _adaptation(entry(described, "adaptation", dict), optimiser, whole, method)
     errors, bootstrap = _prefixed(own, "se."), _prefixed(own, "bootstrap.")
     for name in errors:
         with field("standard_errors"):
@@ -295,13 +306,78 @@ def _some(described: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: described[name] for name in names if name in described}
 
 
-def _adaptation(described: dict[str, Any], optimiser: Any, whole: bool) -> Adaptation:
+def _method(described: dict[str, Any], own: type[Method] | None, optimiser: Any) -> Method:
+    """The method that the file names, of the package's or the user's own, with its settings."""
+    told = entry(described, "method", (dict, str))
+    if isinstance(told, str):  # up to format 3 a name, its settings among what the fit tells
+        return _of_before(told, described, optimiser)
+    name, settings = entry(told, "kind", str), entry(told, "settings", dict)
+    if own is None and name not in METHODS:
+        raise NeedsMore(f"this fit's method is one of yours: pass it, hb.load(path, method={name})")
+    if own is not None and name != own.__name__:
+        raise NeedsMore(f"this fit's method is {name}, and {own.__name__} was passed")
+    kind = METHODS[name] if own is None else own
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    if missing := sorted({*known} ^ {*settings}):
+        with field(f"settings.{missing[0]}"):
+            raise InputError(f"{name} has no such setting, or it is missing")
+    given = {n: _setting(n, value, optimiser) for n, value in settings.items()}
+    return kind(**given)
+
+
+def _setting(name: str, value: Any, optimiser: Any) -> Any:
+    if value != OPTIMISER:
+        return as_tuples(value)
+    if name == "inner_optimiser":
+        if optimiser is None:
+            raise NeedsMore(INNER_OPTIMISER)
+        return optimiser
+    return _unkept()
+
+
+def _unkept() -> Any:
+    """An optimiser that says, when it is asked to begin, that it was not kept."""
+    import optax
+
+    def begin(params: Any) -> Any:
+        raise InputError(
+            "the outer optimiser of this fit was not kept by its file: fit again with "
+            "dataclasses.replace(fit.method, optimiser=…)"
+        )
+
+    return optax.GradientTransformation(begin, optax.identity().update)
+
+
+def _of_before(name: str, described: dict[str, Any], optimiser: Any) -> Method:
+    """The method of a file that has its name alone, with those of its settings that a fit tells."""
+    kind = named_methods().get(name)
+    if kind is None:
+        return Derived(name)
+    info = entry(described, "info", dict)
+    known = {f.name for f in fields(kind)} & {*info}  # type: ignore[arg-type]
+    given = {n: as_tuples(info[n]) for n in known if info[n] is not None}
+    if given.get("evidence") == "exact":
+        given["evidence"] = "auto"
+    if name in ("MAML", "Reptile") and entry(described, "inside", (dict, type(None)), None):
+        given["step_size"] = "auto"  # what the fit tells is one of scaled columns
+    if optimiser is not None and "step_size" not in given and name in ("MAML", "iMAML", "Reptile"):
+        given["inner_optimiser"] = optimiser
+    return kind(**given)
+
+
+INNER_OPTIMISER = (
+    "this fit's inner loop had an Optax optimiser: pass it, hb.load(path, …, inner_optimiser=…)"
+)
+
+
+def _adaptation(
+    described: dict[str, Any], optimiser: Any, whole: bool, method: Method
+) -> Adaptation:
+    if described.get("kind") == OWN and type(method).__name__ not in METHODS:
+        return method.adaptation()  # type: ignore[attr-defined]
     adaptation = made(described, KINDS, whole=whole)
     if getattr(adaptation, "optimiser", None) == OPTIMISER:
         if optimiser is None:
-            raise NeedsMore(
-                "this fit's inner loop had an Optax optimiser: pass it, "
-                "hb.load(path, …, inner_optimiser=…)"
-            )
+            raise NeedsMore(INNER_OPTIMISER)
         return replace(adaptation, optimiser=optimiser)
     return adaptation
