@@ -177,7 +177,7 @@ def counts(of_counts):
              "tau": rng.uniform(0.4, 0.6, (2, 200, 1))}  # fmt: skip
     phi = {name: value.mean((0, 1)) for name, value in draws.items()}
     theta = near + 0.2 * rng.normal(size=(2, 200, 40, 1))
-    return hb.Fit("full Bayes", model, tasks, phi, Laplace(), None, draws, theta)
+    return hb.Fit(hb.meta.FullBayes(), model, tasks, phi, Laplace(), None, draws, theta)
 
 
 @few_draws
@@ -260,7 +260,7 @@ def gaussians():
     }
     phi = {name: value.mean((0, 1)) for name, value in draws.items()}
     theta = rng.normal(size=(2, 10, 5, 2))
-    return hb.Fit("full Bayes", resolved, tasks, phi, Conjugate(), None, draws, theta)
+    return hb.Fit(hb.meta.FullBayes(), resolved, tasks, phi, Conjugate(), None, draws, theta)
 
 
 def test_prior_predictive_of_gaussian_tasks_against_the_closed_form(gaussians):
@@ -428,7 +428,7 @@ def test_a_program_and_a_curved_f_have_predictive_draws_too(written, rng):
     curved = written == "a curved f"
     likelihood = Exponential() if curved else hb.likelihoods.from_numpyro(program)
     model = hb.HierarchicalModel(likelihood, hb.priors.Gaussian(), stated).resolve(tasks)
-    fit = hb.Fit("full Bayes", model, tasks, phi, Laplace(), None, draws, theta)
+    fit = hb.Fit(hb.meta.FullBayes(), model, tasks, phi, Laplace(), None, draws, theta)
     tree = fit.datatree
     white = tree["posterior_predictive"]["y"].values - np.exp(theta[:, :, tasks.task_of_row, 0])
     white = white / sigma[..., None]

@@ -76,7 +76,7 @@ def sampled(train_and_test: Any) -> hb.Fit:
     }  # fmt: skip
     theta = rng.normal([-0.4, 0.9], 0.8, (*lead, train.num_tasks, 2))
     return hb.Fit(
-        "full Bayes", MODEL.resolve(train), train,
+        hb.meta.FullBayes(), MODEL.resolve(train), train,
         {name: value.mean(axis=(0, 1)) for name, value in draws.items()}, Laplace(),
         phi_draws=draws, theta_draws=theta, info={"seconds": 1.0},
     )  # fmt: skip
@@ -443,7 +443,8 @@ def test_files_of_older_formats_are_read(schools, tmp_path, version):
     tree = xr.open_datatree(tmp_path / "fit.nc", engine="h5netcdf").load()
     tree.close()
     described = json.loads(tree["hierbayes"].attrs["fit"])
-    assert described["format"] == 3
+    assert described["format"] == 4
+    described["method"] = "complete pooling"
     model = described["model"]
     named = model.pop("prior")
     assert named.pop("kind") == "Gaussian"

@@ -41,8 +41,8 @@ def nothing_computes(monkeypatch):
     def computes(*details):
         raise AssertionError("computation began")
 
-    for name, (label, _) in list(cli.METHODS.items()):
-        monkeypatch.setitem(cli.METHODS, name, (label, computes))
+    for kind in cli.METHODS.values():
+        monkeypatch.setattr(kind, "__call__", computes)
 
 
 def everything(folder):
@@ -129,18 +129,19 @@ def test_a_file_that_comes_during_the_run_is_kept(before, tmp_path, capsys, monk
     out = tmp_path / "fit.nc"
     if before:
         out.write_text(before)
-    label, method = cli.METHODS["complete_pooling"]
+    kind = cli.METHODS["complete_pooling"]
+    method = kind.__call__
 
     def computes(*given):
         out.write_text("my own work")
         return method(*given)
 
-    monkeypatch.setitem(cli.METHODS, "complete_pooling", (label, computes))
+    monkeypatch.setattr(kind, "__call__", computes)
     assert main([*FIT, "--out", str(out), "--overwrite"]) == 0
     assert out.read_text() == "my own work"
     assert f"saved to {tmp_path / 'fit-2.nc'}" in capsys.readouterr().err
     assert everything(tmp_path) == {"fit.nc", "fit-2.nc"}
-    monkeypatch.setitem(cli.METHODS, "complete_pooling", (label, method))
+    monkeypatch.setattr(kind, "__call__", method)
     assert main([*FIT, "--out", str(out), "--overwrite"]) == 0
     assert out.read_bytes()[:4] == b"\x89HDF"
 

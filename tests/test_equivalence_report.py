@@ -76,7 +76,7 @@ class Study:
         draws = {name: v.reshape(2, 200, *v.shape[1:]) for name, v in phis.items()}
         means = {name: v.mean(0) for name, v in phis.items()}
         return hb.Fit(
-            "full Bayes", self.eb.model, self.tasks, means, Conjugate(), phi_draws=draws,
+            hb.meta.FullBayes(), self.eb.model, self.tasks, means, Conjugate(), phi_draws=draws,
             theta_draws=theta.reshape(2, 200, *theta.shape[1:]),
         )  # fmt: skip
 

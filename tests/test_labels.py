@@ -95,7 +95,7 @@ def drawn(model: Any, tasks: Any) -> hb.Fit:
     }
     phi = {name: value.mean((0, 1)) for name, value in phis.items()}
     theta = rng.normal(size=(2, 20, tasks.num_tasks, len(tasks.coef)))
-    return hb.Fit("full Bayes", resolved, tasks, phi, Laplace(), None, phis, theta)
+    return hb.Fit(hb.meta.FullBayes(), resolved, tasks, phi, Laplace(), None, phis, theta)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from scipy import stats
 import hierbayes as hb
 from hierbayes.evidence import Exact
 from hierbayes.evidence.features import log_evidence_on_features
+from hierbayes.fit.method import Derived
 from hierbayes.numerics import float64
 from hierbayes.priors import Gaussian as GaussianPrior
 
@@ -109,7 +110,7 @@ def test_posterior_means_covariances_and_predictions_are_those_of_dense_algebra(
         pulled = h.T @ tasks.outcome[low:high] / phi["sigma"] ** 2 + phi["mu"] / phi["tau"] ** 2
         close(adapted.covariance[j], np.linalg.inv(precision), rtol=1e-8, atol=1e-12)
         close(adapted.mean[j], np.linalg.solve(precision, pulled), rtol=1e-8, atol=1e-10)
-    fit = hb.Fit("by hand", model, model.tasks(tasks), phi, hb.adaptation.Conjugate())
+    fit = hb.Fit(Derived("by hand"), model, model.tasks(tasks), phi, hb.adaptation.Conjugate())
     new = hb.Tasks.from_arrays([(np.array([[0.3], [-1.2]]), np.zeros(2))], names=[1])
     h = features_by_hand(model, phi, new.predictors)
     seen = fit.predict(new)

@@ -364,7 +364,7 @@ def test_task_predictors_move_each_tasks_own(rng):
     model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
     phi = {"mu": np.array([0.1]), "gamma": np.array([[1.9]]), "tau": np.array([0.3]),
            "sigma": np.array(1.0)}  # fmt: skip
-    fit = hb.Fit("empirical Bayes", model, tasks, phi, Conjugate())
+    fit = hb.Fit(hb.meta.EmpiricalBayes(), model, tasks, phi, Conjugate())
     with pytest.raises(AttributeError, match="prior_for"):
         _ = fit.prior
     means = np.array([prior.mean for prior in fit.prior_for(tasks)])
@@ -375,7 +375,7 @@ def test_counts_have_a_prior_too(rng):
     tasks = hb.Tasks.from_arrays([(np.ones((5, 1)), rng.poisson(m, 5)) for m in (1, 2, 4, 7, 3)])
     model = hb.HierarchicalModel(hb.likelihoods.Poisson(), hb.priors.Gaussian())
     phi = {"mu": np.array([1.1]), "tau": np.array([0.6])}
-    fit = hb.Fit("empirical Bayes", model, tasks, phi, Laplace())
+    fit = hb.Fit(hb.meta.EmpiricalBayes(), model, tasks, phi, Laplace())
     close(fit.prior.mean, [1.1], rtol=0)
     close(fit.prior.covariance, [[0.36]], rtol=1e-12)
 

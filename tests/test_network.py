@@ -15,6 +15,7 @@ from scipy import special, stats
 import hierbayes as hb
 from hierbayes.adaptation import GradientSteps
 from hierbayes.fit import Fit
+from hierbayes.fit.method import Derived
 from hierbayes.likelihoods.weights import Weights
 
 Network = hb.likelihoods.Network
@@ -53,7 +54,7 @@ def fit_at(likelihood, tasks, num_steps=3, step_size=0.1):
     mu = 0.5 * np.random.default_rng(1).normal(size=likelihood.weights.size)
     noise = PHI if likelihood.parameters() else {}
     steps = GradientSteps(num_steps, step_size, "mean")
-    return Fit("steps", model, model.tasks(tasks), {"mu": mu, **noise}, steps)
+    return Fit(Derived("steps"), model, model.tasks(tasks), {"mu": mu, **noise}, steps)
 
 
 # -------------------------------------------------------------------------- weights

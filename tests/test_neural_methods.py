@@ -14,6 +14,7 @@ from hierbayes.adaptation import GradientSteps
 from hierbayes.adaptation.linearised import LinearisedSteps
 from hierbayes.adaptation.variational import Variational, divergence, expected
 from hierbayes.evidence import Predictive
+from hierbayes.fit.method import Derived
 from hierbayes.meta.abml import log_hyperprior
 from hierbayes.numerics import float64
 
@@ -48,7 +49,7 @@ PHI = {"mu": np.array([0.3, -0.2, 0.5]), "sigma": np.asarray(0.7)}
 
 
 def fitted(model, adaptation, phi, tasks):
-    return hb.Fit("by hand", model, model.tasks(tasks), phi, adaptation)
+    return hb.Fit(Derived("by hand"), model, model.tasks(tasks), phi, adaptation)
 
 
 # ------------------------------------------------------- the spread of linearised steps

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import hierbayes as hb
+from hierbayes.fit.method import Derived
 
 QUICK = dict(num_draws=20, num_warmup=20, num_chains=1, progress=False)
 
@@ -55,7 +56,7 @@ def at_a_point():
     size = model.likelihood.weights.size
     phi = {"mu": np.linspace(-1, 1, size), "sigma": np.asarray(0.7)}
     steps = hb.adaptation.GradientSteps(2, 0.05)
-    return hb.fit.Fit("steps", model, model.tasks(tasks), phi, steps)
+    return hb.fit.Fit(Derived("steps"), model, model.tasks(tasks), phi, steps)
 
 
 FITS = {

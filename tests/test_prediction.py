@@ -17,6 +17,7 @@ import hierbayes as hb
 from hierbayes.adaptation import Conjugate, GradientSteps, Laplace, Normal
 from hierbayes.adaptation.step_length import curvatures
 from hierbayes.fit import Prediction
+from hierbayes.fit.method import Derived
 
 GAUSSIAN = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
 
@@ -115,7 +116,7 @@ def test_sigma_query_stands_in_for_sigma_only_where_theta_is_estimated_as_a_poin
     )
     phi = {"mu": np.array([0.3, -0.2]), "tau": np.array([0.7, 0.4]), "sigma": np.array(0.5),
            "corr": np.eye(2), "sigma_query": np.array(0.8)}  # fmt: skip
-    exact = hb.Fit("a method", GAUSSIAN, tasks, phi, Conjugate())
+    exact = hb.Fit(Derived("a method"), GAUSSIAN, tasks, phi, Conjugate())
     x = tasks.predictors
     close(exact.predict(target="new").sd, np.sqrt(0.25 + x**2 @ [0.49, 0.16]), rtol=1e-12)
     close(exact.predict(target="population").sd, np.full(20, 0.5), rtol=1e-12)
@@ -151,7 +152,7 @@ def test_moments_of_theta_and_draws_of_sigma_make_one_component_a_draw(rng):
     draws = {"mu": rng.normal(size=(2, 5, 1)), "tau": rng.uniform(size=(2, 5, 1)),
              "sigma": rng.uniform(0.5, 1.5, (2, 5))}  # fmt: skip
     phi = {name: value.mean(axis=(0, 1)) for name, value in draws.items()}
-    fit = hb.Fit("full Bayes", GAUSSIAN, tasks, phi, Conjugate(), training, phi_draws=draws)
+    fit = hb.Fit(hb.meta.FullBayes(), GAUSSIAN, tasks, phi, Conjugate(), training, phi_draws=draws)
     found = fit.predict()
     assert found.means.shape == (10, 12)
     close(found.mean, np.repeat(training.mean[:, 0], 3), rtol=1e-12)
@@ -199,7 +200,7 @@ SIGMA = PHI["tau"][:, None] * PHI["corr"] * PHI["tau"]
 
 def test_rows_of_a_known_task_share_its_theta(few):
     """Cov(y_i, y_k) = x_iᵀ C_j x_k within a task, σ² on the diagonal, nothing between tasks."""
-    fit = hb.Fit("a method", GAUSSIAN, few, PHI, Conjugate())
+    fit = hb.Fit(Derived("a method"), GAUSSIAN, few, PHI, Conjugate())
     x, c = few.predictors, fit.adapted.covariance.values[few.task_of_row]
     joint = np.einsum("ik,ikl,ml->im", x, c, x) * same_task(few) + 0.16 * np.eye(9)
     covariance_agrees(fit.predict(), joint)
@@ -214,7 +215,7 @@ def test_rows_of_a_known_task_share_its_theta(few):
 
 def test_rows_drawn_alone_are_seen(few):
     """The control: without the joint, the same marginals fail."""
-    fit = hb.Fit("a method", GAUSSIAN, few, PHI, Conjugate())
+    fit = hb.Fit(Derived("a method"), GAUSSIAN, few, PHI, Conjugate())
     x, c = few.predictors, fit.adapted.covariance.values[few.task_of_row]
     joint = np.einsum("ik,ikl,ml->im", x, c, x) * same_task(few) + 0.16 * np.eye(9)
     with pytest.raises(AssertionError, match="covariances"):
@@ -222,14 +223,14 @@ def test_rows_drawn_alone_are_seen(few):
 
 
 def test_rows_of_a_new_task_share_a_draw_of_the_prior(few):
-    fit = hb.Fit("a method", GAUSSIAN, few, PHI, Conjugate())
+    fit = hb.Fit(Derived("a method"), GAUSSIAN, few, PHI, Conjugate())
     x = few.predictors
     joint = (x @ SIGMA @ x.T) * same_task(few) + 0.16 * np.eye(9)
     covariance_agrees(fit.predict(target="new"), joint)
 
 
 def test_of_the_population_theta_is_the_centre_and_rows_are_independent(few):
-    fit = hb.Fit("a method", GAUSSIAN, few, PHI, Conjugate())
+    fit = hb.Fit(Derived("a method"), GAUSSIAN, few, PHI, Conjugate())
     covariance_agrees(fit.predict(target="population"), 0.16 * np.eye(9))
 
 
@@ -242,7 +243,7 @@ def over_draws(few: hb.Tasks, rng: np.random.Generator) -> hb.Fit:
     }  # fmt: skip
     phi = {name: value.mean((0, 1)) for name, value in draws.items()}
     theta = rng.normal(size=(2, 3, 3, 2))
-    return hb.Fit("full Bayes", GAUSSIAN, few, phi, Conjugate(), None, draws, theta)
+    return hb.Fit(hb.meta.FullBayes(), GAUSSIAN, few, phi, Conjugate(), None, draws, theta)
 
 
 def test_under_full_bayes_a_draw_is_of_one_phi_in_all_rows(few, rng):
@@ -263,7 +264,7 @@ def test_under_full_bayes_a_draw_is_of_one_phi_in_all_rows(few, rng):
 
 
 def test_adapted_tasks_draw_jointly_too(few):
-    fit = hb.Fit("a method", GAUSSIAN, few, PHI, Conjugate())
+    fit = hb.Fit(Derived("a method"), GAUSSIAN, few, PHI, Conjugate())
     first, second = fit.adapt(few).predict(few), fit.predict()
     assert first.joint is not None
     np.testing.assert_array_equal(first.draws(50, seed=4), second.draws(50, seed=4))
@@ -282,7 +283,7 @@ def test_counts_of_a_task_share_its_theta(target, rng):
     tasks = hb.Tasks.from_arrays(arrays)
     model = hb.HierarchicalModel(hb.likelihoods.Poisson(), hb.priors.Gaussian())
     phi = {"mu": np.array([1.0, -0.2]), "tau": np.array([0.4, 0.3]), "corr": PHI["corr"]}
-    fit = hb.Fit("a method", model, tasks, phi, Laplace())
+    fit = hb.Fit(Derived("a method"), model, tasks, phi, Laplace())
     x, j = tasks.predictors, tasks.task_of_row
     if target == "known":
         m, c = fit.adapted.theta.values[j], fit.adapted.covariance.values[j]
@@ -301,7 +302,7 @@ def test_shares_of_ones_in_a_task_spread_as_its_theta_does():
     tasks = hb.Tasks.from_arrays([(x, np.arange(40) % 2), (x, np.arange(40) % 2)])
     model = hb.HierarchicalModel(hb.likelihoods.Bernoulli(), hb.priors.Gaussian())
     phi = {"mu": np.array([0.5]), "tau": np.array([1.2])}
-    fit = hb.Fit("a method", model, tasks, phi, Laplace())
+    fit = hb.Fit(Derived("a method"), model, tasks, phi, Laplace())
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
     p = special.expit(0.5 + 1.2 * nodes)
     weights = weights / weights.sum()
@@ -337,7 +338,7 @@ def test_what_a_curved_likelihood_says_of_f_is_all_of_it(target):
     draws = {"mu": rng.normal(size=(*lead, 1)), "tau": np.full((*lead, 1), 1e-12),
              "beta": rng.normal(size=(*lead, 1)), "sigma": np.full(lead, 0.3)}  # fmt: skip
     phi = {name: value.mean((0, 1)) for name, value in draws.items()}
-    fit = hb.Fit("full Bayes", model, tasks, phi, Laplace(), None, draws, theta)
+    fit = hb.Fit(hb.meta.FullBayes(), model, tasks, phi, Laplace(), None, draws, theta)
     known = np.broadcast_to(draws["mu"][:, :, None], theta.shape)
     level = (theta if target == "known" else known)[..., tasks.task_of_row, 0]
     f = np.tanh(level + draws["beta"] * tasks.shared[:, 0] + tasks.slots["offset"])

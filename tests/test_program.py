@@ -18,6 +18,7 @@ from scipy import stats
 import hierbayes as hb
 from hierbayes.adaptation import GradientSteps
 from hierbayes.fit import Fit
+from hierbayes.fit.method import Derived
 from hierbayes.numerics import float64
 from hierbayes.rows import rows_of
 
@@ -72,7 +73,7 @@ def at_a_point(model, tasks, phi):
     phi = {name: np.asarray(value, float) for name, value in phi.items()}
     model, tasks = model.resolve(tasks), model.tasks(tasks)
     model.likelihood.check(tasks)  # as every method does first
-    return Fit("steps", model, tasks, phi, GradientSteps(2, 0.01))
+    return Fit(Derived("steps"), model, tasks, phi, GradientSteps(2, 0.01))
 
 
 @pytest.fixture(scope="module")

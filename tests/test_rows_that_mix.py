@@ -14,6 +14,7 @@ from assertions import close, refuses
 import hierbayes as hb
 from hierbayes.adaptation import GradientSteps
 from hierbayes.fit import Fit
+from hierbayes.fit.method import Derived
 
 GAUSSIAN = hb.priors.Gaussian(correlated=False)
 
@@ -91,7 +92,7 @@ def fit_at(apply, tasks, optimiser=None):
     mu = 0.5 * np.random.default_rng(1).normal(size=model.likelihood.weights.size)
     phi = {"mu": mu, "sigma": np.asarray(0.5**0.5), "sigma_query": np.asarray(1.0)}
     steps = GradientSteps(3, None if optimiser else 0.05, "mean", optimiser)
-    return Fit("steps", model, model.tasks(tasks), phi, steps)
+    return Fit(Derived("steps"), model, model.tasks(tasks), phi, steps)
 
 
 # --------------------------------------------------------------- what adapts and predicts
@@ -275,7 +276,7 @@ def test_features_are_those_of_one_task_at_a_time(sizes):
         h = [np.asarray(features(params, x)) for x, _ in by_task(tasks)]
     h = [np.column_stack([np.ones(len(one)), one]) for one in h]
     close(model.likelihood.design(tasks, phi).predictors, np.concatenate(h), rtol=1e-12, atol=1e-14)
-    fit = Fit("at a point", model, model.tasks(tasks), phi, hb.adaptation.Conjugate())
+    fit = Fit(Derived("at a point"), model, model.tasks(tasks), phi, hb.adaptation.Conjugate())
     for j, ((_, y), one) in enumerate(zip(by_task(tasks), h, strict=True)):
         bend = one.T @ one / 0.49 + np.diag(phi["tau"] ** -2)
         wanted = np.linalg.solve(bend, one.T @ y / 0.49 + phi["mu"] / phi["tau"] ** 2)
@@ -500,7 +501,7 @@ def test_rows_of_another_width_are_refused_and_a_number_is_weights():
     assert net.weights.size == 1
     tasks, phi = some_tasks((6, 6, 6)), {"mu": np.ones(1), "sigma": np.asarray(1.0)}
     model = hb.HierarchicalModel(net, GAUSSIAN)
-    fit = Fit("steps", model, model.tasks(tasks), phi, GradientSteps(1, 0.01))
+    fit = Fit(Derived("steps"), model, model.tasks(tasks), phi, GradientSteps(1, 0.01))
     assert np.isfinite(fit.predict().mean).all()
     rng = np.random.default_rng(0)
     wide = hb.Tasks.from_arrays([(rng.normal(size=(6, 2)), rng.normal(size=6))])

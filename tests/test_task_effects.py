@@ -19,6 +19,7 @@ import hierbayes as hb
 from hierbayes.adaptation import Laplace
 from hierbayes.checks import task_effects
 from hierbayes.checks.task_effects import far, shape_test
+from hierbayes.fit.method import Derived
 from hierbayes.plots.task_effects import simultaneous_band
 
 matplotlib.use("Agg")
@@ -187,7 +188,7 @@ def test_what_has_no_effects_is_said_or_refused(schools, radon_maml, radon_imaml
     model = hb.HierarchicalModel(hb.likelihoods.Poisson(), hb.priors.Gaussian())
     point = {"mu": np.array([1.0]), "tau": np.array([0.5])}
     with refuses("Poisson"):
-        task_effects(hb.Fit("a method", model, counts, point, Laplace()))
+        task_effects(hb.Fit(Derived("a method"), model, counts, point, Laplace()))
     with refuses("too few"):
         hb.plots.task_effects(fit)
     with refuses("'floor'", "Intercept"):

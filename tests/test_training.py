@@ -488,7 +488,7 @@ def test_settings_for_episodes_are_refused_on_fixed_tasks(small, arguments, word
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (dict(batchsize=3), ("MAML on episodes", "'batchsize'", "batch_size")),
+        (dict(batchsize=3), ("MAML takes no argument", "'batchsize'", "batch_size")),
         (dict(num_meta_steps=0), ("num_meta_steps", "positive integer", "0")),
         (dict(held_out=-1), ("held_out", "positive integer", "-1")),
         (dict(held_out=2.5), ("held_out", "positive integer", "2.5")),
