@@ -12,7 +12,7 @@ likelihood, where the prior says nothing (:mod:`~hierbayes.adaptation.least_squa
 estimate.
 """
 
-from hierbayes.adaptation.base import Adaptation, Integrable, NotOffered, PointAdaptation
+from hierbayes.adaptation.base import Adaptation, ByTask, Integrable, NotOffered, PointAdaptation
 from hierbayes.adaptation.descent import Descent, Flow, implied_precision
 from hierbayes.adaptation.equivalence import equivalent_prior
 from hierbayes.adaptation.exact import Conjugate
@@ -40,6 +40,7 @@ from hierbayes.adaptation.unpooled import MaximumLikelihood
 
 __all__ = [
     "Adaptation",
+    "ByTask",
     "Conjugate",
     "Descent",
     "Discrepancy",

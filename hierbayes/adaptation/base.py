@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation.mode import trouble
-from hierbayes.adaptation.posterior import Normal, Posterior
+from hierbayes.adaptation.posterior import Normal, Point, Posterior
 from hierbayes.errors import NotApplicable, announce
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64
+from hierbayes.numerics import arithmetic, float64
 from hierbayes.phi import Part
 from hierbayes.sharding import gathered
 from hierbayes.tasks import Task, Tasks
@@ -213,3 +213,46 @@ class PointAdaptation(Adaptation):
     def arrange(self, model: HierarchicalModel, tasks: Tasks) -> tuple[Task, Any]:
         """(rows, task of each row) as this adaptation wants them."""
         return model.likelihood.arrange(tasks)
+
+
+class ByTask(PointAdaptation):
+    """A(D; φ) as a point, written for one task; it is mapped over tasks of any sizes.
+
+    A subclass is a frozen dataclass with a ``name`` and :meth:`of_task`. Rows where ``task.mask``
+    is False only fill up: leave them out.
+    """
+
+    @abc.abstractmethod
+    def of_task(self, model: HierarchicalModel, phi: dict[str, Any], task: Task) -> Any:
+        """θ̂ (d,) of one task, in operations of JAX."""
+
+    def steps(
+        self, model: HierarchicalModel, phi: dict[str, Any], rows: Task, task_of_row: Any
+    ) -> Any:
+        """θ̂_j of every task (J, d), tasks side by side."""
+        del task_of_row
+        return jax.vmap(lambda task: self.of_task(model, phi, task))(rows)
+
+    def arrange(self, model: HierarchicalModel, tasks: Tasks) -> tuple[Task, Any]:
+        """Side by side, filled up to the longest task."""
+        del model
+        return tasks.block(np.arange(tasks.num_tasks), int(tasks.sizes.max(initial=1))), None
+
+    def __call__(self, model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> Point:
+        """θ̂_j of every task, a point."""
+        plain, theta = model.without_encoder(), []
+        with arithmetic(model.likelihood.precision):
+            known = {name: jnp.asarray(value) for name, value in phi.items()}
+            for positions, block in model.likelihood.blocks(tasks):
+                found = np.asarray(_of_tasks(self, plain, known, block), np.float64)
+                theta.append((positions, found[: len(positions)]))
+        first = theta[0][1] if theta else np.zeros((0, len(phi["mu"])))
+        means = np.zeros((tasks.num_tasks, *first.shape[1:]))
+        for positions, found in theta:
+            means[positions] = found
+        return Point(means)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _of_tasks(adaptation: ByTask, model: HierarchicalModel, phi: dict[str, Any], rows: Task) -> Any:
+    return adaptation.steps(model, phi, rows, None)

@@ -290,7 +290,8 @@ class Batches(Source):
         """
         (outer, trained), plain = found.more, self.plain
         parameters = plain.likelihood.parameters()
-        if after is None and isinstance(adaptation, GradientSteps):
+        given = parameters and set(parameters) <= set(outer.fixed)  # φ's own are learned elsewhere
+        if after is None and given and isinstance(adaptation, PointAdaptation):
             by_deviation = plain.likelihood.gaussian_in_theta or not plain.likelihood.linear
             after = (
                 query_deviation(adaptation)
@@ -324,7 +325,7 @@ def batches(method: WithOuterLoop, model: HierarchicalModel, tasks: Any, run: Ru
     return Batches(plain, episodes, sample, method, run)
 
 
-def _judged(method: str, adaptation: GradientSteps) -> After:
+def _judged(method: str, adaptation: PointAdaptation) -> After:
     """``sigma_query``, ``concentration_query`` and the like at their maximum."""
 
     def learn(
@@ -336,7 +337,7 @@ def _judged(method: str, adaptation: GradientSteps) -> After:
     return learn
 
 
-def query_deviation(adaptation: GradientSteps) -> Any:
+def query_deviation(adaptation: PointAdaptation) -> Any:
     """``sigma_query`` at its maximum: the deviation of query rows from what adapted tasks say.
 
     Tasks whose steps diverged are left out: adapting to one says so. Until then σ stands in its
