@@ -3,7 +3,7 @@
 ``python -m benchmarks NAME`` runs a benchmark of a file of its own, with arguments of its own
 (``--help`` tells them): ``radon``, ``radon-correlated``, ``uneven``, ``uneven-correlated`` and
 ``schools``, ``contraception`` (:mod:`benchmarks.samplers`), ``many-tasks``, ``many-counts``,
-``scaling``, ``cold-start``, ``import``, ``coverage``, ``meta-steps``, ``sinusoids``.
+``scaling``, ``cold-start``, ``import``, ``coverage``, ``programs``, ``meta-steps``, ``sinusoids``.
 ``python -m benchmarks --quick`` runs all but the last two at small sizes, to see that they work; a
 peer that is not installed is named and skipped.
 Ratios hold within one run on one machine; do not compare seconds between machines.
@@ -34,6 +34,7 @@ CONTESTS = {
     "cold-start": ("cold_start",),
     "import": ("import_time",),
     "coverage": ("coverage",),
+    "programs": ("programs",),
 }
 """hierbayes beside its peers: the file that runs it, and its first arguments."""
 NAMED = {"meta-steps": ("meta_steps",), "sinusoids": ("sinusoids",), **CONTESTS}

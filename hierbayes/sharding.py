@@ -4,8 +4,8 @@ r"""Tasks over many devices and hosts, in JAX's own terms.
           \log p(D_j \mid \varphi)
 
 Tasks meet in sums alone. Arrays with a task's axis lie spread over a mesh, compiled programs run
-on every device's share, and XLA adds the partial sums. Empty tasks fill the axis up to a multiple
-of the number of devices.
+on every device's share, and XLA adds the partial sums. Empty tasks fill the axis up to a length
+that other data of about the same size have too, so that these compile nothing.
 """
 
 from __future__ import annotations
@@ -81,33 +81,56 @@ def num_shares(sharding: NamedSharding) -> int:
     return math.prod(sharding.mesh.shape[name] for name in axes)
 
 
-def padded(length: int, sharding: NamedSharding) -> int:
-    """The next multiple of the number of shares, at least one a share."""
-    shares = num_shares(sharding)
-    return shares * max(1, -(-length // shares))
+FINE = 2**13
+"""From which on arrays take so long to compute with that they are filled up by less."""
+
+
+def rung(length: int) -> int:
+    """The next of eight lengths an octave, 64 of more than 8192: what arrays are filled up to.
+
+    >>> [rung(n) for n in (0, 7, 13, 17, 85, 919, 100_000)]
+    [1, 7, 13, 18, 88, 960, 100352]
+    """
+    if length <= 8:
+        return max(length, 1)
+    step = 2 ** max((length - 1).bit_length() - (4 if length <= FINE else 7), 0)
+    return -(-length // step) * step
+
+
+def padded(length: int, sharding: NamedSharding | None) -> int:
+    """The length that an axis is filled up to, with as many places on every device."""
+    shares = 1 if sharding is None else num_shares(sharding)
+    return shares * rung(-(-length // shares))
 
 
 def place(tree: Any, sharding: NamedSharding | None, axis: int = -1) -> Any:
     """Every array of a pytree on the devices, its ``axis`` of tasks filled up with zeros and cut.
 
-    Each process puts on its own devices only what they hold. Without a sharding the tree is
-    returned as it is.
+    Each process puts on its own devices only what they hold. Without a sharding arrays stay in
+    NumPy.
     """
-    if sharding is None:
-        return tree
 
-    def put(values: Any) -> jax.Array:
+    def put(values: Any) -> Any:
         values = np.asarray(values)
-        values = values.astype(jax.dtypes.canonicalize_dtype(values.dtype), copy=False)
         at = axis % values.ndim
-        lacking = padded(values.shape[at], sharding) - values.shape[at]
-        fill = [(0, lacking if i == at else 0) for i in range(values.ndim)]
-        filled = np.pad(values, fill)
+        filled = filled_up(values, padded(values.shape[at], sharding), at)
+        if sharding is None:
+            return filled
+        filled = filled.astype(jax.dtypes.canonicalize_dtype(filled.dtype), copy=False)
         spec = PartitionSpec(*[None] * at, *sharding.spec)
         spread = NamedSharding(sharding.mesh, spec)
         return jax.make_array_from_callback(filled.shape, spread, lambda index: filled[index])
 
     return jax.tree.map(put, tree)
+
+
+def filled_up(values: np.ndarray, length: int, axis: int = -1, fill: Any = 0) -> np.ndarray:
+    """The array with ``fill`` at the end of an axis, up to this length."""
+    at = axis % values.ndim
+    if values.shape[at] == length:
+        return values
+    lacking = [(0, length - n if i == at else 0) for i, n in enumerate(values.shape)]
+    return np.pad(values, lacking, constant_values=fill)
 
 
 def gathered(tree: Any, num_tasks: int, axis: int = 0) -> Any:

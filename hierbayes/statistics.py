@@ -121,7 +121,12 @@ def placed_statistics(tasks: Tasks) -> Statistics:
 
     A task of zeros has the evidence 0 and its prior as posterior, whatever φ.
     """
-    return place(statistics(tasks), tasks.sharding)
+    return _filled(tasks) if tasks.sharding is None else place(statistics(tasks), tasks.sharding)
+
+
+@kept
+def _filled(tasks: Tasks) -> Statistics:
+    return place(statistics(tasks), None)
 
 
 def _stacks(rows: np.ndarray, tasks: Tasks, at_least: int):

@@ -112,12 +112,12 @@ def draws_given(
     steps = MOST_STEPS
 
     def begun(start: int) -> tuple[int, int, Any]:
-        shape = (most, MOST_STEPS, num_tasks)
-        white, stretch, uniform = np.ones((most, MOST_STEPS, d, num_tasks)), *np.ones((2, *shape))
-        white[:, :steps] = rng.standard_normal((most, steps, d, num_tasks))
+        shape, own = (most, MOST_STEPS, rows.num_tasks), slice(num_tasks)
+        white, (stretch, uniform) = np.ones((*shape[:2], d, shape[2])), np.ones((2, *shape))
+        white[:, :steps, :, own] = rng.standard_normal((most, steps, d, num_tasks))
         chi2 = rng.chisquare(DEGREES_OF_FREEDOM, (most, steps, num_tasks))
-        stretch[:, :steps] = np.sqrt(DEGREES_OF_FREEDOM / chi2)
-        uniform[:, :steps] = np.log(rng.random((most, steps, num_tasks)))
+        stretch[:, :steps, own] = np.sqrt(DEGREES_OF_FREEDOM / chi2)
+        uniform[:, :steps, own] = np.log(rng.random((most, steps, num_tasks)))
         some = {name: value[start : start + most] for name, value in phis.items()}
         return start, steps, _chains(model, rows, some, white, stretch, uniform, steps)
 
@@ -125,9 +125,10 @@ def draws_given(
         rows = jax.tree.map(jnp.asarray, rows)
         first = begun(starts[0])
         if len(starts) > 1:
-            steps = steps_needed(np.asarray(first[2][2]))
+            steps = steps_needed(np.asarray(first[2][2])[..., :num_tasks])
         later = (begun(start) for start in starts[1:])
         for start, count, (found, moves, _) in one_behind(itertools.chain([first], later)):
-            theta[start : start + most] = found
-            moved += (np.asarray(moves).mean(0) - 1) / (count - 1) / len(starts)
+            theta[start : start + most] = np.asarray(found)[..., :num_tasks]
+            share = (np.asarray(moves).mean(0) - 1) / (count - 1) / len(starts)
+            moved += share[:num_tasks]
     return theta, moved

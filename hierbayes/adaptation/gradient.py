@@ -28,7 +28,7 @@ from hierbayes.likelihoods.base import sum_by_task
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic
-from hierbayes.sharding import gathered
+from hierbayes.sharding import filled_up, gathered, rung
 from hierbayes.tasks import Task, Tasks
 from hierbayes.tasks.layout import on_devices
 
@@ -222,8 +222,9 @@ class GradientSteps(PointAdaptation):
                 for positions, arranged in groups
             ]
             parts = [(positions, gathered(found, len(positions))) for positions, found in parts]
-            start = model.prior.location(phi, tasks.task_predictors)
-        theta = np.array(start, dtype=np.float64)
+            places = filled_up(tasks.task_predictors, rung(tasks.num_tasks), 0)
+            start = model.prior.location(phi, places)
+        theta = np.array(start, dtype=np.float64)[: tasks.num_tasks]
         for positions, found in parts:
             theta[positions] = found
         return Point(theta, remarks=_lost(theta, tasks) or said)

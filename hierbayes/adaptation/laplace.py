@@ -33,7 +33,7 @@ from hierbayes.errors import announce
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, matmul, solve_upper
 from hierbayes.rows import Rows, Whole, rows_of
-from hierbayes.sharding import gathered
+from hierbayes.sharding import gathered, rung
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.layout import on_devices
 
@@ -130,7 +130,7 @@ class Laplace(Integrable):
 
     def begin(self, tasks: Tasks) -> np.ndarray:
         """The prior's location."""
-        return np.zeros((len(tasks.coef), tasks.num_tasks))
+        return np.zeros((len(tasks.coef), rung(tasks.num_tasks)))
 
     @staticmethod
     def given(

@@ -40,6 +40,7 @@ from hierbayes.likelihoods import Likelihood
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_rng
 from hierbayes.rows import Rows, Whole, rows_of
+from hierbayes.sharding import rung
 from hierbayes.tasks import Tasks
 
 MOST_NODES = {1: 61, 2: 31**2, 3: 13**3}
@@ -328,7 +329,7 @@ class Quadrature(Integrable):
 
     def begin(self, tasks: Tasks) -> np.ndarray:
         """The prior's location."""
-        return np.zeros((len(tasks.coef), tasks.num_tasks))
+        return np.zeros((len(tasks.coef), rung(tasks.num_tasks)))
 
     @staticmethod
     def given(

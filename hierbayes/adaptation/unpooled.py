@@ -28,8 +28,9 @@ from hierbayes.adaptation.mode import LogJoint, climb, trouble
 from hierbayes.adaptation.posterior import FlatPrior
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.model import HierarchicalModel
-from hierbayes.numerics import float64, to_numpy
+from hierbayes.numerics import float64
 from hierbayes.rows import Rows, Whole, rows_of
+from hierbayes.sharding import filled_up, gathered, rung
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.kept import kept
 
@@ -136,16 +137,17 @@ class Unpooled(NamedTuple):
         known = determined(tasks, likelihood)
         d = tasks.predictors.shape[1]
         with float64():
-            best = np.asarray(likelihood.best_location(tasks.outcome, tasks.slots), float)
+            best = likelihood.best_of_rows(tasks.outcome, tasks.slots)
         best = best - tasks.slots.get("offset", 0.0)
-        pull = np.zeros((tasks.num_tasks, d))
+        root = filled_up(known.root, rung(tasks.num_tasks), 0)
+        pull = np.zeros((len(root), d))
         x = np.where(known.rows[:, None], tasks.predictors, 0.0)
         np.add.at(pull, tasks.task_of_row, x * best[:, None])
-        start = np.einsum("jkl,jk->lj", known.root, pull)
-        empty = (np.abs(known.root).max(1) == 0).astype(float)
+        start = np.einsum("jkl,jk->lj", root, pull)
+        empty = (np.abs(root).max(1) == 0).astype(float)
         penalty = np.eye(d)[:, :, None] * empty.T[None]
         rows = rows_of(tasks.keep_rows(known.rows), likelihood)
-        return cls(rows, np.moveaxis(known.root, 0, -1), penalty, start)
+        return cls(rows, np.moveaxis(root, 0, -1), penalty, start)
 
     def at(self, model: HierarchicalModel, phi: dict[str, Any]) -> AtMode:
         """The normal at the maximum of every task's likelihood under φ, differentiable in it."""
@@ -189,7 +191,7 @@ class MaximumLikelihood(Adaptation):
         assert isinstance(likelihood, GeneralisedLinear)
         with float64():
             given = Unpooled.of(tasks, likelihood)
-            found = to_numpy(_maxima(model.without_encoder(), dict(phi), given))
+            found = gathered(_maxima(model.without_encoder(), dict(phi), given), tasks.num_tasks)
         blind = determined(tasks, likelihood).blind
         none = np.zeros(found.mean.shape, bool)
         said = trouble(tasks.names, found.converged, found.definite)

@@ -14,6 +14,7 @@ import numpy as np
 
 from hierbayes.errors import InputError, listing
 from hierbayes.likelihoods.base import Likelihood
+from hierbayes.sharding import filled_up, rung
 from hierbayes.tasks import Task, Tasks
 
 
@@ -34,6 +35,16 @@ class GeneralisedLinear(Likelihood):
         """The f under which a row's outcome is most likely; a finite one in any case."""
         del slots
         return outcome
+
+    def best_of_rows(self, outcome: np.ndarray, slots: dict[str, Any]) -> np.ndarray:
+        """The same of rows as they lie in tasks, filled up so that a row more compiles nothing."""
+        count = len(outcome)
+
+        def filled(values: np.ndarray) -> np.ndarray:
+            return filled_up(values, rung(count), fill=values[-1] if count else 1.0)
+
+        best = self.best_location(filled(outcome), {n: filled(v) for n, v in slots.items()})
+        return np.asarray(best, float)[:count]
 
     def endless(self, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
         """Rows that become ever more likely as f goes up, and as it goes down, (N,) of bool.

@@ -238,7 +238,7 @@ class ByQuadrature(ByEvidence):
             data = self.data.within(units)
             for x in some[:: max(1, len(some) // 8)]:
                 share = np.asarray(_second_modes(self.made, data, x))
-                self.bimodal |= share > LEAST_SHARE
+                self.bimodal |= share[: self.num_tasks] > LEAST_SHARE
         if self.num_nodes == before:
             return False
         self.data = self._with_nodes(self.num_nodes)

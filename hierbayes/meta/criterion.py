@@ -19,6 +19,7 @@ from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import to_numpy
 from hierbayes.phi.space import Space, belief_in, phi_at, standard_errors
 from hierbayes.rows import Rows, Whole
+from hierbayes.sharding import filled_up, padded
 from hierbayes.tasks import Tasks
 
 
@@ -73,11 +74,14 @@ class Criterion:
 
     def evidence(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the log evidence and its slope."""
+        num_tasks, counted = self.tasks.num_tasks, self.counted
+        if counted is not None:
+            counted = filled_up(counted, padded(num_tasks, self.laid_out.sharding))
         value, slope, start, converged = _value_and_slope(
-            self.adaptation.given, self.plain, self.space, x, self.data, self.start, self.counted
+            self.adaptation.given, self.plain, self.space, x, self.data, self.start, counted
         )
         if np.isfinite(float(value)):
-            self.start, self.unfinished = start, ~np.asarray(converged)
+            self.start, self.unfinished = start, ~np.asarray(converged)[:num_tasks]
         return finite(float(value), np.asarray(slope))
 
     @functools.cached_property

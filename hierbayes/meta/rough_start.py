@@ -84,7 +84,7 @@ def _working(
     """The tasks with working outcomes and, where they are known, the standard errors of these."""
     likelihood, y, slots = model.likelihood, tasks.outcome, tasks.slots
     assert isinstance(likelihood, GeneralisedLinear)
-    best = np.asarray(likelihood.best_location(y, slots), float)
+    best = likelihood.best_of_rows(y, slots)
     kept = {name: slots[name] for name in ("offset", "weight") if name in slots}
     if not weighed:
         return replace(tasks, outcome=best, slots=kept, sharding=None)

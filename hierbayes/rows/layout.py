@@ -12,8 +12,10 @@ from hierbayes.likelihoods.alike import columns_of, groups, merged
 from hierbayes.rows.binary import MOST_ROWS, BinaryRows
 from hierbayes.rows.blocks import Rows
 from hierbayes.rows.whole import Whole
+from hierbayes.sharding import filled_up, rung
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.kept import kept
+from hierbayes.tasks.layout import on_devices
 
 WORTH_WHILE = 0.7
 """Share of the rows that patterns may be, for condensing to pay."""
@@ -40,7 +42,7 @@ def rows_of(tasks: Tasks, likelihood: Likelihood) -> Rows | Whole:
     """The tasks' rows: alike ones added up where f is linear in θ, as arranged elsewhere."""
     if likelihood.linear:
         return added_up(tasks, likelihood)
-    return Whole.of(*likelihood.arrange(tasks))
+    return Whole.of(*on_devices(likelihood.arrange(tasks), tasks.shard(None)))
 
 
 @kept
@@ -111,20 +113,23 @@ class Places(NamedTuple):
 
 
 def _in_blocks(sizes: np.ndarray, height: int) -> Places:
-    """Rows that stand group by group, in blocks of one group each."""
+    """Rows that stand group by group, in blocks of one group each, the last blocks empty."""
     count = np.maximum(1, -(-sizes // height))
     first = np.concatenate([[0], np.cumsum(count)])
     start = np.concatenate([[0], np.cumsum(sizes)])
     group = np.repeat(np.arange(len(sizes)), sizes)
     within = np.arange(start[-1]) - start[group]
+    block_of = np.repeat(np.arange(len(sizes)), count)
+    num_blocks = rung(len(block_of))
     return Places(
-        within % height, first[group] + within // height, (height, int(first[-1])),
-        np.repeat(np.arange(len(sizes)), count),
+        within % height, first[group] + within // height, (height, num_blocks),
+        filled_up(block_of, num_blocks, fill=len(sizes) - 1),
     )  # fmt: skip
 
 
 def _places(tasks: Tasks) -> Places:
-    return _in_blocks(tasks.sizes, _height(tasks.sizes))
+    sizes = filled_up(tasks.sizes, rung(tasks.num_tasks))
+    return _in_blocks(sizes, _height(sizes))
 
 
 def _laid_out(tasks: Tasks, weight: np.ndarray, constant: np.ndarray, places: Places) -> Rows:
@@ -146,8 +151,9 @@ def _laid_out(tasks: Tasks, weight: np.ndarray, constant: np.ndarray, places: Pl
     slots = {name: laid_out(v, first(v)) for name, v in tasks.slots.items()}
     if "offset" in slots:
         slots["offset"] = laid_out(np.where(counted, tasks.slots["offset"], 0.0), 0.0)
-    one_each = np.array_equal(block_of, np.arange(tasks.num_tasks))
-    small = not one_each and shape[1] * tasks.num_tasks <= SMALL
+    num_tasks = rung(tasks.num_tasks)
+    one_each = np.array_equal(block_of, np.arange(num_tasks))
+    small = not one_each and shape[1] * num_tasks <= SMALL
     return Rows(
         laid_out(tasks.predictors * counted[:, None], 0.0),
         laid_out(tasks.shared * counted[:, None], 0.0),
@@ -155,17 +161,18 @@ def _laid_out(tasks: Tasks, weight: np.ndarray, constant: np.ndarray, places: Pl
         slots,
         laid_out(weight, 0.0),
         None if one_each else block_of,
-        1.0 * (block_of == np.arange(tasks.num_tasks)[:, None]) if small else None,
-        tasks.task_predictors, constant, tasks.num_tasks,
+        1.0 * (block_of == np.arange(num_tasks)[:, None]) if small else None,
+        filled_up(tasks.task_predictors, num_tasks, 0), filled_up(constant, num_tasks), num_tasks,
     )  # fmt: skip
 
 
 def _height(sizes: np.ndarray) -> int:
     """Rows of a block, for the least work."""
     largest = int(sizes.max(initial=1))
+    largest = rung(largest + largest % 2 * (largest > 1))  # of nine rows and of ten alike
     best, least = largest, np.inf
     for height in sorted({2**k for k in range(12) if 2**k < largest} | {max(largest, 1)}):
-        count = int(np.maximum(1, -(-sizes // height)).sum())
+        count = rung(int(np.maximum(1, -(-sizes // height)).sum()))
         work = height * count + SCATTER * count * (count > len(sizes))
         if work < least:
             best, least = height, work
