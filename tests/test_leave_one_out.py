@@ -420,8 +420,6 @@ def test_a_draw_without_a_number_is_not_passed_over():
 
 @pytest.mark.slow
 def test_a_refit_integrates_as_the_fit_did():
-    from hierbayes.checks.leave_one_task_out import _refit
-
     rng = np.random.default_rng(1)
     model, tasks = hb.from_formula(
         "y ~ 1 + (1 | g)",
@@ -431,4 +429,5 @@ def test_a_refit_integrates_as_the_fit_did():
     fit = hb.empirical_bayes(model, tasks, evidence="laplace")
     assert fit.info["evidence"] == "laplace"
     # as many tasks, and the fit's programs serve; quadrature is what it would take by itself
-    assert _refit(fit, tasks.take(range(12))).info["evidence"] == "laplace"
+    again = fit.method(fit.inside.model, fit.inside.tasks.take(range(12)))
+    assert again.info["evidence"] == "laplace"

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,10 +117,18 @@ def sinusoids(
     >>> support.sizes.tolist(), query.sizes.tolist()
     ([5, 5], [20, 20])
     """
+    from hierbayes.tasks import Episodes
+
+    ranges = (tuple(amplitude), tuple(phase), tuple(x))
+    return Episodes.from_sampler(_sinusoid(*ranges, float(noise)), shots, queries)
+
+
+@functools.cache  # one function for the same sinusoids, so that programs of them are compiled once
+def _sinusoid(
+    amplitude: tuple[float, float], phase: tuple[float, float], x: tuple[float, float], noise: float
+) -> Any:
     import jax
     import jax.numpy as jnp
-
-    from hierbayes.tasks import Episodes
 
     def sample(key: Any, num_rows: int) -> tuple[Any, Any]:
         of_a, of_b, of_x, of_y = jax.random.split(key, 4)
@@ -129,7 +138,7 @@ def sinusoids(
         y = a * jnp.sin(at[:, 0] - b)
         return at, y + noise * jax.random.normal(of_y, (num_rows,)) if noise else y
 
-    return Episodes.from_sampler(sample, shots, queries)
+    return sample
 
 
 def sleepstudy() -> Any:

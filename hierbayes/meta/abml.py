@@ -10,7 +10,7 @@ with q_j what K steps make of the prior on the support rows, D_j all rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,7 @@ class Abml(Learner):
         model, sample = source.model, source.tasks
         asked = "auto" if self.step_size is None else self.step_size
         eta = source.step_size(asked, {}, "mean")
-        outer = Outer(model, len(sample.coef), {})
+        outer = Outer(model, len(sample.coef))
         adaptation = Variational(self.num_steps, eta, self.num_samples)
         spread = float(np.std(sample.outcome)) or 1.0
 
@@ -159,28 +159,35 @@ class Abml(Learner):
             "num_steps": self.num_steps, "step_size": eta, "num_samples": self.num_samples,
             "num_tasks": self.num_tasks, "precision_prior": list(self.precision_prior),
         }  # fmt: skip
-        objective = self._bound(model, outer, adaptation)
-        found = source.ascend(outer, objective, described, start)
+        objective = Bound(outer, adaptation, self)
+        found = source.ascend(outer, objective, (), described, start)
         return source.fit(adaptation, found, described)
 
-    def _bound(self, model: HierarchicalModel, outer: Outer, adaptation: Variational) -> Any:
-        """The bound on log p(D_j | φ) of each task of a batch, a row."""
-        share = 0.0 if self.num_tasks is None else 1.0 / self.num_tasks
 
-        def objective(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
-            phi, rows = outer.phi(parameters), rows_together(support, asked)
-            steps, draws = jax.random.split(key)
-            q = adaptation.steps(model, phi, support, jax.random.split(steps, len(rows.mask)))
-            shape = (rows.mask.shape[0], self.num_samples, phi["mu"].shape[0])
-            noise = jax.random.normal(draws, shape, phi["mu"].dtype)
-            bound = jax.vmap(lambda task, m, s, e: expected(model, phi, task, (m, s), e))(
-                rows, *q, noise
-            ) - jax.vmap(lambda m, s: divergence((m, s), phi))(*q)
-            if share:
-                bound = bound + share * log_hyperprior(phi, self.precision_prior)
-            return bound / jnp.maximum(rows.mask.sum(-1), 1)
+class Bound(NamedTuple):
+    """The bound on log p(D_j | φ) of a batch's tasks, a row."""
 
-        return objective
+    outer: Outer
+    adaptation: Variational
+    method: Abml
+
+    def __call__(
+        self, parameters: Parameters, support: Task, asked: Task, key: Any, given: Any
+    ) -> Any:
+        """Of every task (B,)."""
+        del given
+        model, method = self.outer.model, self.method
+        phi, rows = self.outer.phi(parameters, {}), rows_together(support, asked)
+        steps, draws = jax.random.split(key)
+        q = self.adaptation.steps(model, phi, support, jax.random.split(steps, len(rows.mask)))
+        shape = (rows.mask.shape[0], method.num_samples, phi["mu"].shape[0])
+        noise = jax.random.normal(draws, shape, phi["mu"].dtype)
+        bound = jax.vmap(lambda task, m, s, e: expected(model, phi, task, (m, s), e))(
+            rows, *q, noise
+        ) - jax.vmap(lambda m, s: divergence((m, s), phi))(*q)
+        if method.num_tasks is not None:
+            bound = bound + log_hyperprior(phi, method.precision_prior) / method.num_tasks
+        return bound / jnp.maximum(rows.mask.sum(-1), 1)
 
 
 def log_hyperprior(phi: dict[str, Any], precision_prior: tuple[float, float]) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from hierbayes.meta.all_at_once import queries_judged
 from hierbayes.meta.inner_loop import inner_noise, refuse_splits, step_or
 from hierbayes.meta.outer_loop import SHARE, Run, WithOuterLoop
 from hierbayes.meta.sources import Extra, Found, Source
-from hierbayes.meta.training import Direction, Measure, ascent_of, train
+from hierbayes.meta.training import Ascent, Score, ToTrain, train
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import arithmetic, to_numpy
 from hierbayes.tasks import Episodes, Task, Tasks
@@ -97,13 +97,11 @@ def _refuse_filled(model: HierarchicalModel, episodes: Episodes, sample: Tasks) 
         refuse_filling(episodes.filled)
 
 
-@dataclass(frozen=True, eq=False)
-class Outer:
+class Outer(NamedTuple):
     """φ's parameters of the outer loop: where they start and what φ they make."""
 
     model: HierarchicalModel
     num_coef: int
-    fixed: dict[str, Any]
 
     def start(self, key: Any) -> Parameters:
         """μ, and the weights of shared features where the likelihood has some."""
@@ -116,10 +114,13 @@ class Outer:
             return {"mu": likelihood.initial(one)}
         return {"mu": jnp.zeros(self.num_coef)}
 
-    def phi(self, parameters: Parameters) -> dict[str, Any]:
-        """φ by name; parameters of a method's own, ``log_*``, become what they are the log of."""
+    def phi(self, parameters: Parameters, fixed: dict[str, Any]) -> dict[str, Any]:
+        """φ by name; parameters of a method's own, ``log_*``, become what they are the log of.
+
+        ``fixed`` is the part of φ that is not learned.
+        """
         likelihood = self.model.likelihood
-        phi = {name: jnp.asarray(value) for name, value in self.fixed.items()}
+        phi = {name: jnp.asarray(value) for name, value in fixed.items()}
         for name, value in parameters.items():
             if name == "features":
                 assert isinstance(likelihood, LastLayer)
@@ -174,6 +175,40 @@ def per_row(values: Any, mask: Any) -> Any:
     return values.sum(-1) / jnp.maximum(mask.sum(-1), 1)
 
 
+class QueryScore(NamedTuple):
+    """The mean log density of a task's query rows after adaptation."""
+
+    outer: Outer
+    evidence: Predictive
+
+    def __call__(
+        self, parameters: Parameters, support: Task, asked: Task, key: Any, given: Any
+    ) -> Any:
+        """Of every task (B,); ``given`` is the part of φ that is not learned."""
+        del key
+        phi = self.outer.phi(parameters, given)
+        rows = self.evidence.of_rows(self.outer.model, phi, (support, None), (asked, None))
+        return per_row(rows, asked.mask)
+
+
+class Residuals(NamedTuple):
+    """How well the problems behind an implicit gradient are solved in held-out tasks."""
+
+    outer: Outer
+    adaptation: GradientSteps
+
+    def __call__(
+        self, parameters: Parameters, support: Task, asked: Task, given: Any
+    ) -> dict[str, Any]:
+        """The worst of them, and the share without a maximum."""
+        phi = self.outer.phi(parameters, given)
+        left, solved = self.adaptation.how_solved(self.outer.model, phi, support, asked)
+        return {
+            "inner_residual": left.max(), "gradient_residual": solved.residual.max(),
+            "not_a_maximum": (~solved.definite).mean(),
+        }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Batches(Source):
     """Tasks drawn batch by batch; ``sample`` are some of them, which a fit shows."""
@@ -224,7 +259,8 @@ class Batches(Source):
         extras: tuple[Extra, ...] = (),
     ) -> Found:  # fmt: skip
         """By stochastic ascent on φ's parameters as the user's own functions take them."""
-        outer, evidence = Outer(self.plain, len(self.sample.coef), given), Predictive(adaptation)
+        outer = Outer(self.plain, len(self.sample.coef))
+        objective = QueryScore(outer, Predictive(adaptation))
 
         def start(key: Any) -> Parameters:
             parameters = outer.start(key)
@@ -234,51 +270,37 @@ class Batches(Source):
                 parameters[f"log_{extra.name}"] = each if extra.each else log
             return parameters
 
-        def objective(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
-            del key
-            phi = outer.phi(parameters)
-            rows = evidence.of_rows(self.plain, phi, (support, None), (asked, None))
-            return per_row(rows, asked.mask)
-
-        implicit = isinstance(adaptation, GradientSteps) and adaptation.derivative == "implicit"
-
-        def residuals(parameters: Parameters, support: Task, asked: Task) -> dict[str, Any]:
-            assert isinstance(adaptation, GradientSteps)
-            left, solved = adaptation.how_solved(self.plain, outer.phi(parameters), support, asked)
-            return {
-                "inner_residual": left.max(), "gradient_residual": solved.residual.max(),
-                "not_a_maximum": (~solved.definite).mean(),
-            }  # fmt: skip
-
-        return self.follow(
-            outer, ascent_of(objective), objective, described, start,
-            measure=residuals if implicit else None,
-        )  # fmt: skip
+        measure = None
+        if isinstance(adaptation, GradientSteps) and adaptation.derivative == "implicit":
+            measure = Residuals(outer, adaptation)
+        to_train = ToTrain(Ascent(objective), objective, given, measure)
+        return self.follow(outer, to_train, given, described, start)
 
     def ascend(
-        self, outer: Outer, objective: Any, described: dict[str, Any],
+        self, outer: Outer, objective: Score, given: Any, described: dict[str, Any],
         start: Callable[[Any], Parameters] | None = None, precision: str | None = None,
+        fixed: dict[str, Any] | None = None,
     ) -> Found:  # fmt: skip
-        """Of the mean over tasks of ``objective(parameters, support, asked, key)`` (B,)."""
-        return self.follow(outer, ascent_of(objective), objective, described, start, precision)
+        """Of the mean over tasks of ``objective(parameters, support, asked, key, given)`` (B,)."""
+        to_train = ToTrain(Ascent(objective), objective, given)
+        return self.follow(outer, to_train, fixed or {}, described, start, precision)
 
     def follow(
-        self, outer: Outer, direction: Direction, score: Any, described: dict[str, Any],
+        self, outer: Outer, to_train: ToTrain, fixed: dict[str, Any], described: dict[str, Any],
         start: Callable[[Any], Parameters] | None = None, precision: str | None = None,
-        measure: Measure | None = None,
     ) -> Found:  # fmt: skip
-        """Along a direction of φ's parameters; ``score`` judges held-out tasks."""
+        """Along a direction of φ's parameters; ``fixed`` is the part of φ that is not learned."""
         chosen = self.method.outer_settings(self.run)
         kept = ("batch_size", "held_out", "evaluate_every", "patience", "seed")
         settled = {name: chosen[name] for name in kept}
         trained = train(
-            direction, score, outer.start if start is None else start, self.episodes, chosen,
+            to_train, outer.start if start is None else start, self.episodes, chosen,
             precision or self.plain.likelihood.precision, self.method.name,
-            described | {"query": self.method.query} | settled, measure,
+            described | {"query": self.method.query} | settled,
         )  # fmt: skip
         trained.settings = settled | {"num_meta_steps": chosen["num_meta_steps"]}
         last = {name: values[-1] for name, values in trained.history.items()}
-        return Found({}, trained.warnings, last, (outer, trained))
+        return Found({}, trained.warnings, last, (outer, fixed, trained))
 
     def fit(
         self, adaptation: Adaptation, found: Found, described: dict[str, Any],
@@ -288,9 +310,9 @@ class Batches(Source):
 
         It is the deviation of query rows by default, where the family has a σ.
         """
-        (outer, trained), plain = found.more, self.plain
+        (outer, fixed, trained), plain = found.more, self.plain
         parameters = plain.likelihood.parameters()
-        given = parameters and set(parameters) <= set(outer.fixed)  # φ's own are learned elsewhere
+        given = parameters and set(parameters) <= set(fixed)  # φ's own are learned elsewhere
         if after is None and given and isinstance(adaptation, PointAdaptation):
             by_deviation = plain.likelihood.gaussian_in_theta or not plain.likelihood.linear
             after = (
@@ -299,8 +321,11 @@ class Batches(Source):
                 else _judged(self.method.name, adaptation)
             )
         with arithmetic(precision or plain.likelihood.precision):
-            phi = {k: np.asarray(v, np.float64) for k, v in outer.phi(trained.parameters).items()}
-        phi |= {name: np.array(value) for name, value in outer.fixed.items()}  # not as rounded
+            phi = {
+                k: np.asarray(v, np.float64)
+                for k, v in outer.phi(trained.parameters, fixed).items()
+            }
+        phi |= {name: np.array(value) for name, value in fixed.items()}  # not as rounded
         if after is not None and parameters:
             with arithmetic(plain.likelihood.precision):
                 phi |= to_numpy(after(plain, phi, *self._drawn()))

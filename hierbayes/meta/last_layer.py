@@ -9,7 +9,7 @@ with all rows of a task, support and query: no split is needed where θ is integ
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def maximise_evidence_of_features(
         )
     source = batches(method, model, tasks, run)
     model, sample = source.model, source.tasks
-    outer = Outer(model, len(sample.coef), {})
+    outer = Outer(model, len(sample.coef))
     spread = float(np.std(sample.outcome)) or 1.0
 
     def start(key: Any) -> Parameters:
@@ -55,17 +55,11 @@ def maximise_evidence_of_features(
             "log_sigma": jnp.log(jnp.asarray(0.3 * spread)),
         }
 
-    def objective(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
-        del key
-        phi = outer.phi(parameters)
-        phi = phi | {"sigma": jnp.maximum(phi["sigma"], SMALLEST_SIGMA * spread)}
-        rows = rows_together(support, asked)
-        return log_evidence_on_features(model, phi, rows) / jnp.maximum(rows.mask.sum(-1), 1)
-
     described: dict[str, Any] = {"criterion": "ml", "evidence": "exact"}
     precision = "float64"
-    found = source.ascend(outer, objective, described, start, precision)
-    trained, floor = found.more[1], SMALLEST_SIGMA * spread
+    floor = SMALLEST_SIGMA * spread
+    found = source.ascend(outer, OnFeatures(outer), floor, described, start, precision)
+    trained = found.more[-1]
     if float(jnp.exp(trained.parameters["log_sigma"])) <= floor:
         trained.parameters["log_sigma"] = jax.device_get(np.log(floor))
         found.warnings.append(
@@ -73,3 +67,20 @@ def maximise_evidence_of_features(
             "the outcome's spread): the features explain the rows almost without an error"
         )
     return source.fit(Conjugate(), found, described, precision=precision)
+
+
+class OnFeatures(NamedTuple):
+    """The exact evidence of all rows of a batch's tasks, a row."""
+
+    outer: Outer
+
+    def __call__(
+        self, parameters: Parameters, support: Task, asked: Task, key: Any, given: Any
+    ) -> Any:
+        """Of every task (B,); ``given`` is the smallest σ that is followed."""
+        del key
+        phi = self.outer.phi(parameters, {})
+        phi = phi | {"sigma": jnp.maximum(phi["sigma"], given)}
+        rows = rows_together(support, asked)
+        each = log_evidence_on_features(self.outer.model, phi, rows)
+        return each / jnp.maximum(rows.mask.sum(-1), 1)

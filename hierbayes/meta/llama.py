@@ -7,7 +7,7 @@ r"""LLAMA: MAML on Laplace's approximation of the evidence, with Laplace's poste
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
 
@@ -132,18 +132,28 @@ class Llama(Learner):
         model, noise = source.model, source.noise(self.sigma)
         asked = "auto" if self.step_size is None else self.step_size
         eta = source.step_size(asked, noise, "mean")
-        outer = Outer(model, len(source.tasks.coef), noise)
+        outer = Outer(model, len(source.tasks.coef))
         adaptation = LinearisedSteps(self.num_steps, eta, "mean", spread="laplace")
-        evidence = Predictive(adaptation, determinant=self.weight)
-
-        def objective(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
-            del key
-            each = evidence.of_tasks(model, outer.phi(parameters), support, asked)
-            return each / jnp.maximum(asked.mask.sum(-1), 1)
-
+        objective = LessDeterminant(outer, Predictive(adaptation, determinant=self.weight))
         described = {
             "num_steps": self.num_steps, "step_size": eta, "loss": "mean", "weight": self.weight,
             "sigma": self.sigma,
         }  # fmt: skip
-        found = source.ascend(outer, objective, described)
+        found = source.ascend(outer, objective, noise, described, fixed=noise)
         return source.fit(adaptation, found, described, scale_of(adaptation))
+
+
+class LessDeterminant(NamedTuple):
+    """LLAMA's evidence of a batch's tasks, a row."""
+
+    outer: Outer
+    evidence: Predictive
+
+    def __call__(
+        self, parameters: Parameters, support: Task, asked: Task, key: Any, given: Any
+    ) -> Any:
+        """Of every task (B,); ``given`` is the part of φ that is not learned."""
+        del key
+        phi = self.outer.phi(parameters, given)
+        each = self.evidence.of_tasks(self.outer.model, phi, support, asked)
+        return each / jnp.maximum(asked.mask.sum(-1), 1)

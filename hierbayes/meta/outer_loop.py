@@ -5,6 +5,7 @@ r"""Methods that learn φ by an outer loop: what they are told of it, and what b
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -109,6 +110,14 @@ def parted(given: Mapping[str, Any], kind: type[Method]) -> tuple[dict[str, Any]
     return run, {name: value for name, value in given.items() if name not in RUN}
 
 
+@functools.cache
+def adam() -> optax.GradientTransformation:
+    """One and the same for all runs, which then share a compiled program."""
+    import optax
+
+    return optax.adam(1e-3)
+
+
 @dataclass(frozen=True)
 class WithOuterLoop(Method):
     """A method with the outer loop's settings; None stands for what its source takes by default."""
@@ -137,9 +146,7 @@ class WithOuterLoop(Method):
 
     def outer_optimiser(self) -> optax.GradientTransformation:
         """That of batches: Adam of rate 0.001 by default."""
-        import optax
-
-        return self.optimiser or optax.adam(1e-3)
+        return self.optimiser or adam()
 
     def outer_settings(self, run: Run) -> dict[str, Any]:
         """All that the outer loop on batches is told, defaults filled in."""

@@ -6,6 +6,7 @@ r"""Reptile: φ is where the tasks, after K gradient steps, pull it nowhere.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
@@ -22,11 +23,19 @@ from hierbayes.fit import Fit
 from hierbayes.fit.outward import Entered, enter_or_stay
 from hierbayes.likelihoods import LastLayer
 from hierbayes.meta.all_at_once import AllAtOnce
-from hierbayes.meta.batches import Batches, Outer, Parameters, per_row, rows_together
+from hierbayes.meta.batches import (
+    Batches,
+    Outer,
+    Parameters,
+    QueryScore,
+    per_row,
+    rows_together,
+)
 from hierbayes.meta.inner_loop import Learned, check_steps, query_parameters
 from hierbayes.meta.learner import Learner
 from hierbayes.meta.outer_loop import OuterLoop, parted
 from hierbayes.meta.sources import Found, Source
+from hierbayes.meta.training import ToTrain
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.sharding import place
@@ -168,9 +177,7 @@ class Reptile(Learner):
 
     def outer_optimiser(self) -> optax.GradientTransformation:
         """On batches a tenth of the way to where the tasks go."""
-        import optax
-
-        return self.optimiser or optax.sgd(0.1)
+        return self.optimiser or _sgd()
 
     def enter(self, model: HierarchicalModel, tasks: Tasks) -> Entered:
         """Scaled columns, but for a step size of the user's, which is one in the user's."""
@@ -220,12 +227,22 @@ class Reptile(Learner):
         eta = source.step_size(self.step_size, noise, loss)
         fixed = eta if self.inner_optimiser is None else None
         adaptation = GradientSteps(self.num_steps, fixed, loss, self.inner_optimiser)
-        outer = Outer(model, len(source.tasks.coef), noise)
+        outer = Outer(model, len(source.tasks.coef))
         described = {
             "num_steps": self.num_steps, "step_size": eta, "loss": loss, "sigma": self.sigma,
         }  # fmt: skip
-        found = source.follow(outer, *_moves(model, outer, adaptation), described)
+        score = QueryScore(outer, Predictive(adaptation))
+        to_train = ToTrain(Moved(outer, adaptation), score, noise)
+        found = source.follow(outer, to_train, noise, described)
         return source.fit(adaptation, found, described)
+
+
+@functools.cache
+def _sgd() -> optax.GradientTransformation:
+    """One and the same for all runs, which then share a compiled program."""
+    import optax
+
+    return optax.sgd(0.1)
 
 
 def _overshoots(eta: float, longest: float) -> str:
@@ -236,24 +253,23 @@ def _overshoots(eta: float, longest: float) -> str:
     )
 
 
-def _moves(model: HierarchicalModel, outer: Outer, adaptation: GradientSteps) -> tuple[Any, Any]:
-    """(where a batch's tasks pull, how well adapted tasks predict their query rows)."""
-    evidence = Predictive(adaptation)
+class Moved(NamedTuple):
+    """Where a batch's tasks pull φ: the mean of their moves, all their rows in the inner loop."""
 
-    def direction(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
+    outer: Outer
+    adaptation: GradientSteps
+
+    def __call__(
+        self, parameters: Parameters, support: Task, asked: Task, key: Any, given: Any
+    ) -> Any:
+        """(mean log density of each task's rows, the move); ``given`` is φ's that is fixed."""
         del key
-        phi, rows = outer.phi(parameters), rows_together(support, asked)
-        thetas = adaptation.steps(model, phi, rows, None)
+        model = self.outer.model
+        phi, rows = self.outer.phi(parameters, given), rows_together(support, asked)
+        thetas = self.adaptation.steps(model, phi, rows, None)
         move = (thetas - phi["mu"]).mean(0)
         each = model.likelihood.log_likelihood_of_rows(thetas, phi, rows, None)
         return per_row(each, rows.mask), {"mu": _like(parameters["mu"], move, model)}
-
-    def score(parameters: Parameters, support: Task, asked: Task, key: Any) -> Any:
-        del key
-        rows = evidence.of_rows(model, outer.phi(parameters), (support, None), (asked, None))
-        return per_row(rows, asked.mask)
-
-    return direction, score
 
 
 def _like(parameters: Any, move: jax.Array, model: HierarchicalModel) -> Any:

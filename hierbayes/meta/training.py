@@ -9,11 +9,12 @@ a run that was cut and resumed ends bit for bit where one that was not would.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +32,30 @@ LONGEST = 500
 RESPONSE = 1.0
 """Seconds that one compiled call should take: progress is shown, and an interruption heard."""
 
-Direction = Callable[[Any, Task, Task, Any], tuple[jax.Array, Any]]
-"""(parameters, support, query, key) → (score of every task (B,), where to go, like parameters)."""
+Score = Callable[[Any, Task, Task, Any, Any], jax.Array]
+"""(parameters, support, query, key, given) → score of every task (B,).
+
+As :data:`Direction` and :data:`Measure` hashable by what it does; numbers stand in ``given``. So
+one compiled program serves all data of one shape.
+"""
+
+Direction = Callable[[Any, Task, Task, Any, Any], tuple[jax.Array, Any]]
+"""The same arguments → (score of every task (B,), where to go, like parameters)."""
+
+Measure = Callable[[Any, Task, Task, Any], dict[str, jax.Array]]
+"""(parameters, support, query, given) → numbers by name."""
 
 
-Measure = Callable[[Any, Task, Task], dict[str, jax.Array]]
-"""(parameters, support, query) → numbers by name."""
+class ToTrain(NamedTuple):
+    """Where a run goes, what judges it, and the numbers that both are given.
+
+    ``score`` judges held-out tasks; ``measure`` is what else of them goes into the history.
+    """
+
+    direction: Direction
+    score: Score
+    given: Any
+    measure: Measure | None = None
 
 
 @dataclass
@@ -54,39 +73,84 @@ class Trained:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def ascent_of(objective: Callable[[Any, Task, Task, Any], jax.Array]) -> Direction:
+class Ascent(NamedTuple):
     """The direction of steepest ascent of the mean over tasks of ``objective`` (B,)."""
 
-    def direction(parameters: Any, support: Task, query: Task, key: Any) -> tuple[Any, Any]:
+    objective: Score
+
+    def __call__(
+        self, parameters: Any, support: Task, query: Task, key: Any, given: Any
+    ) -> tuple[Any, Any]:
+        """Every task's score, and the slope of their mean."""
+
         def mean(p: Any) -> tuple[Any, Any]:
-            each = objective(p, support, query, key)
+            each = self.objective(p, support, query, key, given)
             return each.mean(), each
 
         (_, each), slope = jax.value_and_grad(mean, has_aux=True)(parameters)
         return each, slope
 
-    return direction
-
 
 def train(
-    direction: Direction,
-    score: Callable[[Any, Task, Task, Any], jax.Array],
+    to_train: ToTrain,
     start: Callable[[Any], Any],
     episodes: Episodes,
     chosen: dict[str, Any],
     precision: str,
     method: str,
     described: dict[str, Any],
-    measure: Measure | None = None,
 ) -> Trained:
-    """Follow ``direction`` from ``start(key)``; ``score`` (J,) judges held-out tasks.
+    """Follow a direction from ``start(key)``.
 
     ``precision`` "float32" or "float64" is what everything is computed in; ``described`` tells
-    one run's checkpoint from another's; ``measure`` is what else of the held-out tasks goes into
-    the history, numbers by name.
+    one run's checkpoint from another's.
     """
     with arithmetic(precision):
-        return _Run(direction, score, start, episodes, chosen, method, described, measure).go()
+        return _Run(to_train, start, episodes, chosen, method, described).go()
+
+
+class _Program(NamedTuple):
+    """What the compiled loop is made of."""
+
+    direction: Direction
+    take: Any
+    optimiser: Any
+    num_tasks: int
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _many(
+    program: _Program, carry: Any, given: Any, chunk: Any, key: Any, first: Any, count: Any
+) -> Any:
+    """``count`` meta-steps from the ``first``: the carry, every task's score, which were sound."""
+    import optax
+
+    optimiser = optax.with_extra_args_support(program.optimiser)
+
+    def one(place: Any, state: Any) -> Any:
+        (parameters, memory), scores, sound = state
+        draw, other = jax.random.split(jax.random.fold_in(key, first + place))
+        support, query = _cast(program.take(chunk, place, draw))
+        each, uphill = program.direction(parameters, support, query, other, given)
+        downhill = jax.tree.map(jnp.negative, uphill)
+        updates, memory = optimiser.update(downhill, memory, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+        sizes = jnp.stack([optax.tree.norm(downhill), optax.tree.norm(parameters)])
+        fine = jnp.isfinite(sizes).all() & jnp.isfinite(each).all()
+        return (parameters, memory), scores.at[place].set(each), sound.at[place].set(fine)
+
+    nothing = jnp.zeros((LONGEST, program.num_tasks)), jnp.ones(LONGEST, bool)
+    return jax.lax.fori_loop(0, count, one, (carry, *nothing))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scored(score: Score, parameters: Any, held: Any, key: Any, given: Any) -> Any:
+    return score(parameters, held[0], held[1], key, given)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _measured(measure: Measure, parameters: Any, held: Any, given: Any) -> Any:
+    return measure(parameters, held[0], held[1], given)
 
 
 class _Run:
@@ -94,20 +158,19 @@ class _Run:
 
     def __init__(
         self,
-        direction: Direction,
-        score: Callable[[Any, Task, Task, Any], jax.Array],
+        to_train: ToTrain,
         start: Callable[[Any], Any],
         episodes: Episodes,
         chosen: dict[str, Any],
         method: str,
         described: dict[str, Any],
-        measure: Measure | None,
     ) -> None:
         import optax
 
         keys = jax.random.split(as_key(chosen["seed"]), 4)
         self.start_key, self.train_key, self.held_key, self.score_key = keys
         self.chosen, self.method, self.episodes = chosen, method, episodes
+        self.to_train = to_train._replace(given=jax.tree.map(jnp.asarray, to_train.given))
         optimiser = self.optimiser = optax.with_extra_args_support(chosen["optimiser"])
         parameters = start(self.start_key)
         self.carry = (parameters, optimiser.init(parameters))
@@ -120,32 +183,11 @@ class _Run:
         self.held_out = jax.tree.map(
             jnp.asarray, _cast(episodes.batch(chosen["held_out"], self.held_key))
         )
-        self.score = jax.jit(lambda p, held, key: score(p, held[0], held[1], key))
-        self.measure = jax.jit(measure if measure else lambda *_: {})
 
-        def one(place: Any, state: Any) -> Any:
-            (parameters, memory), scores, sound, chunk, key, first = state
-            draw, other = jax.random.split(jax.random.fold_in(key, first + place))
-            support, query = _cast(self.feed.take(chunk, place, draw))
-            each, uphill = direction(parameters, support, query, other)
-            downhill = jax.tree.map(jnp.negative, uphill)
-            updates, memory = optimiser.update(downhill, memory, parameters)
-            parameters = optax.apply_updates(parameters, updates)
-            sizes = jnp.stack([optax.tree.norm(downhill), optax.tree.norm(parameters)])
-            fine = jnp.isfinite(sizes).all() & jnp.isfinite(each).all()
-            return (
-                (parameters, memory), scores.at[place].set(each), sound.at[place].set(fine),
-                chunk, key, first,
-            )  # fmt: skip
-
-        def many(carry: Any, chunk: Any, key: Any, first: Any, count: Any, num_tasks: int) -> Any:
-            scores = jnp.zeros((LONGEST, num_tasks))
-            sound = jnp.ones(LONGEST, bool)
-            state = (carry, scores, sound, chunk, key, first)
-            carry, scores, sound, *_ = jax.lax.fori_loop(0, count, one, state)
-            return carry, scores, sound
-
-        self.many = jax.jit(many, static_argnums=5)
+    def _score(self) -> Any:
+        """Every held-out task's score at the parameters in hand."""
+        given = self.held_out, self.score_key, self.to_train.given
+        return _scored(self.to_train.score, self.carry[0], *given)
 
     def go(self) -> Trained:
         """Run to the end, from the checkpoint where there is one."""
@@ -190,14 +232,15 @@ class _Run:
                 )
                 self._evaluate(bar)
                 return
-            num_tasks = self._batch_size(chunk)
-            now = self.train_key, self.step
-            carry, scores, sound = self.many(self.carry, chunk, *now, count, num_tasks)
+            made = self.to_train.direction, self.feed.take, self.chosen["optimiser"]
+            program = _Program(*made, self._batch_size(chunk))
+            now = self.to_train.given, chunk, self.train_key, self.step
+            carry, scores, sound = _many(program, self.carry, *now, count)
             scores, sound = np.asarray(scores), np.asarray(sound)
             lost = not sound[:count].all()
             if lost:  # up to the first that is not finite
                 count = int(np.argmin(sound))
-                carry = self.many(self.carry, chunk, *now, count, num_tasks)[0]
+                carry = _many(program, self.carry, *now, count)[0]
             recent = [*self.recent, *scores[:count].mean(1).tolist()]
             # together, so that an interruption finds a state that belongs together
             self.carry, self.step, self.recent = carry, self.step + count, recent
@@ -219,7 +262,7 @@ class _Run:
     def _evaluate(self, bar: Any) -> None:
         if self.history["step"][-1:] == [self.step]:
             return
-        each = np.asarray(self.score(self.carry[0], self.held_out, self.score_key))
+        each = np.asarray(self._score())
         value = float(each.mean())
         if self.step == 0 and not np.isfinite(value):
             raise InputError(
@@ -228,8 +271,10 @@ class _Run:
             )
         score = float(np.mean(self.recent)) if self.recent else np.nan
         found = {"step": self.step, "score": score, "held_out": value}
-        more = self.measure(self.carry[0], *self.held_out)
-        found |= {name: float(number) for name, number in more.items()}
+        if self.to_train.measure is not None:
+            given = self.carry[0], self.held_out, self.to_train.given
+            more = _measured(self.to_train.measure, *given)
+            found |= {name: float(number) for name, number in more.items()}
         history = {name: [*self.history.get(name, []), number] for name, number in found.items()}
         best = (self.best, self.best_score, self.since_best + 1)
         if value > self.best_score:
@@ -288,7 +333,7 @@ class _Run:
         if found is None:
             return
         state, counters = found
-        first = float(np.asarray(self.score(self.carry[0], self.held_out, self.score_key)).mean())
+        first = float(np.asarray(self._score()).mean())
         before = counters["history"]["held_out"][0]
         moves = self._optimiser_moves()
         if not np.isclose(first, before, rtol=1e-4, atol=1e-6) or moves != counters["moves"]:

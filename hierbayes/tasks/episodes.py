@@ -11,7 +11,6 @@ batches in from the host, a chunk of meta-steps at a time
 from __future__ import annotations
 
 import abc
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 from hierbayes import inputs
 from hierbayes.errors import InputError, listing
 from hierbayes.numerics import as_key, standard_promotion
+from hierbayes.sharding import filled_up, rung
 from hierbayes.tasks.container import Tasks
 from hierbayes.tasks.views import Labels, Task
 
@@ -161,6 +161,10 @@ class Episodes(abc.ABC):
         return side_by_side(support, self.coef), side_by_side(query, self.coef)
 
 
+Take = Callable[[Any, Any, Any], "Episode"]
+"""(chunk, place, key) → (support, query) of a batch; hashable by what it does."""
+
+
 class Feed(abc.ABC):
     """Where the outer loop takes its batches from."""
 
@@ -174,9 +178,8 @@ class Feed(abc.ABC):
         :class:`StreamEnded` where there is nothing more.
         """
 
-    @abc.abstractmethod
-    def take(self, chunk: Any, place: Any, key: Any) -> Episode:
-        """The batch at ``place`` of a chunk; pure, called inside the compiled loop."""
+    take: Take
+    """The batch at a place of a chunk; pure, for the compiled loop, which it is part of."""
 
 
 # ------------------------------------------------------------------ drawn by JAX
@@ -201,39 +204,49 @@ class Sampled(Episodes):
         one.check(self.data)
         return replace(self, draw_one=one, filled=())
 
-    def many(self, data: Any, key: Any, num_tasks: int) -> Episode:
-        """(support, query) of ``num_tasks`` tasks; pure."""
-        keys = jax.random.split(key, num_tasks)
-        return jax.vmap(self.draw_one, (None, 0))(data, keys)
-
     def feed(self, seed: int | jax.Array, batch_size: int, start: int) -> Feed:
         """Nothing to bring in: batches are drawn in the loop."""
         del seed, start
         # on the device once, and not with every chunk
-        return _SampledFeed(replace(self, data=jax.tree.map(jnp.asarray, self.data)), batch_size)
+        data = jax.tree.map(jnp.asarray, self.data)
+        return _SampledFeed(data, DrawnInTheLoop(self.draw_one, batch_size))
 
     def batch(self, num_tasks: int, seed: int | jax.Array) -> Episode:
         """(support, query) of ``num_tasks`` tasks on a leading axis, NumPy arrays."""
         with standard_promotion():
-            return jax.tree.map(np.asarray, self._drawn(self.data, as_key(seed), num_tasks))
+            drawn = _drawn(self.draw_one, num_tasks, self.data, as_key(seed))
+            return jax.tree.map(np.asarray, drawn)
 
-    @functools.cached_property
-    def _drawn(self) -> Any:
-        return jax.jit(self.many, static_argnums=2)
+
+def many(draw_one: Any, num_tasks: int, data: Any, key: Any) -> Episode:
+    """(support, query) of ``num_tasks`` tasks; pure."""
+    return jax.vmap(draw_one, (None, 0))(data, jax.random.split(key, num_tasks))
+
+
+_drawn = jax.jit(many, static_argnums=(0, 1))
+
+
+@dataclass(frozen=True)
+class DrawnInTheLoop:
+    """Batches of so many tasks, whatever their place: the key draws them from the chunk."""
+
+    draw_one: Any
+    batch_size: int
+
+    def __call__(self, chunk: Any, place: Any, key: Any) -> Episode:
+        """The batch that this key draws."""
+        del place
+        return many(self.draw_one, self.batch_size, chunk, key)
 
 
 @dataclass(frozen=True, eq=False)
 class _SampledFeed(Feed):
-    source: Sampled
-    batch_size: int
+    data: Any
+    take: Take
     most = 1 << 30
 
     def chunk(self, count: int) -> tuple[Any, int]:
-        return self.source.data, count
-
-    def take(self, chunk: Any, place: Any, key: Any) -> Episode:
-        del place
-        return self.source.many(chunk, key, self.batch_size)
+        return self.data, count
 
 
 @dataclass(frozen=True)
@@ -411,11 +424,13 @@ def episodes_of_tasks(
         one = _OneTask(width - asked, asked, float(query))
     filled = tuple(different.tolist()) if one.shots is None else ()
     block = tasks.block(usable, width)
-    data = {
+    data: dict[str, Any] = {
         "x": block.predictors, "y": block.outcome, "sizes": sizes[usable].astype(np.int32),
         "slots": block.slots,
     }  # fmt: skip
-    return Sampled(one, data, tasks.coef, filled)
+    # filled up, so that a task more compiles nothing; how many are drawn from is a number
+    data = jax.tree.map(lambda values: filled_up(values, rung(len(usable)), 0), data)
+    return Sampled(one, data | {"num_tasks": np.int32(len(usable))}, tasks.coef, filled)
 
 
 def _share(size: Any, query: float) -> Any:
@@ -435,7 +450,7 @@ class _OneTask:
         """Refuse tasks with fewer rows than both parts take."""
         if self.shots is None or self.queries is None:
             return
-        need, sizes = self.shots + self.queries, data["sizes"]
+        need, sizes = self.shots + self.queries, data["sizes"][: data.get("num_tasks")]
         if (few := sizes < need).any():
             names = data.get("names", np.arange(len(sizes)))
             raise InputError(
@@ -445,7 +460,7 @@ class _OneTask:
 
     def __call__(self, data: Any, key: Any) -> Episode:
         pick, deal = jax.random.split(key)
-        j = jax.random.randint(pick, (), 0, len(data["sizes"]))
+        j = jax.random.randint(pick, (), 0, data["num_tasks"])
         size, width = data["sizes"][j], data["y"].shape[1]
         chance = jnp.where(jnp.arange(width) < size, jax.random.uniform(deal, (width,)), 2.0)
         order = jnp.argsort(chance)
@@ -514,12 +529,19 @@ CHUNK, CHUNK_BYTES = 64, 1 << 28
 """Batches brought in from the host for one compiled call at most, and their bytes."""
 
 
+def at_place(chunk: Any, place: Any, key: Any) -> Episode:
+    """The batch that stands at this place of the chunk."""
+    del key
+    return jax.tree.map(lambda values: values[place], chunk)
+
+
 @dataclass(eq=False)
 class _StreamedFeed(Feed):
     iterator: Iterator[Any]
     seen: int = 0
     shapes: Any = field(default=None)
     most = CHUNK
+    take = staticmethod(at_place)
 
     def next(self) -> Episode:
         """The next batch, checked against the first."""
@@ -568,10 +590,6 @@ class _StreamedFeed(Feed):
                 break
         filled = batches + [batches[-1]] * (width - len(batches))
         return jax.tree.map(lambda *parts: np.stack(parts), *filled), len(batches)
-
-    def take(self, chunk: Any, place: Any, key: Any) -> Episode:
-        del key
-        return jax.tree.map(lambda values: values[place], chunk)
 
 
 def _with_tasks(x: np.ndarray, y: np.ndarray) -> Task:
