@@ -80,12 +80,16 @@ def _bounds(model: HierarchicalModel, tasks: Tasks, phi: dict[str, Any]) -> np.n
     with float64():
         if bounded(model, tasks, phi):
             return np.asarray(likelihood.curvature_bound(phi, tasks.slots))
-        flat = tasks.flat()
+        arranged = tasks.flat(), tasks.task_of_row
+        rows, of_row = on_devices(arranged, tasks.shard(None))  # filled up
         if "mu" not in phi:
-            return np.asarray(row_curvature(likelihood, likelihood.units(tasks)[0], phi, flat))
-        thetas = jnp.asarray(model.prior.location(phi, tasks.task_predictors))
-        start = likelihood.locations(thetas, phi, flat, tasks.task_of_row)
-        return np.asarray(largest_between(likelihood, start, phi, tasks.slots, tasks.outcome))
+            found = row_curvature(likelihood, likelihood.units(tasks)[0], phi, rows)
+        else:
+            thetas = jnp.asarray(model.prior.location(phi, rows.task_predictors))
+            start = likelihood.locations(thetas, phi, rows, of_row)
+            outcome = np.where(rows.mask, rows.outcome, 1.0)
+            found = largest_between(likelihood, start, phi, rows.slots, outcome)
+        return np.asarray(found)[: tasks.num_rows]
 
 
 def curvatures(

@@ -38,13 +38,17 @@ class GeneralisedLinear(Likelihood):
 
     def best_of_rows(self, outcome: np.ndarray, slots: dict[str, Any]) -> np.ndarray:
         """The same of rows as they lie in tasks, filled up so that a row more compiles nothing."""
-        count = len(outcome)
+        y, known = _filled(outcome), {n: _filled(v) for n, v in slots.items()}
+        return np.asarray(self.best_location(y, known), float)[: len(outcome)]
 
-        def filled(values: np.ndarray) -> np.ndarray:
-            return filled_up(values, rung(count), fill=values[-1] if count else 1.0)
-
-        best = self.best_location(filled(outcome), {n: filled(v) for n, v in slots.items()})
-        return np.asarray(best, float)[:count]
+    def slopes_of_rows(
+        self, f: np.ndarray, phi: dict[str, Any], slots: dict[str, Any], outcome: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Slope and second derivative in f of every row's log likelihood, filled up alike."""
+        y, known = _filled(outcome), {n: _filled(v) for n, v in slots.items()}
+        found = self.to_second_order(_filled(f), phi, known, y)[1:]
+        slope, second = (np.broadcast_to(a, len(y))[: len(outcome)] for a in found)
+        return slope, second
 
     def endless(self, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
         """Rows that become ever more likely as f goes up, and as it goes down, (N,) of bool.
@@ -103,3 +107,7 @@ def _refuse_offsets(tasks: Tasks, family: str) -> None:
 def mean_offset(tasks: Tasks) -> float:
     """The mean of the offsets, zero without."""
     return float(np.mean(tasks.slots.get("offset", 0.0)))
+
+
+def _filled(values: np.ndarray) -> np.ndarray:
+    return filled_up(values, rung(len(values)), fill=values[-1] if len(values) else 1.0)

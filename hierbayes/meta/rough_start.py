@@ -91,7 +91,7 @@ def _working(
     level = likelihood.units(tasks)[0] + slots.get("offset", np.zeros(len(y)))
 
     def expanded(f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        _, slope, bend = (np.asarray(a) for a in likelihood.to_second_order(f, own, slots, y))
+        slope, bend = likelihood.slopes_of_rows(f, own, slots, y)
         bend = np.maximum(-bend, 1e-12)
         return f + np.clip(slope / bend, -FURTHEST, FURTHEST), bend
 
