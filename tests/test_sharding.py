@@ -17,9 +17,11 @@ import jax
 import numpy as np
 import pytest
 import sharded
+from hypothesis import given
+from hypothesis import strategies as st
 
 import hierbayes as hb
-from hierbayes.sharding import num_shares, padded, place, sharding_over
+from hierbayes.sharding import num_shares, padded, place, rung, sharding_over
 
 AGREE = 1e-10
 
@@ -194,3 +196,12 @@ def test_the_joint_sampler_says_that_it_makes_no_use_of_the_mesh(schools, mesh):
             num_chains=1,
         )  # fmt: skip
     assert any("makes no use" in remark for remark in fit.warnings)
+
+
+@given(st.integers(0, 10**9))
+def test_the_ladder_of_lengths(length):
+    """At least the length, at most an eighth of its octave more, and a rung stays where it is."""
+    filled = rung(length)
+    assert max(length, 1) <= filled <= max(1, length) * 9 / 8
+    assert rung(filled) == filled
+    assert rung(length + 1) >= filled

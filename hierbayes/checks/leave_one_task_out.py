@@ -98,7 +98,8 @@ def _refits(fit: Fit, positions: Iterable[int]) -> Iterator[tuple[int, Fit | Inp
         with overhearing():  # said once, of the fit to all tasks
             try:
                 seed = fit.info.get("seed", 0)
-                without: Fit | InputError = fit.method(fit.model, rest, seed, progress=False)
+                method = fit.method.for_phi_alone()
+                without: Fit | InputError = method(fit.model, rest, seed, progress=False)
             except InputError as refusal:
                 without = refusal
         yield j, without

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
 import jax
@@ -280,6 +280,10 @@ class EmpiricalBayes(WithOuterLoop):
             given = (best.adaptation, model, tasks, phi, seed, *shape)
             return functools.partial(_mixed_draws, *given)
         return functools.partial(_draws, found.training, seed, *shape)
+
+    def for_phi_alone(self) -> EmpiricalBayes:
+        """Intervals of θ do not move φ̂."""
+        return replace(self, intervals="plain", num_draws=1, num_chains=1)
 
     def scores_without(self, fit: Fit) -> np.ndarray | None:
         """Where tasks are not Gaussian: one program finds φ̂ without each, from that of all."""
