@@ -264,9 +264,10 @@ def test_an_outer_optimiser_is_not_kept_and_says_so(levels, tmp_path):
         lambda told: told["settings"].update(num_steps=-3),
         lambda told: told.update(kind="os.system"),
         lambda told: told.update(kind="Fit"),
+        lambda told: told.update(kind="Learner"),
         lambda told: told.update(settings=[]),
     ],
-    ids=["without", "more", "wrong", "path", "class", "list"],
+    ids=["without", "more", "wrong", "path", "class", "base", "list"],
 )
 def test_a_files_method_is_checked(damage, levels, tmp_path):
     fit = quiet(hb.maml, *levels, num_meta_steps=5)

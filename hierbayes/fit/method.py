@@ -45,7 +45,8 @@ class Method(abc.ABC):
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
-        if cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        own = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+        if own and "name" in {*vars(cls), *vars(cls).get("__annotations__", {})}:
             METHODS[cls.__name__] = cls
 
     @abc.abstractmethod
