@@ -42,6 +42,7 @@ from hierbayes.meta.empirical_bayes import EmpiricalBayes
 from hierbayes.meta.information import observed_information
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_rng, float64
+from hierbayes.sharding import gathered
 from hierbayes.tasks import Tasks
 
 NODES = {1: (41, 31), 2: (15, 11), 3: (9, 7)}
@@ -145,11 +146,12 @@ def laplace_check(fit: Fit, *, seed: int | jax.Array = 0) -> Any:
     with float64():
         known = observed_information(fit.model, tasks, phi, num_nodes, with_belief=with_belief)
         held = held_at(model, known.around)
-        found = OfTasks(*map(np.asarray, _of_tasks(model, known.around, held)))
+        found = OfTasks(*gathered(_of_tasks(model, known.around, held), tasks.num_tasks))
         rule = _rule(d, tasks.num_tasks, seed)
         best, error, total_error = _reference(model, known.around, held, rule, d)
         step = (known.inside, known.hessian, known.tilt, rule, held)
         shift = newton_shift(model, known.around, *step)
+    best, error = best[: tasks.num_tasks], error[: tasks.num_tasks]
     away = found.laplace - best
     table = pd.DataFrame(
         {

@@ -130,6 +130,7 @@ def covariance_by_phi(
         known = observed_information(model, tasks, phi, num_nodes, with_belief=with_belief)
         plain = model.without_encoder()
         slopes = np.asarray(_slopes(plain, known.around, num_nodes))[known.inside]
+        slopes = slopes[..., : tasks.num_tasks]  # the tasks beyond only fill up
     values, vectors = np.linalg.eigh(known.hessian)
     if values.size and not values[0] > FLAT * values[-1]:
         d, p = len(tasks.coef), len(tasks.labels.shared)
