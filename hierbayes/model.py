@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from hierbayes.priors.columns import Columns, Reads
 from hierbayes.priors.elliptical import Elliptical
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.priors.scales import Scales
-from hierbayes.tasks import Encoder, Tasks
+from hierbayes.tasks import Encoder, Task, Tasks
 from hierbayes.tasks.kept import kept
 
 
@@ -321,35 +321,86 @@ class HierarchicalModel:
         at = resolved.column_map(tasks, "beliefs", scaled=False)
         sites = resolved.hyperprior.distributions(self.shape(tasks))
         moved, tasks = at.changed(), at.tasks(tasks)
-        rows = tasks.flat()
+        data = self._arranged(tasks)
 
         def named(name: str) -> str:
             return f"{name}_centred" if name in moved else name
 
         def program() -> None:
-            phi = sample_phi(sites, named)
-            w = jnp.asarray(tasks.task_predictors)
-            with numpyro.plate("task", tasks.num_tasks, dim=-1):
-                if centred:
-                    each = self.prior.distribution(phi, w)
-                    theta = jnp.asarray(numpyro.sample(named("theta"), each))
-                else:
-                    z = numpyro.sample("z", self.prior.white(len(tasks.coef)))
-                    theta = self.prior.location(phi, w) + z @ self.prior.scale_tril(phi).T
+            theta, phi = _sites(self, sites, data, named, centred=centred)
             if moved:
                 told = at.phi(phi) | {"theta": at.theta(theta, phi.get("beta"))}
                 for name in moved & {*told}:
                     numpyro.deterministic(name, jnp.asarray(told[name]))
             if not centred and "theta" not in moved:
                 numpyro.deterministic("theta", theta)
-            if self.likelihood.has_location:
-                outcome = self.likelihood.distribution(theta[tasks.task_of_row], phi, rows)
-                with numpyro.plate("row", tasks.num_rows, dim=-1):
-                    numpyro.sample("y", outcome, obs=tasks.outcome)
-            else:
-                arranged = jax.tree.map(jnp.asarray, self.likelihood.arrange(tasks))
-                each = self.likelihood.log_likelihood_of_rows(theta, phi, *arranged)
-                numpyro.factor("y", each.sum())
+            _observed(self.likelihood, theta, phi, data)
+
+        return program
+
+    def _arranged(self, tasks: Tasks) -> tuple[Task, Any]:
+        """Rows and the task of each, flat where f is told row by row."""
+        if self.likelihood.has_location:
+            return tasks.flat(), tasks.task_of_row
+        return self.likelihood.arrange(tasks)
+
+    def program_of_data(self, tasks: Tasks) -> tuple[Joint, Any]:
+        """The non-centred program as a function of its numbers, and these, for samplers.
+
+        For models whose beliefs are about the columns as they lie; :meth:`numpyro_program` is for
+        others too.
+        """
+        assert not self.column_map(tasks, "beliefs", scaled=False).changed()
+        leaves, how = jax.tree.flatten(self.phi_distributions(tasks))
+        return Joint(self.without_encoder(), how), (leaves, *self._arranged(tasks))
+
+
+def _sites(
+    model: HierarchicalModel, sites: dict[str, dist.Distribution], data: tuple[Task, Any],
+    named: Callable[[str], str], *, centred: bool,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    """φ and every θ_j as sites of a program; (θ (J, d), φ)."""
+    phi, w = sample_phi(sites, named), jnp.asarray(data[0].task_predictors)
+    with numpyro.plate("task", len(w), dim=-1):
+        if centred:
+            theta = jnp.asarray(numpyro.sample(named("theta"), model.prior.distribution(phi, w)))
+        else:
+            z = numpyro.sample("z", model.prior.white(jnp.shape(phi["tau"])[-1]))
+            theta = model.prior.location(phi, w) + z @ model.prior.scale_tril(phi).T
+    return theta, phi
+
+
+def _observed(
+    likelihood: Likelihood, theta: Any, phi: dict[str, Any], data: tuple[Task, Any]
+) -> None:
+    """The outcomes as a site of a program."""
+    rows, of_row = data
+    if likelihood.has_location:
+        outcome = likelihood.distribution(theta[of_row], phi, rows)
+        with numpyro.plate("row", len(rows.outcome), dim=-1):
+            numpyro.sample("y", outcome, obs=rows.outcome)
+    else:
+        arranged = jax.tree.map(jnp.asarray, (rows, of_row))
+        each = likelihood.log_likelihood_of_rows(theta, phi, *arranged)
+        numpyro.factor("y", each.sum())
+
+
+class Joint(NamedTuple):
+    """The joint density as a program of numbers: priors' leaves, rows, the task of each."""
+
+    model: HierarchicalModel
+    how: Any
+
+    def __call__(self, data: Any) -> Callable[[], None]:
+        """The non-centred program."""
+        leaves, *arranged = data
+        sites = jax.tree.unflatten(self.how, leaves)
+
+        def program() -> None:
+            rows: tuple[Task, Any] = (arranged[0], arranged[1])
+            theta, phi = _sites(self.model, sites, rows, str, centred=False)
+            numpyro.deterministic("theta", theta)
+            _observed(self.model.likelihood, theta, phi, rows)
 
         return program
 

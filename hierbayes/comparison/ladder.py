@@ -17,8 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 
 from hierbayes import inputs
 from hierbayes.adaptation import (
@@ -38,7 +36,7 @@ from hierbayes.fit.method import Derived
 from hierbayes.meta import empirical_bayes
 from hierbayes.meta.diagnostics import remarks
 from hierbayes.meta.inner_loop import check_inner_step, nth_seed
-from hierbayes.meta.sampling import run_nuts
+from hierbayes.meta.sampling import GivenPhi, run_nuts
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, as_rng, float64
 from hierbayes.tasks import Tasks
@@ -165,16 +163,10 @@ def _sampled(
     with float64():
         root = model.prior.scale_tril(phi)
         location = jnp.asarray(model.prior.location(phi, tasks.task_predictors))
-
-        def program() -> None:
-            white = dist.Normal(jnp.zeros(location.shape), 1.0).to_event(2)
-            theta = location + jnp.asarray(numpyro.sample("z", white)) @ root.T
-            each = model.likelihood.log_likelihood_of_rows(theta, phi, rows, of_row)
-            numpyro.factor("rows", each.sum())
-
         start = {"z": jnp.zeros((draws[0], *location.shape))}
         found, stats = run_nuts(
-            program, as_key(seed), start, dense=False, num_draws=draws[1], num_chains=draws[0],
+            GivenPhi(model.without_encoder()), (phi, location, root, rows, of_row),
+            as_key(seed), start, dense=False, num_draws=draws[1], num_chains=draws[0],
             num_warmup=500, target_accept=0.9, progress=None,
         )  # fmt: skip
     theta = np.asarray(location) + found["z"] @ np.asarray(root).T

@@ -123,6 +123,17 @@ def _value_and_slope(made: Made, data: Data, x: Any) -> Any:
     return jax.value_and_grad(lambda v: point(made, data, v).log_density)(x)
 
 
+class AtPoint(NamedTuple):
+    """The log density of one point x; there is no e."""
+
+    made: Made
+
+    def __call__(self, data: Data, x: Any, e: Any) -> Any:
+        """The log density."""
+        del e
+        return point(self.made, data, x).log_density
+
+
 class ByEvidence:
     """The posterior of φ with θ integrated out by ``adaptation``; use it in float64.
 
@@ -181,10 +192,9 @@ class ByEvidence:
         """Nothing is to be prepared."""
         del units, x
 
-    def log_density(self, units: np.ndarray) -> Callable[[Any, Any], Any]:
-        """The density of one point; without e."""
-        data = to_numpy(self.data.within(units))
-        return lambda x, e: point(self.made, data, x).log_density
+    def log_density(self, units: np.ndarray) -> tuple[AtPoint, Data]:
+        """The density of one point, and its numbers."""
+        return AtPoint(self.made), to_numpy(self.data.within(units))
 
     @property
     def doubt(self) -> str | None:

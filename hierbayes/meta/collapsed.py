@@ -131,6 +131,16 @@ def _point(made_for: Compiled, target: Target, x: Any, e: Any, *, fast: bool = F
     return point(target.spaces, target.problem, beliefs, x, e, exact=exact, fast=fast)
 
 
+class AtPoint(NamedTuple):
+    """The log density of one point (x, e), of the numbers of a target."""
+
+    made_for: Compiled
+
+    def __call__(self, target: Target, x: Any, e: Any) -> Any:
+        """The log density."""
+        return _point(self.made_for, target, x, e).log_density
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _points(made_for: Compiled, target: Target, xs: Any, es: Any, fast: bool) -> Point:
     # no loop over parts: inside one XLA works on one core alone
@@ -218,12 +228,9 @@ class Collapsed:
         """Compute with explicit inverses where they lose next to nothing around x."""
         self.fast = self.well_conditioned(units, x)
 
-    def log_density(self, units: np.ndarray) -> Callable[[Any, Any], Any]:
-        """The density of one point (x, e)."""
-        # NumPyro holds what a potential is made of, in its own programs: on each device all of it
-        problem = to_numpy(self.problem)
-        spaces = to_numpy(self.within(units))
-        return lambda x, e: point(spaces, problem, self.beliefs, x, e, exact=self.exact).log_density
+    def log_density(self, units: np.ndarray) -> tuple[AtPoint, Target]:
+        """The density of one point, and its numbers; on each device all of them."""
+        return AtPoint(self._made_for), to_numpy(self._target(units))
 
     @property
     def at_once(self) -> int:

@@ -128,8 +128,8 @@ class Density(Protocol):
         """φ by name and log densities of many points."""
         ...
 
-    def log_density(self, units: np.ndarray) -> Callable[[Any, Any], Any]:
-        """The density of one point (x, e), for JAX."""
+    def log_density(self, units: np.ndarray) -> tuple[Any, Any]:
+        """The log density of (data, x, e), one point, hashable by what it does; and its data."""
         ...
 
     def refine(self, units: np.ndarray, xs: np.ndarray) -> bool:
@@ -283,18 +283,18 @@ def _by_nuts(
     """NUTS in the coordinates that the Hessian makes round: draws of x, and of φ."""
     size, units = len(located.mode), located.units
     num_white = 0 if target.exact else target.num_white
-    absent = jnp.zeros(target.num_white - num_white)
-    log_density = target.log_density(units)
-
-    @jax.jit
-    def potential(z: jax.Array) -> jax.Array:
-        x = located.mode + jnp.asarray(located.root) @ z[:size]
-        return 0.5 * (z[size:] ** 2).sum() - log_density(x, jnp.concatenate([z[size:], absent]))
-
+    density, data = target.log_density(units)
     key = as_key(int(rng.integers(2**31)))
     start = jnp.asarray(rng.uniform(-1.0, 1.0, (num_chains, size + num_white)))
     found, stats = run_potential(
-        potential, key, start, dense=True, num_draws=num_draws, num_chains=num_chains, **settings
+        Rounded(density, size, target.num_white - num_white),
+        (data, located.mode, located.root),
+        key,
+        start,
+        dense=True,
+        num_draws=num_draws,
+        num_chains=num_chains,
+        **settings,
     )
     z = np.asarray(found).reshape(num_chains * num_draws, -1)
     white = z[:, size:] if num_white else rng.standard_normal((len(z), target.num_white))
@@ -308,6 +308,24 @@ def _by_nuts(
     if target.spread:
         remark += ", and on one device of each process, not on those that the tasks are spread over"
     return xs, Sampled(draws, stats, None, [remark], {"sampler": "nuts"})
+
+
+class Rounded(NamedTuple):
+    """Minus a density in the coordinates that the Hessian makes round, and normal ones beside.
+
+    ``absent``: entries of e on which the density does not depend.
+    """
+
+    density: Any
+    size: int
+    absent: int
+
+    def __call__(self, z: Any, data: Any) -> jax.Array:
+        """Minus its logarithm at z; data are the density's, the mode and the root."""
+        own, mode, root = data
+        x, white = mode + root @ z[: self.size], z[self.size :]
+        e = jnp.concatenate([white, jnp.zeros(self.absent)])
+        return 0.5 * (white**2).sum() - self.density(own, x, e)
 
 
 def _bar(progress: bool | None, name: str) -> Any:

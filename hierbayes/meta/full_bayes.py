@@ -320,10 +320,10 @@ def _jointly(model: HierarchicalModel, tasks: Tasks, seed: Any, settings: dict[s
     key, key_start, key_theta = jax.random.split(as_key(seed), 3)
     num_chains = settings["num_chains"]
     start = _start(model, tasks, key_start, num_chains)
-    program = model.numpyro_program(tasks, centred=False)
+    program, data = model.program_of_data(tasks)
     white = jax.random.normal(key_theta, (num_chains, tasks.num_tasks, len(tasks.coef)))
     start["z"] = 0.1 * white
-    draws, stats = run_nuts(program, key, start, dense=False, **settings)
+    draws, stats = run_nuts(program, data, key, start, dense=False, **settings)
     info = {"method": "nuts", "sampler": "nuts", **settings}
     return _Drawn(draws, stats, remarks, info, _adaptation(model), key_theta)
 

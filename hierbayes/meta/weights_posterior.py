@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 
 from hierbayes import inputs
 from hierbayes.adaptation import Adaptation, Draws
@@ -24,7 +21,7 @@ from hierbayes.fit.adapted import locations
 from hierbayes.fit.fit import check_fit
 from hierbayes.fit.method import Derived
 from hierbayes.meta.diagnostics import remarks
-from hierbayes.meta.sampling import run_nuts
+from hierbayes.meta.sampling import GivenPhi, run_nuts
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, float64
 from hierbayes.tasks import Tasks
@@ -153,19 +150,14 @@ class ByNuts(Adaptation):
         """θ (chain, draw, J, d) and sample statistics."""
         rows, of_row = model.likelihood.arrange(tasks)
         shape = (tasks.num_tasks, len(phi["mu"]))
-
-        def program() -> None:
-            white = numpyro.sample("z", dist.Normal(0.0, 1.0).expand(shape).to_event(2))
-            theta = phi["mu"] + phi["tau"] * jnp.asarray(white)
-            each = model.likelihood.log_likelihood_of_rows(theta, phi, rows, of_row)
-            numpyro.factor("rows", each.sum())
-
+        location = np.broadcast_to(phi["mu"], shape)
+        data = dict(phi), location, phi["tau"], rows, of_row
         with float64():
             key, other = jax.random.split(as_key(self.seed))
             start = {"z": 0.1 * jax.random.normal(other, (self.num_chains, *shape))}
             draws, stats = run_nuts(
-                program, key, start, dense=False, num_draws=self.num_draws,
-                num_chains=self.num_chains, num_warmup=self.num_warmup,
+                GivenPhi(model.without_encoder()), data, key, start, dense=False,
+                num_draws=self.num_draws, num_chains=self.num_chains, num_warmup=self.num_warmup,
                 target_accept=self.target_accept, progress=self.progress,
             )  # fmt: skip
         return phi["mu"] + phi["tau"] * draws["z"], stats
