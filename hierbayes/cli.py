@@ -1,4 +1,7 @@
-"""The command line: ``hierbayes compare``, ``hierbayes fit``, ``hierbayes datasets``."""
+"""The command line: ``hierbayes compare``, ``hierbayes fit``, ``hierbayes datasets``.
+
+A table of the user's from a file.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,6 @@ import numpy as np
 from hierbayes.comparison import compare
 from hierbayes.comparison.folder import check_folder, check_writable, write_folder
 from hierbayes.datasets import CATALOGUE
-from hierbayes.datasets.tables import read_table
 from hierbayes.errors import InputError, NotApplicable, overhearing, suggestion
 from hierbayes.files import KEPT, beside, moved, seen
 from hierbayes.fit import Fit
@@ -26,6 +28,28 @@ from hierbayes.formula import from_formula
 from hierbayes.formula.families import FAMILIES
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
+
+
+def read_table(name: str, formula: str | None, known: list[str]) -> Any:
+    """The rows of a CSV file, refused in words where there are none, or no formula for them."""
+    import pandas as pd
+
+    path = Path(name)
+    if not path.is_file():
+        near = suggestion(name, known)
+        raise InputError(f"{name!r} is neither a file nor a shipped data set; {near}")
+    if formula is None:
+        raise InputError(f'--formula is needed for {path.name}: "y ~ 1 + x + (1 + x | group)"')
+    try:
+        frame = pd.read_csv(path, sep="\t" if path.suffix in (".tsv", ".tab") else ",")
+    except pd.errors.EmptyDataError:
+        raise InputError(f"{path.name} is empty") from None
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise InputError(f"{path.name} cannot be read as CSV: {error}") from error
+    if frame.empty:
+        raise InputError(f"{path.name} has a header but no rows")
+    return frame
+
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 

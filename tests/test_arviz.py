@@ -240,7 +240,7 @@ def gaussians():
     import numpyro.distributions as dist
 
     from hierbayes.adaptation import Conjugate
-    from hierbayes.priors.drawing import draw
+    from hierbayes.simulation import draw
 
     rng = np.random.default_rng(6)
     arrays = [
@@ -302,7 +302,7 @@ def test_correlations_are_drawn_from_lkj(size, concentration):
 
     And the determinant: E log|R| = Σ_k ψ(η + (d−1−k)/2) − ψ(η + (d−1)/2), of Beta pivots.
     """
-    from hierbayes.priors.drawing import draw_correlations
+    from hierbayes.simulation import draw_correlations
 
     found = draw_correlations(size, concentration, (4000,), np.random.default_rng(size))
     a = concentration + (size - 2) / 2
@@ -333,7 +333,7 @@ def beliefs() -> dict[str, Any]:
 @pytest.mark.parametrize("name", beliefs())
 def test_beliefs_are_drawn_as_numpyro_has_them(name):
     """By NumPyro's own distribution function, in every entry; Weibull by NumPyro's own sample."""
-    from hierbayes.priors.drawing import draw
+    from hierbayes.simulation import draw
 
     belief = beliefs()[name]
     drawn = draw("tau", belief, 2000, np.random.default_rng(1))

@@ -21,11 +21,10 @@ from scipy import stats
 
 import hierbayes as hb
 from hierbayes.calibration import Calibration
+from hierbayes.calibration.result import band, counts_below, leaving, p_value, shape_of
 from hierbayes.checks.coverage import covered_by_draws, covered_by_normal
 from hierbayes.checks.draws import Draws, thinned
 from hierbayes.checks.quantities import quantities, rank
-from hierbayes.checks.uniformity import band, counts_below, leaving, p_value
-from hierbayes.checks.verdicts import shape_of
 from hierbayes.meta import collapsed_sampling
 from hierbayes.phi import Space
 from hierbayes.simulation import draw_phi, draw_theta, simulate

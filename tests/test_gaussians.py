@@ -25,7 +25,7 @@ from hierbayes.checks.gaussians import (
     wasserstein,
     wasserstein_floor,
 )
-from hierbayes.comparison.distances import between
+from hierbayes.comparison.equivalence import between
 from hierbayes.numerics import float64
 
 

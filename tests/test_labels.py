@@ -85,7 +85,7 @@ def test_the_check_sees_labels_that_are_turned_round(point):
 
 def drawn(model: Any, tasks: Any) -> hb.Fit:
     """A fit by full Bayes: draws of the right shapes stand for what would have been learned."""
-    from hierbayes.priors.drawing import draw
+    from hierbayes.simulation import draw
 
     rng = np.random.default_rng(8)
     resolved = model.resolve(tasks)

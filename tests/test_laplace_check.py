@@ -19,10 +19,8 @@ from conftest import quietly
 from scipy import optimize, special, stats
 
 import hierbayes as hb
-from hierbayes.adaptation.skewness import largest
-from hierbayes.adaptation.sobol import student_nodes
-from hierbayes.checks.laplace_check import _flags, effective_count
-from hierbayes.meta.better_evidence import jackknife_error, pooled
+from hierbayes.checks.laplace_check import _flags, effective_count, largest
+from hierbayes.meta.better_evidence import jackknife_error, pooled, student_nodes
 from hierbayes.meta.information import x_of
 from hierbayes.numerics import float64, to_numpy
 

@@ -9,8 +9,8 @@ from scipy import stats
 
 import hierbayes as hb
 from hierbayes.evidence import Exact
-from hierbayes.evidence.features import log_evidence_on_features
 from hierbayes.fit.method import Derived
+from hierbayes.meta.last_layer import log_evidence_on_features
 from hierbayes.numerics import float64
 from hierbayes.priors import Gaussian as GaussianPrior
 

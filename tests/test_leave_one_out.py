@@ -24,7 +24,7 @@ from hierbayes.adaptation import Laplace
 from hierbayes.checks import leave_one_row_out, leave_one_task_out
 from hierbayes.checks.evidence_of_tasks import evidence_of
 from hierbayes.checks.importance import leave_one_out, relative_efficiency
-from hierbayes.evidence.without_row import without_each_row
+from hierbayes.checks.leave_one_row_out import without_each_row
 
 ENOUGH = dict(num_draws=1000, num_chains=4, seed=1, progress=False)
 
@@ -281,7 +281,7 @@ def test_rows_left_out_are_integrals_on_a_grid(ragged, of_ragged):
 
 def test_rows_in_pieces_are_the_same_rows(of_ragged, monkeypatch):
     whole = leave_one_row_out(of_ragged)
-    monkeypatch.setattr("hierbayes.evidence.without_row.NUMBERS_AT_ONCE", 4000 * 4)
+    monkeypatch.setattr("hierbayes.checks.leave_one_row_out.NUMBERS_AT_ONCE", 4000 * 4)
     pieces = leave_one_row_out(of_ragged)
     close(pieces["log_density"].values, whole["log_density"].values, rtol=1e-12)
     close(pieces["pareto_k"].values, whole["pareto_k"].values, rtol=1e-9)

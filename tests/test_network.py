@@ -16,7 +16,7 @@ import hierbayes as hb
 from hierbayes.adaptation import GradientSteps
 from hierbayes.fit import Fit
 from hierbayes.fit.method import Derived
-from hierbayes.likelihoods.weights import Weights
+from hierbayes.likelihoods.neural import Weights
 
 Network = hb.likelihoods.Network
 PHI = {"sigma": np.asarray(0.7), "sigma_query": np.asarray(0.9)}

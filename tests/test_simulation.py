@@ -19,8 +19,14 @@ from numpyro.distributions import constraints
 from scipy import special, stats
 
 import hierbayes as hb
-from hierbayes.priors.drawing import draw, draw_correlations
-from hierbayes.simulation import draw_outcomes, draw_phi, draw_theta, simulate
+from hierbayes.simulation import (
+    draw,
+    draw_correlations,
+    draw_outcomes,
+    draw_phi,
+    draw_theta,
+    simulate,
+)
 
 MANY = 4000
 L = hb.likelihoods

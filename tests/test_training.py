@@ -348,7 +348,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(kept, tmp_path, monkeypatch
 @pytest.mark.slow
 def test_a_checkpoint_is_written_along_the_way(tmp_path, monkeypatch):
     """Every minute; here after every call."""
-    monkeypatch.setattr("hierbayes.meta.checkpoint.EVERY", -1.0)
+    monkeypatch.setattr("hierbayes.meta.training.EVERY", -1.0)
     path, there = tmp_path / "run", []
 
     def look(x, y):

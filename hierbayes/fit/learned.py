@@ -1,9 +1,12 @@
-"""What a method has learned, which all that reads a fit is given."""
+"""What a method has learned, which all that reads a fit is given.
+
+Arrays that are made when they are first read.
+"""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -12,10 +15,27 @@ import numpy as np
 from hierbayes.adaptation import Adaptation, Posterior
 from hierbayes.fit.adapted import AdaptedTasks
 from hierbayes.fit.method import Method
-from hierbayes.fit.when_read import WhenRead
 from hierbayes.model import HierarchicalModel
 from hierbayes.priors.column_map import ColumnMap
 from hierbayes.tasks import Tasks
+
+
+class WhenRead:
+    """A field of an array, or of a function that makes it, which is called when first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.place = f"_{name}"
+
+    def __get__(self, fit: Any, owner: type | None = None) -> Any:
+        if fit is None:
+            return None  # the field's default
+        value = fit.__dict__.get(self.place)
+        if callable(value):
+            value = fit.__dict__[self.place] = value()
+        return value
+
+    def __set__(self, fit: Any, value: np.ndarray | Callable[[], np.ndarray] | None) -> None:
+        fit.__dict__[self.place] = value
 
 
 @dataclass(frozen=True)
@@ -32,7 +52,7 @@ class Learned(abc.ABC):
     adaptation: Adaptation
     training: Posterior | None = None
     phi_draws: dict[str, np.ndarray] | None = None
-    theta_draws: WhenRead = WhenRead()  # noqa: RUF009
+    theta_draws: WhenRead = WhenRead()
     sample_stats: dict[str, np.ndarray] = field(default_factory=dict)
     standard_errors: dict[str, np.ndarray] = field(default_factory=dict)
     evidence: float | None = None

@@ -1,10 +1,16 @@
-"""What likelihoods around a network share: its weights, its outputs, the family of the outcomes."""
+"""What likelihoods around a network share: its weights, its outputs, the family of the outcomes.
+
+What a network's ``apply`` does beside what it says: mix a task's rows, or draw numbers.
+
+A network's weights, any pytree of floats, as one vector with named entries, and back.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,15 +22,186 @@ from hierbayes import inputs
 from hierbayes.errors import InputError, listing
 from hierbayes.likelihoods.base import Likelihood
 from hierbayes.likelihoods.categorical import Categorical
-from hierbayes.likelihoods.probing import (
-    WITHOUT_DRAWS,
-    asks_for_draws,
-    depends_on_other_rows,
-    draws,
-)
-from hierbayes.likelihoods.weights import Weights
 from hierbayes.numerics import arithmetic, standard_promotion
 from hierbayes.tasks import Task, Tasks
+
+NAMED = 100_000
+"""Weights up to which each has a name of its own; a million names are a burden, not a help."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The vector θ and the pytree that ``apply`` takes, each from the other.
+
+    ``template``: the pytree, of shapes; ``size``: d.
+    """
+
+    template: Any
+    size: int
+
+    @staticmethod
+    def like(params: Any, dtype: str) -> Weights:
+        """Of a pytree of arrays or of their shapes; refused where a leaf is no float array."""
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        if not leaves:
+            raise InputError("the network has no weights: init gives an empty pytree")
+        _refuse_statistics(params)
+        for path, leaf in leaves:
+            if not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating):
+                raise InputError(
+                    f"the network's weights must be arrays of floats; at "
+                    f"{jax.tree_util.keystr(path)!r} init gives {_found(leaf)}. Keep what is not "
+                    "learned out of them (in Equinox: eqx.partition(model, eqx.is_inexact_array))"
+                )
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.dtype(dtype)), params)
+        return Weights(shapes, sum(int(np.prod(s.shape)) for s in jax.tree.leaves(shapes)))
+
+    def tree(self, vector: Any) -> Any:
+        """The pytree of a vector (d,), in the vector's own precision."""
+        leaves, structure = jax.tree.flatten(self.template)
+        ends = np.cumsum([int(np.prod(leaf.shape)) for leaf in leaves])
+        parts = jnp.split(jnp.ravel(vector), ends[:-1].tolist())
+        return structure.unflatten(
+            [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+        )
+
+    def vector(self, tree: Any) -> jax.Array:
+        """The vector (d,) of a pytree."""
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """A name for each entry, from its place in the pytree: ``layer/w[3, 2]``."""
+        if self.size > NAMED:
+            return tuple(map(str, range(self.size)))
+        names: list[str] = []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.template):
+            at = jax.tree_util.keystr(path, simple=True, separator="/")
+            places = np.ndindex(leaf.shape)
+            names += [f"{at}[{', '.join(map(str, i))}]" if i else at for i in places]
+        return tuple(names)
+
+
+STATISTICS = {"batch_stats", "running_mean", "running_var", "running_stats"}
+"""What collections of running statistics are called: Linen's, and those written by hand."""
+
+
+def _refuse_statistics(params: Any) -> None:
+    """Refuse running statistics of norms among the weights: inner steps would move them."""
+    flax, equinox = sys.modules.get("flax.nnx"), sys.modules.get("equinox")
+    kinds: tuple[type, ...] = (flax.BatchStat,) if flax else ()
+    kinds += (equinox.nn.State, equinox.nn.StateIndex) if equinox else ()
+
+    def whole(node: Any) -> bool:
+        # nnx.to_pure_dict keeps no kinds, only names
+        norm = isinstance(node, Mapping) and {"mean", "var"} <= node.keys() <= NORM
+        return norm or isinstance(node, kinds)
+
+    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=whole):
+        named = {str(getattr(part, "key", getattr(part, "name", ""))) for part in path}
+        if jax.tree.leaves(node) and (whole(node) or named & STATISTICS):
+            raise InputError(
+                f"init gives running statistics of a norm, at {jax.tree_util.keystr(path)!r}, "
+                "which are no weights: inner steps would train them. Take a norm without running "
+                "statistics (LayerNorm, GroupNorm), or batch statistics of the task's own rows, "
+                'and have init give the weights alone (Linen: variables["params"]; nnx: '
+                "nnx.split(model, nnx.Param, …); Equinox: without the State)"
+            )
+
+
+NORM = {"mean", "var", "scale", "bias"}
+
+
+def _found(leaf: Any) -> str:
+    return f"{leaf.dtype} {leaf.shape}" if hasattr(leaf, "dtype") else type(leaf).__name__
+
+
+DRAWING = {
+    "random_bits", "random_seed", "random_wrap", "random_fold_in", "random_split", "threefry2x32",
+    "rng_bit_generator", "rng_uniform",
+}  # fmt: skip
+"""JAX's operations on keys and random numbers."""
+
+WITHOUT_DRAWS = (
+    "apply(params, x) must give the same f for the same weights and rows: switch dropout off "
+    "(Linen: deterministic=True; nnx: model.eval(); Equinox: eqx.nn.inference_mode(model))"
+)
+
+ROWS, OTHERS = 4, 28
+"""Rows of which f is asked, two by two and among others; rows beside them at most."""
+
+SAME = {"float32": 1e-4, "float64": 1e-8}
+"""Share of the largest f that rounding may move a row's by, when other rows stand beside it."""
+
+
+def draws(jaxpr: Any) -> bool:
+    """Whether a program of JAX's has random numbers in it, however deep."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in inner.eqns:
+        if equation.primitive.name in DRAWING:
+            return True
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            if hasattr(getattr(value, "jaxpr", value), "eqns") and draws(value):
+                return True
+    return False
+
+
+def asks_for_draws(message: str) -> bool:
+    """Whether an error is that of dropout without a key."""
+    return any(word in message.lower() for word in ("rng", "dropout", "prng", "'key'"))
+
+
+def depends_on_other_rows(
+    apply: Callable[[Any, Any], Any], initial: Callable[[Any], Any], x: Any, dtype: str
+) -> bool:
+    """Whether f of some rows of ``x`` (N, …) changes with the rows that stand beside them.
+
+    Rows of zeros, which fill up, and other rows of ``x`` are put beside them, at the initial
+    weights and near by: a gate that is shut at the start opens in training. The slope of f in the
+    other rows counts too; it is exactly zero where rows are not mixed. An ``apply`` that does not
+    take other numbers of rows counts as one that mixes them.
+    """
+    # may be asked inside a trace: the weights and rows are known there too
+    with jax.ensure_compile_time_eval(), arithmetic(dtype):
+        rows = jnp.asarray(np.asarray(x), dtype)
+        if not len(rows):
+            rows = jnp.ones((1, *rows.shape[1:]), dtype)
+        own = rows[np.arange(ROWS) % len(rows)]
+        others = jnp.concatenate([rows[::-1][:OTHERS], jnp.zeros_like(own)])
+        start = initial(jax.random.key(0))
+        leaves, structure = jax.tree.flatten(start)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        moved = [
+            w + 0.1 * (1 + jnp.abs(w)) * jax.random.normal(k, w.shape, w.dtype)
+            for w, k in zip(leaves, keys, strict=True)
+        ]
+        try:
+            return any(
+                _changes(apply, weights, own, others, SAME[dtype])
+                for weights in (start, structure.unflatten(moved))
+            )
+        except Exception:  # whatever the user's own function raises
+            return True
+
+
+def _changes(apply: Any, weights: Any, own: Any, others: Any, same: float) -> bool:
+    count = len(own)
+    run = jax.jit(apply)
+    alone = np.concatenate([run(weights, own[i : i + 2]) for i in range(0, count, 2)])
+    size = np.abs(np.where(np.isfinite(alone), alone, 0.0)).max(initial=0.0)
+    for beside in (others, jnp.zeros_like(others)):
+        among = np.asarray(run(weights, jnp.concatenate([own, beside])))[:count]
+        if not np.allclose(among, alone, rtol=0, atol=same * size, equal_nan=True):
+            return True
+    turned = jnp.cos(jnp.arange(alone.size, dtype=own.dtype)).reshape(alone.shape)
+
+    def weighed(beside: Any) -> Any:
+        return (turned * apply(weights, jnp.concatenate([own, beside]))[:count]).sum()
+
+    slope = np.nan_to_num(np.asarray(jax.jit(jax.grad(weighed))(others)))
+    return bool((slope != 0).any())
 
 
 class Neural(Likelihood):

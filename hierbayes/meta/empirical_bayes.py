@@ -3,6 +3,13 @@ r"""Empirical Bayes: φ̂ maximises the summed evidence, and each task gets its 
 .. math:: \hat\varphi = \arg\max_\varphi \sum_j \log \int p(D_j \mid \theta, \varphi)\,
           p(\theta \mid \varphi)\, d\theta, \qquad
           \theta_j \sim p(\theta_j \mid D_j, \hat\varphi)
+
+φ̂ without one task, where the evidence is an integral without a closed form.
+
+.. math:: \hat\varphi_{-j} = \arg\max_\varphi \sum_{i \ne j} \log \hat p(D_i \mid \varphi)
+          \left[+ \log p(\varphi)\right]
+
+One program serves all tasks: the sum leaves one of them out, and starts from the fit to all.
 """
 
 from __future__ import annotations
@@ -27,25 +34,56 @@ from hierbayes.adaptation import (
     separation,
 )
 from hierbayes.errors import InputError, NotApplicable, announce, listing
+from hierbayes.evidence import Integrated
 from hierbayes.fit import Fit
 from hierbayes.fit.outward import Entered, enter
 from hierbayes.fit.updating import evidence_of
 from hierbayes.likelihoods import LastLayer
 from hierbayes.meta.approximate_evidence import MOST_DIMENSIONS, maximise_approximate
 from hierbayes.meta.batches import on_episodes
-from hierbayes.meta.expected_coverage import remarks_on_coverage
-from hierbayes.meta.intervals import Intervals, check_intervals, draws_of_mixture, widened
+from hierbayes.meta.criterion import Criterion
+from hierbayes.meta.intervals import (
+    Intervals,
+    check_intervals,
+    draws_of_mixture,
+    remarks_on_coverage,
+    widened,
+)
 from hierbayes.meta.last_layer import maximise_evidence_of_features
 from hierbayes.meta.marginal import maximise_likelihood
 from hierbayes.meta.outer_loop import OuterLoop, Run, WithOuterLoop, parted
-from hierbayes.meta.posterior_mode import maximise_exact, resolve_for_mode
-from hierbayes.meta.without_one import WithoutOne
+from hierbayes.meta.posterior_mode import maximise_exact, off_the_boundary, resolve_for_mode
 from hierbayes.model import HierarchicalModel, check_model
-from hierbayes.numerics import as_key
+from hierbayes.numerics import as_key, float64
 from hierbayes.tasks import Tasks
 
 if TYPE_CHECKING:
     import optax
+
+SHRUNK = 1e-3
+"""Share of the identity in the correlations that a search sets out from, for none to be ±1."""
+
+
+class WithoutOne:
+    """The summed evidence of all tasks but some, from what a fit to all of them has found."""
+
+    def __init__(self, model: HierarchicalModel, tasks: Tasks, adaptation: Integrable):
+        self.model, self.tasks, self.adaptation = model, tasks, adaptation
+
+    def scores(self, phi: dict[str, np.ndarray], *, with_belief: bool) -> np.ndarray:
+        """log p̂(D_j | φ̂_{−j}) of each task with rows (J,), NaN of the others."""
+        scores = np.full(self.tasks.num_tasks, np.nan)
+        known = {name: np.asarray(value) for name, value in phi.items()}
+        with float64():
+            criterion = Criterion(self.model, self.tasks, self.adaptation, with_belief=with_belief)
+            begin = criterion.space.x(known, shrunk=SHRUNK)
+            for j in np.flatnonzero(self.tasks.sizes > 0):
+                criterion.counted = np.arange(self.tasks.num_tasks) != j
+                x = off_the_boundary(criterion, [begin], criterion.space).x
+                found = Integrated(self.adaptation)(self.model, self.tasks, criterion.phi(x))
+                scores[j] = found[j]
+        return scores
+
 
 LARGEST_THETA = 20_000_000
 """Draws × tasks × coefficients up to which θ is kept as draws beside mean and covariance."""

@@ -5,12 +5,18 @@ r"""The learned prior as an object of its own: p(θ_new | D_1..J).
 
 Student-t in the place of normal where the prior of tasks is. One component for a point φ, one a
 draw of φ under full Bayes; a point in directions without variance.
+
+A learned prior as JSON and back: :meth:`LearnedPrior.to_json` describes the fields.
+
+Roots L of covariances, and the directions in which they have no variance.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +27,149 @@ from numpyro.distributions import constraints
 
 from hierbayes import inputs
 from hierbayes.errors import InputError, listing
+from hierbayes.files import write_whole
 from hierbayes.numerics import as_rng
 from hierbayes.phi.assembled import Assembled
-from hierbayes.priors.learned_json import MOST_COMPONENTS, read_json, write_json
-from hierbayes.priors.roots import Structure, structure_of, sub_root, tidy
 from hierbayes.priors.student_t import degrees_of_freedom, root_precision
+
+RANK = 1e-12
+"""A pivot below this share of its row's length is zero but for rounding."""
+
+
+class Structure(NamedTuple):
+    """Where a mixture of normals varies: it is known before its numbers are, and hashable."""
+
+    free: tuple[int, ...]
+    """Entries that vary."""
+
+    fixed: tuple[tuple[int, float], ...]
+    """(entry, value) of those that do not."""
+
+    density: bool
+    """Whether there is a density in the entries that vary."""
+
+
+def structure_of(locations: np.ndarray, roots: np.ndarray) -> Structure:
+    """The entries that vary between (S, d) locations or within (S, d, d) or (S, d) roots."""
+    entries = np.abs(roots) if roots.ndim == 2 else np.abs(roots).sum(-1)
+    varies = (entries > 0).any(0) | (locations != locations[0]).any(0)
+    free = np.flatnonzero(varies)
+    fixed = tuple((int(k), float(locations[0, k])) for k in np.flatnonzero(~varies))
+    if roots.ndim == 2:
+        density = bool((entries[:, free] > 0).all())
+    else:
+        triangles = _triangles(roots[:, free])
+        pivots = np.abs(np.diagonal(triangles, axis1=1, axis2=2))
+        length = np.linalg.norm(roots[:, free], axis=-1)
+        density = bool((pivots > RANK * length).all() and (length > 0).all())
+    return Structure(tuple(free.tolist()), fixed, density)
+
+
+def tidy(roots: np.ndarray, structure: Structure) -> np.ndarray:
+    """The same covariances by roots with no negative pivots, zero where nothing varies."""
+    if roots.ndim == 2:
+        return np.abs(roots)
+    free = np.array(structure.free, int)
+    fixed = np.array([k for k, _ in structure.fixed], int)
+    if fixed.size and np.any(roots[:, :, fixed]):  # what the others share with a fixed entry
+        whole = np.zeros_like(roots)
+        whole[:, free[:, None], free] = _triangles(roots[:, free])
+        roots = whole
+    signs = np.where(np.diagonal(roots, axis1=1, axis2=2) < 0, -1.0, 1.0)
+    return roots * signs[:, None, :]
+
+
+def sub_root(roots: Any, free: np.ndarray) -> Any:
+    """The root of the entries that vary, of tidy ones."""
+    return roots if len(free) == roots.shape[-1] else roots[:, free[:, None], free]
+
+
+def _triangles(rows: np.ndarray) -> np.ndarray:
+    """Lower triangular (S, k, k) roots of the covariances of (S, k, d) rows."""
+    if rows.shape[1] == rows.shape[2]:
+        return rows
+    if not rows.shape[1]:
+        return np.zeros((len(rows), 0, 0))
+    return np.swapaxes(np.linalg.qr(np.swapaxes(rows, 1, 2), mode="r"), 1, 2)
+
+
+FORMAT, VERSION = "hierbayes learned prior", 1
+FIELDS = ("coef", "weights", "locations", "scale_trils", "df")
+
+MOST_COMPONENTS = 500
+"""Components that a file holds unless more are asked for."""
+
+
+def write_json(prior: Any, path: Any, num_components: int) -> str:
+    """The JSON of a learned prior, and to a file where there is a path."""
+    num_components = inputs.count("num_components", num_components)
+    weights = prior.weights
+    kept = np.arange(len(weights))
+    if len(weights) > num_components:
+        kept = np.linspace(0, len(weights) - 1, int(num_components)).round().astype(int)
+        weights = weights[kept] / weights[kept].sum()
+    text = json.dumps(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "coef": list(prior.coef),
+            "weights": weights.tolist(),
+            "locations": prior.locations[kept].tolist(),
+            "scale_trils": prior.scale_trils[kept].tolist(),
+            "df": prior.df,
+        },
+        allow_nan=False,
+        ensure_ascii=False,
+    )
+    if path is not None:
+        write_whole(path, f"{text}\n".encode())
+    return text
+
+
+def read_json(path_or_text: Any) -> dict[str, Any]:
+    """The fields of a prior, from a path or from the text itself."""
+    if isinstance(path_or_text, str) and path_or_text.lstrip()[:1] in ("{", "["):
+        text, where = path_or_text, "the text"
+    else:
+        text, where = _file(path_or_text)
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is no JSON: {error}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise InputError(
+            f'{where} is no learned prior, which begins with "format": "{FORMAT}": write one with '
+            "prior.to_json"
+        )
+    version = found.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise InputError(f"{where} has no version of the format, a whole number from 1 on")
+    if version > VERSION:
+        raise InputError(
+            f"{where} was written by a newer hierbayes (version {version} of the format, this one "
+            f"reads {VERSION}); upgrade to read it"
+        )
+    if missing := [name for name in FIELDS if name not in found]:
+        raise InputError(f"{where} is no whole learned prior: it lacks {listing(missing)}")
+    coef = found["coef"]
+    if not (isinstance(coef, list) and all(isinstance(name, str) for name in coef)):
+        raise InputError(f"`coef` of {where} is no list of names")
+    return {name: found[name] for name in FIELDS}
+
+
+def _file(path: Any) -> tuple[str, str]:
+    """(the text of a file, what to call it)."""
+    try:
+        file = Path(path)
+    except TypeError as error:
+        raise InputError(f"expected a path or JSON text, found {type(path).__name__}") from error
+    name = repr(str(path))
+    try:
+        return file.read_text(encoding="utf-8"), name
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is no JSON: it is no text") from error
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror or error}") from error
 
 
 class LearnedPrior(dist.Distribution):
