@@ -15,7 +15,7 @@ from scipy import stats
 import hierbayes as hb
 from hierbayes.evidence import Integrated
 from hierbayes.fit import AdaptedTasks
-from hierbayes.fit.weighing import largest_k, weigh
+from hierbayes.fit.updating import largest_k, weigh
 from hierbayes.tasks.joining import joined, not_among
 
 SCHOOLS = hb.datasets.eight_schools()

@@ -21,9 +21,9 @@ from scipy import stats
 
 import hierbayes as hb
 from hierbayes.calibration import Calibration
+from hierbayes.calibration.check import Draws, thinned
 from hierbayes.calibration.result import band, counts_below, leaving, p_value, shape_of
 from hierbayes.checks.coverage import covered_by_draws, covered_by_normal
-from hierbayes.checks.draws import Draws, thinned
 from hierbayes.checks.quantities import quantities, rank
 from hierbayes.meta import collapsed_sampling
 from hierbayes.phi import Space

@@ -31,7 +31,7 @@ from hierbayes.evidence.fixed_effects_out import (
 )
 from hierbayes.meta import collapsed_sampling
 from hierbayes.meta.collapsed import Collapsed
-from hierbayes.meta.independence import Proposal, fit_proposal, run_chains
+from hierbayes.meta.collapsed_sampling import Proposal, fit_proposal, run_chains
 from hierbayes.numerics import float64
 from hierbayes.phi.space import inverse_softplus
 from hierbayes.statistics import row_scale, statistics

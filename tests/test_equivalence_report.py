@@ -23,8 +23,7 @@ from scipy import special, stats
 
 import hierbayes as hb
 from hierbayes.adaptation import Conjugate
-from hierbayes.comparison.equivalence import FLOOR, density_error
-from hierbayes.comparison.ladder import FULL, MODE, POINT, STEPS
+from hierbayes.comparison.equivalence import FLOOR, FULL, MODE, POINT, STEPS, density_error
 from hierbayes.fit import Prediction
 
 matplotlib.use("Agg")

@@ -17,15 +17,15 @@ import pytest
 from assertions import close
 from scipy import integrate, linalg, special, stats
 
-from hierbayes.checks.gaussians import (
+from hierbayes.comparison.equivalence import (
     LEVELS,
+    between,
     coverage,
     kl_divergence,
     kl_floor,
     wasserstein,
     wasserstein_floor,
 )
-from hierbayes.comparison.equivalence import between
 from hierbayes.numerics import float64
 
 

@@ -16,7 +16,7 @@ import pytest
 from scipy import special, stats
 
 import hierbayes as hb
-from hierbayes.meta.independence import Fitted, Proposal, pareto_k, run_chains, tail_share
+from hierbayes.meta.collapsed_sampling import Fitted, Proposal, pareto_k, run_chains, tail_share
 
 SHARES = np.array([0.05, 0.5, 0.9, 0.975, 0.99])
 

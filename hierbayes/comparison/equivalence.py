@@ -1,6 +1,29 @@
-"""How far K gradient steps are from the full posterior, and why: one table, one picture.
+r"""How far K gradient steps are from the full posterior, and why: one table, one picture.
 
 Distances of one fit's θ from another's, task by task, and what Monte-Carlo error alone gives.
+
+How far apart two posteriors of the same tasks are, by their means and covariances.
+
+.. math::
+
+    \text{KL}(q \,\|\, p) &= \tfrac12\left[\operatorname{tr} V^{-1}\Sigma + \delta^\top V^{-1}\delta
+        - d + \log |V| / |\Sigma|\right], \qquad \delta = m - \mu \\
+    W_2^2(q, p) &= \lVert\delta\rVert^2 + \operatorname{tr}\!\left(\Sigma + V
+        - 2 (V^{1/2} \Sigma V^{1/2})^{1/2}\right)
+
+for q = N(μ, Σ) and p = N(m, V). Where m and V come from draws, each quantity has a floor: what it
+would be if q were p itself and only the draws' own error were left.
+
+From K gradient steps to the full posterior, one change at a time.
+
+.. math::
+
+    N(\theta_K, \Sigma_K) \;\to\; \text{MAP under } T \;\to\; p(\theta_j \mid D_j, \hat\varphi)
+    \;\to\; p(\theta_j \mid D_{1..J})
+
+The first step replaces the prior that the steps imply by the learned one, the second moves φ to
+where the evidence is largest (and, where tasks are not Gaussian, takes the posterior itself in the
+place of the normal at its mode), the third averages over φ.
 """
 
 from __future__ import annotations
@@ -10,24 +33,287 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hierbayes import inputs, plots
-from hierbayes.adaptation import EquivalentPrior, Status
-from hierbayes.checks.gaussians import (
-    LEVELS,
-    coverage,
-    kl_divergence,
-    kl_floor,
-    wasserstein,
-    wasserstein_floor,
+from hierbayes.adaptation import (
+    Adaptation,
+    Conjugate,
+    Draws,
+    EquivalentPrior,
+    Laplace,
+    Posterior,
+    Status,
+    equivalent_steps,
 )
+from hierbayes.adaptation.implied_posterior import ImpliedPosterior
+from hierbayes.adaptation.step_length import largest_curvature
 from hierbayes.checks.scores import mean_over_tasks
-from hierbayes.comparison.ladder import CAUSES, FULL, STEPS, build_ladder
-from hierbayes.errors import InputError
+from hierbayes.errors import InputError, overhearing
 from hierbayes.fit import Fit, Prediction
 from hierbayes.fit.effective import ess
+from hierbayes.fit.method import Derived
+from hierbayes.meta import empirical_bayes
+from hierbayes.meta.diagnostics import remarks
+from hierbayes.meta.inner_loop import check_inner_step, nth_seed
+from hierbayes.meta.sampling import GivenPhi, run_nuts
+from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import as_key, as_rng, float64
 from hierbayes.tasks import Tasks
+
+STEPS, MODE, POINT, FULL = "gradient steps", "MAP, learned prior", "empirical Bayes", "full Bayes"
+
+CAUSES = {
+    (STEPS, MODE): "the shape of the prior (and where tasks that are not Gaussian are linearised)",
+    (
+        MODE,
+        POINT,
+    ): "where phi stands, sigma included (and the exact posterior in the place of a normal)",
+    (POINT, FULL): "the uncertainty of phi",
+}
+"""What changes between one rung and the next."""
+
+_CENTRE = ("mu", "gamma", "beta", "sigma")
+_SPREAD = ("tau", "corr")
+
+
+def build_ladder(
+    start: Fit,
+    posterior: Fit,
+    point: Fit | None,
+    num_steps: int | None,
+    step_size: float | str | None,
+    num_chains: int,
+    num_draws: int,
+    seed: int | jax.Array,
+) -> tuple[dict[str, Fit], EquivalentPrior]:
+    """The four rungs as fits of the same tasks, with draws of θ, and what the steps imply."""
+    model, tasks = posterior.model, posterior.tasks
+    model.require_gaussian_prior(
+        "equivalence_report", "the prior that gradient steps imply is Gaussian",
+        "fit with priors.Gaussian()",
+    )  # fmt: skip
+    gaussian = model.likelihood.gaussian_in_theta
+    if point is None and gaussian:
+        with overhearing():  # they are in the fit that is returned
+            point = empirical_bayes(model, tasks, num_draws=num_draws, num_chains=num_chains)
+    learned = posterior if point is None else point
+    centre = {k: np.asarray(start.phi[k]) for k in _CENTRE if k in start.phi}
+    spread = {k: np.asarray(learned.phi[k]) for k in _SPREAD if k in learned.phi}
+    loss: Any = getattr(start.adaptation, "loss", "sum")
+    count, size = _steps(start, num_steps, step_size)
+    inside = None
+    if step_size is None and start.at is not None and "num_steps" in start.info:
+        size, inside = start.at.steps(size)
+        inside = np.asarray(inside).tolist()
+    steps = ImpliedPosterior(count, size, loss, inside)
+    exact: Adaptation = Conjugate() if gaussian else Laplace()
+    draws = (num_chains, num_draws)
+    implied = steps.prior(model, tasks, centre)
+    both = centre | spread
+    at_mode = exact(model, tasks, both)
+    rungs = {
+        STEPS: _drawn(STEPS, model, tasks, centre, steps, steps.read(implied), draws, seed),
+        MODE: _drawn(MODE, model, tasks, both, exact, at_mode, draws, nth_seed(seed, 1)),
+    }
+    if point is None:
+        point = _sampled(model, tasks, posterior.phi, draws, nth_seed(seed, 2))
+    return {**rungs, POINT: point, FULL: posterior}, implied
+
+
+def _steps(start: Fit, num_steps: int | None, step_size: float | str | None) -> tuple[int, float]:
+    """K and η as asked, as the fit took them, or as they come closest to the fit's prior."""
+    if num_steps is not None:
+        num_steps = inputs.count("num_steps", num_steps)
+    if isinstance(step_size, str) or not (step_size is None or np.iterable(step_size)):
+        check_inner_step(step_size)
+    if num_steps is None and "num_steps" not in start.info and step_size is not None:
+        raise InputError(f"{start.method} takes no gradient steps: pass num_steps with step_size")
+    if num_steps is None and "num_steps" not in start.info and np.any(start.phi.get("tau", 0) > 0):
+        table = equivalent_steps(start.model, start.tasks, start.phi).table
+        finite = table[np.isfinite(table.index)]
+        best = finite["risk_ratio"].idxmin()
+        return int(best), float(finite.loc[best, "step_size"])
+    if num_steps is None and "num_steps" not in start.info:
+        raise InputError(f"{start.method} takes no gradient steps: pass num_steps and step_size")
+    if getattr(start.adaptation, "optimiser", None) is not None:
+        raise InputError(
+            f"the inner loop of {start.method} had an optimiser of its own; the report is for "
+            "plain gradient steps"
+        )
+    size: Any = step_size
+    if size is None:
+        size = start.phi.get("step_size", start.info.get("step_size", "auto"))
+    if np.ndim(size):
+        raise InputError(f"step_size must be one number for all steps, found {size!r}")
+    if size == "auto":
+        loss = getattr(start.adaptation, "loss", "sum")
+        size = 1 / float(largest_curvature(start.model, start.tasks, dict(start.phi), loss).max())
+    if num_steps is None:
+        num_steps = int(start.info["num_steps"])
+    return num_steps, float(size)
+
+
+def _drawn(
+    rung: str,
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phi: dict[str, np.ndarray],
+    adaptation: Adaptation,
+    adapted: Posterior,
+    draws: tuple[int, int],
+    seed: int | jax.Array,
+) -> Fit:
+    """A fit at this φ, with draws from its normal posterior."""
+    values = adapted.draw(as_rng(seed), draws[0] * draws[1])
+    return Fit(
+        Derived(rung), model, tasks, phi, adaptation, adapted,
+        theta_draws=values.reshape(*draws, *adapted.mean.shape),
+        no_evidence="phi was taken from another fit", warnings=adapted.remarks,
+        info={k: v for k, v in vars(adaptation).items() if k in ("num_steps", "step_size")},
+    )  # fmt: skip
+
+
+def _sampled(
+    model: HierarchicalModel, tasks: Tasks, phi: Any, draws: tuple[int, int], seed: int | jax.Array
+) -> Fit:
+    """The posterior of every θ_j at this φ, by NUTS."""
+    phi = {name: np.asarray(value) for name, value in phi.items()}
+    rows, of_row = model.likelihood.arrange(tasks)
+    with float64():
+        root = model.prior.scale_tril(phi)
+        location = jnp.asarray(model.prior.location(phi, tasks.task_predictors))
+        start = {"z": jnp.zeros((draws[0], *location.shape))}
+        found, stats = run_nuts(
+            GivenPhi(model.without_encoder()), (phi, location, root, rows, of_row),
+            as_key(seed), start, dense=False, num_draws=draws[1], num_chains=draws[0],
+            num_warmup=500, target_accept=0.9, progress=None,
+        )  # fmt: skip
+    theta = np.asarray(location) + found["z"] @ np.asarray(root).T
+    flat = theta.reshape(-1, *theta.shape[2:])
+    return Fit(
+        Derived("posterior at a point"), model, tasks, phi, Laplace(), Draws.of(flat),
+        theta_draws=theta, sample_stats=stats,
+        no_evidence="phi was taken from the full posterior's mean",
+        warnings=(
+            "tasks are not Gaussian, and their evidence has no closed form: the third rung is the "
+            "posterior of theta at the full posterior's mean of phi, drawn by NUTS",
+            *remarks({"theta": theta}, None, stats, tasks, {}),
+        ),
+    )  # fmt: skip
+
+
+LEVELS = (0.5, 0.8, 0.95)
+"""Probabilities of the intervals that are held against the draws."""
+
+SINGULAR = 1e-13
+"""Eigenvalue of a correlation matrix below which a direction has no variance but rounding."""
+
+
+def kl_divergence(
+    mean: np.ndarray, covariance: np.ndarray, to_mean: np.ndarray, to_covariance: np.ndarray
+) -> np.ndarray:
+    """KL(N(mean, covariance) ‖ N(to_mean, to_covariance)) of each task, (J,), in nats.
+
+    inf where one is a point in some direction and the other is not, or is another point; where
+    both are the same point in some direction, the divergence of what is left.
+    """
+    sd = _sd(to_covariance)
+    sd = np.where(sd > 0, sd, np.where(_sd(covariance) > 0, _sd(covariance), 1.0))
+    outer = sd[..., :, None] * sd[..., None, :]
+    gap, here, there = (to_mean - mean) / sd, covariance / outer, to_covariance / outer
+    values, vectors = np.linalg.eigh(there)
+    spread = values > SINGULAR
+    root = vectors * np.where(spread, 1 / np.sqrt(np.where(spread, values, 1.0)), 0.0)[..., None, :]
+    white = np.swapaxes(root, -1, -2) @ here @ root
+    moved = (np.swapaxes(root, -1, -2) @ gap[..., None])[..., 0]
+    own = np.linalg.eigvalsh(0.5 * (white + np.swapaxes(white, -1, -2)))
+    rank = spread.sum(-1)
+    # what is left out of the determinant are zeros, in the directions where `there` is a point
+    counted = np.arange(own.shape[-1]) >= own.shape[-1] - rank[..., None]
+    with np.errstate(divide="ignore"):
+        log_det = np.log(np.where(counted, np.maximum(own, 0.0), 1.0)).sum(-1)
+    found = 0.5 * (own.sum(-1) + (moved**2).sum(-1) - rank - log_det)
+    beside = np.where(spread[..., None, :], 0.0, vectors)
+    away = np.abs(np.swapaxes(beside, -1, -2) @ gap[..., None]).max((-1, -2))
+    wide = np.linalg.norm(np.swapaxes(beside, -1, -2) @ here @ beside, axis=(-1, -2))
+    # up to the rounding of means and of covariances
+    size = (np.maximum(np.abs(mean), np.abs(to_mean)) / sd).max(-1)
+    elsewhere = (away > 1e-12 * size) | (
+        wide > SINGULAR * np.maximum(np.linalg.norm(here, axis=(-1, -2)), 1.0)
+    )
+    elsewhere |= _rank(covariance) < rank
+    return np.where(elsewhere, np.inf, np.maximum(found, 0.0))
+
+
+def wasserstein(
+    mean: np.ndarray, covariance: np.ndarray, to_mean: np.ndarray, to_covariance: np.ndarray
+) -> np.ndarray:
+    """2-Wasserstein distance of each task, (J,), in sds of the second posterior.
+
+    Every coefficient is divided by its standard deviation under the second posterior, so that
+    coefficients of different units add up; where that is zero the distance is inf, or nothing if
+    the first posterior is the same point.
+    """
+    sd = _sd(to_covariance)
+    point = sd == 0
+    other = point & ((mean != to_mean) | (_sd(covariance) > 0))
+    sd = np.where(point, 1.0, sd)
+    gap = np.where(point, 0.0, to_mean - mean) / sd
+    outer = sd[..., :, None] * sd[..., None, :]
+    here, there = covariance / outer, to_covariance / outer
+    root = _root(there)
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ here @ root), 0.0)).sum(-1)
+    traces = np.trace(here, axis1=-2, axis2=-1) + np.trace(there, axis1=-2, axis2=-1)
+    found = np.sqrt((gap**2).sum(-1) + np.maximum(traces - 2 * cross, 0.0))
+    return np.where(other.any(-1), np.inf, found)
+
+
+def _sd(covariance: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.maximum(np.diagonal(covariance, axis1=-2, axis2=-1), 0.0))
+
+
+def _rank(covariance: np.ndarray) -> np.ndarray:
+    """In how many directions each is not a point, whatever the units of its coefficients."""
+    sd = np.where(_sd(covariance) > 0, _sd(covariance), 1.0)
+    return (np.linalg.eigvalsh(covariance / (sd[..., :, None] * sd[..., None, :])) > SINGULAR).sum(
+        -1
+    )
+
+
+def _root(matrices: np.ndarray) -> np.ndarray:
+    """Symmetric square roots."""
+    values, vectors = np.linalg.eigh(matrices)
+    scaled = vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :]
+    return scaled @ np.swapaxes(vectors, -1, -2)
+
+
+def kl_floor(num_coef: int, ess: np.ndarray) -> np.ndarray:
+    """d (d + 3) / (4 ESS): the expected KL from a normal to its own moments out of ESS draws."""
+    return num_coef * (num_coef + 3) / (4 * ess)
+
+
+def wasserstein_floor(num_coef: int, ess: np.ndarray) -> np.ndarray:
+    """√((d + d (d + 1) / 4) / ESS): the same for the distance, for coefficients of unit sd.
+
+    The means' errors give d / ESS. An error E in the covariance moves its root by E / 2, and
+    E‖E‖² = d (d + 1) / ESS where the coefficients are uncorrelated.
+    """
+    return np.sqrt((num_coef + num_coef * (num_coef + 1) / 4) / ess)
+
+
+def coverage(
+    mean: np.ndarray, covariance: np.ndarray, draws: np.ndarray, levels: tuple[float, ...] = LEVELS
+) -> np.ndarray:
+    """Share of draws (S, J, d) inside central normal intervals, by level and task: (L, J)."""
+    from scipy import stats
+
+    sd = np.sqrt(np.maximum(np.diagonal(covariance, axis1=-2, axis2=-1), 0.0))
+    away = np.abs(draws - mean)
+    return np.array(
+        [(away <= stats.norm.ppf(0.5 + level / 2) * sd).mean(axis=(0, -1)) for level in levels]
+    )
 
 
 class Reference:

@@ -34,8 +34,7 @@ from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.fit.adapted import AdaptedTasks, check_columns, phis_of
 from hierbayes.fit.learned import AFit, Learned
 from hierbayes.fit.outward import adapted_outward, outward
-from hierbayes.fit.updating import Updated, updated
-from hierbayes.fit.weighing import largest_k
+from hierbayes.fit.updating import Updated, largest_k, updated
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key, as_rng
 from hierbayes.tasks import Tasks

@@ -11,8 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from scipy import special
 
-from hierbayes.likelihoods.deviance import shortfall, stirling
-from hierbayes.likelihoods.generalised import GeneralisedLinear, mean_offset
+from hierbayes.likelihoods.generalised import GeneralisedLinear, mean_offset, shortfall, stirling
 from hierbayes.likelihoods.over_normal import LARGEST, Kernel, OfRate, averaged
 from hierbayes.likelihoods.poisson import exponential
 from hierbayes.tasks import Tasks

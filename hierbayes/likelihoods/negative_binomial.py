@@ -12,8 +12,7 @@ import numpyro.distributions as dist
 from scipy import special
 
 from hierbayes.likelihoods.bernoulli import softplus
-from hierbayes.likelihoods.deviance import count_peak, stirling
-from hierbayes.likelihoods.generalised import GeneralisedLinear
+from hierbayes.likelihoods.generalised import GeneralisedLinear, count_peak, stirling
 from hierbayes.likelihoods.over_normal import LARGEST, Kernel, OfRate, averaged
 from hierbayes.likelihoods.poisson import exponential, log_rate
 from hierbayes.tasks import Tasks

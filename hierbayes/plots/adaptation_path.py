@@ -24,9 +24,8 @@ from hierbayes.errors import InputError, listing, overhearing, suggestion
 from hierbayes.fit import Fit
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, to_numpy
-from hierbayes.plots.ellipse import ellipse
 from hierbayes.plots.labels import LEVEL_FIRST, Label, along, halo, named, place
-from hierbayes.plots.style import axes_or_new, looks
+from hierbayes.plots.style import axes_or_new, ellipse, looks
 from hierbayes.rows import Whole
 from hierbayes.tasks import Task, Tasks
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from hierbayes.errors import InputError, suggestion
 from hierbayes.fit import Fit
-from hierbayes.plots.ellipse import ellipse
 from hierbayes.plots.labels import named
+from hierbayes.plots.style import ellipse
 
 _COLOURS = ("#D55E00", "#E69F00", "#009E73", "#0072B2")
 _LINES = ("-", (0, (5, 2)), (0, (1, 1.2)), "-")

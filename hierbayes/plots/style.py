@@ -1,13 +1,29 @@
-"""One colour and one marker a method, in every picture."""
+"""One colour and one marker a method, in every picture.
+
+Ellipses of normal distributions in two dimensions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from hierbayes.errors import InputError, suggestion
 from hierbayes.fit import Fit
 from hierbayes.fit.method import named_methods
+
+
+def ellipse(mean: np.ndarray, covariance: np.ndarray, probability: float) -> np.ndarray:
+    """A closed curve (181, 2) that holds this share of the normal distribution."""
+    values, vectors = np.linalg.eigh(covariance)
+    root = vectors * np.sqrt(np.maximum(values, 0.0))
+    angle = np.linspace(0, 2 * np.pi, 181)
+    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    # the squared radius is χ² with two degrees of freedom: exponential
+    return mean + np.sqrt(-2 * np.log1p(-probability)) * circle @ root.T
+
 
 _MORE = ("#56B4E9", "#F0E442")
 """What methods have left of Okabe and Ito's palette, which colour-blind readers can tell apart."""
