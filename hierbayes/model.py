@@ -30,10 +30,9 @@ from hierbayes.priors.beliefs import refuse_negative
 from hierbayes.priors.column_map import ColumnMap
 from hierbayes.priors.columns import Columns, Reads
 from hierbayes.priors.elliptical import Elliptical
-from hierbayes.priors.hyperprior import Shape
-from hierbayes.priors.scales import Scales
+from hierbayes.priors.hyperprior import Scales, Shape
 from hierbayes.tasks import Encoder, Task, Tasks
-from hierbayes.tasks.kept import kept
+from hierbayes.tasks.container import kept
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from hierbayes.numerics import matmul
 from hierbayes.sharding import place
 from hierbayes.tasks import Tasks
-from hierbayes.tasks.kept import kept
+from hierbayes.tasks.container import kept
 
 NUMBERS_AT_ONCE = 200_000
 """Numbers of the rows that are factorised together: these stay in the processor's cache."""

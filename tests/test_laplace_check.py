@@ -20,8 +20,7 @@ from scipy import optimize, special, stats
 
 import hierbayes as hb
 from hierbayes.checks.laplace_check import _flags, effective_count, largest
-from hierbayes.meta.better_evidence import jackknife_error, pooled, student_nodes
-from hierbayes.meta.information import x_of
+from hierbayes.meta.better_evidence import jackknife_error, pooled, student_nodes, x_of
 from hierbayes.numerics import float64, to_numpy
 
 QUIET = dict(num_draws=1, num_chains=1)

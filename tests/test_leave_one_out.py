@@ -22,9 +22,12 @@ from scipy import special, stats
 import hierbayes as hb
 from hierbayes.adaptation import Laplace
 from hierbayes.checks import leave_one_row_out, leave_one_task_out
-from hierbayes.checks.evidence_of_tasks import evidence_of
-from hierbayes.checks.importance import leave_one_out, relative_efficiency
-from hierbayes.checks.leave_one_row_out import without_each_row
+from hierbayes.checks.leave_out import (
+    evidence_of,
+    leave_one_out,
+    relative_efficiency,
+    without_each_row,
+)
 
 ENOUGH = dict(num_draws=1000, num_chains=4, seed=1, progress=False)
 
@@ -126,7 +129,7 @@ def test_tasks_left_out_by_importance_are_integrals_on_a_grid(eight):
 @pytest.mark.slow
 def test_every_task_refitted_agrees_with_importance(eight, schools):
     """T18: brute force, a fit without each school, same settings."""
-    from hierbayes.checks.leave_one_task_out import _averaged, _refits
+    from hierbayes.checks.leave_out import _averaged, _refits
 
     found = leave_one_task_out(eight)
     for j, without in _refits(eight, range(8)):
@@ -281,7 +284,7 @@ def test_rows_left_out_are_integrals_on_a_grid(ragged, of_ragged):
 
 def test_rows_in_pieces_are_the_same_rows(of_ragged, monkeypatch):
     whole = leave_one_row_out(of_ragged)
-    monkeypatch.setattr("hierbayes.checks.leave_one_row_out.NUMBERS_AT_ONCE", 4000 * 4)
+    monkeypatch.setattr("hierbayes.checks.leave_one_task_out.NUMBERS_AT_ONCE", 4000 * 4)
     pieces = leave_one_row_out(of_ragged)
     close(pieces["log_density"].values, whole["log_density"].values, rtol=1e-12)
     close(pieces["pareto_k"].values, whole["pareto_k"].values, rtol=1e-9)
@@ -406,7 +409,7 @@ def test_scores_of_rows_say_nothing_where_they_are_sound(radon_ml):
 
 def test_a_draw_without_a_number_is_not_passed_over():
     """One NaN among 2,000 draws of a unit, and the unit has no score."""
-    from hierbayes.checks.importance import leave_one_out
+    from hierbayes.checks.leave_out import leave_one_out
 
     values = np.random.default_rng(0).normal(size=(4, 500, 3))
     values[1, 7, 0] = np.nan

@@ -14,8 +14,16 @@ import pytest
 import hierbayes as hb
 from hierbayes import statistics as statistics_module
 from hierbayes.adaptation import Conjugate
-from hierbayes.evidence.curved import LANES, Curved, Plain, around, with_criterion
-from hierbayes.evidence.profile import profile, profile_and_slopes, profile_problem
+from hierbayes.evidence.profile import (
+    LANES,
+    Curved,
+    Plain,
+    around,
+    profile,
+    profile_and_slopes,
+    profile_problem,
+    with_criterion,
+)
 from hierbayes.meta.optimum import curvature
 from hierbayes.numerics import float64, triangle
 from hierbayes.statistics import statistics
@@ -114,7 +122,7 @@ def test_the_estimate_is_the_one_without_shortcuts(tau, monkeypatch):
     tasks = simulated(5000, tau=tau, seed=3)
     fast = hb.empirical_bayes(MODEL, tasks, num_draws=1, num_chains=1)
     other = replace(tasks)  # nothing is kept with these
-    monkeypatch.setattr("hierbayes.evidence.curved.fits", lambda *sizes: False)
+    monkeypatch.setattr("hierbayes.evidence.profile.fits", lambda *sizes: False)
     slow = hb.empirical_bayes(MODEL, other, num_draws=1, num_chains=1)
     assert fast.log_evidence == pytest.approx(slow.log_evidence, rel=1e-12)
     for name, value in slow.phi.items():

@@ -18,8 +18,8 @@ from scipy import special, stats
 
 import hierbayes as hb
 from hierbayes.evidence import Integrated
-from hierbayes.meta.correlations import HELD, at_the_boundary, held_entries
-from hierbayes.meta.information import observed_information, x_of
+from hierbayes.meta.better_evidence import observed_information, x_of
+from hierbayes.meta.optimum import HELD, at_the_boundary, held_entries
 from hierbayes.numerics import float64, to_numpy
 
 QUIET = dict(num_draws=1, num_chains=1)

@@ -30,12 +30,11 @@ from hierbayes.adaptation.arguments import (
     read_rank,
     read_tasks,
 )
-from hierbayes.adaptation.curvature import Kind
+from hierbayes.adaptation.curvature import Kind, linearise, respond, run
 from hierbayes.adaptation.discrepancy import judge_validity, measure, refuse_diverged
 from hierbayes.adaptation.implied import Discrepancy, EquivalentPrior
 from hierbayes.adaptation.judgement import NULL, judge
 from hierbayes.adaptation.matrix_free import LARGE, matrix_free_prior
-from hierbayes.adaptation.spectrum import linearise, respond, run
 from hierbayes.errors import InputError, announce, listing
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy

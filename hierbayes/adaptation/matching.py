@@ -35,9 +35,8 @@ import numpy as np
 
 from hierbayes import inputs
 from hierbayes.adaptation.arguments import read_phi, read_preconditioner, read_tasks
-from hierbayes.adaptation.curvature import Kind
+from hierbayes.adaptation.curvature import Kind, linearise
 from hierbayes.adaptation.descent import Descent, Flow
-from hierbayes.adaptation.spectrum import linearise
 from hierbayes.errors import InputError, listing
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy

@@ -32,7 +32,7 @@ from hierbayes.numerics import float64
 from hierbayes.rows import Rows, Whole, rows_of
 from hierbayes.sharding import filled_up, gathered, rung
 from hierbayes.tasks import Tasks
-from hierbayes.tasks.kept import kept
+from hierbayes.tasks.container import kept
 
 
 class Determined(NamedTuple):

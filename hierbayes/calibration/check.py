@@ -31,9 +31,9 @@ from hierbayes.checks.coverage import covered_by_draws, covered_by_normal, norma
 from hierbayes.checks.quantities import quantities, rank
 from hierbayes.errors import InputError, announce, listing, overhearing, suggestion
 from hierbayes.fit import Fit
-from hierbayes.fit.effective import ess
 from hierbayes.fit.method import Method, named_methods
 from hierbayes.meta import full_bayes
+from hierbayes.meta.diagnostics import ess
 from hierbayes.meta.full_bayes import LONG_STAY, SURE
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import as_rng

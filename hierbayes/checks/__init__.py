@@ -10,8 +10,7 @@ simulated from asks :func:`hierbayes.check_calibration`.
 from hierbayes.checks.differences import score_differences
 from hierbayes.checks.interval_coverage import interval_coverage
 from hierbayes.checks.laplace_check import laplace_check
-from hierbayes.checks.leave_one_row_out import leave_one_row_out
-from hierbayes.checks.leave_one_task_out import leave_one_task_out
+from hierbayes.checks.leave_out import leave_one_row_out, leave_one_task_out
 from hierbayes.checks.new_tasks import new_task_scores
 from hierbayes.checks.scores import held_out_scores, theta_differences
 from hierbayes.checks.task_effects import TaskEffects, task_effects

@@ -44,11 +44,11 @@ from hierbayes.meta.better_evidence import (
     jackknife_error,
     log_evidences,
     newton_shift,
+    observed_information,
     pooled,
     scrambled_sobol,
 )
 from hierbayes.meta.empirical_bayes import EmpiricalBayes
-from hierbayes.meta.information import observed_information
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_rng, float64, solve_upper
 from hierbayes.sharding import gathered

@@ -18,7 +18,7 @@ from scipy.special import logsumexp
 
 from hierbayes.adaptation import PointAdaptation
 from hierbayes.checks.differences import score, score_differences
-from hierbayes.checks.evidence_of_tasks import evidence_of
+from hierbayes.checks.leave_out import evidence_of
 from hierbayes.checks.scores import root_mean_square
 from hierbayes.errors import InputError, announce, listing
 from hierbayes.fit import Fit, Prediction

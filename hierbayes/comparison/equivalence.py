@@ -52,10 +52,9 @@ from hierbayes.adaptation.step_length import largest_curvature
 from hierbayes.checks.scores import mean_over_tasks
 from hierbayes.errors import InputError, overhearing
 from hierbayes.fit import Fit, Prediction
-from hierbayes.fit.effective import ess
 from hierbayes.fit.method import Derived
 from hierbayes.meta import empirical_bayes
-from hierbayes.meta.diagnostics import remarks
+from hierbayes.meta.diagnostics import ess, remarks
 from hierbayes.meta.inner_loop import check_inner_step, nth_seed
 from hierbayes.meta.sampling import GivenPhi, run_nuts
 from hierbayes.model import HierarchicalModel

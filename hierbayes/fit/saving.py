@@ -18,8 +18,17 @@ from hierbayes.fit import hdf5
 from hierbayes.fit.datatree import PREDICTIVE, build
 from hierbayes.fit.learned import Learned
 from hierbayes.fit.method import METHODS, Method
-from hierbayes.fit.stored import FORMAT, GROUP, KINDS, LIKELIHOODS, OPTIMISER, OWN, PRIORS
-from hierbayes.fit.stored_inside import arrays_inside, inside_to_plain
+from hierbayes.fit.stored import (
+    FORMAT,
+    GROUP,
+    KINDS,
+    LIKELIHOODS,
+    OPTIMISER,
+    OWN,
+    PRIORS,
+    arrays_inside,
+    inside_to_plain,
+)
 from hierbayes.formula import FormulaEncoder
 from hierbayes.priors.columns import to_plain
 from hierbayes.priors.serialise import hyperprior_to_plain

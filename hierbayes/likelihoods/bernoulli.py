@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from scipy import special
 
-from hierbayes.likelihoods.alike import Alike, columns_of, groups, merged
+from hierbayes.likelihoods.base import Alike, columns_of, groups, merged
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.over_normal import Kernel, log_average
 from hierbayes.tasks import Tasks

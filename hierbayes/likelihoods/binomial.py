@@ -13,7 +13,7 @@ from jax.scipy.special import gammaln as jax_gammaln
 from scipy import special
 
 from hierbayes.errors import InputError, listing
-from hierbayes.likelihoods.alike import Alike, columns_of, groups, merged
+from hierbayes.likelihoods.base import Alike, columns_of, groups, merged
 from hierbayes.likelihoods.bernoulli import POSSIBLE, logistic, softplus
 from hierbayes.likelihoods.generalised import GeneralisedLinear, mean_offset
 from hierbayes.likelihoods.over_normal import Concave, Kernel, averaged, log_average

@@ -13,7 +13,7 @@ from hierbayes import inputs
 from hierbayes.errors import InputError
 from hierbayes.likelihoods.base import Likelihood
 from hierbayes.tasks import Tasks
-from hierbayes.tasks.kept import kept
+from hierbayes.tasks.container import kept
 
 
 @dataclass(frozen=True)

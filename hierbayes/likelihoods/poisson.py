@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from scipy.special import gammaln
 
-from hierbayes.likelihoods.alike import Alike, columns_of, groups, merged
+from hierbayes.likelihoods.base import Alike, columns_of, groups, merged
 from hierbayes.likelihoods.generalised import GeneralisedLinear, count_peak, less_one
 from hierbayes.likelihoods.over_normal import LARGEST, Kernel, OfRate, averaged
 from hierbayes.tasks import Tasks

@@ -30,13 +30,13 @@ from hierbayes.evidence.integrated import by_nodes
 from hierbayes.evidence.profile import profile_problem
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.meta.better_evidence import AroundPhi, newton_shift
-from hierbayes.meta.correlations import held_entries
 from hierbayes.meta.criterion import Criterion
 from hierbayes.meta.first_look import look, sample_of
 from hierbayes.meta.optimum import (
     Optimum,
     ValueAndSlope,
     descend,
+    held_entries,
     minimise,
     polish,
     unsettled,

@@ -28,6 +28,7 @@ from hierbayes.fit.stored import (
     as_tuples,
     check_draws,
     check_phi,
+    columns_of,
     entry,
     field,
     made,
@@ -35,8 +36,8 @@ from hierbayes.fit.stored import (
     number,
     read_tasks,
     read_training,
+    with_inside,
 )
-from hierbayes.fit.stored_inside import columns_of, with_inside
 from hierbayes.formula import FormulaEncoder
 from hierbayes.likelihoods.neural import Neural
 from hierbayes.model import HierarchicalModel

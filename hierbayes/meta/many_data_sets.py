@@ -20,9 +20,9 @@ import numpy as np
 
 from hierbayes.evidence.many import ManyProblems
 from hierbayes.evidence.profile import profile_problem
-from hierbayes.meta.correlations import SINGULAR
 from hierbayes.meta.first_look import look
 from hierbayes.meta.marginal import positions, relative_units
+from hierbayes.meta.optimum import SINGULAR
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.statistics import Statistics, row_scale, statistics
 from hierbayes.tasks import Tasks

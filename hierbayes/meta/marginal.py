@@ -12,17 +12,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hierbayes.evidence.curved import Curved, Plain, PlainAt, around, with_criterion
 from hierbayes.evidence.many import ManyProblems
-from hierbayes.evidence.nearby import Nearby
-from hierbayes.evidence.profile import profile_problem
-from hierbayes.meta.correlations import HELD, SINGULAR, at_the_boundary
+from hierbayes.evidence.profile import (
+    Curved,
+    Nearby,
+    Plain,
+    PlainAt,
+    around,
+    profile_problem,
+    with_criterion,
+)
 from hierbayes.meta.first_look import Blocks, look, sample_of
 from hierbayes.meta.optimum import (
+    HELD,
+    SINGULAR,
     Minimum,
     Near,
     Optimum,
     ValueAndSlope,
+    at_the_boundary,
     curvature,
     descend,
     highest,
@@ -35,7 +43,7 @@ from hierbayes.phi.space import Space, root_of
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.statistics import Statistics, placed_statistics
 from hierbayes.tasks import Tasks
-from hierbayes.tasks.kept import kept
+from hierbayes.tasks.container import kept
 
 SURELY = 20.0
 """How much higher a sample of the tasks has to stand than at Λ = 0 for that not to be tried."""

@@ -38,7 +38,7 @@ from hierbayes.numerics import float64, to_numpy
 from hierbayes.phi.space import Space, phi_at, standard_errors
 from hierbayes.statistics import statistics
 from hierbayes.tasks import Tasks
-from hierbayes.tasks.kept import kept
+from hierbayes.tasks.container import kept
 
 STARTS = {"df": 8.0}
 """Of a family's parameters, 1 where nothing stands here; σ in units of f."""

@@ -14,10 +14,17 @@ import numpy as np
 import numpyro.distributions as dist
 
 from hierbayes.adaptation import Integrable
-from hierbayes.meta.correlations import SINGULAR
 from hierbayes.meta.criterion import Criterion
 from hierbayes.meta.marginal import maximise_likelihood
-from hierbayes.meta.optimum import Minimum, Optimum, ValueAndSlope, descend, highest, minimise
+from hierbayes.meta.optimum import (
+    SINGULAR,
+    Minimum,
+    Optimum,
+    ValueAndSlope,
+    descend,
+    highest,
+    minimise,
+)
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.phi.space import Space, at_an_end

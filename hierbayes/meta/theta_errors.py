@@ -27,8 +27,7 @@ from hierbayes.errors import InputError, NotApplicable
 from hierbayes.fit import Fit
 from hierbayes.fit.adapted import label
 from hierbayes.fit.fit import check_fit
-from hierbayes.meta.better_evidence import AroundPhi
-from hierbayes.meta.information import observed_information
+from hierbayes.meta.better_evidence import AroundPhi, observed_information
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.phi.space import FLAT

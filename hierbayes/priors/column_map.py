@@ -23,7 +23,7 @@ import numpy as np
 from hierbayes.numerics import float64, semidefinite_root
 from hierbayes.priors.hyperprior import Shape
 from hierbayes.tasks import Tasks
-from hierbayes.tasks.kept import kept
+from hierbayes.tasks.container import kept
 
 
 class Column(NamedTuple):

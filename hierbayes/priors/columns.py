@@ -15,7 +15,7 @@ import numpy as np
 from hierbayes.priors.column_map import Column, ColumnMap
 from hierbayes.priors.hyperprior import HyperPrior, Shape
 from hierbayes.tasks import Tasks
-from hierbayes.tasks.kept import kept
+from hierbayes.tasks.container import kept
 
 Reads = Literal["rows", "prior", "beliefs"]
 """What a method reads beside the rows: nothing, p(θ | φ), or p(φ) too. The less it reads the more

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hierbayes.likelihoods import Likelihood
-from hierbayes.likelihoods.alike import columns_of, groups, merged
+from hierbayes.likelihoods.base import columns_of, groups, merged
 from hierbayes.rows.binary import MOST_ROWS, BinaryRows
 from hierbayes.rows.blocks import Rows
 from hierbayes.rows.whole import Whole
 from hierbayes.sharding import filled_up, rung
 from hierbayes.tasks import Tasks
-from hierbayes.tasks.kept import kept
+from hierbayes.tasks.container import kept
 from hierbayes.tasks.layout import on_devices
 
 WORTH_WHILE = 0.7

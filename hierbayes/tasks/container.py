@@ -4,14 +4,17 @@ r"""D_1, …, D_J: the data of many related tasks.
 
 Tasks are ragged. Their rows lie flat, one task after another; likelihoods that must be vmapped
 see them in power-of-two buckets, which never pad beyond twice the observations.
+
+What is computed of Tasks once and kept with them, for as long as they live.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -803,3 +806,26 @@ def _per_task(
         if len(array) != n:
             raise InputError(f"`{role}` of task number {j} has {len(array)} rows for {n} outcomes")
     return arrays
+
+
+Made = TypeVar("Made")
+
+_KEPT: weakref.WeakKeyDictionary[Tasks, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
+
+
+def kept(function: Callable[..., Made]) -> Callable[..., Made]:
+    """Remember ``function(tasks, *key)``: Tasks never change, so neither does what follows.
+
+    The key must be hashable, and the result must not hold the tasks themselves, which would then
+    live for ever. What raises is not remembered.
+    """
+
+    @functools.wraps(function)
+    def remembered(tasks: Tasks, *key: Hashable) -> Made:
+        of_tasks = _KEPT.setdefault(tasks, {})
+        place = (function, *key)
+        if place not in of_tasks:
+            of_tasks[place] = function(tasks, *key)
+        return of_tasks[place]
+
+    return remembered
