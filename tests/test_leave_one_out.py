@@ -284,7 +284,7 @@ def test_rows_left_out_are_integrals_on_a_grid(ragged, of_ragged):
 
 def test_rows_in_pieces_are_the_same_rows(of_ragged, monkeypatch):
     whole = leave_one_row_out(of_ragged)
-    monkeypatch.setattr("hierbayes.checks.leave_one_task_out.NUMBERS_AT_ONCE", 4000 * 4)
+    monkeypatch.setattr("hierbayes.checks.leave_out.NUMBERS_AT_ONCE", 4000 * 4)
     pieces = leave_one_row_out(of_ragged)
     close(pieces["log_density"].values, whole["log_density"].values, rtol=1e-12)
     close(pieces["pareto_k"].values, whole["pareto_k"].values, rtol=1e-9)

@@ -61,7 +61,7 @@ from hierbayes.errors import InputError, NotApplicable, announce, listing, overh
 from hierbayes.fit import Fit, updating
 from hierbayes.fit.adapted import phis_of
 from hierbayes.fit.fit import check_fit
-from hierbayes.meta.diagnostics import ess, statistics
+from hierbayes.meta.diagnostics import arviz_statistics, ess
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.priors import Prior
@@ -116,7 +116,7 @@ def leave_one_out(values: np.ndarray, efficiency: float) -> LeftOut:
         return LeftOut(log_density, pareto_k, error, good_k)
     y = xr.DataArray(values[:, :, moving], dims=dims)
     # what arviz_stats.loo computes, without its warning: k̂ is judged by the caller
-    found, shapes = statistics().psislw(y, r_eff=efficiency, dim=["chain", "draw"])
+    found, shapes = arviz_statistics().psislw(y, r_eff=efficiency, dim=["chain", "draw"])
     log_weights = found.transpose(*dims).values
     log_density[moving] = logsumexp(values[:, :, moving] + log_weights, axis=(0, 1))
     pareto_k[moving] = shapes.values

@@ -15,7 +15,7 @@ from hierbayes.tasks import Tasks
 
 
 @functools.cache
-def statistics() -> Any:
+def arviz_statistics() -> Any:
     """ArviZ's functions of DataArrays, which leave Python's warning filters alone.
 
     ArviZ's own autocovariance ignores all warnings while it runs, by ``catch_warnings``; those of
@@ -43,7 +43,7 @@ def ess(values: Any, method: str) -> Any:
     import xarray as xr
 
     dims = ("chain", "draw", *(f"axis_{i}" for i in range(np.ndim(values) - 2)))
-    return statistics().ess(xr.DataArray(values, dims=dims), method=method).values
+    return arviz_statistics().ess(xr.DataArray(values, dims=dims), method=method).values
 
 
 LARGEST_RHAT = 1.01
@@ -116,8 +116,8 @@ def _diagnostics(
     results: list[dict[str, float]] = []
     for measure in (
         lambda a: arviz_stats.rhat(a.to_dataset(name="a"))["a"],
-        lambda a: statistics().ess(a, method="bulk"),
-        lambda a: statistics().ess(a, method="tail"),
+        lambda a: arviz_statistics().ess(a, method="bulk"),
+        lambda a: arviz_statistics().ess(a, method="tail"),
     ):
         values: dict[str, float] = {}
         for name, array in variables.items():
