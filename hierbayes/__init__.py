@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hierbayes import datasets, likelihoods, meta, plots, priors, simulation
-    from hierbayes.adaptation import equivalent_prior, equivalent_steps
     from hierbayes.calibration import check_calibration
     from hierbayes.comparison import Comparison, compare, equivalence_report
+    from hierbayes.equivalence import equivalent_prior, equivalent_steps
     from hierbayes.errors import FitWarning, InputError
     from hierbayes.files import compilation_cache
     from hierbayes.fit import Fit, Prediction
@@ -56,8 +56,8 @@ _ROOM_OF = {
     "complete_pooling": "meta",
     "empirical_bayes": "meta",
     "equivalence_report": "comparison",
-    "equivalent_prior": "adaptation",
-    "equivalent_steps": "adaptation",
+    "equivalent_prior": "equivalence",
+    "equivalent_steps": "equivalence",
     "from_formula": "formula",
     "full_bayes": "meta",
     "imaml": "meta",

@@ -18,7 +18,8 @@ PACKAGE = Path(hierbayes.__file__).parent
 ROOMS = [
     "errors", "inputs", "files", "numerics", "sharding", "tasks", "statistics", "phi",
     "likelihoods", "rows", "priors",
-    "model", "simulation", "formula", "adaptation", "evidence", "fit", "meta", "checks", "plots",
+    "model", "simulation", "formula", "adaptation", "equivalence", "evidence", "fit", "meta",
+    "checks", "plots",
     "calibration", "comparison", "datasets", "cli",
 ]  # fmt: skip
 """From the top of the house to the bottom; a room imports only rooms above it, or itself."""

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hierbayes as hb
-from hierbayes.adaptation import Status
+from hierbayes.equivalence import Status
 
 GAUSSIAN = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
 SIZES = (6, 1, 0, 2, 3)

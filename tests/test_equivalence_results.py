@@ -13,7 +13,7 @@ from assertions import close, monte_carlo, refuses
 
 import hierbayes as hb
 from hierbayes.adaptation import Descent, Flow
-from hierbayes.adaptation.judgement import described
+from hierbayes.equivalence.validity import described
 
 GAUSSIAN = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
 BERNOULLI = hb.HierarchicalModel(hb.likelihoods.Bernoulli(), hb.priors.Gaussian())

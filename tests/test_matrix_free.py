@@ -17,7 +17,7 @@ from scipy import special
 
 import hierbayes as hb
 from hierbayes.adaptation import matrix_free, white
-from hierbayes.adaptation.matrix_free import MatrixFreePrior
+from hierbayes.equivalence.matrix_free import MatrixFreePrior
 from hierbayes.likelihoods import Gaussian
 
 D = 60
@@ -261,11 +261,11 @@ def test_two_thousand_coefficients():
 
 
 @pytest.mark.parametrize(
-    ("large", "kind"), [(D, hb.adaptation.EquivalentPrior), (D - 1, MatrixFreePrior)]
+    ("large", "kind"), [(D, hb.equivalence.EquivalentPrior), (D - 1, MatrixFreePrior)]
 )
 def test_a_matrix_is_formed_up_to_256_coefficients(large, kind, monkeypatch):
     assert matrix_free.LARGE == 256
-    monkeypatch.setattr("hierbayes.adaptation.equivalence.LARGE", large)
+    monkeypatch.setattr("hierbayes.equivalence.prior.LARGE", large)
     model, sigma = MODELS["gaussian"]
     assert isinstance(hb.equivalent_prior(model, TASKS, PHI, 4, 0.01, sigma=sigma), kind)
 

@@ -23,8 +23,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hierbayes.adaptation.arguments import Preconditioner
-from hierbayes.adaptation.descent import Descent, Flow
+from hierbayes.adaptation.descent import Descent, Flow, Preconditioner
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task
 

@@ -19,7 +19,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,13 @@ from hierbayes.numerics import float64
 
 if TYPE_CHECKING:
     import optax
+
+
+class Preconditioner(NamedTuple):
+    """B = C Cᵀ: ``root`` C, (d, d) or (J, d, d), or a diagonal (d,); or ``per_step`` (K, d, d)."""
+
+    root: np.ndarray
+    per_step: np.ndarray | None = None
 
 
 @functools.partial(

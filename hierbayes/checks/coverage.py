@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from hierbayes.adaptation import GradientSteps, equivalent_prior
-from hierbayes.adaptation.judgement import Status
+from hierbayes.adaptation import GradientSteps
 from hierbayes.checks.scores import LEVELS
+from hierbayes.equivalence import equivalent_prior
+from hierbayes.equivalence.validity import Status
 from hierbayes.errors import NotApplicable
 from hierbayes.fit import Fit
 

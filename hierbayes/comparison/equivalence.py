@@ -37,19 +37,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes import inputs, plots
-from hierbayes.adaptation import (
-    Adaptation,
-    Conjugate,
-    Draws,
-    EquivalentPrior,
-    Laplace,
-    Posterior,
-    Status,
-    equivalent_steps,
-)
-from hierbayes.adaptation.implied_posterior import ImpliedPosterior
+from hierbayes.adaptation import Adaptation, Conjugate, Draws, Laplace, Posterior
 from hierbayes.adaptation.step_length import largest_curvature
 from hierbayes.checks.scores import mean_over_tasks
+from hierbayes.equivalence import EquivalentPrior, Status, equivalent_steps
+from hierbayes.equivalence.implied_posterior import ImpliedPosterior
 from hierbayes.errors import InputError, overhearing
 from hierbayes.fit import Fit, Prediction
 from hierbayes.fit.method import Derived

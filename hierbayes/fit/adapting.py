@@ -28,8 +28,8 @@ from hierbayes.adaptation import (
     Normal,
     NotOffered,
     Posterior,
-    equivalent_prior,
 )
+from hierbayes.equivalence import equivalent_prior
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.fit.adapted import AdaptedTasks, check_columns, phis_of
 from hierbayes.fit.learned import AFit, Learned

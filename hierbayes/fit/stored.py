@@ -32,9 +32,9 @@ from hierbayes.adaptation import (
     Quadrature,
     WithShared,
 )
-from hierbayes.adaptation.implied_posterior import ImpliedPosterior
 from hierbayes.adaptation.linearised import LinearisedSteps
 from hierbayes.adaptation.variational import Variational
+from hierbayes.equivalence.implied_posterior import ImpliedPosterior
 from hierbayes.errors import InputError, listing
 from hierbayes.fit.learned import AFit, Learned
 from hierbayes.fit.method import Method

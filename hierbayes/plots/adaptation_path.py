@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation import equivalent_prior
-from hierbayes.adaptation.arguments import read_phi, read_tasks
 from hierbayes.adaptation.curvature import slopes
 from hierbayes.adaptation.descent import Descent
-from hierbayes.adaptation.discrepancy import WORST, measure
-from hierbayes.adaptation.implied import FLAT, EquivalentPrior, described
 from hierbayes.adaptation.mode import LogJoint, find_mode
+from hierbayes.equivalence import equivalent_prior
+from hierbayes.equivalence.arguments import read_phi, read_tasks
+from hierbayes.equivalence.discrepancy import WORST, measure
+from hierbayes.equivalence.implied import FLAT, EquivalentPrior, described
 from hierbayes.errors import InputError, listing, overhearing, suggestion
 from hierbayes.fit import Fit
 from hierbayes.model import HierarchicalModel

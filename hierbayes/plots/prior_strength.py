@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hierbayes.adaptation.descent import Descent, implied_precision
-from hierbayes.adaptation.implied import EquivalentPrior, described
+from hierbayes.equivalence.implied import EquivalentPrior, described
 from hierbayes.errors import InputError
 from hierbayes.numerics import float64
 from hierbayes.plots.labels import halo

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation.curvature import Kind, curvatures_at, slopes
-from hierbayes.adaptation.implied import Discrepancy
-from hierbayes.adaptation.judgement import Status
 from hierbayes.adaptation.mode import LogJoint, find_mode
+from hierbayes.equivalence.implied import Discrepancy
+from hierbayes.equivalence.validity import Status
 from hierbayes.errors import InputError, listing
 from hierbayes.likelihoods.base import sum_by_task
 from hierbayes.model import HierarchicalModel

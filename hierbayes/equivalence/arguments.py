@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hierbayes import inputs
-from hierbayes.adaptation.descent import Descent, Flow, check_linear
+from hierbayes.adaptation.descent import Descent, Flow, Preconditioner, check_linear
 from hierbayes.errors import InputError, listing
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
@@ -189,13 +189,6 @@ def read_method(
     if nesterov and not kept:
         raise InputError("nesterov=True needs a momentum to look ahead by; pass momentum=…")
     return Descent(num_steps, sizes, kept or None, nesterov)
-
-
-class Preconditioner(NamedTuple):
-    """B = C Cᵀ: ``root`` C, (d, d) or (J, d, d), or a diagonal (d,); or ``per_step`` (K, d, d)."""
-
-    root: np.ndarray
-    per_step: np.ndarray | None = None
 
 
 def over_rows(scaling: Preconditioner, tasks: Tasks) -> Preconditioner:

@@ -32,13 +32,12 @@ import jax
 import numpy as np
 
 from hierbayes import inputs
-from hierbayes.adaptation.arguments import Preconditioner
 from hierbayes.adaptation.curvature import Kind, products, run
-from hierbayes.adaptation.descent import Descent, Flow
-from hierbayes.adaptation.discrepancy import judge_validity, refuse_diverged
-from hierbayes.adaptation.implied import Discrepancy, ImpliedPrior
-from hierbayes.adaptation.judgement import FLAT, NULL, Status, judge
+from hierbayes.adaptation.descent import Descent, Flow, Preconditioner
 from hierbayes.adaptation.mode import ACCEPTED
+from hierbayes.equivalence.discrepancy import judge_validity, refuse_diverged
+from hierbayes.equivalence.implied import Discrepancy, ImpliedPrior
+from hierbayes.equivalence.validity import FLAT, NULL, Status, judge
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_rng, float64, to_numpy

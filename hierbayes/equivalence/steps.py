@@ -34,9 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes import inputs
-from hierbayes.adaptation.arguments import read_phi, read_preconditioner, read_tasks
 from hierbayes.adaptation.curvature import Kind, linearise
 from hierbayes.adaptation.descent import Descent, Flow
+from hierbayes.equivalence.arguments import read_phi, read_preconditioner, read_tasks
 from hierbayes.errors import InputError, listing
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy
@@ -263,7 +263,7 @@ def equivalent_steps(
     Examples
     --------
     >>> import numpy as np, hierbayes as hb
-    >>> from hierbayes.adaptation import equivalent_steps
+    >>> from hierbayes.equivalence import equivalent_steps
     >>> model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian())
     >>> tasks = hb.Tasks.from_arrays([(np.ones((n, 1)), np.zeros(n)) for n in (5, 5, 5)])
     >>> steps = equivalent_steps(model, tasks, [0.0], precision=[1.0], sigma=1.0, num_steps=[1, 2])

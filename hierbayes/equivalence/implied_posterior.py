@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hierbayes.adaptation.base import Adaptation
-from hierbayes.adaptation.equivalence import equivalent_prior
-from hierbayes.adaptation.implied import EquivalentPrior
 from hierbayes.adaptation.posterior import Normal
+from hierbayes.equivalence.implied import EquivalentPrior
+from hierbayes.equivalence.prior import equivalent_prior
 from hierbayes.errors import overhearing
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks

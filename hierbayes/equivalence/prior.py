@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from hierbayes import inputs
-from hierbayes.adaptation.arguments import (
+from hierbayes.adaptation.curvature import Kind, linearise, respond, run
+from hierbayes.equivalence.arguments import (
     Asked,
     over_equal_rows,
     over_rows,
@@ -30,11 +31,10 @@ from hierbayes.adaptation.arguments import (
     read_rank,
     read_tasks,
 )
-from hierbayes.adaptation.curvature import Kind, linearise, respond, run
-from hierbayes.adaptation.discrepancy import judge_validity, measure, refuse_diverged
-from hierbayes.adaptation.implied import Discrepancy, EquivalentPrior
-from hierbayes.adaptation.judgement import NULL, judge
-from hierbayes.adaptation.matrix_free import LARGE, matrix_free_prior
+from hierbayes.equivalence.discrepancy import judge_validity, measure, refuse_diverged
+from hierbayes.equivalence.implied import Discrepancy, EquivalentPrior
+from hierbayes.equivalence.matrix_free import LARGE, matrix_free_prior
+from hierbayes.equivalence.validity import NULL, judge
 from hierbayes.errors import InputError, announce, listing
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy

@@ -10,7 +10,7 @@ import numpy as np
 
 from hierbayes import inputs
 from hierbayes.adaptation.descent import Descent, Flow
-from hierbayes.adaptation.judgement import FLAT, Status, described
+from hierbayes.equivalence.validity import FLAT, Status, described
 from hierbayes.numerics import as_rng
 from hierbayes.tasks import Tasks
 
