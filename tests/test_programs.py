@@ -87,3 +87,31 @@ def test_another_size_is_compiled():
     """The control: programs are counted."""
     compiled_by(hb.empirical_bayes, *tasks_of(21, 0))
     assert compiled_by(hb.empirical_bayes, *tasks_of(40, 0)) > 0
+
+
+@pytest.mark.parametrize("kind", ["classes", "unhashable sampler"])
+def test_sources_of_every_kind_are_trained_on(kind):
+    """What a source draws by is part of a program: labels and a user's object need no hash."""
+    rng = np.random.default_rng(0)
+    network = hb.likelihoods.Network.mlp([2, 3, 2])
+    outcome = hb.likelihoods.Categorical(2)
+    if kind == "classes":
+        episodes = hb.Episodes.from_classes(
+            rng.normal(size=(40, 2)), np.repeat(list("abcd"), 10), ways=2, shots=1, queries=2
+        )
+        network = hb.likelihoods.Network(network.apply, network.init, outcome)
+    else:
+
+        class Sampler:
+            __hash__ = None  # type: ignore[assignment]
+
+            def __call__(self, key, num_rows):
+                x = jax.random.normal(key, (num_rows, 2))
+                return x, x.sum(1)
+
+        episodes = hb.Episodes.from_sampler(Sampler(), 2, 2)
+        network = hb.likelihoods.Network.mlp([2, 3, 1])
+    model = hb.HierarchicalModel(network, hb.priors.Gaussian(correlated=False))
+    fit = hb.maml(model, episodes, num_steps=1, num_meta_steps=2, batch_size=2, held_out=2,
+                  progress=False)  # fmt: skip
+    assert np.isfinite(fit.phi["mu"]).all()

@@ -85,7 +85,7 @@ def test_every_method_gives_the_results_of_one_device(eight_devices):
 def test_arrays_are_cut_into_eight_parts(eight_devices):
     placing = eight_devices["placing"]
     assert placing["statistics"] == [8, 24, 3], "21 tasks and 3 empty ones, 3 on each device"
-    assert placing["collapsed"] == [8, 1200, 150]
+    assert placing["collapsed"] == [8, 1280, 160], "150 on each device, filled up to a rung of 160"
     assert placing["rows"] == [8, 8, 1]
     assert placing["task of row"] == [8, 8, 1]
     assert placing["parts keep it"] == [True, True]

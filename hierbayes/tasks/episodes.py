@@ -249,13 +249,22 @@ class _SampledFeed(Feed):
         return self.data, count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _OneOfSampler:
-    """One task of a sampler, its first rows the support."""
+    """One task of a sampler, its first rows the support; told from others by the function."""
 
     sample: Callable[[Any, int], tuple[Any, Any]]
     shots: int
     queries: int
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _OneOfSampler) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[int, int, int]:
+        return id(self.sample), self.shots, self.queries
 
     def check(self, data: Any) -> None:
         """Refuse a sampler that does not give so many rows."""
@@ -353,7 +362,7 @@ class _OneEpisode:
     ways: int
     shots: int
     queries: int
-    classes: np.ndarray
+    classes: np.ndarray = field(compare=False)  # named in refusals alone
 
     def check(self, data: Any) -> None:
         """Refuse classes with fewer examples than an episode takes of each."""
