@@ -89,7 +89,22 @@ def nuts(
     )
     target_accept = inputs.share("target_accept", target_accept)
     progress, seed = inputs.optional_flag("progress", progress), inputs.seed(seed)
-    model = fit.model
+    tasks = _tasks(fit.model, tasks)
+    phi = _prior(fit, tau, sigma)
+    adaptation = ByNuts(num_draws, num_chains, num_warmup, target_accept, seed, progress)
+    theta, stats = adaptation.sample(fit.model, tasks, phi)
+    adapted = adaptation.read(fit.model, tasks, phi, theta, stats)
+    return Fit(
+        Derived("NUTS"), fit.model, tasks, phi, adaptation, adapted,
+        theta_draws=theta, sample_stats=stats,
+        no_evidence="phi was taken from another fit", warnings=announce(adapted.remarks),
+        info={"num_draws": num_draws, "num_chains": num_chains, "num_warmup": num_warmup,
+              "phi_from": fit.method.name, "seconds": time.perf_counter() - started},
+    )  # fmt: skip
+
+
+def _tasks(model: HierarchicalModel, tasks: Any) -> Tasks:
+    """The tasks whose weights are sampled; refused where there are none, or no outcomes."""
     if model.likelihood.linear:
         raise InputError("nuts samples the weights of a network; for other tasks use hb.full_bayes")
     tasks = model.tasks(tasks)
@@ -99,11 +114,16 @@ def nuts(
     model.require_gaussian_prior(
         "nuts over weights", "it samples under N(μ, diag τ²)", "use priors.Gaussian()"
     )
+    return tasks
+
+
+def _prior(fit: Fit, tau: float | None, sigma: float | None) -> dict[str, np.ndarray]:
+    """μ, τ and σ, of the fit or as given."""
     phi = {name: np.asarray(fit.phi[name]) for name in ("mu", "tau", "sigma") if name in fit.phi}
     for name, value in (("tau", tau), ("sigma", sigma)):
         if value is not None:
             phi[name] = np.asarray(inputs.positive(name, value))
-    if "sigma" not in model.likelihood.parameters() and sigma is not None:
+    if "sigma" not in fit.model.likelihood.parameters() and sigma is not None:
         raise InputError("sigma has no place in this likelihood; leave it out")
     if "sigma_query" in fit.phi and sigma is None:
         raise InputError(
@@ -115,17 +135,7 @@ def nuts(
             f"{fit.method} learns no prior that all tasks share: pass tau=…, the prior deviation "
             "of every weight"
         )
-    phi["tau"] = np.broadcast_to(phi["tau"], phi["mu"].shape)
-    adaptation = ByNuts(num_draws, num_chains, num_warmup, target_accept, seed, progress)
-    theta, stats = adaptation.sample(model, tasks, phi)
-    adapted = adaptation.read(model, tasks, phi, theta, stats)
-    return Fit(
-        Derived("NUTS"), model, tasks, phi, adaptation, adapted,
-        theta_draws=theta, sample_stats=stats,
-        no_evidence="phi was taken from another fit", warnings=announce(adapted.remarks),
-        info={"num_draws": num_draws, "num_chains": num_chains, "num_warmup": num_warmup,
-              "phi_from": fit.method.name, "seconds": time.perf_counter() - started},
-    )  # fmt: skip
+    return phi | {"tau": np.broadcast_to(phi["tau"], phi["mu"].shape)}
 
 
 @dataclass(frozen=True)
