@@ -1,4 +1,4 @@
-r"""Gradient steps, momentum, flow and Optax optimisers along one direction of curvature λ.
+r"""Gradient steps, momentum and flow along one direction of curvature λ.
 
 The reference is the closed form r = (1 − ηλ)^K, s = (1 − r)/λ, p = r/s in 80-bit floats, with
 expm1 and log1p where 1 − r would cancel; momentum is run as its own scalar recursion.
@@ -9,13 +9,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from assertions import close, finite_difference, refuses
+from assertions import close, finite_difference
 from scipy import integrate, optimize
 
 from hierbayes.adaptation import Descent, Flow, implied_precision
-from hierbayes.adaptation.descent import check_linear
 from hierbayes.numerics import float64
 
 ETA = 0.4
@@ -243,61 +241,3 @@ def test_flow_runs_along_the_slope():
     )
     close(end, solved.y[:, -1], rtol=1e-9)
     close(path[:, 0], 2 * np.exp(-np.arange(4.0)), rtol=1e-8)
-
-
-# ------------------------------------------------------------------------------ optimisers
-
-
-def uneven():
-    """Steps that are linear in the slope, but longer in later coordinates."""
-    return optax.GradientTransformation(
-        lambda params: optax.EmptyState(),
-        lambda updates, state, params=None: (
-            updates * -0.05 * (1 + jnp.arange(updates.shape[-1])), state),
-    )  # fmt: skip
-
-
-REFUSED = {
-    "Adam": (lambda: optax.adam(0.1), "twice as far"),
-    "RMSprop": (lambda: optax.rmsprop(0.1), "twice as far"),
-    "Adagrad": (lambda: optax.adagrad(0.1), "twice as far"),
-    "clipping": (lambda: optax.chain(optax.clip(1.0), optax.sgd(0.1)), "twice as far"),
-    "clipping of large norms only": (
-        lambda: optax.chain(optax.clip_by_global_norm(1e5), optax.sgd(0.1)), "twice as far",
-    ),
-    "weight decay": (
-        lambda: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)), "weight decay",
-    ),
-    "AdamW": (lambda: optax.adamw(0.1), "weight decay"),
-    "noise": (lambda: optax.chain(optax.add_noise(0.01, 0.5, 0), optax.sgd(0.1)), "noise"),
-    "L-BFGS": (lambda: optax.lbfgs(), "on slopes alone"),
-    "centred": (lambda: optax.chain(optax.centralize(), optax.sgd(0.1)), "slope in others"),
-    "uneven": (uneven, "preconditioner="),
-    "still": (lambda: optax.set_to_zero(), "does not move"),
-    "infinite": (lambda: optax.sgd(np.inf), "not finite"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_optimisers_whose_steps_depend_on_the_data_are_refused(name):
-    make, why = REFUSED[name]
-    with refuses("optimiser", why, "optax.sgd"):
-        check_linear(make(), 3)
-
-
-LINEAR = {
-    "sgd": lambda: optax.sgd(0.1),
-    "long steps": lambda: optax.sgd(1e6),
-    "short steps": lambda: optax.sgd(1e-9),
-    "momentum": lambda: optax.sgd(0.1, momentum=0.9),
-    "Nesterov": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
-    "schedule": lambda: optax.sgd(optax.exponential_decay(0.1, 2, 0.5)),
-    "average of two slopes": lambda: optax.MultiSteps(
-        optax.sgd(0.1), 2
-    ).gradient_transformation(),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_optimisers_with_fixed_coefficients_are_accepted(name):
-    check_linear(LINEAR[name](), 3)

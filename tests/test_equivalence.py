@@ -7,11 +7,9 @@ arrays. Everything is exact in exact arithmetic; 1e-10 leaves room for the condi
 
 from __future__ import annotations
 
-import functools
 import warnings
 
 import numpy as np
-import optax
 import pytest
 from assertions import close, refuses
 from hypothesis import given, settings
@@ -114,13 +112,6 @@ def rotated(seed, low, high):
     return axes @ np.diag(rng.uniform(low, high, 3)) @ axes.T
 
 
-@functools.cache
-def powers(seed):
-    """Four matrices that commute."""
-    b = rotated(seed, 0.5, 1.0)
-    return [b, b @ b, np.eye(3), np.linalg.inv(b) / 2]
-
-
 METHODS = {
     "schedule": (dict(step_size=[1.5, 0.2, 0.7, 0.4]), {}),
     "heavy ball": (dict(step_size=0.3, momentum=0.4), dict(beta=0.4)),
@@ -135,31 +126,22 @@ METHODS = {
     "matrix with momentum": (
         dict(step_size=0.3, momentum=0.4, preconditioner=rotated(1, 0.2, 1.5)),
         dict(beta=0.4, scaling=rotated(1, 0.2, 1.5))),
-    "one a step, commuting": (dict(step_size=0.5, preconditioner=powers(3)),
-                              dict(scaling=np.array(powers(3)))),
-    "one a step, with schedule": (
-        dict(step_size=[0.5, 0.1, 0.3, 0.2], preconditioner=powers(3)),
-        dict(scaling=np.array(powers(3)))),
+    "matrix with schedule": (
+        dict(step_size=[0.5, 0.1, 0.3, 0.2], preconditioner=rotated(1, 0.2, 1.5)),
+        dict(scaling=rotated(1, 0.2, 1.5))),
 }  # fmt: skip
 
 
-DEARER = {"heavy ball with schedule", "matrix", "one a step, commuting"}
+DEARER = {"heavy ball with schedule", "matrix"}
 
 
 @pytest.mark.parametrize(
     "method", [pytest.param(m, marks=[pytest.mark.slow] * (m in DEARER)) for m in METHODS]
 )
 def test_other_methods_are_map_estimates(method):
-    """Steps in units of 1/λ_max of all tasks (of B^½HB^½ ≤ 2 λ_max).
-
-    Matrices one a step commute with one another and with a multiple of I as H: with other H the
-    steps have no prior, see below.
-    """
+    """Steps in units of 1/λ_max of all tasks (of B^½HB^½ ≤ 2 λ_max)."""
     given_, loop = METHODS[method]
     tasks, phi = ragged(8)
-    if method.startswith("one a step"):
-        x = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 3)))[0]
-        tasks = hb.Tasks.from_arrays([(x * c, np.arange(6.0)) for c in (1.0, 0.5)])
     top = largest_curvature(tasks)
     etas = np.broadcast_to(np.asarray(given_["step_size"]) / top, 4)
     step_size = etas if np.ndim(given_["step_size"]) else etas[0]
@@ -192,16 +174,15 @@ def optax_loop(x, y, w, start, etas, beta, nesterov):
     return theta
 
 
-@pytest.mark.parametrize(("beta", "nesterov"), [(0.0, False), (0.5, True)])
-def test_optax_sgd(beta, nesterov):
-    """With a schedule, whose values Optax computes in float64 here: halved every second step."""
+@pytest.mark.parametrize(("beta", "nesterov"), [(0.5, False), (0.5, True)])
+def test_optaxs_form_of_momentum_is_ours(beta, nesterov):
+    """With steps of one length, which stand before Optax's trace and inside our Δ."""
     tasks, phi = ragged(5)
-    start = 0.4 / largest_curvature(tasks)
-    schedule = optax.piecewise_constant_schedule(start, {2: 0.5})
-    optimiser = optax.sgd(schedule, momentum=beta or None, nesterov=nesterov)
-    implied = hb.equivalent_prior(GAUSSIAN, tasks, phi, 4, optimiser=optimiser, sigma=SIGMA)
-    etas = start * np.array([1, 1, 0.5, 0.5])
-    expected = [optax_loop(*task, phi, etas, beta, nesterov) for task in parts(tasks)]
+    eta = 0.4 / largest_curvature(tasks)
+    implied = hb.equivalent_prior(
+        GAUSSIAN, tasks, phi, 4, eta, momentum=beta, nesterov=nesterov, sigma=SIGMA
+    )
+    expected = [optax_loop(*task, phi, [eta] * 4, beta, nesterov) for task in parts(tasks)]
     assert_map(implied, tasks, phi, np.array(expected))
 
 
@@ -360,10 +341,6 @@ def test_divergence_of_momentum_and_of_preconditioned_steps():
         hb.equivalent_prior(GAUSSIAN, tasks, [0.0], 9, 0.1, momentum=0.5, sigma=1.0)
     with refuses("diverge", "'many'", "2/λ_max = 0.08"):  # λ of B^½HB^½ is 25
         hb.equivalent_prior(GAUSSIAN, tasks, [0.0], 3, 0.1, preconditioner=[0.5], sigma=1.0)
-    with refuses("diverge", "'many'"):
-        hb.equivalent_prior(
-            GAUSSIAN, tasks, [0.0], 3, 0.1, preconditioner=[np.eye(1)] * 3, sigma=1.0
-        )
 
 
 @pytest.mark.parametrize(("nesterov", "limit"), [(False, 3.8), (True, 3.8 / 2.8)])
@@ -410,20 +387,6 @@ def test_a_list_of_equal_preconditioners_is_one_preconditioner():
     close(many.posterior_mean, one.posterior_mean, rtol=1e-11, atol=1e-13)
     assert many.status.tolist() == one.status.tolist() == ["proper"] * 5
     assert many.messages == ()
-
-
-def test_preconditioners_that_do_not_commute_are_refused():
-    """Σ_2 = B₁ + B₂ − B₂HB₁: ‖Σ − Σᵀ‖ / ‖Σ‖ from that formula stands in the message."""
-    tasks, phi = ragged(13)
-    steps = [rotated(1, 0.2, 1.0), rotated(2, 0.2, 1.0)]
-    eta = 0.5 / largest_curvature(tasks)
-    measures = []
-    for x, _, w in parts(tasks):
-        total = eta * (steps[0] + steps[1]) - eta**2 * steps[1] @ ((x.T * w) @ x) @ steps[0]
-        measures.append(np.linalg.norm(total - total.T) / np.linalg.norm(total))
-    worst = int(np.argmax(measures))
-    with refuses("not symmetric", f"{measures[worst]:.2g}", repr(NAMES[worst]), "commute"):
-        hb.equivalent_prior(GAUSSIAN, tasks, phi, 2, eta, sigma=SIGMA, preconditioner=steps)
 
 
 # ----------------------------------------------------------------------------- null space

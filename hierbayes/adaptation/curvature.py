@@ -23,20 +23,19 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hierbayes.adaptation.descent import Descent, Flow, Preconditioner
+from hierbayes.adaptation.descent import Descent, Flow
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Task
 
 
 class Response(NamedTuple):
-    """λ, v, ṽ, r, s of every task and direction, and how far Σ_K is from symmetric."""
+    """λ, v, ṽ, r, s of every task and direction."""
 
     curvature: Any
     directions: Any
     dual: Any
     left: Any
     moved: Any
-    asymmetry: Any
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -49,34 +48,14 @@ def linearise(
 
 
 @jax.jit
-def respond(hessian: Any, slope: Any, method: Descent | Flow, root: Any, per_step: Any) -> Any:
+def respond(hessian: Any, method: Descent | Flow, root: Any) -> Response:
     """What the method does along each direction of the (preconditioned) curvature."""
-    del slope
-    asymmetry = jnp.zeros(len(hessian))
-    if per_step is not None:
-        covariance = _compose(hessian, method, per_step)
-        turned = jnp.swapaxes(covariance, -1, -2)
-        asymmetry = jnp.linalg.norm(covariance - turned, axis=(-2, -1))
-        asymmetry = asymmetry / jnp.linalg.norm(covariance, axis=(-2, -1))
-        # Σ_K itself as the preconditioner of one unit step
-        root, method = jnp.linalg.cholesky(0.5 * (covariance + turned)), Descent(1, 1.0)
     root = jnp.broadcast_to(root, hessian.shape)
     white = jnp.einsum("jki,jkl,jlm->jim", root, hessian, root)
     values, vectors = jnp.linalg.eigh(white)
     dual = jnp.linalg.solve(jnp.swapaxes(root, -1, -2), vectors)
     left, moved = method.responses(values)
-    return Response(values, root @ vectors, dual, left, moved, asymmetry)
-
-
-def _compose(hessian: Any, method: Any, per_step: Any) -> jax.Array:
-    """Σ_K of steps with their own preconditioners B_k: δ → (I − η_k B_k H) δ + η_k B_k g."""
-    etas = jnp.broadcast_to(jnp.asarray(method.step_size), (method.num_steps,))
-
-    def step(total: Any, at: Any) -> Any:
-        eta, scaling = at
-        return total + eta * scaling @ (jnp.eye(hessian.shape[-1]) - hessian @ total), None
-
-    return jax.lax.scan(step, jnp.zeros_like(hessian), (etas, per_step))[0]
+    return Response(values, root @ vectors, dual, left, moved)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -87,24 +66,15 @@ def run(
     task_of_row: Any,
     location: Any,
     method: Descent | Flow,
-    scaling: Preconditioner,
+    root: Any,
 ) -> jax.Array:
-    """θ_K of the steps themselves."""
-    if scaling.per_step is not None:
-        assert isinstance(method, Descent)
-        etas = jnp.broadcast_to(jnp.asarray(method.step_size), (method.num_steps,))
-
-        def step(theta: jax.Array, at: Any) -> tuple[jax.Array, None]:
-            eta, matrix = at
-            return theta + eta * slopes(model, phi, rows, task_of_row, theta) @ matrix, None
-
-        return jax.lax.scan(step, jnp.asarray(location), (etas, scaling.per_step))[0]
+    """θ_K of the steps themselves, preconditioned by B = C Cᵀ with ``root`` C, or its diagonal."""
 
     def uphill(theta: jax.Array) -> jax.Array:
         slope = slopes(model, phi, rows, task_of_row, theta)
-        if scaling.root.ndim == 1:
-            return scaling.root**2 * slope
-        return (scaling.root @ (jnp.swapaxes(scaling.root, -1, -2) @ slope[..., None]))[..., 0]
+        if root.ndim == 1:
+            return root**2 * slope
+        return (root @ (jnp.swapaxes(root, -1, -2) @ slope[..., None]))[..., 0]
 
     return method.run(uphill, jnp.asarray(location))
 

@@ -19,7 +19,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +27,9 @@ import numpy as np
 
 from hierbayes import inputs
 from hierbayes.errors import InputError
-from hierbayes.numerics import float64
 
 if TYPE_CHECKING:
     import optax
-
-
-class Preconditioner(NamedTuple):
-    """B = C Cᵀ: ``root`` C, (d, d) or (J, d, d), or a diagonal (d,); or ``per_step`` (K, d, d)."""
-
-    root: np.ndarray
-    per_step: np.ndarray | None = None
 
 
 @functools.partial(
@@ -47,7 +39,7 @@ class Preconditioner(NamedTuple):
 )
 @dataclass(frozen=True)
 class Descent:
-    r"""K steps of gradient descent, with momentum if wanted, or of a linear Optax optimiser.
+    r"""K steps of gradient descent, with momentum if wanted, or of an Optax optimiser.
 
     .. math:: \Delta_{k+1} = \beta \Delta_k + \eta_k \nabla \log p(D \mid \theta_k
               [+ \beta\Delta_k]), \qquad \theta_{k+1} = \theta_k + \Delta_{k+1}
@@ -65,7 +57,7 @@ class Descent:
     nesterov : bool
         Take the slope at the point to which momentum leads.
     optimiser : optax.GradientTransformation, optional
-        In the place of ``step_size`` and ``momentum``.
+        In the place of ``step_size`` and ``momentum``; its steps imply no prior.
     rematerialise : bool
         Keep √K points for the derivative in the place of K, and compute what lies between again.
     """
@@ -259,68 +251,3 @@ def implied_precision(curvature: Any, num_steps: int, step_size: Any) -> jax.Arr
         )
     left, moved = Descent(num_steps, step_size).responses(jnp.asarray(curvature, dtype=float))
     return left / moved
-
-
-def check_linear(optimiser: optax.GradientTransformation, num_steps: int) -> None:
-    """Refuse an optimiser whose steps are not the same linear map of the slopes for all data.
-
-    It is run on small quadratics, two tasks of three coordinates, with curvatures suited to the
-    length of its steps: what it reaches must scale with the slope (over fifteen orders of
-    magnitude), add up, treat every coordinate alike and stay where there is no slope.
-    """
-    shape = (2, 3)
-    one = np.array([[0.7, -1.3, 0.4], [1.1, 0.2, -0.6]])
-    two = np.array([[-0.2, 0.9, 1.6], [0.5, -0.8, 0.3]])
-    optimum = np.array([[2.0, -1.0, 3.0], [-1.5, 0.5, 1.0]])
-    bend = np.array([[0.0, 0.3, 1.1], [0.7, 0.05, 0.5]])
-    descent, zero = Descent(num_steps, optimiser=optimiser), np.zeros(shape)
-
-    @jax.jit
-    def reached(bend: Any, slope: Any, start: Any) -> Any:
-        return descent.run(lambda t: slope - bend * t, start)
-
-    def reach(slope: np.ndarray, turn: Any = slice(None)) -> np.ndarray:
-        return np.asarray(reached(bend[turn], slope[turn], zero))[turn]
-
-    try:
-        with float64():
-            length = np.abs(np.asarray(reached(zero, one, zero)) / one).max()
-            bend = bend / length if 0 < length < np.inf else bend
-            base = reach(one)
-            moved = np.asarray(reached(zero, zero, optimum)) - optimum
-            scaled = [reach(a * one) / a for a in (1e-6, 1e-3, 30.0, 1e3, 1e9)]
-            turned = reach(one, (slice(None, None, -1), slice(None, None, -1)))
-            added = reach(one + two) - reach(two)
-            units = np.eye(one.size, dtype=bool).reshape(-1, *shape)
-            alone = sum(np.where(unit, reach(np.where(unit, one, 0.0)), 0.0) for unit in units)
-    except Exception as error:
-        raise InputError(
-            f"this optimiser cannot be run on slopes alone ({type(error).__name__}: {error}); "
-            "an equivalent prior needs one whose steps are fixed before the data, such as optax.sgd"
-        ) from error
-    depends = (
-        "its coefficients depend on the data (as those of Adam, RMSprop, clipping and line "
-        "searches do), so that no Gaussian prior fixed before the data gives its estimate as MAP"
-    )
-    small = 1e-6 * np.abs(base).max()
-    why = None
-    if not np.isfinite(base).all():
-        why = "its steps are not finite"
-    elif small == 0:
-        why = "it does not move"
-    elif not np.abs(moved).max() <= small:
-        why = "it moves without any slope, as weight decay towards zero and noise do"
-    elif not all(np.abs(s - base).max() <= small for s in scaled):
-        why = f"twice the slope does not make it move twice as far: {depends}"
-    elif not (np.abs(added - base).max() <= small and np.abs(alone - base).max() <= small):
-        why = f"how it moves along one direction depends on the slope in others: {depends}"
-    elif not np.abs(turned - base).max() <= small:
-        why = (
-            "it treats coordinates unlike one another; pass such scales as preconditioner=…, and "
-            "the rest as optimiser"
-        )
-    if why is not None:
-        raise InputError(
-            f"this optimiser has no equivalent prior: {why}. Use gradient steps, with momentum or "
-            "a preconditioner if wanted: optax.sgd, or step_size and momentum"
-        )

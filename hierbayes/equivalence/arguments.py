@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hierbayes import inputs
-from hierbayes.adaptation.descent import Descent, Flow, Preconditioner, check_linear
+from hierbayes.adaptation.descent import Descent, Flow
 from hierbayes.errors import InputError, listing
 from hierbayes.model import HierarchicalModel
 from hierbayes.tasks import Tasks
@@ -86,12 +86,11 @@ class Asked(NamedTuple):
     num_steps: Any
     step_size: Any
     preconditioner: Any
-    optimiser: Any
     loss: str
 
 
 def read_fit(asked: Asked, *, flow: bool, loss: Any) -> Asked:
-    """Fill in what a fit took: K, η or its optimiser, a step size by coefficient, its loss."""
+    """Fill in what a fit took: K, η, a step size by coefficient, its loss."""
     fit = asked.phi
     info = getattr(fit, "info", None)
     if not (isinstance(info, Mapping) and hasattr(fit, "phi")):
@@ -109,10 +108,10 @@ def read_fit(asked: Asked, *, flow: bool, loss: Any) -> Asked:
         return asked
     if asked.num_steps is None:
         asked = asked._replace(num_steps=info.get("num_steps"))
-    if asked.step_size is not None or asked.optimiser is not None:
+    if asked.step_size is not None:
         return asked
     if getattr(took, "optimiser", None) is not None:
-        return asked._replace(optimiser=took.optimiser)
+        raise InputError(NO_OPTIMISER.format(what=f"the inner optimiser of {fit.method}"))
     learned: Any = fit.phi.get("step_size")
     at = getattr(fit, "at", None)
     if at is not None and asked.preconditioner is not None:
@@ -137,19 +136,24 @@ def _loss(loss: Any) -> str:
     return inputs.one_of("loss", loss, ("sum", "mean"))
 
 
+NO_OPTIMISER = (
+    "{what} has no equivalent prior that could be told from it: pass num_steps and step_size, with "
+    "momentum=… and preconditioner=… if wanted. Adam, clipping and others whose steps depend on "
+    "the data correspond to no prior that is fixed before them"
+)
+
+
 def read_method(
-    num_steps: Any, step_size: Any, momentum: Any, nesterov: bool, optimiser: Any, time: Any
+    num_steps: Any, step_size: Any, momentum: Any, nesterov: bool, time: Any
 ) -> Descent | Flow:
     """The first-order method asked for, whose coefficients must be fixed before the data."""
-    import optax
-
     nesterov = inputs.flag("nesterov", nesterov)
     if time is not None:
-        rest = (step_size is None, optimiser is None, not momentum, not nesterov)
+        rest = (step_size is None, not momentum, not nesterov)
         if not (num_steps is None and all(rest)):
             raise InputError(
                 "time is for gradient flow, which has no steps: leave num_steps, step_size, "
-                "momentum, nesterov and optimiser out"
+                "momentum and nesterov out"
             )
         return Flow(inputs.positive("time", time))
     if num_steps is None:
@@ -158,20 +162,8 @@ def read_method(
             "many small steps, pass time=… alone"
         )
     num_steps = inputs.count("num_steps", num_steps)
-    if isinstance(step_size, optax.GradientTransformation):
-        raise InputError("an Optax optimiser is passed as optimiser=…, in the place of step_size")
-    if optimiser is not None:
-        if not isinstance(optimiser, optax.GradientTransformation):
-            raise InputError(
-                f"optimiser must be an Optax optimiser, found {inputs.shown(optimiser)}"
-            )
-        if step_size is not None or momentum or nesterov:
-            raise InputError(
-                "an optimiser has its own step size and momentum: leave step_size, momentum and "
-                "nesterov out"
-            )
-        check_linear(optimiser, num_steps)
-        return Descent(num_steps, optimiser=optimiser)
+    if isinstance(step_size, tuple) and hasattr(step_size, "update"):
+        raise InputError(NO_OPTIMISER.format(what="an Optax optimiser"))
     if step_size is None:
         raise InputError("pass step_size=…, in units of the summed log likelihood")
     if np.ndim(step_size) == 0:
@@ -191,15 +183,13 @@ def read_method(
     return Descent(num_steps, sizes, kept or None, nesterov)
 
 
-def over_rows(scaling: Preconditioner, tasks: Tasks) -> Preconditioner:
-    """The same steps on the mean over each task's rows: B / n_j."""
-    if scaling.per_step is not None:
-        raise InputError('loss="mean" goes with one preconditioner for all steps')
-    root = np.broadcast_to(scaling.root, (tasks.num_tasks, *scaling.root.shape[-2:]))
-    return Preconditioner(root / np.sqrt(np.maximum(tasks.sizes, 1))[:, None, None])
+def over_rows(root: np.ndarray, tasks: Tasks) -> np.ndarray:
+    """C of the same steps on the mean over each task's rows: B / n_j."""
+    whole = np.broadcast_to(root, (tasks.num_tasks, *root.shape[-2:]))
+    return whole / np.sqrt(np.maximum(tasks.sizes, 1))[:, None, None]
 
 
-def over_equal_rows(scaling: Preconditioner, tasks: Tasks) -> Preconditioner:
+def over_equal_rows(root: np.ndarray, tasks: Tasks) -> np.ndarray:
     """:func:`over_rows` of a diagonal that all tasks share, for tasks of one size."""
     sizes = np.unique(tasks.sizes[tasks.sizes > 0])
     if len(sizes) > 1:
@@ -207,34 +197,23 @@ def over_equal_rows(scaling: Preconditioner, tasks: Tasks) -> Preconditioner:
             f'loss="mean" without matrices is for tasks of one size, found {sizes.min()} to '
             f"{sizes.max()} rows: take tasks of one size at a time, or step_size / n_j for each"
         )
-    return Preconditioner(scaling.root / np.sqrt(max(sizes.max(initial=1), 1)))
+    return root / np.sqrt(max(sizes.max(initial=1), 1))
 
 
-def read_preconditioner(given: Any, tasks: Tasks, method: Descent | Flow) -> Preconditioner:
-    """B from a diagonal (d,), a matrix (d, d), one a task (J, d, d), or a list, one a step."""
+def read_preconditioner(given: Any, tasks: Tasks) -> np.ndarray:
+    """C with B = C Cᵀ a diagonal (d,), a matrix (d, d), or one a task (J, d, d)."""
     d, num_tasks = len(tasks.coef), tasks.num_tasks
     if given is None:
-        return Preconditioner(np.eye(d))
-    if isinstance(given, Sequence) and len(given) and np.ndim(given[0]) == 2:
-        stack = np.stack([_definite(b, tasks, d) for b in given])
-        num_steps = getattr(method, "num_steps", None)
-        if len(stack) != num_steps:
-            raise InputError(
-                f"preconditioner lists {len(stack)} matrices for {num_steps} steps; a list holds "
-                "one a step"
-            )
-        if not isinstance(method, Descent) or method.optimiser is not None or method.momentum:
-            raise InputError("a preconditioner for every step goes with plain gradient steps only")
-        return Preconditioner(np.eye(d), stack)
+        return np.eye(d)
     matrix = _numbers(given)
     if matrix.shape == (d,):
         matrix = np.diag(matrix)
     if matrix.shape not in ((d, d), (num_tasks, d, d)):
         raise InputError(
-            f"preconditioner has shape {matrix.shape}; expected ({d},), ({d}, {d}), "
-            f"({num_tasks}, {d}, {d}) with one a task, or a list with one a step"
+            f"preconditioner has shape {matrix.shape}; expected ({d},), ({d}, {d}), or "
+            f"({num_tasks}, {d}, {d}) with one a task"
         )
-    return Preconditioner(np.linalg.cholesky(_definite(matrix, tasks, d)))
+    return np.linalg.cholesky(_definite(matrix, tasks))
 
 
 def _numbers(given: Any) -> np.ndarray:
@@ -244,11 +223,8 @@ def _numbers(given: Any) -> np.ndarray:
         raise InputError("preconditioner is not an array of numbers, or a list of them") from error
 
 
-def _definite(matrix: Any, tasks: Tasks, d: int) -> np.ndarray:
+def _definite(matrix: np.ndarray, tasks: Tasks) -> np.ndarray:
     """The matrices, if all are symmetric and positive definite."""
-    matrix = _numbers(matrix)
-    if matrix.shape[-2:] != (d, d):
-        raise InputError(f"preconditioner has shape {matrix.shape}; expected ({d}, {d})")
     if not np.isfinite(matrix).all():
         raise InputError("preconditioner is not finite")
     scale = np.abs(matrix).max()
@@ -267,8 +243,8 @@ def _definite(matrix: Any, tasks: Tasks, d: int) -> np.ndarray:
     return matrix
 
 
-def read_diagonal(given: Any, d: int) -> Preconditioner:
-    """B as a diagonal (d,), which is all that goes without matrices."""
+def read_diagonal(given: Any, d: int) -> np.ndarray:
+    """C of a diagonal B (d,), which is all that goes without matrices."""
     diagonal = np.ones(d) if given is None else _numbers(given)
     if diagonal.shape != (d,):
         raise InputError(
@@ -277,7 +253,7 @@ def read_diagonal(given: Any, d: int) -> Preconditioner:
         )
     if not (np.isfinite(diagonal).all() and (diagonal > 0).all()):
         raise InputError("preconditioner must hold positive numbers")
-    return Preconditioner(np.sqrt(diagonal))
+    return np.sqrt(diagonal)
 
 
 def read_rank(rank: Any, d: int) -> int | None:

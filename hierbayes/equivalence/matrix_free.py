@@ -33,7 +33,7 @@ import numpy as np
 
 from hierbayes import inputs
 from hierbayes.adaptation.curvature import Kind, products, run
-from hierbayes.adaptation.descent import Descent, Flow, Preconditioner
+from hierbayes.adaptation.descent import Descent, Flow
 from hierbayes.adaptation.mode import ACCEPTED
 from hierbayes.equivalence.discrepancy import judge_validity, refuse_diverged
 from hierbayes.equivalence.implied import Discrepancy, ImpliedPrior
@@ -301,13 +301,13 @@ def matrix_free_prior(
     tasks: Tasks,
     phi: dict[str, Any],
     method: Descent | Flow,
-    scaling: Preconditioner,
+    root: np.ndarray,
     kind: Kind,
     null: str,
     rank: int | None,
 ) -> MatrixFreePrior:
     """What :func:`equivalent_prior` returns where d > 256 or ``rank`` is given."""
-    bare, rows, root = model.without_encoder(), model.likelihood.arrange(tasks), scaling.root
+    bare, rows = model.without_encoder(), model.likelihood.arrange(tasks)
     with float64():
         location = np.asarray(model.prior.location(phi, np.asarray(tasks.task_predictors)))
         pairs = [
@@ -323,7 +323,7 @@ def matrix_free_prior(
     )
     cut = _cut(tasks, pairs, kind, rest, messages)
     with float64():
-        theta = np.asarray(run(bare, phi, *rows, location, method, scaling))
+        theta = np.asarray(run(bare, phi, *rows, location, method, root))
     refuse_diverged(theta, tasks)
     validity = Discrepancy.none(tasks.num_tasks)
     if not model.likelihood.gaussian_in_theta or cut.any():

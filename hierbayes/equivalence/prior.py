@@ -13,7 +13,7 @@ prior for all tasks only where all H are equal, or as ηλ → 0, where P → I 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,13 +35,9 @@ from hierbayes.equivalence.discrepancy import judge_validity, measure, refuse_di
 from hierbayes.equivalence.implied import Discrepancy, EquivalentPrior
 from hierbayes.equivalence.matrix_free import LARGE, matrix_free_prior
 from hierbayes.equivalence.validity import NULL, judge
-from hierbayes.errors import InputError, announce, listing
+from hierbayes.errors import announce
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy
-from hierbayes.tasks import Tasks
-
-if TYPE_CHECKING:
-    import optax
 
 
 def equivalent_prior(
@@ -56,7 +52,6 @@ def equivalent_prior(
     preconditioner: Any = None,
     momentum: float = 0.0,
     nesterov: bool = False,
-    optimiser: optax.GradientTransformation | None = None,
     time: float | None = None,
     null: Literal["limit", "pinned"] = "limit",
     curvature: Kind = "ggn",
@@ -89,17 +84,13 @@ def equivalent_prior(
         ``loss``). A step on squared errors ½ Σ (y − f)² without noise is one of ησ² here.
     sigma, beta : optional
         Noise and shared effects, where ``phi`` does not hold them.
-    preconditioner : array (d,), (d, d), (J, d, d) or list of K matrices, optional
-        B in θ ← θ + ηB∇: diagonal, a matrix, one a task, or one a step. Small steps then imply a
-        prior covariance of about KηB.
+    preconditioner : array (d,), (d, d) or (J, d, d), optional
+        B in θ ← θ + ηB∇: diagonal, a matrix, or one a task. Small steps then imply a prior
+        covariance of about KηB.
     momentum : float
         β of the heavy ball, in [0, 1).
     nesterov : bool
         Nesterov's momentum: the slope is taken where momentum leads.
-    optimiser : optax.GradientTransformation, optional
-        In the place of ``step_size`` and ``momentum``: any whose steps are linear in the slopes,
-        ``optax.sgd`` with momentum or schedule for example. Adam and others whose coefficients
-        depend on the data are refused: no prior that is fixed before the data corresponds to them.
     time : float, optional
         Gradient flow for this time t, the limit of K → ∞ steps of t / K; then no steps are given.
     null : "limit" or "pinned"
@@ -130,8 +121,7 @@ def equivalent_prior(
     InputError
         Steps that diverge in a task (of Gaussian tasks a step_size beyond 2/λ_max), naming it; φ
         that is not finite or of the wrong dimension; a preconditioner that is not positive
-        definite; an optimiser whose steps depend on the data; preconditioners that vary so that Σ_K
-        is not symmetric.
+        definite; fits whose inner loop had an optimiser of its own.
 
     References
     ----------
@@ -154,12 +144,12 @@ def equivalent_prior(
     inputs.one_of("null", null, ("limit", "pinned"))
     inputs.one_of("curvature", curvature, ("ggn", "hessian"))
     tasks, single = read_tasks(model, task)
-    asked = Asked(phi, num_steps, step_size, preconditioner, optimiser, "sum")
-    phi, num_steps, step_size, preconditioner, optimiser, units = read_fit(
+    asked = Asked(phi, num_steps, step_size, preconditioner, "sum")
+    phi, num_steps, step_size, preconditioner, units = read_fit(
         asked, flow=time is not None, loss=loss
     )
     found = read_phi(model, tasks, phi, sigma, beta)
-    method = read_method(num_steps, step_size, momentum, nesterov, optimiser, time)
+    method = read_method(num_steps, step_size, momentum, nesterov, time)
     d = len(tasks.coef)
     rank = read_rank(rank, d)
     if rank is not None or d > LARGE:
@@ -168,25 +158,21 @@ def equivalent_prior(
             diagonal = over_equal_rows(diagonal, tasks)
         many = matrix_free_prior(model, tasks, found, method, diagonal, curvature, null, rank)
         return many[tasks.names[0]] if single else many
-    scaling = read_preconditioner(preconditioner, tasks, method)
+    root = read_preconditioner(preconditioner, tasks)
     if units == "mean":
-        scaling = over_rows(scaling, tasks)
+        root = over_rows(root, tasks)
     bare, rows = model.without_encoder(), model.likelihood.arrange(tasks)
     with float64():
         location = np.asarray(model.prior.location(found, np.asarray(tasks.task_predictors)))
         at = linearise(bare, curvature, found, *rows, location)
-        parts = to_numpy(respond(*at, method, scaling.root, scaling.per_step))
-    if scaling.per_step is not None:
-        _refuse_asymmetric(parts.asymmetry, tasks)
+        parts = to_numpy(respond(at[0], method, root))
     hessian, slope = to_numpy(at)
-    composed = scaling.per_step is not None
     status, messages = judge(
         tasks,
         method,
         parts.curvature,
         parts.left,
         parts.moved,
-        composed=composed,
         refuse=model.likelihood.gaussian_in_theta,
     )
     pinned = np.zeros(parts.left.shape, dtype=bool)
@@ -204,7 +190,7 @@ def equivalent_prior(
     theta, validity = linear, Discrepancy.none(tasks.num_tasks)
     if not model.likelihood.gaussian_in_theta:
         with float64():
-            theta = np.asarray(run(bare, found, *rows, location, method, scaling))
+            theta = np.asarray(run(bare, found, *rows, location, method, root))
         refuse_diverged(theta, tasks)
         with float64():
             precision = np.einsum(
@@ -221,14 +207,3 @@ def equivalent_prior(
         None,
     )  # fmt: skip
     return result[tasks.names[0]] if single else result
-
-
-def _refuse_asymmetric(asymmetry: np.ndarray, tasks: Tasks) -> None:
-    worst = int(np.argmax(asymmetry))
-    if asymmetry[worst] > 1e-8:
-        raise InputError(
-            "steps with these preconditioners have no equivalent prior: Σ_K is not symmetric "
-            f"(‖Σ_K − Σ_Kᵀ‖ / ‖Σ_K‖ = {asymmetry[worst]:.2g} in task "
-            f"{listing([tasks.names.tolist()[worst]])}), as the preconditioners of different steps "
-            "do not commute there; use one for all steps"
-        )

@@ -321,10 +321,10 @@ def equivalent_steps(
 
 def _common(preconditioner: Any, tasks: Tasks) -> np.ndarray:
     """C with B = C Cᵀ, one for all tasks."""
-    read = read_preconditioner(preconditioner, tasks, Descent(1, 1.0))
-    if read.root.ndim != 2 or read.per_step is not None:
+    root = read_preconditioner(preconditioner, tasks)
+    if root.ndim != 2:
         raise InputError("steps that are equal for all tasks take one preconditioner for all")
-    return read.root
+    return root
 
 
 def _target_root(model: HierarchicalModel, tasks: Tasks, phi: Any, precision: Any) -> np.ndarray:

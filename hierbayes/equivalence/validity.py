@@ -39,8 +39,6 @@ def described(method: Descent | Flow) -> str:
     if isinstance(method, Flow):
         return f"gradient flow for a time of {float(method.time):.3g}"
     steps = f"{method.num_steps} step{'s' if method.num_steps > 1 else ''}"
-    if method.optimiser is not None:
-        return f"{steps} of an Optax optimiser"
     size = np.asarray(method.step_size)
     text = f"{steps} of {size:.3g}" if size.ndim == 0 else (
         f"{steps} of {size.min():.3g} to {size.max():.3g}"
@@ -57,28 +55,26 @@ def judge(
     left: np.ndarray,
     moved: np.ndarray,
     *,
-    composed: bool = False,
     refuse: bool = True,
 ) -> tuple[np.ndarray, list[str]]:
     """Status of each task, and what to say of it; steps that diverge are refused, naming the task.
 
-    ``curvature`` (J, d) may be that of the preconditioned problem; ``composed`` says that it is
-    that of all steps together, which no single step size can be held against. Without ``refuse``
+    ``curvature`` (J, d) may be that of the preconditioned problem. Without ``refuse``
     steps that diverge on the linearised task are judged as having no prior: the log likelihood is
     not quadratic, and the steps themselves need not diverge.
     """
-    equal = None if composed or isinstance(method, Flow) or not method.plain else method.step_size
+    equal = None if isinstance(method, Flow) or not method.plain else method.step_size
     names = np.asarray(tasks.names)
     with np.errstate(invalid="ignore"):
         away = (moved <= 0) | ~np.isfinite(left)
-        longest = None if composed or isinstance(method, Flow) else method.longest
+        longest = None if isinstance(method, Flow) else method.longest
         if longest is None:
             away |= left <= -1
         elif isinstance(method, Descent):  # a ball may swing far past the optimum and yet settle
             away |= float(method.step_size) * curvature >= longest * (1 - 1e-12)
     lost = away if refuse else ~np.isfinite(left)  # what overflows has no number to be judged by
     if lost.any():
-        _refuse_divergence(tasks, method, curvature, lost, composed=composed)
+        _refuse_divergence(tasks, method, curvature, lost)
     far = away.any(1)
     none = (left < -FLAT).any(1) | far
     flat = (np.abs(left) <= FLAT).any(1)
@@ -122,8 +118,6 @@ def _refuse_divergence(
     method: Descent | Flow,
     curvature: np.ndarray,
     away: np.ndarray,
-    *,
-    composed: bool,
 ) -> None:
     bad = np.any(away, axis=1)
     worst = int(np.argmax(np.where(away, np.abs(curvature), -np.inf).max(1)))
@@ -132,7 +126,7 @@ def _refuse_divergence(
     cause = ""
     if bend <= 0:
         cause = f", where the log likelihood bends away from its optimum (curvature {bend:.3g})"
-    elif not composed:
+    else:
         cause = f", whose largest curvature is λ_max = {bend:.3g}"
         if isinstance(method, Descent) and method.plain:
             cause += f"; step_size must stay below 2/λ_max = {2 / bend:.3g} there"
