@@ -184,7 +184,8 @@ def test_other_data_of_one_shape_compile_nothing():
     jax.clear_caches()
     assert compilations(fit(1500, 0)) > 0, "the control"
     assert compilations(fit(1500, 1)) == 0
-    assert compilations(fit(1501, 2)) > 0, "shapes decide"
+    assert compilations(fit(1501, 2)) == 0, "on one rung of the ladder, 1,536"
+    assert compilations(fit(1700, 2)) > 0, "shapes decide"
 
 
 # ------------------------------------------------------------------ the parts, at a size

@@ -177,7 +177,10 @@ def test_the_users_flag_for_float64_stays_and_changes_nothing(whole):
 
 @pytest.mark.slow
 def test_many_meta_steps_run_in_one_compiled_call(monkeypatch):
-    """Calls of 10, 40, 160 and 290 meta-steps; the sampler is traced as often as for one call."""
+    """Calls of 10, 40, 160 and 290 meta-steps find the program of the first of another run.
+
+    The sampler is traced there for the shape of a batch alone.
+    """
     monkeypatch.setattr(training, "RESPONSE", 1e9)
     traced, calls = [0], []
 
@@ -199,7 +202,8 @@ def test_many_meta_steps_run_in_one_compiled_call(monkeypatch):
         fitted(source, num_meta_steps=steps, evaluate_every=1000)
         found.append(traced[0])
     assert calls == [10, 10, 40, 160, 290]
-    assert found[0] == found[1], "no call is compiled anew"
+    assert found[0] > 1, "the control"
+    assert found[1] == 1, "no call is compiled anew"
 
 
 # ------------------------------------------------------------------ cut and resumed
