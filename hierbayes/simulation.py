@@ -34,6 +34,7 @@ from hierbayes.likelihoods.program import Program
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import as_rng, float64, standard_promotion
 from hierbayes.phi.assembled import Assembled
+from hierbayes.phi.lkj import LKJ
 from hierbayes.tasks import Tasks
 
 _KNOWN: dict[type, Callable[[Any, np.random.Generator, tuple[int, ...]], np.ndarray]] = {
@@ -77,7 +78,7 @@ def _drawn(belief: Any, lead: tuple[int, ...], rng: np.random.Generator) -> np.n
         return _drawn(belief.base_dist, lead, rng)
     if isinstance(belief, dist.ExpandedDistribution) and not belief.base_dist.batch_shape:
         return _drawn(belief.base_dist, (*lead, *belief.batch_shape), rng)
-    if type(belief) is dist.LKJ and not belief.batch_shape:  # NumPyro's takes seconds to compile
+    if isinstance(belief, LKJ):  # NumPyro's takes seconds to compile
         return draw_correlations(belief.dimension, float(belief.concentration), lead, rng)
     if type(belief) in _KNOWN:
         shape = (*lead, *belief.batch_shape)

@@ -15,7 +15,7 @@ from assertions import close, monte_carlo, refuses
 from scipy import stats
 
 import hierbayes as hb
-from hierbayes.meta import expected_coverage as expected
+from hierbayes.meta import intervals as expected
 from hierbayes.meta.intervals import morris
 
 QUIET = dict(num_draws=1, num_chains=1)

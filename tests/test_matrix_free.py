@@ -16,7 +16,7 @@ from assertions import close, refuses
 from scipy import special
 
 import hierbayes as hb
-from hierbayes.adaptation import matrix_free, white
+from hierbayes.equivalence import matrix_free
 from hierbayes.equivalence.matrix_free import MatrixFreePrior
 from hierbayes.likelihoods import Gaussian
 
@@ -297,18 +297,18 @@ def test_conjugate_gradients():
     target = rng.normal(size=30)
     for low in (0.5, -0.5):
         matrix = axes @ np.diag(np.linspace(low, 4.0, 30)) @ axes.T
-        found = white.conjugate_gradients(lambda v, m=matrix: m @ v, target)
+        found = matrix_free.conjugate_gradients(lambda v, m=matrix: m @ v, target)
         if low > 0:
             close(found, target @ np.linalg.solve(matrix, target), rtol=1e-11)
         else:
             assert found == np.inf
-    assert white.conjugate_gradients(lambda v: v, np.zeros(3)) == 0.0
+    assert matrix_free.conjugate_gradients(lambda v: v, np.zeros(3)) == 0.0
 
 
 def test_conjugate_gradients_that_do_not_converge():
     """Condition 1e12 over 2,000 directions: 300 products are not enough, and NaN says so."""
     spectrum = np.geomspace(1.0, 1e12, 2000)
-    assert np.isnan(white.conjugate_gradients(lambda v: spectrum * v, np.ones(2000)))
+    assert np.isnan(matrix_free.conjugate_gradients(lambda v: spectrum * v, np.ones(2000)))
 
 
 def test_measures_that_are_not_known_are_reported(monkeypatch):

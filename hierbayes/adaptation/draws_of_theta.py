@@ -122,7 +122,7 @@ def draws_given(
         return start, steps, _chains(model, rows, some, white, stretch, uniform, steps)
 
     with float64():
-        rows = jax.tree.map(jnp.asarray, rows)
+        rows = jax.device_put(rows)
         first = begun(starts[0])
         if len(starts) > 1:
             steps = steps_needed(np.asarray(first[2][2])[..., :num_tasks])

@@ -33,6 +33,7 @@ from hierbayes.numerics import (
     log_product,
     solve_lower,
     solve_upper,
+    to_numpy,
     total,
 )
 from hierbayes.statistics import Statistics, design_and_variance
@@ -52,7 +53,7 @@ FEW_COLUMNS = 6
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "x", "fixed", "y", "gram_below", "slope_below", "square_below", "centre", "belief",
+        "x", "fixed", "y", "gram", "gram_below", "slope_below", "square_below", "centre", "belief",
         "num_rows", "log_scale",
     ],
     meta_fields=[],
@@ -62,14 +63,15 @@ class IntegratedProblem:
     """Statistics laid out for one evaluation after another, y as the residual at b_*.
 
     ``x`` (d, d, J), ``fixed`` (d, P, J), ``y`` (d, J) are the rows that θ moves, or with a leading
-    axis over chunks of tasks, the last of them filled up with empty ones; of the rows below
-    only FᵀF (P, P), Fᵀy (P,) and yᵀy are needed. ``num_rows`` and ``log_scale`` are totals,
-    ``centre`` is b_* (P,).
+    axis over chunks of tasks, the last of them filled up with empty ones; ``gram`` is Σ_j R_jᵀR_j
+    (d, d). Of the rows below only FᵀF (P, P), Fᵀy (P,) and yᵀy are needed. ``num_rows`` and
+    ``log_scale`` are totals, ``centre`` is b_* (P,).
     """
 
     x: Any
     fixed: Any
     y: Any
+    gram: Any
     gram_below: Any
     slope_below: Any
     square_below: Any
@@ -79,11 +81,9 @@ class IntegratedProblem:
     log_scale: Any
 
 
-def amplification(problem: IntegratedProblem, root: Any, sigma: Any) -> jax.Array:
+def amplification(problem: IntegratedProblem, covariance: np.ndarray, sigma: float) -> float:
     """N + Σ_j tr(R_j Σ R_jᵀ) / σ²: how much larger than one what cancels in inverses may be."""
-    x = problem.x if problem.y.ndim == 3 else problem.x[None]
-    gram = jnp.einsum("cikj,cimj->km", x, x)
-    return problem.num_rows + jnp.einsum("km,kl,ml->", gram, root, root) / sigma**2
+    return float(problem.num_rows) + float((to_numpy(problem.gram) * covariance).sum() / sigma**2)
 
 
 class Integrated(NamedTuple):
@@ -121,10 +121,10 @@ def integrated_problem(
     d = stats.num_coef
     fixed = stats.fixed_columns(free_mean, jnp)
     y = jnp.asarray(stats.y) - (fixed * centre[:, None]).sum(1)
-    below, left = fixed[d:], y[d:]
+    below, left, x = fixed[d:], y[d:], jnp.asarray(stats.x)[:d]
     return IntegratedProblem(
-        _chunked(jnp.asarray(stats.x)[:d], chunk), _chunked(fixed[:d], chunk),
-        _chunked(y[:d], chunk),
+        _chunked(x, chunk), _chunked(fixed[:d], chunk), _chunked(y[:d], chunk),
+        jnp.einsum("ikj,imj->km", x, x),
         jnp.einsum("ikj,imj->km", below, below), jnp.einsum("ikj,ij->k", below, left),
         (left**2).sum(), centre, belief, jnp.sum(stats.num_rows), jnp.sum(stats.log_scale),
     )  # fmt: skip

@@ -604,4 +604,4 @@ def around(problem: ProfileProblem) -> Curved | Plain:
     xp: Any = np if isinstance(problem.y, np.ndarray) else jnp
     effects = np.asarray(xp.einsum("mpj,mj->p", problem.fixed, problem.y))
     terms = Terms(np.asarray(problem.whitener), problem.reml, problem.known_noise)
-    return Curved(jax.tree.map(jnp.asarray, chunks_of(problem)), effects, terms)
+    return Curved(jax.device_put(chunks_of(problem)), effects, terms)

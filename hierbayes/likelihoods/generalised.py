@@ -13,6 +13,7 @@ what a search for a maximum has to see; the last term is right to 10⁻¹¹ near
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -92,7 +93,7 @@ class GeneralisedLinear(Likelihood):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Slope and second derivative in f of every row's log likelihood, filled up alike."""
         y, known = _filled(outcome), {n: _filled(v) for n, v in slots.items()}
-        found = self.to_second_order(_filled(f), phi, known, y)[1:]
+        found = map(np.asarray, _second_order(self, _filled(f), phi, known, y)[1:])
         slope, second = (np.broadcast_to(a, len(y))[: len(outcome)] for a in found)
         return slope, second
 
@@ -153,6 +154,11 @@ def _refuse_offsets(tasks: Tasks, family: str) -> None:
 def mean_offset(tasks: Tasks) -> float:
     """The mean of the offsets, zero without."""
     return float(np.mean(tasks.slots.get("offset", 0.0)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _second_order(family: Any, f: Any, phi: Any, slots: Any, outcome: Any) -> Any:
+    return family.to_second_order(f, phi, slots, outcome)
 
 
 def _filled(values: np.ndarray) -> np.ndarray:

@@ -197,7 +197,7 @@ class ByQuadrature(ByEvidence):
 
     def prepare(self, units: np.ndarray, x: np.ndarray) -> None:
         """Find the modes at x, and how they move from there."""
-        modes, known = _modes_near(self.made, self.data.within(units), jnp.asarray(x))
+        modes, known = _modes_near(self.made, self.data.within(units), x)
         self.data = self.data._replace(start=modes, known=known)
 
     def points(

@@ -149,14 +149,13 @@ def _points(made_for: Compiled, target: Target, xs: Any, es: Any, fast: bool) ->
 
 @functools.partial(jax.jit, static_argnums=0)
 def _value_and_slope(made_for: Compiled, target: Target, x: Any, e: Any) -> Any:
-    return jax.value_and_grad(lambda v: _point(made_for, target, v, e).log_density)(x)
+    """((log density, φ by name), slope)."""
 
+    def density(v: Any) -> tuple[Any, dict[str, Any]]:
+        at = _point(made_for, target, v, e)
+        return at.log_density, at.phi
 
-@functools.partial(jax.jit, static_argnums=0)
-def _amplification(made_for: Compiled, target: Target, x: Any) -> jax.Array:
-    beliefs = jax.tree.unflatten(made_for[1], target.beliefs)
-    at = target.spaces.psi.placed(x, beliefs)
-    return amplification(target.problem, *root_and_noise(at))
+    return jax.value_and_grad(density, has_aux=True)(x)
 
 
 def in_batches(
@@ -258,8 +257,15 @@ class Collapsed:
 
     def well_conditioned(self, units: np.ndarray, x: np.ndarray) -> bool:
         """Whether explicit inverses lose next to nothing around x."""
-        found = _amplification(self._made_for, self._target(units), x)
-        return float(found) < LARGEST_AMPLIFICATION
+        phi = to_numpy(self._value_and_slope(units, x)[0][1])
+        tau, corr = phi["tau"], phi.get("corr", np.eye(self.num_coef))
+        covariance = tau[:, None] * corr * tau
+        found = amplification(self.problem, covariance, float(phi.get("sigma", 1.0)))
+        return found < LARGEST_AMPLIFICATION
+
+    def _value_and_slope(self, units: np.ndarray, x: np.ndarray) -> Any:
+        e = np.zeros(self.num_white)
+        return _value_and_slope(self._made_for, self._target(units), x, e)
 
     @property
     def doubt(self) -> str | None:
@@ -273,7 +279,6 @@ class Collapsed:
 
     def value_and_slope(self, units: np.ndarray, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the log density at (x, e = 0) and its slope, for a minimiser."""
-        e = np.zeros(self.num_white)
-        value, slope = _value_and_slope(self._made_for, self._target(units), x, e)
+        (value, _), slope = self._value_and_slope(units, x)
         value = -float(value)
         return (value if np.isfinite(value) else 1e300), -np.nan_to_num(np.asarray(slope))

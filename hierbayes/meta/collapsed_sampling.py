@@ -680,7 +680,7 @@ def _by_nuts(
     num_white = 0 if target.exact else target.num_white
     density, data = target.log_density(units)
     key = as_key(int(rng.integers(2**31)))
-    start = jnp.asarray(rng.uniform(-1.0, 1.0, (num_chains, size + num_white)))
+    start = jax.device_put(rng.uniform(-1.0, 1.0, (num_chains, size + num_white)))
     found, stats = run_potential(
         Rounded(density, size, target.num_white - num_white),
         (data, located.mode, located.root),

@@ -260,7 +260,7 @@ class _Run:
         keys = jax.random.split(as_key(chosen["seed"]), 4)
         self.start_key, self.train_key, self.held_key, self.score_key = keys
         self.chosen, self.method, self.episodes = chosen, method, episodes
-        self.to_train = to_train._replace(given=jax.tree.map(jnp.asarray, to_train.given))
+        self.to_train = to_train._replace(given=jax.device_put(to_train.given))
         optimiser = self.optimiser = optax.with_extra_args_support(chosen["optimiser"])
         parameters = start(self.start_key)
         self.carry = (parameters, optimiser.init(parameters))

@@ -36,6 +36,7 @@ from numpyro.distributions.transforms import (
 
 from hierbayes.numerics import float64
 from hierbayes.phi.assembled import Assembled
+from hierbayes.phi.lkj import LKJ
 
 Support = Literal["real", "spread", "open spread", "positive", "correlation", "belief"]
 
@@ -494,12 +495,10 @@ def _root_of_correlations(part: Part, entries: Any, belief: dist.Distribution) -
 
 def _log_prob_of_factor(belief: dist.Distribution, factor: jax.Array) -> jax.Array:
     """The log density of R = C Cᵀ as one of the entries of C below its diagonal."""
-    if isinstance(belief, dist.LKJ):  # needs no factorisation
-        over_factors = dist.LKJCholesky(belief.dimension, belief.concentration)
-        return jnp.asarray(over_factors.log_prob(factor))
     to_factor: Any = CorrMatrixCholeskyTransform()
     corr = factor @ factor.T
-    return jnp.asarray(belief.log_prob(corr)) - to_factor.log_abs_det_jacobian(corr, factor)
+    own = belief.of_root(factor) if isinstance(belief, LKJ) else jnp.asarray(belief.log_prob(corr))
+    return own - to_factor.log_abs_det_jacobian(corr, factor)
 
 
 def _correlations(part: Part, entries: Any) -> Any:

@@ -16,6 +16,7 @@ from hierbayes.errors import InputError
 from hierbayes.likelihoods import Likelihood
 from hierbayes.numerics import standard_promotion
 from hierbayes.phi.assembled import Assembled
+from hierbayes.phi.lkj import LKJ
 from hierbayes.priors import beliefs
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.container import kept
@@ -302,9 +303,10 @@ class HyperPrior:
 
     def _correlation(self, shape: Shape) -> dist.Distribution:
         def lkj(size: int) -> dist.Distribution:
-            if isinstance(self.corr, dist.Distribution):
-                return self.corr
-            return dist.LKJ(size, concentration=2.0 if self.corr is None else float(self.corr))
+            corr: Any = 2.0 if self.corr is None else self.corr
+            if isinstance(corr, dist.LKJ):
+                corr = corr.concentration
+            return corr if isinstance(corr, dist.Distribution) else LKJ(size, float(corr))
 
         d = len(shape.coef)
         if shape.blocks == (tuple(range(d)),):

@@ -208,7 +208,7 @@ class Sampled(Episodes):
         """Nothing to bring in: batches are drawn in the loop."""
         del seed, start
         # on the device once, and not with every chunk
-        data = jax.tree.map(jnp.asarray, self.data)
+        data = jax.device_put(self.data)
         return _SampledFeed(data, DrawnInTheLoop(self.draw_one, batch_size))
 
     def batch(self, num_tasks: int, seed: int | jax.Array) -> Episode:
