@@ -26,7 +26,7 @@ from hierbayes.likelihoods.neural import Neural
 from hierbayes.numerics import float64, triangle
 from hierbayes.phi import Part, Space
 from hierbayes.priors import HyperPrior, Prior
-from hierbayes.priors.beliefs import refuse_negative
+from hierbayes.priors.checked import refuse_negative
 from hierbayes.priors.column_map import ColumnMap
 from hierbayes.priors.columns import Columns, Reads
 from hierbayes.priors.elliptical import Elliptical
@@ -37,7 +37,7 @@ from hierbayes.tasks.container import kept
 
 @dataclass(frozen=True)
 class HierarchicalModel:
-    """A likelihood, a prior that tasks share, and a belief about that prior.
+    """A likelihood, a prior that tasks share, and a hyperprior on its parameters.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ class HierarchicalModel:
             inputs.instance(name, getattr(self, name), kind, what)
         stated = [*self.hyperprior.extra, *(["sigma"] if self.hyperprior.sigma else [])]
         likelihood = self.likelihood.bound(stated)
-        _refuse_beliefs(self.hyperprior, likelihood)
+        _refuse_extra(self.hyperprior, likelihood)
         object.__setattr__(self, "likelihood", likelihood)
 
     def tasks(self, data: Any) -> Tasks:
@@ -133,14 +133,14 @@ class HierarchicalModel:
         parts = [p for p in self.parts(tasks) if not names or p.name in names]
         if likelihood_alone:
             parts = [replace(p, support="positive") if p.moved else p for p in parts]
-        own = [p.name for p in parts if p.support == "belief"]
+        own = [p.name for p in parts if p.support == "hyperprior"]
         units = {
             "mu": scales.mu, "gamma": scales.coef[:, None] / scales.task_predictors,
             "tau": scales.coef, "beta": scales.shared,
         }  # fmt: skip
-        beliefs = self.resolve(tasks).hyperprior.of_parameters(own) if own else {}
+        hyperpriors = self.resolve(tasks).hyperprior.of_parameters(own) if own else {}
         starts = {"sigma": float(scales.spread)}
-        return Space.of(parts, units=units, beliefs=beliefs, starts=starts)
+        return Space.of(parts, units=units, hyperpriors=hyperpriors, starts=starts)
 
     def fixed(self, tasks: Tasks) -> Space:
         """b = (μ, Γ, β), as it is."""
@@ -159,29 +159,29 @@ class HierarchicalModel:
                 columns = Columns.of(tasks, self.hyperprior)
         elif self.hyperprior.is_resolved(shape):
             return self
-        believed = columns.map(shape, "beliefs", scaled=False).tasks(tasks)
+        believed = columns.map(shape, "hyperpriors", scaled=False).tasks(tasks)
         hyperprior = self.hyperprior.resolve(shape, believed, self.likelihood)
         return replace(self, hyperprior=hyperprior, columns=columns)
 
     def column_map(self, tasks: Tasks, reads: Reads, *, scaled: bool = True) -> ColumnMap:
         """From the columns that a method computes with to the user's; of a resolved model.
 
-        Where p(φ) is read the units of a column change only if its beliefs can follow. "beliefs",
-        not ``scaled``, are the columns that p(φ) is stated in.
+        Where p(φ) is read the units of a column change only if p(φ) can follow. "hyperpriors", not
+        ``scaled``, are the columns that p(φ) is stated in.
         """
         assert self.columns is not None
         shape = self.shape(tasks)
-        if scaled and reads == "beliefs":
+        if scaled and reads == "hyperpriors":
             return self.columns.map(shape, reads, self.hyperprior.scalable(shape))
         return self.columns.map(shape, reads, scaled)
 
     def seen_through(self, at: ColumnMap, tasks: Tasks, reads: Reads) -> HierarchicalModel:
-        """The model of the tasks in the map's columns: the same one, with beliefs in their units.
+        """The model of the tasks in the map's columns: the same one, with priors in their units.
 
         Where a method does not read p(φ), its defaults there.
         """
         own = HyperPrior(sigma=self.hyperprior.sigma, extra=self.hyperprior.extra)
-        if reads == "beliefs":
+        if reads == "hyperpriors":
             own = self.hyperprior.scaled(
                 self.shape(tasks), *([c.sd for c in part] for part in
                                      (at.varying, at.shared, at.task_predictors))
@@ -249,7 +249,7 @@ class HierarchicalModel:
     def phi_distributions(self, tasks: Any) -> dict[str, dist.Distribution]:
         """p(φ) by name, each over the whole array; the hyperprior is resolved first.
 
-        Of φ in the columns that default beliefs are stated in, centred where that changes no model:
+        Of φ in the columns that default priors are stated in, centred where that changes no model:
         docs/notation.md says when; ``numpyro_program`` has the same sites.
         """
         tasks = self.tasks(tasks)
@@ -282,14 +282,14 @@ class HierarchicalModel:
 
     def _log_joint(self, phi: dict[str, Any], theta: Any, tasks: Tasks) -> jax.Array:
         resolved = self.resolve(tasks)
-        at = resolved.column_map(tasks, "beliefs", scaled=False)
+        at = resolved.column_map(tasks, "hyperpriors", scaled=False)
         if "beta" in phi or not at.trivial:
             theta = at.theta_inward(theta, phi.get("beta"))
         phi, tasks = at.phi_inward(phi), at.tasks(tasks)
         w = jnp.asarray(tasks.task_predictors)
         total = jax.vmap(lambda t, w_j: self.prior.log_prob(t, phi, w_j))(theta, w).sum()
-        for name, belief in resolved.hyperprior.distributions(self.shape(tasks)).items():
-            total = total + jnp.sum(belief.log_prob(phi[name]))
+        for name, hyperprior in resolved.hyperprior.distributions(self.shape(tasks)).items():
+            total = total + jnp.sum(hyperprior.log_prob(phi[name]))
         rows = self.likelihood.log_likelihood_of_rows(theta, phi, *self.likelihood.arrange(tasks))
         return total + rows.sum()
 
@@ -300,7 +300,7 @@ class HierarchicalModel:
 
         Its sites are ``mu``, ``tau``, ``corr``, ``beta``, ``gamma``, ``sigma``, ``theta`` and
         the observed ``y``; its log density is :meth:`log_joint`. Where columns are centred for the
-        default beliefs (see :meth:`phi_distributions`), what that changes is sampled in the centred
+        default priors (see :meth:`phi_distributions`), what that changes is sampled in the centred
         columns, as ``mu_centred`` and the like, and ``mu`` is deterministic. With ``centred=False``
         θ is written as μ + L z and the site ``z`` is sampled in its place, a reparametrisation for
         samplers; ``theta`` is then deterministic.
@@ -317,7 +317,7 @@ class HierarchicalModel:
         """
         tasks = self.tasks(tasks)
         resolved = self.resolve(tasks)
-        at = resolved.column_map(tasks, "beliefs", scaled=False)
+        at = resolved.column_map(tasks, "hyperpriors", scaled=False)
         sites = resolved.hyperprior.distributions(self.shape(tasks))
         moved, tasks = at.changed(), at.tasks(tasks)
         data = self._arranged(tasks)
@@ -346,10 +346,10 @@ class HierarchicalModel:
     def program_of_data(self, tasks: Tasks) -> tuple[Joint, Any]:
         """The non-centred program as a function of its numbers, and these, for samplers.
 
-        For models whose beliefs are about the columns as they lie; :meth:`numpyro_program` is for
-        others too.
+        For models whose priors on φ are about the columns as they lie; :meth:`numpyro_program` is
+        for others too.
         """
-        assert not self.column_map(tasks, "beliefs", scaled=False).changed()
+        assert not self.column_map(tasks, "hyperpriors", scaled=False).changed()
         leaves, how = jax.tree.flatten(self.phi_distributions(tasks))
         return Joint(self.without_encoder(), how), (leaves, *self._arranged(tasks))
 
@@ -364,7 +364,7 @@ def _sites(
         if centred:
             theta = jnp.asarray(numpyro.sample(named("theta"), model.prior.distribution(phi, w)))
         else:
-            z = numpyro.sample("z", model.prior.white(jnp.shape(phi["tau"])[-1]))
+            z = numpyro.sample("z", model.prior.noncentred(jnp.shape(phi["tau"])[-1]))
             theta = model.prior.location(phi, w) + z @ model.prior.scale_tril(phi).T
     return theta, phi
 
@@ -404,10 +404,10 @@ class Joint(NamedTuple):
         return program
 
 
-def _refuse_beliefs(hyperprior: HyperPrior, likelihood: Likelihood) -> None:
+def _refuse_extra(hyperprior: HyperPrior, likelihood: Likelihood) -> None:
     """Refuse priors of parameters that the likelihood has not, and negative ones of its own."""
     own, kind = likelihood.parameters(), type(likelihood).__name__
-    for name, belief in hyperprior.extra.items():
+    for name, given in hyperprior.extra.items():
         if name not in own:
             others = [n for n in own if n != "sigma"]
             has = suggestion(name, others) if others else "it has no others"
@@ -416,7 +416,7 @@ def _refuse_beliefs(hyperprior: HyperPrior, likelihood: Likelihood) -> None:
                 f"likelihood; {has}"
             )
         if isinstance(likelihood, GeneralisedLinear):
-            refuse_negative(f"extra={{{name!r}: …}}", belief, "a positive parameter")
+            refuse_negative(f"extra={{{name!r}: …}}", given, "a positive parameter")
 
 
 def check_model(model: Any) -> None:
@@ -432,9 +432,9 @@ def sample_phi(
 ) -> dict[str, Any]:
     """Inside a NumPyro program: one sample site a name of φ, ``named`` as it says."""
     phi = {}
-    for name, belief in sites.items():
+    for name, hyperprior in sites.items():
         try:
-            phi[name] = numpyro.sample(named(name), belief)
+            phi[name] = numpyro.sample(named(name), hyperprior)
         except NotImplementedError as error:
             raise InputError(
                 f"the hyperprior on {name} is improper: nothing can be drawn from it. Give a "

@@ -6,7 +6,7 @@ r"""Data that a model itself would have made.
 for rows like those of given tasks: the same predictors, sizes, offsets, weights, standard errors
 and trials, and other outcomes.
 
-Draws from beliefs about φ, by NumPy where it knows them: nothing is compiled for a few draws.
+Draws from hyperpriors about φ, by NumPy where it knows them: nothing is compiled for a few draws.
 
 Correlation matrices come by the onion: below the root of one of k rows goes the row
 :math:`(\sqrt{y}\, u, \sqrt{1 - y})`, with y from a Beta distribution and u uniform on a sphere.
@@ -51,16 +51,18 @@ _KNOWN: dict[type, Callable[[Any, np.random.Generator, tuple[int, ...]], np.ndar
 
 
 @standard_promotion()
-def draw(name: str, belief: dist.Distribution, num: int, rng: np.random.Generator) -> np.ndarray:
+def draw(
+    name: str, hyperprior: dist.Distribution, num: int, rng: np.random.Generator
+) -> np.ndarray:
     """``num`` draws of the parameter ``name`` (num, …), in float64.
 
     Raises
     ------
     InputError
-        Where the belief is improper, naming the parameter.
+        Where the hyperprior is improper, naming the parameter.
     """
     try:
-        return _drawn(belief, (num,), rng)
+        return _drawn(hyperprior, (num,), rng)
     except NotImplementedError as error:
         raise InputError(
             f"the hyperprior on {name} is improper: nothing can be drawn from it. Give a proper "
@@ -68,33 +70,33 @@ def draw(name: str, belief: dist.Distribution, num: int, rng: np.random.Generato
         ) from error
 
 
-def _drawn(belief: Any, lead: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    if isinstance(belief, Assembled):
-        whole = np.broadcast_to(belief.background, (*lead, *belief.background.shape)).copy()
-        for part, index in belief.parts:
+def _drawn(hyperprior: Any, lead: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    if isinstance(hyperprior, Assembled):
+        whole = np.broadcast_to(hyperprior.background, (*lead, *hyperprior.background.shape)).copy()
+        for part, index in hyperprior.parts:
             whole[(slice(None),) * len(lead) + tuple(index)] = _drawn(part, lead, rng)
         return whole
-    if isinstance(belief, dist.Independent):
-        return _drawn(belief.base_dist, lead, rng)
-    if isinstance(belief, dist.ExpandedDistribution) and not belief.base_dist.batch_shape:
-        return _drawn(belief.base_dist, (*lead, *belief.batch_shape), rng)
-    if isinstance(belief, LKJ):  # NumPyro's takes seconds to compile
-        return draw_correlations(belief.dimension, float(belief.concentration), lead, rng)
-    if type(belief) in _KNOWN:
-        shape = (*lead, *belief.batch_shape)
-        return np.asarray(_KNOWN[type(belief)](_Numbers(belief), rng, shape), float)
+    if isinstance(hyperprior, dist.Independent):
+        return _drawn(hyperprior.base_dist, lead, rng)
+    if isinstance(hyperprior, dist.ExpandedDistribution) and not hyperprior.base_dist.batch_shape:
+        return _drawn(hyperprior.base_dist, (*lead, *hyperprior.batch_shape), rng)
+    if isinstance(hyperprior, LKJ):  # NumPyro's takes seconds to compile
+        return draw_correlations(hyperprior.dimension, float(hyperprior.concentration), lead, rng)
+    if type(hyperprior) in _KNOWN:
+        shape = (*lead, *hyperprior.batch_shape)
+        return np.asarray(_KNOWN[type(hyperprior)](_Numbers(hyperprior), rng, shape), float)
     with float64():
-        return np.asarray(belief.sample(jax.random.key(int(rng.integers(2**63))), lead), float)
+        return np.asarray(hyperprior.sample(jax.random.key(int(rng.integers(2**63))), lead), float)
 
 
 class _Numbers:
     """A distribution's parameters as NumPy float64."""
 
-    def __init__(self, belief: Any):
-        self.belief = belief
+    def __init__(self, hyperprior: Any):
+        self.hyperprior = hyperprior
 
     def __getattr__(self, name: str) -> np.ndarray:
-        return np.asarray(getattr(self.belief, name), float)
+        return np.asarray(getattr(self.hyperprior, name), float)
 
 
 def draw_correlations(
@@ -167,8 +169,8 @@ def simulate(model: HierarchicalModel, tasks_like: Any, seed: int | jax.Array = 
     tasks, rng = model.tasks(tasks_like), as_rng(seed)
     refuse_without_outcomes(model, tasks)
     resolved = model.resolve(tasks)
-    at = resolved.column_map(tasks, "beliefs", scaled=False)
-    inner, seen = resolved.seen_through(at, tasks, "beliefs"), at.tasks(tasks)
+    at = resolved.column_map(tasks, "hyperpriors", scaled=False)
+    inner, seen = resolved.seen_through(at, tasks, "hyperpriors"), at.tasks(tasks)
     phis = draw_phi(inner, seen, 1, rng)
     thetas = draw_theta(inner, seen, phis, rng)
     outcome = draw_outcomes(inner, seen, phis, thetas, rng)[0]
@@ -205,8 +207,8 @@ def draw_phi(
     tasks = model.tasks(tasks_like)
     resolved = model.resolve(tasks)
     sites = resolved.hyperprior.distributions(model.shape(tasks))
-    drawn = {name: draw(name, belief, num, rng) for name, belief in sites.items()}
-    return resolved.column_map(tasks, "beliefs", scaled=False).phi(drawn)
+    drawn = {name: draw(name, hyperprior, num, rng) for name, hyperprior in sites.items()}
+    return resolved.column_map(tasks, "hyperpriors", scaled=False).phi(drawn)
 
 
 def draw_theta(
@@ -219,7 +221,7 @@ def draw_theta(
     with float64():
         location = np.asarray(jax.vmap(lambda phi: model.prior.location(phi, w))(phis))
         root = np.asarray(model.prior.scale_tril(phis))
-    white = model.prior.white_draws(rng, location.shape)
+    white = model.prior.noncentred_draws(rng, location.shape)
     return location + np.einsum("skl,sjl->sjk", root, white)
 
 

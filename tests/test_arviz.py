@@ -160,8 +160,8 @@ def of_counts():
     rng = np.random.default_rng(5)
     rates = np.exp(1.0 + 0.5 * rng.normal(size=40))
     tasks = hb.Tasks.from_arrays([(np.ones((5, 1)), rng.poisson(rate, 5)) for rate in rates])
-    beliefs = hb.HyperPrior(mu=dist.Normal(1.0, 0.5), tau=dist.HalfNormal(0.4))
-    model = hb.HierarchicalModel(hb.likelihoods.Poisson(), hb.priors.Gaussian(), beliefs)
+    hyperpriors = hb.HyperPrior(mu=dist.Normal(1.0, 0.5), tau=dist.HalfNormal(0.4))
+    model = hb.HierarchicalModel(hb.likelihoods.Poisson(), hb.priors.Gaussian(), hyperpriors)
     return model.resolve(tasks), tasks
 
 
@@ -247,16 +247,16 @@ def gaussians():
         (np.column_stack([np.ones(6), rng.normal(size=6)]), rng.normal(size=6)) for _ in range(5)
     ]
     tasks = hb.Tasks.from_arrays(arrays, task_predictors=rng.normal(size=(5, 1)))
-    beliefs = hb.HyperPrior(
+    hyperpriors = hb.HyperPrior(
         mu=dist.Normal(0.5, 2.0), tau=dist.HalfNormal(0.7), gamma=dist.Normal(0.0, 0.4),
         sigma=dist.Exponential(2.0), corr=3.0,
     )  # fmt: skip
-    model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian(), beliefs)
+    model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian(), hyperpriors)
     resolved = model.resolve(tasks)
     # what was learned does not matter here: draws of the right shapes stand for it
     draws = {
-        name: draw(name, belief, 20, rng).reshape(2, 10, *belief.event_shape)
-        for name, belief in resolved.phi_distributions(tasks).items()
+        name: draw(name, hyperprior, 20, rng).reshape(2, 10, *hyperprior.event_shape)
+        for name, hyperprior in resolved.phi_distributions(tasks).items()
     }
     phi = {name: value.mean((0, 1)) for name, value in draws.items()}
     theta = rng.normal(size=(2, 10, 5, 2))
@@ -317,7 +317,7 @@ def test_correlations_are_drawn_from_lkj(size, concentration):
     assert abs(logs.mean() - expected) < 5 * logs.std() / np.sqrt(4000)
 
 
-def beliefs() -> dict[str, Any]:
+def hyperpriors() -> dict[str, Any]:
     import numpyro.distributions as dist
 
     return {
@@ -330,16 +330,16 @@ def beliefs() -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", beliefs())
+@pytest.mark.parametrize("name", hyperpriors())
 def test_beliefs_are_drawn_as_numpyro_has_them(name):
     """By NumPyro's own distribution function, in every entry; Weibull by NumPyro's own sample."""
     from hierbayes.simulation import draw
 
-    belief = beliefs()[name]
-    drawn = draw("tau", belief, 2000, np.random.default_rng(1))
-    assert drawn.shape == (2000, *belief.shape())
+    hyperprior = hyperpriors()[name]
+    drawn = draw("tau", hyperprior, 2000, np.random.default_rng(1))
+    assert drawn.shape == (2000, *hyperprior.shape())
     assert drawn.dtype == np.float64
-    core = belief.base_dist if hasattr(belief, "reinterpreted_batch_ndims") else belief
+    core = hyperprior.base_dist if hasattr(hyperprior, "reinterpreted_batch_ndims") else hyperprior
     core = getattr(core, "base_dist", core) if type(core).__name__.startswith("Expanded") else core
     u = np.asarray(jax.jit(core.cdf)(drawn)).reshape(2000, -1)
     for column in u.T:

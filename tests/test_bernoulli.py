@@ -465,16 +465,16 @@ def test_files_of_older_formats_are_read(schools, tmp_path, version):
 
 def test_default_priors_are_in_logits(tasks):
     """One logit a standard deviation of x; of the intercept where x and z are at their means."""
-    belief = MODEL.resolve(tasks).hyperprior
+    hyperprior = MODEL.resolve(tasks).hyperprior
     ones = tasks.outcome.sum()
     level = np.log((ones + 0.5) / (tasks.num_rows - ones + 0.5)) - tasks.slots["offset"].mean()
     x, z = tasks.predictors[:, 1], tasks.shared[:, 0]
-    close(belief.mu["Intercept"].loc, level, rtol=1e-12)
-    close(belief.mu["Intercept"].scale, 2.5, rtol=1e-12)
-    close([belief.mu["x"].loc, belief.mu["x"].scale], [0.0, 2.5 / x.std()], rtol=1e-12)
-    close([belief.tau[c].scale for c in tasks.coef], [1.0, 1 / x.std()], rtol=1e-12)
-    close(belief.beta["z"].scale, 2.5 / z.std(), rtol=1e-12)
-    assert belief.sigma is None
+    close(hyperprior.mu["Intercept"].loc, level, rtol=1e-12)
+    close(hyperprior.mu["Intercept"].scale, 2.5, rtol=1e-12)
+    close([hyperprior.mu["x"].loc, hyperprior.mu["x"].scale], [0.0, 2.5 / x.std()], rtol=1e-12)
+    close([hyperprior.tau[c].scale for c in tasks.coef], [1.0, 1 / x.std()], rtol=1e-12)
+    close(hyperprior.beta["z"].scale, 2.5 / z.std(), rtol=1e-12)
+    assert hyperprior.sigma is None
 
 
 def pairs(outcome: Any, **arguments: Any) -> hb.Tasks:

@@ -23,7 +23,7 @@ from test_evidence import case
 import hierbayes as hb
 from hierbayes.evidence import Exact
 from hierbayes.evidence.fixed_effects_out import (
-    NormalBelief,
+    NormalHyperprior,
     amplification,
     integrate,
     integrated_problem,
@@ -61,18 +61,18 @@ def one(request):
     return case(**request.param)
 
 
-def belief_of(num_fixed: int) -> NormalBelief:
+def belief_of(num_fixed: int) -> NormalHyperprior:
     rng = np.random.default_rng(num_fixed)
-    return NormalBelief(rng.normal(size=num_fixed), rng.uniform(0.1, 2.0, num_fixed))
+    return NormalHyperprior(rng.normal(size=num_fixed), rng.uniform(0.1, 2.0, num_fixed))
 
 
-def integrated(one, belief, centre=None, fast=False):
+def integrated(one, hyperprior, centre=None, fast=False):
     """(evidence, mean, factor) of the package at the case's own τ, R, σ."""
     with float64():
         stats_of = statistics(one.tasks)
         shape = one.model.shape(one.tasks)
         start = least_squares(stats_of, shape.free_mean)[0] if centre is None else centre
-        problem = integrated_problem(stats_of, shape.free_mean, start, belief)
+        problem = integrated_problem(stats_of, shape.free_mean, start, hyperprior)
         corr = one.phi.get("corr", np.eye(len(one.phi["tau"])))
         root = one.phi["tau"][:, None] * np.linalg.cholesky(corr)
         found = INTEGRATE(problem, root, one.phi.get("sigma", 1.0), fast=fast)
@@ -99,13 +99,13 @@ def dense(one):
 @pytest.mark.parametrize("fast", [False, True], ids=["by elimination", "by inverses"])
 def test_the_evidence_is_the_dense_normal_density(one, fast):
     y, fixed, covariance = dense(one)
-    belief = belief_of(fixed.shape[1])
-    whole = covariance + fixed @ np.diag(1 / belief.precision) @ fixed.T
-    expected = stats.multivariate_normal(fixed @ belief.location, whole).logpdf(y)
-    found, mean, factor = integrated(one, belief, fast=fast)
+    hyperprior = belief_of(fixed.shape[1])
+    whole = covariance + fixed @ np.diag(1 / hyperprior.precision) @ fixed.T
+    expected = stats.multivariate_normal(fixed @ hyperprior.location, whole).logpdf(y)
+    found, mean, factor = integrated(one, hyperprior, fast=fast)
     close(found, expected, rtol=1e-9)
-    precision = fixed.T @ np.linalg.solve(covariance, fixed) + np.diag(belief.precision)
-    slope = fixed.T @ np.linalg.solve(covariance, y) + belief.precision * belief.location
+    precision = fixed.T @ np.linalg.solve(covariance, fixed) + np.diag(hyperprior.precision)
+    slope = fixed.T @ np.linalg.solve(covariance, y) + hyperprior.precision * hyperprior.location
     close(factor @ factor.T, precision, rtol=1e-9, atol=1e-9)
     close(mean, np.linalg.solve(precision, slope), rtol=1e-8, atol=1e-9)
 
@@ -121,8 +121,8 @@ def test_where_it_is_expanded_does_not_matter(one):
 def test_a_flat_belief_is_the_limit_of_wide_ones(one):
     """log p(D) less the normals' own log density at their centre; 1e-6: precision 1e-9 times b²."""
     num_fixed = dense(one)[1].shape[1]
-    flat = integrated(one, NormalBelief(np.zeros(num_fixed), np.zeros(num_fixed)))
-    wide = integrated(one, NormalBelief(np.zeros(num_fixed), np.full(num_fixed, 1e-9)))
+    flat = integrated(one, NormalHyperprior(np.zeros(num_fixed), np.zeros(num_fixed)))
+    wide = integrated(one, NormalHyperprior(np.zeros(num_fixed), np.full(num_fixed, 1e-9)))
     own = 0.5 * num_fixed * np.log(1e-9 / (2 * np.pi))
     close(flat[0], wide[0] - own, rtol=0, atol=1e-6)
     close(flat[1], wide[1], rtol=1e-6, atol=1e-6)
@@ -141,8 +141,8 @@ def test_inverses_lose_what_amplification_says():
         y = (x * lines[:, None]).sum(-1) + sigma * rng.normal(size=(30, 6))
         tasks = hb.Tasks.from_arrays(list(zip(x, y, strict=True)))
         with float64():
-            belief = NormalBelief(np.zeros(2), np.ones(2))
-            problem = integrated_problem(statistics(tasks), (True, True), np.zeros(2), belief)
+            hyperprior = NormalHyperprior(np.zeros(2), np.ones(2))
+            problem = integrated_problem(statistics(tasks), (True, True), np.zeros(2), hyperprior)
             root = np.array([[1.0, 0.0], [-1.0, 1e-9]])
             stable, fast = (
                 float(INTEGRATE(problem, root, sigma, fast=fast).log_evidence)
@@ -167,11 +167,11 @@ def test_inverses_are_left_where_they_lose_much(radon):
 # --------------------------------------------------------------- the density of a point
 
 
-def believing(**beliefs):
+def believing(**hyperpriors):
     """A correlated radon model and what is believed of its φ."""
     model, tasks = hb.from_formula(
         "log_radon ~ 1 + floor + log_uranium + (1 + floor | county)", hb.datasets.radon(),
-        hyperprior=hb.HyperPrior(**beliefs),
+        hyperprior=hb.HyperPrior(**hyperpriors),
     )  # fmt: skip
     return model.resolve(tasks), tasks
 
@@ -186,18 +186,18 @@ BELIEFS = {
 
 
 @pytest.mark.parametrize(
-    "beliefs",
+    "hyperpriors",
     [
         pytest.param(b, id=name, marks=pytest.mark.slow if name not in ("default", "flat") else [])
         for name, b in BELIEFS.items()
     ],
 )
-def test_a_point_obeys_bayes_theorem(beliefs):
+def test_a_point_obeys_bayes_theorem(hyperpriors):
     """p(D, φ) |dψ/dx| = density(x, e) q(b | ψ, D), with q normal; for any e.
 
     1e-9: log densities of about 1,000, in which nothing cancels.
     """
-    model, tasks = believing(**beliefs)
+    model, tasks = believing(**hyperpriors)
     with float64():
         target = Collapsed(model, tasks)
         units = target.units
@@ -216,7 +216,10 @@ def test_a_point_obeys_bayes_theorem(beliefs):
 
         @jax.jit
         def believed_of(phi):
-            return sum(belief.log_prob(phi[name]).sum() for name, belief in target.beliefs.items())
+            return sum(
+                hyperprior.log_prob(phi[name]).sum()
+                for name, hyperprior in target.hyperpriors.items()
+            )
 
         believed = float(believed_of(phi))
 
@@ -250,7 +253,7 @@ def test_units_are_a_matter_of_description():
         x = np.random.default_rng(0).normal(size=(6, 4))
         one, other = (target.within(units).psi for units in (old, new))
         moved = np.stack([other.x(one.phi(v)) for v in x])
-        at = jax.jit(jax.vmap(lambda s, v: s.placed(v, target.beliefs), (None, 0)))
+        at = jax.jit(jax.vmap(lambda s, v: s.placed(v, target.hyperpriors), (None, 0)))
         before, after = at(one, x), at(other, moved)
         for name in ("tau", "corr", "sigma"):
             close(after.phi[name], before.phi[name], rtol=1e-12)

@@ -242,7 +242,7 @@ def test_map_is_scipys_mode_of_the_dense_posterior(which):
     """
     frame = ragged()
     tasks = rows_of(frame, "g", "y", ["1", "x"], ["1", "x", "z"])
-    beliefs = default_beliefs(frame) if which == "default" else user_beliefs
+    hyperpriors = default_beliefs(frame) if which == "default" else user_beliefs
 
     def log_density(v: np.ndarray) -> float:
         mu, tau, beta, rho, sigma = v[:2], v[2:4], v[4], np.tanh(v[5]), np.exp(v[6])
@@ -250,7 +250,7 @@ def test_map_is_scipys_mode_of_the_dense_posterior(which):
         if (tau <= 0).any():
             return -np.inf
         evidence = dense_log_evidence(tasks, [*mu, beta], tau, corr, sigma)
-        return evidence + beliefs(mu, tau, beta, rho, sigma) + np.log(sigma)
+        return evidence + hyperpriors(mu, tau, beta, rho, sigma) + np.log(sigma)
 
     model, data = hb.from_formula(FORMULA, frame, hyperprior=USER if which == "user" else None)
     found = fit(model, data, "map")

@@ -107,7 +107,7 @@ FAST = {
 """Pairs that run with the fast tests: every family. ``test_contract`` has every method."""
 
 OWN_WAYS = {
-    # own parameters: within tasks, from support and query, under evidence, with beliefs of theirs
+    # own parameters: within tasks, from support and query, under evidence, with priors of theirs
     "negative binomial": ("maml", "ml", "map"),
     "student": ("no pooling", "maml", "imaml", "ml", "map", "full Bayes"),
     "gamma": ("no pooling", "maml", "reptile", "laplace"),

@@ -14,7 +14,7 @@ from scipy import stats
 from simulated import by_task
 
 import hierbayes as hb
-from hierbayes.adaptation import Conjugate, Laplace, MixedScales, Quadrature
+from hierbayes.adaptation import Conjugate, Laplace, Quadrature, ScaleMixture
 from hierbayes.evidence import Exact, Integrated
 
 PHI = {
@@ -61,7 +61,7 @@ def test_of_gaussian_tasks_every_normaliser_is_the_exact_one(small, adaptation):
 def test_heavy_tails_of_many_degrees_of_freedom_are_a_normals(small):
     """t with ν = 1e8 differs from a normal by 1/ν: 1e-6 leaves room for its nodes."""
     model = hb.HierarchicalModel(small.model.likelihood, hb.priors.StudentT(1e8))
-    found = Integrated(MixedScales())(model, small.tasks, PHI)
+    found = Integrated(ScaleMixture())(model, small.tasks, PHI)
     close(found, Integrated()(small.model, small.tasks, PHI), rtol=0, atol=1e-6)
 
 

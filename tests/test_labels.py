@@ -90,8 +90,8 @@ def drawn(model: Any, tasks: Any) -> hb.Fit:
     rng = np.random.default_rng(8)
     resolved = model.resolve(tasks)
     phis = {
-        name: draw(name, belief, 40, rng).reshape(2, 20, *belief.shape())
-        for name, belief in resolved.phi_distributions(tasks).items()
+        name: draw(name, hyperprior, 40, rng).reshape(2, 20, *hyperprior.shape())
+        for name, hyperprior in resolved.phi_distributions(tasks).items()
     }
     phi = {name: value.mean((0, 1)) for name, value in phis.items()}
     theta = rng.normal(size=(2, 20, tasks.num_tasks, len(tasks.coef)))

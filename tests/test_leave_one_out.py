@@ -53,15 +53,19 @@ class Grid:
 
     def __init__(self, fit: hb.Fit):
         self.tasks = fit.tasks
-        beliefs = fit.model.phi_distributions(fit.tasks)
+        hyperpriors = fit.model.phi_distributions(fit.tasks)
         y = fit.tasks.outcome
         span = 8 * float(np.ptp(y))
         mu, mu_weight = self.nodes(y.mean() - span, y.mean() + span, 400)
         # τ = exp(t): nodes where the posterior is, near zero and far out alike
         t, t_weight = self.nodes(np.log(1e-4 * span), np.log(span), 200)
         self.mu, self.tau = np.meshgrid(mu, np.exp(t), indexing="ij")
-        prior = np.asarray(beliefs["mu"].log_prob(mu[:, None])).reshape(len(mu), -1).sum(1)[:, None]
-        of_tau = np.asarray(beliefs["tau"].log_prob(np.exp(t)[:, None])).reshape(len(t), -1).sum(1)
+        prior = (
+            np.asarray(hyperpriors["mu"].log_prob(mu[:, None])).reshape(len(mu), -1).sum(1)[:, None]
+        )
+        of_tau = (
+            np.asarray(hyperpriors["tau"].log_prob(np.exp(t)[:, None])).reshape(len(t), -1).sum(1)
+        )
         self.log_weight = prior + of_tau + t + np.log(mu_weight)[:, None] + np.log(t_weight)[None]
 
     @staticmethod
@@ -135,11 +139,11 @@ def test_every_task_refitted_agrees_with_importance(eight, schools):
     for j, without in _refits(eight, range(8)):
         assert without.info["num_draws"] == 1000
         assert without.tasks.num_tasks == 7
-        for name, belief in eight.model.hyperprior.distributions(
+        for name, hyperprior in eight.model.hyperprior.distributions(
             eight.model.shape(schools.tasks)
         ).items():  # resolved to all eight schools, and so it stays
             again = without.model.hyperprior.distributions(without.model.shape(without.tasks))[name]
-            close(belief.log_prob(np.ones(1)), again.log_prob(np.ones(1)))
+            close(hyperprior.log_prob(np.ones(1)), again.log_prob(np.ones(1)))
         value, error = _averaged(without, schools.tasks.take([j]))
         agree(value, found["log_density"][j], np.hypot(error, found["error"][j]))
 

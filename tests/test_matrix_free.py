@@ -312,7 +312,7 @@ def test_conjugate_gradients_that_do_not_converge():
 
 
 def test_measures_that_are_not_known_are_reported(monkeypatch):
-    monkeypatch.setattr(white, "MAX_PRODUCTS", 1)
+    monkeypatch.setattr(matrix_free, "MAX_PRODUCTS", 1)
     model, _ = MODELS["bernoulli"]
     free = hb.equivalent_prior(model, TASKS, PHI, 4, 0.01, rank=40)
     unknown = np.isnan(free.validity.missed)

@@ -26,7 +26,7 @@ HYPER = dict(
     mu=dist.Normal(0.5, 2.0), tau=dist.HalfCauchy(1.5), corr=2.0, beta=dist.Normal(0.0, 3.0),
     gamma=dist.Normal(0.0, 1.0), sigma=dist.Exponential(0.7),
 )  # fmt: skip
-"""Beliefs with closed forms in SciPy, one a name, so that the sum below can name them."""
+"""Hyperpriors with closed forms in SciPy, one a name, so that the sum below can name them."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "d=2, independent": dict(d=2, correlated=False),
@@ -203,13 +203,13 @@ def test_predictive_draws_from_the_prior(d, centred):
 # -------------------------------------------------------------------- hyperpriors
 
 
-def sites(d: int = 2, **beliefs: Any) -> dict[str, dist.Distribution]:
+def sites(d: int = 2, **hyperpriors: Any) -> dict[str, dist.Distribution]:
     model, tasks, *_ = made(d, shared=1)
-    return replace(model, hyperprior=hb.HyperPrior(**beliefs)).phi_distributions(tasks)
+    return replace(model, hyperprior=hb.HyperPrior(**hyperpriors)).phi_distributions(tasks)
 
 
 @pytest.mark.parametrize(
-    ("belief", "expected"),
+    ("hyperprior", "expected"),
     [
         (dist.HalfNormal(2.0), lambda t: stats.halfnorm.logpdf(t, scale=2.0).sum()),
         (dist.HalfNormal(np.array([1.0, 3.0])),
@@ -224,10 +224,10 @@ def sites(d: int = 2, **beliefs: Any) -> dict[str, dist.Distribution]:
     ],
     ids=["scalar", "batch", "event", "mapping", "mixed mapping", "improper"],
 )  # fmt: skip
-def test_a_belief_may_be_given_in_every_form(belief, expected):
+def test_a_belief_may_be_given_in_every_form(hyperprior, expected):
     at = np.array([0.7, 1.9])
     with float64():
-        tau = sites(tau=belief)["tau"]
+        tau = sites(tau=hyperprior)["tau"]
         assert tau.shape() == (2,)
         found = jax.jit(lambda at: jnp.sum(tau.log_prob(at)))(at)
         close(found, expected(at), rtol=1e-10)
@@ -264,19 +264,19 @@ def test_defaults_are_what_the_docstring_says():
     )  # fmt: skip
     model = hb.HierarchicalModel(hb.likelihoods.Gaussian(), hb.priors.Gaussian()).resolve(tasks)
     s_y, s_x = y.std(), y.std() / x.std()
-    belief = model.hyperprior
-    close(belief.mu["Intercept"].loc, y.mean(), rtol=1e-12)
-    close(belief.mu["Intercept"].scale, 2.5 * s_y, rtol=1e-12)
-    close([belief.mu["x"].loc, belief.mu["x"].scale], [0.0, 2.5 * s_x], rtol=1e-12)
-    close([belief.tau[c].scale for c in tasks.coef], [s_y, s_x], rtol=1e-12)
-    close(belief.beta["z0"].scale, 2.5 * y.std() / z.std(), rtol=1e-12)
-    close(belief.gamma["x"].scale, 2.5 * s_x / level.std(axis=0), rtol=1e-12)
-    close(belief.sigma.scale, s_y, rtol=1e-12)
-    assert belief.corr == 2.0
+    hyperprior = model.hyperprior
+    close(hyperprior.mu["Intercept"].loc, y.mean(), rtol=1e-12)
+    close(hyperprior.mu["Intercept"].scale, 2.5 * s_y, rtol=1e-12)
+    close([hyperprior.mu["x"].loc, hyperprior.mu["x"].scale], [0.0, 2.5 * s_x], rtol=1e-12)
+    close([hyperprior.tau[c].scale for c in tasks.coef], [s_y, s_x], rtol=1e-12)
+    close(hyperprior.beta["z0"].scale, 2.5 * y.std() / z.std(), rtol=1e-12)
+    close(hyperprior.gamma["x"].scale, 2.5 * s_x / level.std(axis=0), rtol=1e-12)
+    close(hyperprior.sigma.scale, s_y, rtol=1e-12)
+    assert hyperprior.corr == 2.0
     again = model.resolve(tasks.keep_rows(tasks.outcome > 4.0))
     assert again.hyperprior.mu is not None
-    close(again.hyperprior.mu["x"].scale, belief.mu["x"].scale, rtol=0)
-    close(again.hyperprior.sigma.scale, belief.sigma.scale, rtol=0)
+    close(again.hyperprior.mu["x"].scale, hyperprior.mu["x"].scale, rtol=0)
+    close(again.hyperprior.sigma.scale, hyperprior.sigma.scale, rtol=0)
 
 
 def test_independent_coefficients_are_not_centred_and_the_intercept_stays_wide():
@@ -288,10 +288,10 @@ def test_independent_coefficients_are_not_centred_and_the_intercept_stays_wide()
         list(zip(np.split(design, 6), np.split(y, 6), strict=True)), coef=["Intercept", "x"]
     )
     prior = hb.priors.Gaussian(correlated=False)
-    belief = hb.HierarchicalModel(hb.likelihoods.Gaussian(), prior).resolve(tasks).hyperprior
+    hyperprior = hb.HierarchicalModel(hb.likelihoods.Gaussian(), prior).resolve(tasks).hyperprior
     s_0 = np.hypot(y.std(), y.std() / x.std() * x.mean())
-    close(belief.tau["Intercept"].scale, s_0, rtol=1e-12)
-    close(belief.mu["Intercept"].scale, 2.5 * s_0, rtol=1e-12)
+    close(hyperprior.tau["Intercept"].scale, s_0, rtol=1e-12)
+    close(hyperprior.mu["Intercept"].scale, 2.5 * s_0, rtol=1e-12)
 
 
 def test_a_mapping_fills_the_rest_with_defaults():

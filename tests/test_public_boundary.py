@@ -91,9 +91,9 @@ def door(call: Callable[..., Any], *arguments: str, **words: Any) -> Door:
     return Door(call, arguments, {k: (v,) if isinstance(v, str) else v for k, v in words.items()})
 
 
-def with_hyperprior(**beliefs: Any) -> Any:
+def with_hyperprior(**hyperpriors: Any) -> Any:
     made = hb.HierarchicalModel(
-        hb.likelihoods.Gaussian(), hb.priors.Gaussian(), hb.HyperPrior(**beliefs)
+        hb.likelihoods.Gaussian(), hb.priors.Gaussian(), hb.HyperPrior(**hyperpriors)
     )
     return made.phi_distributions(tasks())
 

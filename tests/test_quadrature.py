@@ -22,7 +22,7 @@ from test_families import LIKELIHOODS, PHI, expected, log_density, outcomes
 
 import hierbayes as hb
 from hierbayes.adaptation import Laplace
-from hierbayes.adaptation.mode import LogJoint, climb
+from hierbayes.adaptation.mode import LogJoint, damped_newton
 from hierbayes.adaptation.quadrature import Quadrature, RowsAndRule, nodes_of
 from hierbayes.numerics import float64
 from hierbayes.rows import rows_of
@@ -256,7 +256,7 @@ def test_the_climb_starts_anywhere(rng):
     with float64():
         model = hb.HierarchicalModel(likelihood, hb.priors.Gaussian())
         rows, _ = numbers_of(likelihood, tasks)
-        up = jax.jit(lambda start: climb(LogJoint.at(model, phi, rows), start))
+        up = jax.jit(lambda start: damped_newton(LogJoint.at(model, phi, rows), start))
         ends = [np.asarray(up(np.full((2, 3), s))) for s in (0.0, 5.0, -5.0)]
     close(ends[1], ends[0], rtol=1e-4, atol=1e-4)
     close(ends[2], ends[0], rtol=1e-4, atol=1e-4)

@@ -121,16 +121,16 @@ JSONS = {
     "coefficient unknown to the prior": (
         put(["zzz"], "model", "prior", "settings", "zero_mean"), "zero_mean"
     ),
-    "belief that is a function": (
+    "hyperprior that is a function": (
         put({"kind": "enable_validation", "parameters": {}}, "model", "hyperprior", "sigma"),
         "hyperprior",
     ),
-    "belief of a huge shape": (
+    "hyperprior of a huge shape": (
         put({"kind": "LKJ", "dimension": 10**6, "concentration": 1.0},
             "model", "hyperprior", "corr"),
         "hyperprior",
     ),
-    "belief with NaN": (
+    "hyperprior with NaN": (
         put({"kind": "HalfNormal", "parameters": {"scale": float("nan")}},
             "model", "hyperprior", "sigma"),
         "scale",

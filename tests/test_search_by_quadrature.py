@@ -53,7 +53,7 @@ def test_slopes_of_all_of_phi_are_differences(family):
     model, tasks = hb.from_formula("y ~ x + z + (1 + x | g)", frame, family=family)
     with float64():
         how = Quadrature(21)
-        criterion = Criterion(model.resolve(tasks), tasks, how, with_belief=False)
+        criterion = Criterion(model.resolve(tasks), tasks, how, with_hyperprior=False)
         at = np.linspace(0.2, 0.9, criterion.space.size)
         claimed = criterion(at)[1]
         gradient(lambda v: criterion(v)[0], at, claimed, rtol=1e-6)
@@ -61,11 +61,11 @@ def test_slopes_of_all_of_phi_are_differences(family):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::hierbayes.FitWarning")
-@pytest.mark.parametrize("with_belief", [False, True])
-def test_a_sample_shows_the_way_and_nothing_else(with_belief, monkeypatch):
+@pytest.mark.parametrize("with_hyperprior", [False, True])
+def test_a_sample_shows_the_way_and_nothing_else(with_hyperprior, monkeypatch):
     """2,000 tasks of which 125 are the sample: the same maximum, to 1e-6 of a standard error."""
     model, tasks = hb.from_formula("y ~ 1 + z + (1 | g)", data("poisson", 2000), family="poisson")
-    kind = dict(quadrature=True, with_belief=with_belief)
+    kind = dict(quadrature=True, with_hyperprior=with_hyperprior)
     resolved = model.resolve(tasks)
     whole = maximise_approximate(resolved, tasks, **kind)
     monkeypatch.setattr(approximate_evidence, "LEAST_SAMPLE", 100)

@@ -85,7 +85,7 @@ def test_a_wrong_concentration_is_seen(rng):
 
 
 def test_phi_has_the_moments_of_its_hyperprior(rng):
-    """Beliefs of several kinds in one array, pinned means, blocks of correlations, Γ and β."""
+    """Hyperpriors of several kinds in one array, pinned means, blocks of correlations, Γ and β."""
     x = [np.column_stack([np.ones(4), rng.normal(size=(4, 2))]) for _ in range(6)]
     tasks = hb.Tasks.from_arrays(
         [(a, rng.normal(size=4)) for a in x], coef=["a", "b", "c"],
@@ -129,9 +129,9 @@ def test_an_improper_hyperprior_is_refused_by_name(name, small):
 def test_a_part_of_an_assembled_belief_may_be_what_is_improper(small, rng):
     flat = dist.ImproperUniform(constraints.real, (), ())
     model = replace(small.model, hyperprior=hb.HyperPrior(mu={"x": flat}))
-    belief = model.phi_distributions(small.tasks)["mu"]
+    hyperprior = model.phi_distributions(small.tasks)["mu"]
     with refuses("hyperprior on mu is improper"):
-        draw("mu", belief, 3, rng)
+        draw("mu", hyperprior, 3, rng)
 
 
 # ----------------------------------------------------------------------- theta

@@ -18,8 +18,8 @@ PARTS = [
     Part("mu", ("coef",), (3,), learned=(0, 2)),
     Part("tau", ("coef",), (3,), "spread"),
     Part("corr", ("coef", "coef_bis"), (3, 3), "correlation", blocks=((0, 2),)),
-    Part("sigma", (), (), "belief"),
-    Part("share", (), (), "belief"),
+    Part("sigma", (), (), "hyperprior"),
+    Part("share", (), (), "hyperprior"),
     Part("size", ("coef",), (3,), "positive"),
 ]
 BELIEFS = {
@@ -38,7 +38,7 @@ PHI = {
 def space():
     with float64():
         return Space.of(
-            PARTS, units={"mu": 2.0, "tau": np.array([1.0, 2.0, 3.0])}, beliefs=BELIEFS,
+            PARTS, units={"mu": 2.0, "tau": np.array([1.0, 2.0, 3.0])}, hyperpriors=BELIEFS,
             starts={"sigma": 3.0, "size": 2.0},
         )  # fmt: skip
 
@@ -77,9 +77,9 @@ def test_densities_have_their_jacobians(space):
 
         _, log_det = np.linalg.slogdet(np.asarray(jax.jacfwd(entries)(x)))
         phi = some.phi(x)
-        beliefs = sum(float(jnp.sum(BELIEFS[n].log_prob(v))) for n, v in phi.items())
+        hyperpriors = sum(float(jnp.sum(BELIEFS[n].log_prob(v))) for n, v in phi.items())
         assert float(some.placed(x, BELIEFS).log_density) == pytest.approx(
-            beliefs + log_det, rel=1e-10
+            hyperpriors + log_det, rel=1e-10
         )
 
 

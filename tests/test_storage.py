@@ -124,12 +124,12 @@ BELIEFS = {
 def test_hyperpriors_survive_as_json(name):
     import json
 
-    belief = BELIEFS[name]
-    plain = json.loads(json.dumps(hyperprior_to_plain(hb.HyperPrior(mu=belief))))
+    hyperprior = BELIEFS[name]
+    plain = json.loads(json.dumps(hyperprior_to_plain(hb.HyperPrior(mu=hyperprior))))
     again: Any = hyperprior_from_plain(plain).mu
-    value = np.full(belief.shape(), 0.7)
+    value = np.full(hyperprior.shape(), 0.7)
     # the same floats go through the same code, but for their round trip through text, exact too
-    np.testing.assert_array_equal(again.log_prob(value), belief.log_prob(value))
+    np.testing.assert_array_equal(again.log_prob(value), hyperprior.log_prob(value))
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from references import assert_agreement
 from scipy import integrate, optimize, special, stats
 
 import hierbayes as hb
-from hierbayes.adaptation import MixedScales
+from hierbayes.adaptation import ScaleMixture
 from hierbayes.adaptation.scale_mixture import OverScales
 from hierbayes.evidence import Exact
 from hierbayes.meta.posterior_mode import maximise_exact
@@ -88,7 +88,7 @@ def test_evidence_and_moments_are_the_integrals_over_theta(df, tau):
     """1e-10 of the evidence is promised, and rounding of a sum of squares of 10⁶ is as much."""
     phi = {"mu": np.array([0.2]), "tau": np.array([tau]), "sigma": np.array(0.7)}
     model = heavy(GAUSSIAN, df)
-    found, adapted = Exact()(model, MEANS, phi), MixedScales()(model, MEANS, phi)
+    found, adapted = Exact()(model, MEANS, phi), ScaleMixture()(model, MEANS, phi)
     assert adapted.covariance is not None
     starts = MEANS.starts
     for j in range(4):
@@ -141,7 +141,7 @@ def test_two_coefficients_against_a_dense_grid(wide):
     nothing for a round t: rows that say nothing in one direction make a ridge along an axis.
     """
     tasks, phi = wide
-    found, adapted = Exact()(STUDENT, tasks, phi), MixedScales()(STUDENT, tasks, phi)
+    found, adapted = Exact()(STUDENT, tasks, phi), ScaleMixture()(STUDENT, tasks, phi)
     assert adapted.covariance is not None
     root = np.linalg.cholesky(np.outer(phi["tau"], phi["tau"]) * phi["corr"])
     u = np.linspace(-9.5, 9.5, 601)
@@ -191,7 +191,7 @@ def test_many_degrees_of_freedom_are_the_gaussian_prior(wide):
         Exact()(heavy(GAUSSIAN, 1e8), tasks, phi), Exact()(GAUSSIAN, tasks, phi), rtol=0, atol=1e-6
     )
     plain = hb.adaptation.Conjugate()(GAUSSIAN, tasks, phi)
-    near = MixedScales()(heavy(GAUSSIAN, 1e8), tasks, phi)
+    near = ScaleMixture()(heavy(GAUSSIAN, 1e8), tasks, phi)
     close(near.mean, plain.mean, rtol=1e-6, atol=1e-7)
     close(near.covariance, plain.covariance, rtol=1e-6, atol=1e-7)
 
@@ -200,7 +200,7 @@ def test_without_spread_it_is_complete_pooling(wide):
     tasks, phi = wide
     zero = phi | {"tau": np.zeros(2)}
     close(Exact()(STUDENT, tasks, zero), Exact()(GAUSSIAN, tasks, zero), rtol=1e-12, atol=1e-12)
-    assert not np.any(MixedScales()(STUDENT, tasks, zero).covariance)
+    assert not np.any(ScaleMixture()(STUDENT, tasks, zero).covariance)
 
 
 def test_draws_have_the_moments(wide, rng):
@@ -209,12 +209,12 @@ def test_draws_have_the_moments(wide, rng):
     A task without rows has t₄ as its posterior, no fourth moment, and a test of its own.
     """
     tasks, phi = wide
-    adapted = MixedScales()(STUDENT, tasks, phi)
+    adapted = ScaleMixture()(STUDENT, tasks, phi)
     assert adapted.covariance is not None
     size = 5_000
-    at_one = MixedScales().draws_at(STUDENT, tasks, phi, size, 1)
+    at_one = ScaleMixture().draws_at(STUDENT, tasks, phi, size, 1)
     phis = {name: np.repeat(value[None], size, 0) for name, value in phi.items()}
-    each = MixedScales().draws(STUDENT, tasks, phis, 2)
+    each = ScaleMixture().draws(STUDENT, tasks, phis, 2)
     some = np.array([0, 2, 3])
     for drawn in (at_one, each):
         drawn = drawn[:, some]
@@ -232,8 +232,8 @@ def test_draws_have_the_moments(wide, rng):
 def test_moments_over_draws_of_phi_are_their_average(wide):
     tasks, phi = wide
     phis = {n: np.stack([v, v * (0.9 if n != "corr" else 1.0)]) for n, v in phi.items()}
-    mean, covariance = MixedScales().moments(STUDENT, tasks, phis)
-    parts = [MixedScales()(STUDENT, tasks, {n: v[i] for n, v in phis.items()}) for i in (0, 1)]
+    mean, covariance = ScaleMixture().moments(STUDENT, tasks, phis)
+    parts = [ScaleMixture()(STUDENT, tasks, {n: v[i] for n, v in phis.items()}) for i in (0, 1)]
     close(mean, (parts[0].mean + parts[1].mean) / 2, rtol=1e-12)
     apart = (parts[0].mean - parts[1].mean) / 2
     expected = (parts[0].covariance + parts[1].covariance) / 2 + apart[:, :, None] * apart[:, None]
@@ -253,7 +253,7 @@ def test_the_joint_density_is_the_programs_and_scipys(wide, rng):
         centres = np.asarray(model.prior.location(phi, tasks.task_predictors))
         theta = centres + z @ root.T
         centred, free = (model.numpyro_program(tasks, centred=c) for c in (True, False))
-        at = model.column_map(tasks, "beliefs", scaled=False)
+        at = model.column_map(tasks, "hyperpriors", scaled=False)
         own = at.phi_inward(phi)
         sites = {f"{n}_centred" if n in at.changed() else n: v for n, v in own.items()}
         name = "theta_centred" if "theta" in at.changed() else "theta"
@@ -343,7 +343,7 @@ def test_empirical_bayes_is_at_scipys_maximum(schools, heavy_schools):
         total = sum(integral_over_theta(v, e, 4.0, mu, tau)[0] for v, e in zip(y, se, strict=True))
         return -(total + stats.norm.logpdf(mu, 0, 10) + stats.halfnorm.logpdf(tau, scale=10))
 
-    found = maximise_exact(model, schools.tasks, MixedScales(), with_belief=True)
+    found = maximise_exact(model, schools.tasks, ScaleMixture(), with_hyperprior=True)
     best: Any = optimize.minimize(
         minus, [8.0, np.log(3.0)], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-12}
     )
@@ -492,7 +492,7 @@ def test_the_evidence_of_full_bayes_is_the_integral(schools, heavy_schools, eigh
     The grid is spectral: both priors and evidence are smooth, and its halves agree to 1e-6.
     """
     model, fit = heavy_schools, eight
-    belief = model.phi_distributions(schools.tasks)
+    hyperprior = model.phi_distributions(schools.tasks)
     mu, log_tau = np.linspace(-40, 60, 81), np.linspace(-9, 6, 61)
     with float64():
         rows = statistics(schools.tasks)
@@ -500,8 +500,11 @@ def test_the_evidence_of_full_bayes_is_the_integral(schools, heavy_schools, eigh
         def log_joint(m, t):
             phi = {"mu": m[None], "tau": jnp.exp(t)[None]}
             found = OverScales.at(rows, model.prior, phi).log_normaliser.sum()
-            beliefs = belief["mu"].log_prob(m[None]), belief["tau"].log_prob(jnp.exp(t)[None])
-            return found + t + sum(b.sum() for b in beliefs)
+            hyperpriors = (
+                hyperprior["mu"].log_prob(m[None]),
+                hyperprior["tau"].log_prob(jnp.exp(t)[None]),
+            )
+            return found + t + sum(b.sum() for b in hyperpriors)
 
         over_tau = jax.vmap(log_joint, (None, 0))
         logs = jax.jit(lambda m, t: jax.lax.map(lambda one: over_tau(one, t), m))(mu, log_tau)

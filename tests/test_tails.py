@@ -80,18 +80,18 @@ BELIEFS = {
 
 
 @pytest.mark.parametrize(
-    ("num_tasks", "belief"),
+    ("num_tasks", "hyperprior"),
     [
         (3, "half-Cauchy"),
         (5, "half-normal"),
         pytest.param(3, "half-normal", marks=pytest.mark.slow),
     ],
 )
-def test_few_tasks_with_known_errors(num_tasks, belief):
+def test_few_tasks_with_known_errors(num_tasks, hyperprior):
     rng = np.random.default_rng(num_tasks)
     se = np.exp(rng.normal(0, 0.5, num_tasks))
     y = rng.normal(0, 2, num_tasks) + se * rng.normal(size=num_tasks)
-    prior, log_prior = BELIEFS[belief]
+    prior, log_prior = BELIEFS[hyperprior]
     model, tasks = hb.from_formula(
         "y ~ 1 + (1 | g)", pd.DataFrame({"g": np.arange(num_tasks), "y": y, "se": se}),
         known_se="se", hyperprior=hb.HyperPrior(mu=dist.Normal(0, 10), tau=prior),

@@ -188,7 +188,7 @@ def test_correlations_at_their_end_are_said_and_held(aligned):
     assert (found > fit.adapted.sd.values).all()
     phi = {name: np.asarray(value) for name, value in fit.phi.items()}
     with float64():
-        known = observed_information(fit.model, fit.tasks, phi, 1, with_belief=False)
+        known = observed_information(fit.model, fit.tasks, phi, 1, with_hyperprior=False)
     corr = known.around.space.at["corr"]
     assert not known.inside[corr].any()
     assert known.inside.sum() == len(known.inside) - 1

@@ -28,7 +28,7 @@ from hierbayes.adaptation.posterior import (
 )
 from hierbayes.adaptation.proximal import Proximal
 from hierbayes.adaptation.quadrature import Quadrature
-from hierbayes.adaptation.scale_mixture import MixedScales
+from hierbayes.adaptation.scale_mixture import ScaleMixture
 from hierbayes.adaptation.unpooled import MaximumLikelihood
 
 __all__ = [
@@ -44,7 +44,6 @@ __all__ = [
     "Laplace",
     "LeastSquares",
     "MaximumLikelihood",
-    "MixedScales",
     "Mixture",
     "Normal",
     "NotOffered",
@@ -53,6 +52,7 @@ __all__ = [
     "Posterior",
     "Proximal",
     "Quadrature",
+    "ScaleMixture",
     "WithShared",
     "implied_precision",
 ]

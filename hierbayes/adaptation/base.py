@@ -47,7 +47,7 @@ class Adaptation(abc.ABC):
 
 def step_sizes(shape: tuple[int, ...]) -> Part:
     """η as a part of φ: one number, or one a coefficient."""
-    return Part("step_size", ("coef",) * len(shape), shape, "belief")
+    return Part("step_size", ("coef",) * len(shape), shape, "hyperprior")
 
 
 @dataclass(frozen=True)

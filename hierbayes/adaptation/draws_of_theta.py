@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from hierbayes.adaptation.mode import LogJoint, climb
+from hierbayes.adaptation.mode import LogJoint, damped_newton
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import cholesky, float64, one_behind, solve_upper
 from hierbayes.rows import Rows, Whole
@@ -55,12 +55,12 @@ def _chains(
         return LogJoint.at(model, phi, rows)
 
     middle = at(jax.tree.map(lambda values: values.mean(0), phis))
-    near = climb(middle, jnp.zeros_like(middle.location))
+    near = damped_newton(middle, jnp.zeros_like(middle.location))
     t = DEGREES_OF_FREEDOM
 
     def one(phi: dict[str, Any], n: Any, s: Any, u: Any) -> tuple[Any, ...]:
         tasks = at(phi)
-        z = climb(tasks, near)
+        z = damped_newton(tasks, near)
         factor = cholesky(tasks.bend(z).curvature)
         d, num_tasks = z.shape
 

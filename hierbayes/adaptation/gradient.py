@@ -310,7 +310,7 @@ class GradientSteps(PointAdaptation):
             if not bounded(model, tasks, phi):
                 said = overshooting(model, tasks, phi, self.num_steps, eta, self.loss)
         if self.optimiser is None:
-            groups = model.likelihood.arrange_alike(tasks)
+            groups = model.likelihood.aggregate(tasks)
         else:
             blocks = model.likelihood.blocks(tasks)
             groups = [(positions, (block, None)) for positions, block in blocks]

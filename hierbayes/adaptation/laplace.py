@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hierbayes.adaptation.base import Integrable, TaskMoments
-from hierbayes.adaptation.mode import LogJoint, Mode, climb, mode_near, trouble
+from hierbayes.adaptation.mode import LogJoint, Mode, damped_newton, mode_near, trouble
 from hierbayes.errors import announce
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64, matmul, solve_upper
@@ -54,7 +54,7 @@ class AtMode(NamedTuple):
         """Under φ, climbed from ``start`` or from the prior's location."""
         held = LogJoint.at(model, *jax.lax.stop_gradient((phi, rows)))
         start = jnp.zeros_like(held.location) if start is None else start
-        near = jax.lax.stop_gradient(climb(held, start))
+        near = jax.lax.stop_gradient(damped_newton(held, start))
         return cls(LogJoint.at(model, phi, rows), near)
 
     @property

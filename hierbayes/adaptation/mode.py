@@ -122,7 +122,7 @@ def newton_step(curvature: jax.Array, slope: jax.Array) -> tuple[jax.Array, jax.
     return solve_upper(factor, white), 0.5 * (white**2).sum(0)
 
 
-def climb(tasks: LogJoint, start: jax.Array) -> jax.Array:
+def damped_newton(tasks: LogJoint, start: jax.Array) -> jax.Array:
     """Near the mode of every Ψ_j, z (d, J), by Newton steps halved until they rise."""
     num_tasks, concave = start.shape[1], tasks.likelihood.concave_in_theta
 
@@ -178,7 +178,7 @@ def mode_near(tasks: LogJoint, z: jax.Array) -> Mode:
 
 def find_mode(tasks: LogJoint, start: jax.Array) -> Mode:
     """The mode of every Ψ_j from ``start`` z (d, J)."""
-    return mode_near(tasks, climb(tasks, start))
+    return mode_near(tasks, damped_newton(tasks, start))
 
 
 def trouble(names: np.ndarray, converged: Any, definite: Any) -> tuple[str, ...]:

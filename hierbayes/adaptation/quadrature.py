@@ -34,7 +34,7 @@ import numpy as np
 
 from hierbayes.adaptation.base import Integrable, TaskMoments
 from hierbayes.adaptation.draws_of_theta import LEAST_MOVES, draws_given
-from hierbayes.adaptation.mode import LogJoint, Mode, climb, mode_near
+from hierbayes.adaptation.mode import LogJoint, Mode, damped_newton, mode_near
 from hierbayes.errors import announce, listing
 from hierbayes.likelihoods import Likelihood
 from hierbayes.model import HierarchicalModel
@@ -206,7 +206,7 @@ class ByNodes(NamedTuple):
         """Under φ, with the modes climbed from ``start``, or from the prior's location."""
         held = LogJoint.at(model, *jax.lax.stop_gradient((phi, rows)))
         start = jnp.zeros_like(held.location) if start is None else start
-        near = jax.lax.stop_gradient(climb(held, start))
+        near = jax.lax.stop_gradient(damped_newton(held, start))
         tasks = LogJoint.at(model, phi, rows)
         return cls(tasks, rule.around(held, near), rule)
 

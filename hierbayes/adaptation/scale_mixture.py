@@ -239,7 +239,7 @@ def _draws_at(stats: Statistics, prior: StudentT, phi: Any, uniform: Any, white:
 
 
 @dataclass(frozen=True)
-class MixedScales(Integrable):
+class ScaleMixture(Integrable):
     """A(D; φ) = the posterior under a Student-t prior; for Gaussian tasks.
 
     Means and covariances by quadrature over the task's scale, to rounding error. A task without

@@ -24,7 +24,7 @@ import numpy as np
 from hierbayes.adaptation.base import Adaptation, TaskMoments
 from hierbayes.adaptation.laplace import AtMode
 from hierbayes.adaptation.least_squares import RANK_TOLERANCE
-from hierbayes.adaptation.mode import LogJoint, climb, trouble
+from hierbayes.adaptation.mode import LogJoint, damped_newton, trouble
 from hierbayes.adaptation.posterior import FlatPrior
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.model import HierarchicalModel
@@ -157,7 +157,7 @@ class Unpooled(NamedTuple):
             return LogJoint(model.likelihood, rows, phi, nowhere, self.root, self.penalty)
 
         held = tasks(jax.lax.stop_gradient(phi))
-        near = jax.lax.stop_gradient(climb(held, jnp.asarray(self.start)))
+        near = jax.lax.stop_gradient(damped_newton(held, jnp.asarray(self.start)))
         return AtMode(tasks(phi), near)
 
 

@@ -201,9 +201,11 @@ def laplace_check(fit: Fit, *, seed: int | jax.Array = 0) -> Any:
     model, tasks, d = fit.model.without_encoder(), fit.tasks, len(fit.tasks.coef)
     num_nodes = fit.adaptation.num_nodes if isinstance(fit.adaptation, Quadrature) else 1
     phi = {name: np.asarray(value) for name, value in fit.phi.items()}
-    with_belief = fit.info["criterion"] == "map"
+    with_hyperprior = fit.info["criterion"] == "map"
     with float64():
-        known = observed_information(fit.model, tasks, phi, num_nodes, with_belief=with_belief)
+        known = observed_information(
+            fit.model, tasks, phi, num_nodes, with_hyperprior=with_hyperprior
+        )
         held = held_at(model, known.around)
         found = OfTasks(*gathered(_of_tasks(model, known.around, held), tasks.num_tasks))
         rule = _rule(d, tasks.num_tasks, seed)

@@ -39,7 +39,7 @@ from hierbayes.numerics import (
 from hierbayes.statistics import Statistics, design_and_variance
 
 
-class NormalBelief(NamedTuple):
+class NormalHyperprior(NamedTuple):
     """b ~ N(location, 1/precision), entries independent; precision 0 is flat. Each (P,)."""
 
     location: Any
@@ -53,8 +53,8 @@ FEW_COLUMNS = 6
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "x", "fixed", "y", "gram", "gram_below", "slope_below", "square_below", "centre", "belief",
-        "num_rows", "log_scale",
+        "x", "fixed", "y", "gram", "gram_below", "slope_below", "square_below", "centre",
+        "hyperprior", "num_rows", "log_scale",
     ],
     meta_fields=[],
 )  # fmt: skip
@@ -76,7 +76,7 @@ class IntegratedProblem:
     slope_below: Any
     square_below: Any
     centre: Any
-    belief: NormalBelief
+    hyperprior: NormalHyperprior
     num_rows: Any
     log_scale: Any
 
@@ -114,7 +114,7 @@ def integrated_problem(
     stats: Statistics,
     free_mean: tuple[bool, ...],
     centre: Any,
-    belief: NormalBelief,
+    hyperprior: NormalHyperprior,
     chunk: int | None = None,
 ) -> IntegratedProblem:
     """Lay out b = (μ_free, Γ row by row, β) around ``centre``, in chunks of so many tasks."""
@@ -126,7 +126,7 @@ def integrated_problem(
         _chunked(x, chunk), _chunked(fixed[:d], chunk), _chunked(y[:d], chunk),
         jnp.einsum("ikj,imj->km", x, x),
         jnp.einsum("ikj,imj->km", below, below), jnp.einsum("ikj,ij->k", below, left),
-        (left**2).sum(), centre, belief, jnp.sum(stats.num_rows), jnp.sum(stats.log_scale),
+        (left**2).sum(), centre, hyperprior, jnp.sum(stats.num_rows), jnp.sum(stats.log_scale),
     )  # fmt: skip
 
 
@@ -217,7 +217,7 @@ def integrate(
     if not num_fixed:
         empty = jnp.zeros(0)
         return Integrated(-0.5 * value + p.log_scale, empty, jnp.zeros((0, 0)))
-    location, precision = p.belief
+    location, precision = p.hyperprior
     away = location - p.centre
     inverse = (gram + p.gram_below) / noise + jnp.diag(precision)
     h = (slope + p.slope_below) / noise + precision * away

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hierbayes.adaptation import Conjugate, Integrable, Laplace, MixedScales, Quadrature
+from hierbayes.adaptation import Conjugate, Integrable, Laplace, Quadrature, ScaleMixture
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import float64
 from hierbayes.sharding import gathered
@@ -38,7 +38,7 @@ def by_nodes(num_nodes: int) -> Laplace | Quadrature:
 def integral_of(model: HierarchicalModel, num_coef: int) -> Integrable:
     """How θ of so many coefficients is integrated out, as well as that can be done."""
     if model.likelihood.gaussian_in_theta:
-        return Conjugate() if model.prior.gaussian else MixedScales()
+        return Conjugate() if model.prior.gaussian else ScaleMixture()
     model.require_gaussian_prior(
         "the evidence of tasks that are not Gaussian (for leave_one_task_out, for adapt)",
         "it is not offered there", "take priors.Gaussian()",

@@ -165,7 +165,7 @@ def locations(
     """f (S, N, …) of rows under S values of every task's θ (S, J, d), J the tasks of ``rows``."""
     parts: list[Any] = [None] * rows.num_tasks
     with arithmetic(model.likelihood.precision):
-        for positions, arranged in model.likelihood.arrange_alike(rows):
+        for positions, arranged in model.likelihood.aggregate(rows):
             plain = model.without_encoder()
             found = np.asarray(_locations(plain, thetas[:, positions], phi, *arranged), np.float64)
             for k, j in enumerate(positions):

@@ -26,7 +26,7 @@ from hierbayes.tasks import Tasks
 
 FAR_AWAY = (
     "the mean of {names} lies more than {far:.0f} standard deviations from zero, and this model "
-    "depends on where it lies: coefficients that are independent of the intercept, and beliefs, "
+    "depends on where it lies: coefficients that are independent of the intercept, and priors, "
     "step sizes or precisions of yours, are as they are at a value of zero. Centre the column "
     "(subtract its mean), or leave the correlation and the defaults in, where the origin does not "
     "matter"

@@ -51,7 +51,7 @@ def prior_predictive(fit: Learned) -> tuple[dict[str, np.ndarray] | None, str]:
     if fit.phi_draws is None:
         return None, f"{fit.method} finds a point φ: only full Bayes draws from p(φ)"
     sites = fit.model.phi_distributions(fit.tasks)
-    if open_ := [name for name, belief in sites.items() if improper(belief)]:
+    if open_ := [name for name, hyperprior in sites.items() if improper(hyperprior)]:
         return None, f"the hyperprior on {listing(open_)} is improper: nothing can be drawn from it"
     tasks = fit.tasks
     if NUM_PRIOR_DRAWS * max(tasks.num_rows, tasks.num_tasks * len(tasks.coef)) > (

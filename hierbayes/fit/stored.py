@@ -23,13 +23,13 @@ from hierbayes.adaptation import (
     Laplace,
     LeastSquares,
     MaximumLikelihood,
-    MixedScales,
     Normal,
     NotOffered,
     Point,
     Posterior,
     Proximal,
     Quadrature,
+    ScaleMixture,
     WithShared,
 )
 from hierbayes.adaptation.linearised import LinearisedSteps
@@ -173,7 +173,7 @@ OWN = "the method's own"
 GROUP = "hierbayes"
 KINDS = (
     Conjugate, GradientSteps, ImpliedPosterior, Laplace, LeastSquares, LinearisedSteps,
-    MaximumLikelihood, MixedScales, NotOffered, Proximal, Quadrature, Variational,
+    MaximumLikelihood, ScaleMixture, NotOffered, Proximal, Quadrature, Variational,
 )  # fmt: skip
 LIKELIHOODS = (
     likelihoods.Bernoulli, likelihoods.Binomial, likelihoods.Gamma, likelihoods.Gaussian,

@@ -73,7 +73,7 @@ def _of_new_tasks(
 ) -> np.ndarray:
     """One θ for every new task (n, J, d), from its prior under the draws of φ at ``at``."""
     at = at % len(root)  # one point may stand for many components
-    white = prior.white_draws(rng, (len(at), *location.shape[1:]))
+    white = prior.noncentred_draws(rng, (len(at), *location.shape[1:]))
     return location[at] + np.einsum("nkl,njl->njk", root[at], white, optimize=True)
 
 
@@ -122,7 +122,7 @@ def _around(fit: Learned, phis: dict[str, np.ndarray], rows: Tasks, *, drawn: bo
         return centres
     with float64():
         root = np.asarray(fit.model.prior.scale_tril(phis))
-    white = fit.model.prior.white_draws(np.random.default_rng(0), centres.shape)
+    white = fit.model.prior.noncentred_draws(np.random.default_rng(0), centres.shape)
     return centres + np.einsum("skl,sjl->sjk", root, white)
 
 

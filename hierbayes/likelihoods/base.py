@@ -23,7 +23,7 @@ from hierbayes.phi import Part
 from hierbayes.tasks import Task, Tasks
 
 
-class Alike(NamedTuple):
+class Aggregated(NamedTuple):
     """``tasks`` with alike rows as one, the ``weight`` (N,) of each, and what is left out (J,)."""
 
     tasks: Tasks
@@ -78,13 +78,13 @@ def merged(tasks: Tasks, found: Groups, outcome: np.ndarray, **slots: np.ndarray
     )  # fmt: skip
 
 
-def copies_as_weights(tasks: Tasks) -> Alike:
+def copies_as_weights(tasks: Tasks) -> Aggregated:
     """Rows that agree in everything, as one row with their weights' sum: right in any family."""
     weight = tasks.slots.get("weight", np.ones(tasks.num_rows))
     others = [name for name in tasks.slots if name != "weight"]
     found = groups(tasks, [*columns_of(tasks, *others), tasks.outcome])
     together = merged(tasks, found, tasks.outcome[found.first])
-    return Alike(together, found.sum(weight), np.zeros(tasks.num_tasks))
+    return Aggregated(together, found.sum(weight), np.zeros(tasks.num_tasks))
 
 
 class Likelihood(abc.ABC):
@@ -189,7 +189,7 @@ class Likelihood(abc.ABC):
     def parts(self, shared: Sequence[str]) -> list[Part]:
         """What of φ the likelihood owns: β of the columns that tasks share, and its parameters."""
         beta = [Part("beta", ("shared",), (len(shared),))] if shared else []
-        return beta + [Part(name, (), (), "belief") for name in self.parameters()]
+        return beta + [Part(name, (), (), "hyperprior") for name in self.parameters()]
 
     def kernel(
         self, location: Any, phi: dict[str, Any], slots: dict[str, Any], outcome: Any
@@ -221,10 +221,10 @@ class Likelihood(abc.ABC):
         return found, first, second
 
     def default_priors(self, spread: float) -> dict[str, dist.Distribution]:
-        """Beliefs on :meth:`parameters` where the user states none; ``spread`` is f's unit."""
+        """Hyperpriors on :meth:`parameters` where the user states none; ``spread`` is f's unit."""
         return {"sigma": dist.HalfNormal(spread)}
 
-    def add_up(self, tasks: Tasks) -> Alike:
+    def add_up(self, tasks: Tasks) -> Aggregated:
         """The tasks with alike rows as one, for f that is linear in θ."""
         return copies_as_weights(tasks)
 
@@ -265,7 +265,7 @@ class Likelihood(abc.ABC):
         """
         return tasks.flat(), tasks.task_of_row
 
-    def arrange_alike(self, tasks: Tasks) -> list[tuple[Any, tuple[Task, Any]]]:
+    def aggregate(self, tasks: Tasks) -> list[tuple[Any, tuple[Task, Any]]]:
         """(positions of tasks, their rows arranged), in groups that need little filling up."""
         return [(np.arange(tasks.num_tasks), self.arrange(tasks))]
 

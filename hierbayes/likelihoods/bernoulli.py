@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from scipy import special
 
-from hierbayes.likelihoods.base import Alike, columns_of, groups, merged
+from hierbayes.likelihoods.base import Aggregated, columns_of, groups, merged
 from hierbayes.likelihoods.generalised import GeneralisedLinear
 from hierbayes.likelihoods.over_normal import Kernel, log_average
 from hierbayes.tasks import Tasks
@@ -142,10 +142,10 @@ class Bernoulli(GeneralisedLinear):
         offset = float(np.mean(tasks.slots.get("offset", 0.0)))
         return float(np.log((ones + 0.5) / (tasks.num_rows - ones + 0.5))) - offset, 1.0
 
-    def add_up(self, tasks: Tasks) -> Alike:
+    def add_up(self, tasks: Tasks) -> Aggregated:
         """The share of ones in alike rows, weighted by their number."""
         weight = tasks.slots.get("weight", np.ones(tasks.num_rows))
         found = groups(tasks, columns_of(tasks, "offset"))
         total = found.sum(weight)
         together = merged(tasks, found, found.sum(weight * tasks.outcome) / total)
-        return Alike(together, total, np.zeros(tasks.num_tasks))
+        return Aggregated(together, total, np.zeros(tasks.num_tasks))

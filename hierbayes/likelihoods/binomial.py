@@ -13,7 +13,7 @@ from jax.scipy.special import gammaln as jax_gammaln
 from scipy import special
 
 from hierbayes.errors import InputError, listing
-from hierbayes.likelihoods.base import Alike, columns_of, groups, merged
+from hierbayes.likelihoods.base import Aggregated, columns_of, groups, merged
 from hierbayes.likelihoods.bernoulli import POSSIBLE, logistic, softplus
 from hierbayes.likelihoods.generalised import GeneralisedLinear, mean_offset
 from hierbayes.likelihoods.over_normal import Concave, Kernel, averaged, log_average
@@ -117,7 +117,7 @@ class Binomial(GeneralisedLinear):
         ones, trials = float(np.sum(tasks.outcome)), float(np.sum(tasks.slots["trials"]))
         return float(np.log((ones + 0.5) / (trials - ones + 0.5))) - mean_offset(tasks), 1.0
 
-    def add_up(self, tasks: Tasks) -> Alike:
+    def add_up(self, tasks: Tasks) -> Aggregated:
         """Successes and trials of alike rows are added up."""
         weight = tasks.slots.get("weight", np.ones(tasks.num_rows))
         found = groups(tasks, columns_of(tasks, "offset"))
@@ -125,7 +125,7 @@ class Binomial(GeneralisedLinear):
         successes, trials = found.sum(weight * y), found.sum(weight * n)
         ways = np.bincount(tasks.task_of_row, weight * _log_ways(n, y), tasks.num_tasks)
         together = merged(tasks, found, successes, trials=trials)
-        return Alike(together, np.ones(together.num_rows), ways)
+        return Aggregated(together, np.ones(together.num_rows), ways)
 
 
 class Successes(Concave):

@@ -296,7 +296,7 @@ class Neural(Likelihood):
         width = int(tasks.sizes.max(initial=1))
         return tasks.block(np.arange(tasks.num_tasks), width), None
 
-    def arrange_alike(self, tasks: Tasks) -> list[tuple[Any, tuple[Task, Any]]]:
+    def aggregate(self, tasks: Tasks) -> list[tuple[Any, tuple[Task, Any]]]:
         """As :meth:`blocks`."""
         return [(positions, (block, None)) for positions, block in self.blocks(tasks)]
 

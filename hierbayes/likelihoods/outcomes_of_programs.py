@@ -48,7 +48,7 @@ class ProgramOutcomes:
         rows = replace(self.rows, outcome=np.arange(float(shape[1])))
         keys = jax.random.split(jax.random.key(0) if key is None else key, shape[0])
         with float64():
-            for positions, (block, _) in self.likelihood.arrange_alike(rows):
+            for positions, (block, _) in self.likelihood.aggregate(rows):
                 place = block.outcome.astype(int)
                 try:
                     values = _ask(

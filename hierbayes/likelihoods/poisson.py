@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from scipy.special import gammaln
 
-from hierbayes.likelihoods.base import Alike, columns_of, groups, merged
+from hierbayes.likelihoods.base import Aggregated, columns_of, groups, merged
 from hierbayes.likelihoods.generalised import GeneralisedLinear, count_peak, less_one
 from hierbayes.likelihoods.over_normal import LARGEST, Kernel, OfRate, averaged
 from hierbayes.tasks import Tasks
@@ -107,7 +107,7 @@ class Poisson(GeneralisedLinear):
         """The log of the overall rate, and one on the log scale."""
         return log_rate(tasks), 1.0
 
-    def add_up(self, tasks: Tasks) -> Alike:
+    def add_up(self, tasks: Tasks) -> Aggregated:
         """Counts and exposures of alike rows are added up."""
         weight = tasks.slots.get("weight", np.ones(tasks.num_rows))
         offset = tasks.slots.get("offset", np.zeros(tasks.num_rows))
@@ -121,7 +121,7 @@ class Poisson(GeneralisedLinear):
             tasks.task_of_row, weight * (y * offset - gammaln(y + 1.0)), tasks.num_tasks
         )
         counted = np.bincount(together.task_of_row, counts * exposure, tasks.num_tasks)
-        return Alike(together, np.ones(together.num_rows), left - counted)
+        return Aggregated(together, np.ones(together.num_rows), left - counted)
 
 
 def _apart(location: Any, count: Any, known: Any = None) -> tuple[Any, Any]:

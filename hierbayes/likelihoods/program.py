@@ -199,7 +199,7 @@ class Program(Likelihood):
         width = int(tasks.sizes.max(initial=1))
         return self.side_by_side(tasks, np.arange(tasks.num_tasks), width), None
 
-    def arrange_alike(self, tasks: Tasks) -> list[tuple[Any, tuple[Task, Any]]]:
+    def aggregate(self, tasks: Tasks) -> list[tuple[Any, tuple[Task, Any]]]:
         """In power-of-two buckets; tasks without rows are in none."""
         return [
             (positions, (self.side_by_side(tasks, positions, block.mask.shape[1]), None))

@@ -188,7 +188,7 @@ def maximise_approximate(
     tasks: Tasks,
     *,
     quadrature: bool,
-    with_belief: bool,
+    with_hyperprior: bool,
     for_draws: bool = False,
     judged: bool = True,
 ) -> Integrated:
@@ -200,7 +200,7 @@ def maximise_approximate(
     counts = NODES.get(len(tasks.coef), ())
     with float64():
         how = by_nodes(counts[0] if quadrature else 1)
-        search = _Search(Criterion(resolved, tasks, how, with_belief=with_belief))
+        search = _Search(Criterion(resolved, tasks, how, with_hyperprior=with_hyperprior))
         x = search.run()
         if not for_draws:
             search.refuse_endless(x)
@@ -309,7 +309,7 @@ class _Search:
             return None
         some = self.tasks.take(np.arange(0, len(self.tasks), SAMPLE))
         share = len(some) / len(self.tasks)
-        given: Any = {"with_belief": whole.with_belief, "space": self.space, "share": share}
+        given: Any = {"with_hyperprior": whole.with_hyperprior, "space": self.space, "share": share}
         return _Search(Criterion(self.model, some, whole.adaptation, **given))
 
     def _as_all(self, x: np.ndarray) -> ValueAndSlope:
@@ -398,7 +398,7 @@ class _Search:
         remarks = []
         if judged:
             around = AroundPhi(criterion.rows, space, vector, criterion.start)
-            tilt = criterion.belief(vector)[1]
+            tilt = criterion.hyperprior(vector)[1]
             shift = newton_shift(criterion.plain, around, inside, hessian, tilt).surely
             if shift > LARGE_SHIFT:
                 by_quadrature = len(self.tasks.coef) <= MOST_DIMENSIONS

@@ -23,9 +23,9 @@ from hierbayes.fit import Fit
 from hierbayes.fit.method import Method
 from hierbayes.fit.outward import Entered, enter
 from hierbayes.likelihoods.generalised import GeneralisedLinear
+from hierbayes.meta.dispersion import over_all
+from hierbayes.meta.dispersion import within as within_likelihood
 from hierbayes.meta.marginal import fixed_along
-from hierbayes.meta.own_parameters import over_all
-from hierbayes.meta.own_parameters import within as within_likelihood
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64
 from hierbayes.statistics import placed_statistics, statistics

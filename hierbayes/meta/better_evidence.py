@@ -335,7 +335,7 @@ def observed_information(
     phi: Mapping[str, np.ndarray],
     num_nodes: int,
     *,
-    with_belief: bool,
+    with_hyperprior: bool,
 ) -> Information:
     """I(φ̂) by differences of exact slopes; use it inside ``numerics.float64()``.
 
@@ -349,7 +349,7 @@ def observed_information(
     num_nodes : int
         Nodes a dimension of the evidence that φ̂ maximises; one is Laplace's approximation, which
         of Gaussian tasks is exact.
-    with_belief : bool
+    with_hyperprior : bool
         Whether log p(φ) is part of the criterion.
 
     Returns
@@ -358,10 +358,10 @@ def observed_information(
     """
     phi = {name: np.asarray(value, float) for name, value in phi.items()}
     how = by_nodes(num_nodes)
-    criterion = Criterion(model, tasks, how, with_belief=with_belief)
+    criterion = Criterion(model, tasks, how, with_hyperprior=with_hyperprior)
     space, x = criterion.space, x_of(criterion.space, phi)
     inside = space.inside(x) & ~held_entries(space, phi)[0]
     hessian = curvature(criterion, x, inside)
     criterion(x)  # leaves the modes where phi has them
     around = AroundPhi(criterion.rows, space, x, criterion.start)
-    return Information(around, inside, hessian, criterion.belief(x)[1])
+    return Information(around, inside, hessian, criterion.hyperprior(x)[1])

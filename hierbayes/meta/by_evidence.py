@@ -43,13 +43,13 @@ class Made(NamedTuple):
 
     model: HierarchicalModel
     integrate: Given
-    beliefs: Any
+    hyperpriors: Any
 
 
 class Around(NamedTuple):
     """Numbers that x is about; b's are (P,): where it is, and units² = own² + share τ²."""
 
-    beliefs: list[Any]
+    hyperpriors: list[Any]
     psi: Space
     fixed: Space
     centre: Any
@@ -63,13 +63,13 @@ class Around(NamedTuple):
 
 def phi_and_density(made: Made, around: Around, x: Any) -> tuple[dict[str, Any], Any]:
     """φ at x, and the log of its density there."""
-    beliefs = jax.tree.unflatten(made.beliefs, around.beliefs)
+    hyperpriors = jax.tree.unflatten(made.hyperpriors, around.hyperpriors)
     k = around.psi.size
-    at = around.psi.placed(x[:k], beliefs)
+    at = around.psi.placed(x[:k], hyperpriors)
     unit = jnp.sqrt(around.own**2 + around.share * at.phi["tau"][coefficient_of(around.fixed)] ** 2)
     named = around.fixed.phi(around.centre + unit * x[k:])
     total = at.log_density + jnp.log(unit).sum()
-    total = total + sum(log_prob(beliefs[name], value) for name, value in named.items())
+    total = total + sum(log_prob(hyperpriors[name], value) for name, value in named.items())
     return at.phi | named, total
 
 
@@ -141,17 +141,17 @@ class ByEvidence:
     for the modes there does. ``cells``: numbers that a density works on, the rows by default.
     """
 
-    num_white, exact, has_rough = 0, True, False
+    num_noncentred, exact, has_rough = 0, True, False
 
     def __init__(
         self, model: HierarchicalModel, tasks: Tasks, adaptation: Integrable, optimum: Optimum,
         *, cells: float | None = None, start: Any = None,
     ):  # fmt: skip
-        beliefs, space = model.phi_distributions(tasks), model.space(tasks)
-        leaves, how = jax.tree.flatten(beliefs)
+        hyperpriors, space = model.phi_distributions(tasks), model.space(tasks)
+        leaves, how = jax.tree.flatten(hyperpriors)
         plain = model.without_encoder()
         self.made = Made(plain, adaptation.given, how)
-        self.proper = not any(map(improper, beliefs.values()))
+        self.proper = not any(map(improper, hyperpriors.values()))
         self.num_coef, self.num_tasks = len(tasks.coef), tasks.num_tasks
         self.spread = tasks.sharding is not None
         phi, errors, scales = optimum.phi, optimum.standard_errors, model.scales(tasks)

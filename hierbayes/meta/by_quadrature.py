@@ -186,7 +186,7 @@ class ByQuadrature(ByEvidence):
 
     def __init__(self, model: HierarchicalModel, tasks: Tasks):
         found = maximise_approximate(
-            model, tasks, quadrature=True, with_belief=True, for_draws=True
+            model, tasks, quadrature=True, with_hyperprior=True, for_draws=True
         )
         how = Quadrature(found.num_nodes)
         # on one device, whatever the tasks are spread over

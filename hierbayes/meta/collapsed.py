@@ -1,6 +1,6 @@
 r"""p(φ | D) with every θ_j integrated out, as a density over few numbers without bounds.
 
-With b = (μ, Γ, β) and a normal belief s(b) that equals p(b), or stands near it,
+With b = (μ, Γ, β) and a normal hyperprior s(b) that equals p(b), or stands near it,
 
 .. math::
 
@@ -9,8 +9,8 @@ With b = (μ, Γ, β) and a normal belief s(b) that equals p(b), or stands near 
         + \log q(b \mid D, \psi) + \log \frac{p(b)}{s(b)}
 
 where q(b | D, ψ) is the exact conditional under s. A point (x, e) stands for
-b = E_q[b] + C⁻ᵀ e with e standard normal; the last term, the correction, is zero where the belief
-is normal, as it is by default.
+b = E_q[b] + C⁻ᵀ e with e standard normal; the last term, the correction, is zero where the
+hyperprior is normal, as it is by default.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpyro.distributions as dist
 
 from hierbayes.evidence.fixed_effects_out import (
     IntegratedProblem,
-    NormalBelief,
+    NormalHyperprior,
     amplification,
     integrate,
     integrated_problem,
@@ -40,7 +40,7 @@ from hierbayes.sharding import num_shares
 from hierbayes.statistics import placed_statistics
 from hierbayes.tasks import Tasks
 
-Beliefs = dict[str, dist.Distribution]
+Hyperpriors = dict[str, dist.Distribution]
 
 MOST_AT_ONCE = 2048
 """Points of one compiled call: one shape, so one compilation."""
@@ -76,11 +76,11 @@ class Spaces(NamedTuple):
 
 
 def point(
-    spaces: Spaces, problem: IntegratedProblem, beliefs: Beliefs, x: Any, e: Any, *,
+    spaces: Spaces, problem: IntegratedProblem, hyperpriors: Hyperpriors, x: Any, e: Any, *,
     exact: bool, fast: bool = False,
 ) -> Point:  # fmt: skip
-    """φ and the log density at (x, e); ``exact``: of beliefs on b that are all normal."""
-    at = spaces.psi.placed(x, beliefs)
+    """φ and the log density at (x, e); ``exact``: of hyperpriors on b that are all normal."""
+    at = spaces.psi.placed(x, hyperpriors)
     found = integrate(problem, *root_and_noise(at), fast=fast)
     total = at.log_density + found.log_evidence
     b = found.mean
@@ -88,7 +88,7 @@ def point(
         b = b + solve_upper(found.factor[:, :, None], e[:, None])[:, 0]
     named = spaces.fixed.phi(b)
     if not exact:
-        total = total + _correction(problem, beliefs, named, b)
+        total = total + _correction(problem, hyperpriors, named, b)
     total = jnp.where(jnp.isnan(total), -jnp.inf, total)
     return Point(named | at.phi, total)
 
@@ -100,35 +100,37 @@ def root_and_noise(at: Placed) -> tuple[Any, Any]:
     return tau[:, None] * root, at.phi.get("sigma", jnp.ones(()))
 
 
-def _correction(problem: IntegratedProblem, beliefs: Beliefs, named: Any, b: Any) -> jax.Array:
+def _correction(
+    problem: IntegratedProblem, hyperpriors: Hyperpriors, named: Any, b: Any
+) -> jax.Array:
     """log p(b) − log s(b)."""
-    location, precision = problem.belief
+    location, precision = problem.hyperprior
     flat = precision == 0
     log_scale = jnp.log(jnp.where(flat, 1.0, precision / (2 * jnp.pi)))
     stand_in = 0.5 * (log_scale - precision * (b - location) ** 2).sum()
     total = -stand_in
-    return total + sum(log_prob(beliefs[name], value) for name, value in named.items())
+    return total + sum(log_prob(hyperpriors[name], value) for name, value in named.items())
 
 
 class Target(NamedTuple):
     """What a compiled program is given: numbers only.
 
-    Beliefs come as their leaves, since NumPyro takes long to take its distributions apart.
+    Hyperpriors come as their leaves, since NumPyro takes long to take its distributions apart.
     """
 
     problem: IntegratedProblem
-    beliefs: list[Any]
+    hyperpriors: list[Any]
     spaces: Spaces
 
 
 Compiled = tuple[bool, Any]
-"""What a compiled program is made for: whether b is exact, and how beliefs are put together."""
+"""What a compiled program is made for: whether b is exact, and how hyperpriors are put together."""
 
 
 def _point(made_for: Compiled, target: Target, x: Any, e: Any, *, fast: bool = False) -> Point:
     exact, how = made_for
-    beliefs = jax.tree.unflatten(how, target.beliefs)
-    return point(target.spaces, target.problem, beliefs, x, e, exact=exact, fast=fast)
+    hyperpriors = jax.tree.unflatten(how, target.hyperpriors)
+    return point(target.spaces, target.problem, hyperpriors, x, e, exact=exact, fast=fast)
 
 
 class AtPoint(NamedTuple):
@@ -183,14 +185,14 @@ class Collapsed:
 
     def __init__(self, model: HierarchicalModel, tasks: Tasks):
         stats, space = placed_statistics(tasks), model.space(tasks)
-        self.beliefs = model.phi_distributions(tasks)
-        normals = {n: as_normal(self.beliefs[n]) for n in ("mu", "gamma", "beta")
-                   if n in self.beliefs}  # fmt: skip
+        self.hyperpriors = model.phi_distributions(tasks)
+        normals = {n: as_normal(self.hyperpriors[n]) for n in ("mu", "gamma", "beta")
+                   if n in self.hyperpriors}  # fmt: skip
         self.exact = all(normal.exact for normal in normals.values())
-        self._leaves, how = jax.tree.flatten(self.beliefs)
+        self._leaves, how = jax.tree.flatten(self.hyperpriors)
         self._made_for = (self.exact, how)
         spaces = Spaces.of(space)
-        self.num_coef, self.num_white = space["tau"].size, spaces.fixed.size
+        self.num_coef, self.num_noncentred = space["tau"].size, spaces.fixed.size
         self.fast = False
         self.num_tasks, self.spread = tasks.num_tasks, tasks.sharding is not None
         chunk, self.together = None, self.num_tasks
@@ -198,7 +200,7 @@ class Collapsed:
             self.together = self.num_tasks // num_shares(tasks.sharding)
         elif self.num_tasks > WHOLE_UP_TO:
             chunk = self.together = CHUNK
-        self.proper = not any(map(improper, self.beliefs.values()))
+        self.proper = not any(map(improper, self.hyperpriors.values()))
         location, precision = (
             spaces.fixed.x({n: getattr(a, part) for n, a in normals.items()})
             for part in ("location", "precision")
@@ -211,7 +213,7 @@ class Collapsed:
         self.spaces = spaces._replace(psi=psi)
         self.units = 0.3 * model.scales(tasks).coef
         self.problem = integrated_problem(
-            stats, free, centre, NormalBelief(location, precision), chunk
+            stats, free, centre, NormalHyperprior(location, precision), chunk
         )
 
     @property
@@ -264,7 +266,7 @@ class Collapsed:
         return found < LARGEST_AMPLIFICATION
 
     def _value_and_slope(self, units: np.ndarray, x: np.ndarray) -> Any:
-        e = np.zeros(self.num_white)
+        e = np.zeros(self.num_noncentred)
         return _value_and_slope(self._made_for, self._target(units), x, e)
 
     @property

@@ -85,34 +85,34 @@ Weigh = Callable[[np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
 
 @dataclass(frozen=True)
 class Proposal:
-    """A multivariate t, ``location`` (k,) and ``root`` (k, k), beside ``num_white`` white entries.
+    """A multivariate t, ``location`` (k,) and ``root`` (k, k), beside standard normal entries.
 
-    The white entries are standard normal under target and proposal alike, so that neither density
+    Those ``num_noncentred`` are so under target and proposal alike, so that neither density
     counts them. ``far`` is the part of the draws that a Cauchy of the same place is to make.
     ``share`` is what part of its draws is expected to be effective.
     """
 
     location: np.ndarray
     root: np.ndarray
-    num_white: int = 0
+    num_noncentred: int = 0
     df: float = DEGREES_OF_FREEDOM[0]
     share: float = 0.0
     far: float = 0.0
 
     def sample(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        """Draws (size, k + num_white)."""
+        """Draws (size, k + num_noncentred)."""
         normal = rng.standard_normal((size, len(self.location)))
         stretch = np.sqrt(self.df / rng.chisquare(self.df, size))
         if self.far:
             heavy = FAR_SCALE * np.sqrt(FAR_DF / rng.chisquare(FAR_DF, size))
             stretch = np.where(rng.random(size) < self.far, heavy, stretch)
-        white = rng.standard_normal((size, self.num_white))
+        white = rng.standard_normal((size, self.num_noncentred))
         # einsum, not BLAS: OpenBLAS's threads spin on after a call and hold XLA's up
         moved = np.einsum("nk,lk->nl", normal * stretch[:, None], self.root)
         return np.column_stack([self.location + moved, white])
 
     def log_prob(self, points: np.ndarray) -> np.ndarray:
-        """Log densities (n,) of the t, or the mixture, at (n, k + num_white) points."""
+        """Log densities (n,) of the t, or the mixture, at (n, k + num_noncentred) points."""
         k = len(self.location)
         white = np.einsum("lk,nk->ln", np.linalg.inv(self.root), points[:, :k] - self.location)
         squares = (white**2).sum(0)
@@ -189,7 +189,7 @@ def fit_proposal(weigh: Weigh, start: Proposal, rng: np.random.Generator) -> Fit
             break
         proposal = fitted.proposal
     if best is None:
-        nowhere = np.append(start.location, np.zeros(start.num_white))[None]
+        nowhere = np.append(start.location, np.zeros(start.num_noncentred))[None]
         return Fitted(start, nowhere, np.zeros(1), {}, np.zeros(1), 0.0)
     return best
 
@@ -486,13 +486,13 @@ class Density(Protocol):
     """A posterior of φ as a density of points (x, e), e standard normal, as the sampler sees it.
 
     ``units`` are rough ones, ``start`` (k,) a first guess of x; the first ``num_coef`` entries of x
-    are those of τ. ``e`` has ``num_white`` entries, on which the density does not depend where
+    are those of τ. ``e`` has ``num_noncentred`` entries, on which the density does not depend where
     ``exact`` is True. ``has_rough`` says whether ``points(rough=True)`` is a cheaper density.
     """
 
     num_tasks: int
     num_coef: int
-    num_white: int
+    num_noncentred: int
     exact: bool
     has_rough: bool
     proper: bool
@@ -587,7 +587,7 @@ def _independent(
 
         return weigh
 
-    start, why = Proposal(located.mode, located.root, target.num_white), ""
+    start, why = Proposal(located.mode, located.root, target.num_noncentred), ""
     for far in FAR:
         last = far == FAR[-1]
         start = replace(start, far=far)
@@ -677,12 +677,12 @@ def _by_nuts(
 ) -> tuple[np.ndarray, Sampled]:  # fmt: skip
     """NUTS in the coordinates that the Hessian makes round: draws of x, and of φ."""
     size, units = len(located.mode), located.units
-    num_white = 0 if target.exact else target.num_white
+    num_noncentred = 0 if target.exact else target.num_noncentred
     density, data = target.log_density(units)
     key = as_key(int(rng.integers(2**31)))
-    start = jax.device_put(rng.uniform(-1.0, 1.0, (num_chains, size + num_white)))
+    start = jax.device_put(rng.uniform(-1.0, 1.0, (num_chains, size + num_noncentred)))
     found, stats = run_potential(
-        Rounded(density, size, target.num_white - num_white),
+        Rounded(density, size, target.num_noncentred - num_noncentred),
         (data, located.mode, located.root),
         key,
         start,
@@ -692,7 +692,7 @@ def _by_nuts(
         **settings,
     )
     z = np.asarray(found).reshape(num_chains * num_draws, -1)
-    white = z[:, size:] if num_white else rng.standard_normal((len(z), target.num_white))
+    white = z[:, size:] if num_noncentred else rng.standard_normal((len(z), target.num_noncentred))
     xs = located.mode + z[:, :size] @ located.root.T
     phis = target.points(units, xs, white).phi
     draws = {n: v.reshape(num_chains, num_draws, *v.shape[1:]) for n, v in phis.items()}

@@ -17,7 +17,7 @@ from hierbayes.adaptation.quadrature import RowsAndRule
 from hierbayes.meta.optimum import Optimum, curvature
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import to_numpy
-from hierbayes.phi.space import Space, belief_in, phi_at, standard_errors
+from hierbayes.phi.space import Space, log_hyperprior_in, phi_at, standard_errors
 from hierbayes.rows import Rows, Whole
 from hierbayes.sharding import filled_up, padded
 from hierbayes.tasks import Tasks
@@ -51,11 +51,11 @@ class Criterion:
 
     def __init__(
         self, model: HierarchicalModel, tasks: Tasks, adaptation: Integrable, *,
-        with_belief: bool, space: Space | None = None, share: float = 1.0,
+        with_hyperprior: bool, space: Space | None = None, share: float = 1.0,
     ):  # fmt: skip
         self.model, self.plain, self.tasks = model, model.without_encoder(), tasks
         self.space = model.space(tasks) if space is None else space
-        self.with_belief, self.share = with_belief, share
+        self.with_hyperprior, self.share = with_hyperprior, share
         self.start = jax.device_put(adaptation.begin(tasks))
         # a search for modes begins at a place for every task, on one device
         self.laid_out = tasks if self.start is None else tasks.shard(None)
@@ -85,20 +85,20 @@ class Criterion:
         return finite(float(value), np.asarray(slope))
 
     @functools.cached_property
-    def _belief(self) -> Any:
-        return belief_in(self.space, self.model.phi_distributions(self.tasks))
+    def _hyperprior(self) -> Any:
+        return log_hyperprior_in(self.space, self.model.phi_distributions(self.tasks))
 
-    def belief(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+    def hyperprior(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """log p(φ) and its slope, zero where it is not part of the criterion."""
-        if not self.with_belief:
+        if not self.with_hyperprior:
             return 0.0, np.zeros(len(x))
-        value, slope = self._belief(x)
+        value, slope = self._hyperprior(x)
         return float(value), np.asarray(slope)
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the criterion and its slope."""
         value, slope = self.evidence(x)
-        more, tilt = self.belief(x)
+        more, tilt = self.hyperprior(x)
         return finite(value - self.share * more, slope - self.share * tilt)
 
     def phi(self, x: np.ndarray) -> dict[str, np.ndarray]:
@@ -112,7 +112,7 @@ class Criterion:
         hessian = curvature(self, x, inside)
         along = self.space.along(x, inside, hessian)
         value = -self.evidence(x)[0]
-        posterior = value + self.belief(x)[0] if self.with_belief else None
+        posterior = value + self.hyperprior(x)[0] if self.with_hyperprior else None
         errors = standard_errors(along)
         return Optimum(self.phi(x), value, errors, warnings, posterior, along), hessian
 

@@ -28,9 +28,9 @@ from hierbayes.adaptation import (
     Conjugate,
     Integrable,
     Laplace,
-    MixedScales,
     Posterior,
     Quadrature,
+    ScaleMixture,
     separation,
 )
 from hierbayes.errors import InputError, NotApplicable, announce, listing
@@ -70,12 +70,14 @@ class WithoutOne:
     def __init__(self, model: HierarchicalModel, tasks: Tasks, adaptation: Integrable):
         self.model, self.tasks, self.adaptation = model, tasks, adaptation
 
-    def scores(self, phi: dict[str, np.ndarray], *, with_belief: bool) -> np.ndarray:
+    def scores(self, phi: dict[str, np.ndarray], *, with_hyperprior: bool) -> np.ndarray:
         """log p̂(D_j | φ̂_{−j}) of each task with rows (J,), NaN of the others."""
         scores = np.full(self.tasks.num_tasks, np.nan)
         known = {name: np.asarray(value) for name, value in phi.items()}
         with float64():
-            criterion = Criterion(self.model, self.tasks, self.adaptation, with_belief=with_belief)
+            criterion = Criterion(
+                self.model, self.tasks, self.adaptation, with_hyperprior=with_hyperprior
+            )
             begin = criterion.space.x(known, shrunk=SHRUNK)
             for j in np.flatnonzero(self.tasks.sizes > 0):
                 criterion.counted = np.arange(self.tasks.num_tasks) != j
@@ -254,7 +256,7 @@ class EmpiricalBayes(WithOuterLoop):
         integral = chosen_evidence(model, tasks, self.evidence, self.criterion)
         entered = enter(
             resolve_for_mode(model, tasks) if by_map else model, tasks,
-            "beliefs" if by_map else "prior", shared=self.intervals != "bootstrap",
+            "hyperpriors" if by_map else "prior", shared=self.intervals != "bootstrap",
         )  # fmt: skip
         found = self._maximum(entered.inner_model, entered.inner_tasks, integral)
         return entered.leave(self._fit(entered, found, run), found.optimum.along)
@@ -264,13 +266,15 @@ class EmpiricalBayes(WithOuterLoop):
         by_map, info = self.criterion == "map", dict[str, Any](evidence=integral)
         if integral != "exact":
             quadrature = integral == "quadrature"
-            near = maximise_approximate(model, tasks, quadrature=quadrature, with_belief=by_map)
+            near = maximise_approximate(model, tasks, quadrature=quadrature, with_hyperprior=by_map)
             by: Integrable = Quadrature(near.num_nodes) if quadrature else Laplace()
             info |= {"num_nodes": near.num_nodes, "evidence_error": near.error}
             return _Maximum(near.optimum, by, info, near.remarks)
-        exact: Integrable = Conjugate() if model.prior.gaussian else MixedScales()
+        exact: Integrable = Conjugate() if model.prior.gaussian else ScaleMixture()
         if by_map or not model.prior.gaussian:
-            return _Maximum(maximise_exact(model, tasks, exact, with_belief=by_map), exact, info)
+            return _Maximum(
+                maximise_exact(model, tasks, exact, with_hyperprior=by_map), exact, info
+            )
         reml = self.criterion == "reml"
         return _Maximum(maximise_likelihood(model, tasks, reml=reml), exact, info)
 
@@ -314,7 +318,7 @@ class EmpiricalBayes(WithOuterLoop):
             assert isinstance(best.adaptation, Conjugate)
             given = (best.adaptation, model, tasks, found.phi_bootstrap, seed, *shape)
             return functools.partial(draws_of_mixture, *given)
-        if isinstance(best.adaptation, MixedScales):
+        if isinstance(best.adaptation, ScaleMixture):
             given = (best.adaptation, model, tasks, phi, seed, *shape)
             return functools.partial(_mixed_draws, *given)
         return functools.partial(_draws, found.training, seed, *shape)
@@ -333,7 +337,7 @@ class EmpiricalBayes(WithOuterLoop):
             "the evidence log p(D_j | phi) is not offered there", "take priors.Gaussian()",
         )  # fmt: skip
         without = WithoutOne(model, tasks, evidence_of(fit).by(model, tasks))
-        return without.scores(dict(fit.phi), with_belief=self.criterion == "map")
+        return without.scores(dict(fit.phi), with_hyperprior=self.criterion == "map")
 
 
 IDLE = ("optimiser", "num_meta_steps")
@@ -416,7 +420,7 @@ def _draws(
 
 
 def _mixed_draws(
-    adaptation: MixedScales, model: HierarchicalModel, tasks: Tasks, phi: dict[str, np.ndarray],
+    adaptation: ScaleMixture, model: HierarchicalModel, tasks: Tasks, phi: dict[str, np.ndarray],
     seed: int | jax.Array, num_chains: int, num_draws: int,
 ) -> np.ndarray:  # fmt: skip
     """The same under a Student-t prior, where posteriors are not normal."""

@@ -24,9 +24,9 @@ from hierbayes.adaptation import (
     Adaptation,
     Conjugate,
     Laplace,
-    MixedScales,
     NotOffered,
     Quadrature,
+    ScaleMixture,
     separation,
 )
 from hierbayes.errors import InputError, announce
@@ -199,7 +199,7 @@ class FullBayes(Method):
         model.check(tasks, learns_prior=True)
         size = self.num_chains * self.num_draws * tasks.num_tasks * len(tasks.coef)
         # moments of θ alone know no β
-        entered = enter(model, tasks, "beliefs", shared=size <= LARGEST_THETA)
+        entered = enter(model, tasks, "hyperpriors", shared=size <= LARGEST_THETA)
         resolved, tasks = entered.inner_model, entered.inner_tasks
         with float64():
             found = self._sampled(resolved, tasks, seed, progress)
@@ -304,7 +304,7 @@ def _density(model: HierarchicalModel, tasks: Tasks, adaptation: Any) -> Any:
         return ByQuadrature(model, tasks)
     if model.prior.gaussian:
         return Collapsed(model, tasks)
-    optimum = maximise_exact(model, tasks, adaptation, with_belief=True)
+    optimum = maximise_exact(model, tasks, adaptation, with_hyperprior=True)
     cells = adaptation.num_nodes(model, tasks) * max(tasks.num_tasks, 1) / 5
     return ByEvidence(model, tasks, adaptation, optimum, cells=cells)
 
@@ -334,7 +334,7 @@ def _adaptation(model: HierarchicalModel) -> Adaptation:
         return Conjugate()
     if model.prior.gaussian:
         return Laplace()
-    return MixedScales() if model.likelihood.gaussian_in_theta else NotOffered(NO_ADAPTATION)
+    return ScaleMixture() if model.likelihood.gaussian_in_theta else NotOffered(NO_ADAPTATION)
 
 
 def _start(
@@ -360,14 +360,14 @@ def _start(
     }  # fmt: skip
     units = {"mu": 0.2 * scales.coef[np.array(shape.free_mean)], "beta": 0.2 * scales.shared}
     start = {}
-    for i, (name, belief) in enumerate(model.phi_distributions(tasks).items()):
-        transform = biject_to(belief.support)
+    for i, (name, hyperprior) in enumerate(model.phi_distributions(tasks).items()):
+        transform = biject_to(hyperprior.support)
         centre = transform._inverse(jnp.asarray(guess.get(name, 1.0), dtype=float))
         centre = jnp.where(jnp.isfinite(centre), centre, 0.0)
         noise = jax.random.uniform(
             jax.random.fold_in(key, i), (num_chains, *jnp.shape(centre)), minval=-1.0, maxval=1.0
         )
-        real = belief.support is numpyro.distributions.constraints.real_vector
+        real = hyperprior.support is numpyro.distributions.constraints.real_vector
         unit = units[name] if name in units and np.size(units[name]) == np.size(centre) else 0.5
         start[name] = centre + noise * (unit if real or name in units else 0.5)
     return start

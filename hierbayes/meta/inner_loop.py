@@ -22,7 +22,7 @@ from hierbayes.adaptation.least_squares import within_tasks
 from hierbayes.errors import InputError, NotApplicable
 from hierbayes.evidence import Predictive
 from hierbayes.meta.baselines import noise, refuse_idle_sigma
-from hierbayes.meta.own_parameters import own_parameters
+from hierbayes.meta.dispersion import dispersion
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_key
 from hierbayes.phi import Part, Space
@@ -126,7 +126,7 @@ def inner_noise(
     if not model.likelihood.gaussian_in_theta:
         if sigma is not None:
             noise(sigma, sigma)
-        return own_parameters(model, tasks, sigma)
+        return dispersion(model, tasks, sigma)
     return {"sigma": np.asarray(noise(within_tasks(statistics(tasks)).sigma, sigma))}
 
 

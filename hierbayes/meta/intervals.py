@@ -252,7 +252,9 @@ def widened(
 ) -> Widened:
     """θ's posterior under ``intervals``, from the plain one at φ̂."""
     if intervals == "kass-steffey":
-        return _kass_steffey(model, tasks, phi, training, num_nodes, with_belief=criterion == "map")
+        return _kass_steffey(
+            model, tasks, phi, training, num_nodes, with_hyperprior=criterion == "map"
+        )
     if intervals == "bootstrap":
         assert isinstance(adaptation, Conjugate)
         many = bootstrapped(
@@ -357,7 +359,7 @@ def _kass_steffey(
     training: Posterior,
     num_nodes: int,
     *,
-    with_belief: bool,
+    with_hyperprior: bool,
 ) -> Widened:
     remarks = []
     zero = [c for c, tau in zip(tasks.coef, phi["tau"], strict=True) if tau == 0]
@@ -367,7 +369,7 @@ def _kass_steffey(
             "tau = 0 the delta method has no slope to go by, and the intervals stay too narrow; "
             'use intervals="bootstrap", criterion="map" or full_bayes'
         )
-    more = covariance_by_phi(model, tasks, phi, num_nodes, with_belief=with_belief)
+    more = covariance_by_phi(model, tasks, phi, num_nodes, with_hyperprior=with_hyperprior)
     if np.isnan(more.theta).any():
         remarks.append(
             'intervals="kass-steffey" adds nothing here: the evidence is not concave at the '

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hierbayes.adaptation import Adaptation, MixedScales
+from hierbayes.adaptation import Adaptation, ScaleMixture
 from hierbayes.errors import InputError
 from hierbayes.files import unsealed
 from hierbayes.fit import hdf5
@@ -202,7 +202,7 @@ def rebuilt(
     with field("warnings"):
         if not all(isinstance(w, str) for w in warnings):
             raise InputError("expected sentences")
-    by_point = not drawn and isinstance(adaptation, MixedScales)  # made again, with its normals
+    by_point = not drawn and isinstance(adaptation, ScaleMixture)  # made again, with its normals
     with field("training"):
         training = None if by_point else read_training(_prefixed(own, "training."), tasks)
     outer = Fit(
@@ -285,10 +285,10 @@ def _model(
             described = {"prior": old | {"settings": settings}, **described}
         prior = made(described["prior"], PRIORS, tuples=True, whole=whole)
     with field("hyperprior"):
-        beliefs = entry(described, "hyperprior", dict)
+        hyperpriors = entry(described, "hyperprior", dict)
         for f in fields(HyperPrior) if whole else ():
-            entry(beliefs, f.name, (dict, int, float, type(None)))
-        hyperprior = hyperprior_from_plain(beliefs)
+            entry(hyperpriors, f.name, (dict, int, float, type(None)))
+        hyperprior = hyperprior_from_plain(hyperpriors)
     with field("columns"):
         lying = entry(described, "columns", (dict, type(None)), ... if whole else None)
         columns = None if lying is None else columns_of(Columns, lying, tasks)

@@ -52,7 +52,7 @@ def resolve_for_mode(model: HierarchicalModel, tasks: Tasks) -> HierarchicalMode
     given, resolved = model.hyperprior.tau, model.resolve(tasks)
     if given is not None and not isinstance(given, Mapping):
         return resolved
-    believed = resolved.column_map(tasks, "beliefs", scaled=False).tasks(tasks)
+    believed = resolved.column_map(tasks, "hyperpriors", scaled=False).tasks(tasks)
     scales = model.scales(believed).coef
     avoiding = {c: dist.Gamma(2.0, TINY_RATE / s) for c, s in zip(tasks.coef, scales, strict=True)}
     tau = {**avoiding, **(given or {})}
@@ -60,7 +60,7 @@ def resolve_for_mode(model: HierarchicalModel, tasks: Tasks) -> HierarchicalMode
 
 
 def maximise_exact(
-    resolved: HierarchicalModel, tasks: Tasks, adaptation: Integrable, *, with_belief: bool
+    resolved: HierarchicalModel, tasks: Tasks, adaptation: Integrable, *, with_hyperprior: bool
 ) -> Optimum:
     """φ̂ of Gaussian tasks, with standard errors from the Hessian.
 
@@ -74,7 +74,7 @@ def maximise_exact(
         shares = ((0.7, 0.05), (0.3, 0.01))
     start = maximise_likelihood(normal, tasks, reml=False).phi
     with float64():
-        criterion = Criterion(resolved, tasks, adaptation, with_belief=with_belief)
+        criterion = Criterion(resolved, tasks, adaptation, with_hyperprior=with_hyperprior)
         space = criterion.space
         starts = [space.near(start | {"tau": share * start["tau"]}, floor)
                   for share, floor in shares]  # fmt: skip

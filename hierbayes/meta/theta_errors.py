@@ -86,7 +86,7 @@ def theta_standard_errors(fit: Fit) -> Any:
     num_nodes, tasks, at, fit = _nodes(fit), fit.tasks, fit.at, fit.inside
     phi = {name: np.asarray(value) for name, value in fit.phi.items()}
     more = covariance_by_phi(
-        fit.model, fit.tasks, phi, num_nodes, with_belief=fit.info["criterion"] == "map"
+        fit.model, fit.tasks, phi, num_nodes, with_hyperprior=fit.info["criterion"] == "map"
     )
     plain = fit.adapted.posterior
     if fit.info.get("intervals", "plain") != "plain":  # which count it already, or otherwise
@@ -119,14 +119,14 @@ def covariance_by_phi(
     phi: Mapping[str, np.ndarray],
     num_nodes: int,
     *,
-    with_belief: bool,
+    with_hyperprior: bool,
 ) -> ByPhi:
     """G_j I⁻¹ G_jᵀ of every task; NaN where the evidence is not concave at φ̂.
 
-    ``num_nodes`` and ``with_belief`` as in :func:`~.information.observed_information`.
+    ``num_nodes`` and ``with_hyperprior`` as in :func:`~.information.observed_information`.
     """
     with float64():
-        known = observed_information(model, tasks, phi, num_nodes, with_belief=with_belief)
+        known = observed_information(model, tasks, phi, num_nodes, with_hyperprior=with_hyperprior)
         plain = model.without_encoder()
         slopes = np.asarray(_slopes(plain, known.around, num_nodes))[known.inside]
         slopes = slopes[..., : tasks.num_tasks]  # the tasks beyond only fill up

@@ -38,7 +38,7 @@ from hierbayes.numerics import float64
 from hierbayes.phi.assembled import Assembled
 from hierbayes.phi.lkj import LKJ
 
-Support = Literal["real", "spread", "open spread", "positive", "correlation", "belief"]
+Support = Literal["real", "spread", "open spread", "positive", "correlation", "hyperprior"]
 
 FLAT = 1e-12
 """Curvature, beside the largest, below which a direction is taken as not curved at all."""
@@ -56,7 +56,7 @@ class Part:
 
     ``support``: "real"; "spread", a standard deviation, which may be zero, and "open spread", the
     same without a bound of x; "positive", of which x is the logarithm; "correlation", a matrix with
-    correlations inside ``blocks`` of positions alone; "belief", where its prior lies.
+    correlations inside ``blocks`` of positions alone; "hyperprior", where its prior lies.
     ``learned``: flat positions of the entries that are learned; the others are zero. None: all.
     """
 
@@ -70,7 +70,7 @@ class Part:
     @property
     def moved(self) -> bool:
         """Whether entries go through a transform."""
-        return self.support in ("belief", "positive")
+        return self.support in ("hyperprior", "positive")
 
     @property
     def size(self) -> int:
@@ -129,7 +129,7 @@ class Space:
         parts: Sequence[Part],
         *,
         units: Mapping[str, Any] = MappingProxyType({}),
-        beliefs: Mapping[str, dist.Distribution] = MappingProxyType({}),
+        hyperpriors: Mapping[str, dist.Distribution] = MappingProxyType({}),
         starts: Mapping[str, Any] = MappingProxyType({}),
     ) -> Space:
         """The product of some parts; use it in float64.
@@ -138,7 +138,9 @@ class Space:
         through a transform, where that is not its own.
         """
         transforms: dict[str, Any] = {
-            p.name: biject_to(beliefs[p.name].support) if p.support == "belief" else ExpTransform()
+            p.name: biject_to(hyperpriors[p.name].support)
+            if p.support == "hyperprior"
+            else ExpTransform()
             for p in parts
             if p.moved
         }
@@ -199,7 +201,7 @@ class Space:
         """Entries of x, (n,) of bool, that are at no end of where their part may lie."""
         found = x > self.lower
         for part in self.parts:
-            if part.support == "belief":
+            if part.support == "hyperprior":
                 ended = _flat(self.transforms[part.name], self._in_units(part, x))
                 found[self.at[part.name]] &= ~ended
         return found
@@ -327,30 +329,30 @@ class Space:
 
     # ------------------------------------------------------------------------ densities
 
-    def log_belief(self, x: Any, beliefs: Mapping[str, dist.Distribution]) -> Any:
+    def log_hyperprior(self, x: Any, hyperpriors: Mapping[str, dist.Distribution]) -> Any:
         """log p(φ) as a mode has it: of τ and R themselves, and of what a family owns as in x."""
         phi, total = self.phi(x), jnp.zeros(())
         for part in self.parts:
-            value, belief = phi[part.name], beliefs[part.name]
+            value, hyperprior = phi[part.name], hyperpriors[part.name]
             if part.support == "spread":
                 value = jnp.where(value > 0, value, TINY)
-            total = total + jnp.sum(jnp.asarray(belief.log_prob(value)))
+            total = total + jnp.sum(jnp.asarray(hyperprior.log_prob(value)))
             if part.moved:
                 total = total + self._log_jacobian(part, x)
         return total
 
-    def placed(self, x: Any, beliefs: Mapping[str, dist.Distribution]) -> Placed:
+    def placed(self, x: Any, hyperpriors: Mapping[str, dist.Distribution]) -> Placed:
         """φ at x, the root of R, and the density of x under p(φ), with the Jacobian."""
         phi, total, root = {}, jnp.zeros(()), None
         for part in self.parts:
-            entries, belief = x[self.at[part.name]], beliefs[part.name]
+            entries, hyperprior = x[self.at[part.name]], hyperpriors[part.name]
             if part.support == "correlation":
-                root, more = _root_of_correlations(part, entries, belief)
+                root, more = _root_of_correlations(part, entries, hyperprior)
                 phi[part.name] = root @ root.T
                 total = total + more
                 continue
             phi[part.name] = part.array(self._values(part, x))
-            total = total + log_prob(belief, phi[part.name]) + self._log_jacobian(part, x)
+            total = total + log_prob(hyperprior, phi[part.name]) + self._log_jacobian(part, x)
         return Placed(phi, root, total)
 
     def _log_jacobian(self, part: Part, x: Any) -> Any:
@@ -397,7 +399,7 @@ def at_an_end(space: Space, x: np.ndarray) -> list[str]:
     inside = space.inside(x)
     names = [
         p.name for p in space.parts
-        if p.support == "belief" and not inside[space.at[p.name]].all()
+        if p.support == "hyperprior" and not inside[space.at[p.name]].all()
     ]  # fmt: skip
     phi = phi_at(space, x) if names else {}
     return [
@@ -431,15 +433,15 @@ def _along(space: Space, x: Any, moves: Any) -> dict[str, jax.Array]:
 
 
 @jax.jit
-def _belief(space: Space, beliefs: Any, x: Any) -> tuple[jax.Array, jax.Array]:
-    return jax.value_and_grad(lambda v: space.log_belief(v, beliefs))(x)
+def _hyperprior(space: Space, hyperpriors: Any, x: Any) -> tuple[jax.Array, jax.Array]:
+    return jax.value_and_grad(lambda v: space.log_hyperprior(v, hyperpriors))(x)
 
 
-def belief_in(
-    space: Space, beliefs: Mapping[str, dist.Distribution]
+def log_hyperprior_in(
+    space: Space, hyperpriors: Mapping[str, dist.Distribution]
 ) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
-    """log p(φ) as :meth:`Space.log_belief` has it, and its slope, as functions of x."""
-    return functools.partial(_belief, space, {n: beliefs[n] for n in space.names})
+    """log p(φ) as :meth:`Space.log_hyperprior` has it, and its slope, as functions of x."""
+    return functools.partial(_hyperprior, space, {n: hyperpriors[n] for n in space.names})
 
 
 def root_of(covariance: np.ndarray) -> np.ndarray:
@@ -471,17 +473,19 @@ def _flat(transform: Transform, free: Any) -> np.ndarray:
     return np.asarray(slopes[0] - slopes[1]) < np.log(AT_AN_END)
 
 
-def log_prob(belief: dist.Distribution, value: Any) -> jax.Array:
+def log_prob(hyperprior: dist.Distribution, value: Any) -> jax.Array:
     """The log density, −∞ outside the support, which NumPyro does not look at by itself."""
-    support: Any = belief.support
-    total = jnp.sum(jnp.asarray(belief.log_prob(value)))
+    support: Any = hyperprior.support
+    total = jnp.sum(jnp.asarray(hyperprior.log_prob(value)))
     return jnp.where(jnp.all(support(value)), total, -jnp.inf)
 
 
-def _root_of_correlations(part: Part, entries: Any, belief: dist.Distribution) -> tuple[Any, Any]:
+def _root_of_correlations(
+    part: Part, entries: Any, hyperprior: dist.Distribution
+) -> tuple[Any, Any]:
     """C with R = C Cᵀ, and the density of its entries in x."""
     root, start, total = jnp.eye(part.shape[0]), 0, jnp.zeros(())
-    each = [p for p, _ in belief.parts] if isinstance(belief, Assembled) else [belief]
+    each = [p for p, _ in hyperprior.parts] if isinstance(hyperprior, Assembled) else [hyperprior]
     for b, one in zip(part.blocks, each, strict=True):
         size = len(b) * (len(b) - 1) // 2
         free = entries[start : start + size]
@@ -493,11 +497,15 @@ def _root_of_correlations(part: Part, entries: Any, belief: dist.Distribution) -
     return root, total
 
 
-def _log_prob_of_factor(belief: dist.Distribution, factor: jax.Array) -> jax.Array:
+def _log_prob_of_factor(hyperprior: dist.Distribution, factor: jax.Array) -> jax.Array:
     """The log density of R = C Cᵀ as one of the entries of C below its diagonal."""
     to_factor: Any = CorrMatrixCholeskyTransform()
     corr = factor @ factor.T
-    own = belief.of_root(factor) if isinstance(belief, LKJ) else jnp.asarray(belief.log_prob(corr))
+    own = (
+        hyperprior.of_root(factor)
+        if isinstance(hyperprior, LKJ)
+        else jnp.asarray(hyperprior.log_prob(corr))
+    )
     return own - to_factor.log_abs_det_jacobian(corr, factor)
 
 

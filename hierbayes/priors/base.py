@@ -35,10 +35,10 @@ class Prior(abc.ABC):
         """L (d, d), lower triangular: θ = location + L z with z of unit scale."""
 
     @abc.abstractmethod
-    def white(self, dimension: int) -> dist.Distribution:
+    def noncentred(self, dimension: int) -> dist.Distribution:
         """The distribution of z (d,) in θ = location + L z."""
 
-    def white_draws(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    def noncentred_draws(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """z (…, d) of :meth:`white` by NumPy, ``shape`` all of its axes."""
         return rng.standard_normal(shape)
 

@@ -17,7 +17,7 @@ from hierbayes.priors.hyperprior import HyperPrior, Shape
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.container import kept
 
-Reads = Literal["rows", "prior", "beliefs"]
+Reads = Literal["rows", "prior", "hyperpriors"]
 """What a method reads beside the rows: nothing, p(θ | φ), or p(φ) too. The less it reads the more
 columns may be centred without another model."""
 
@@ -33,7 +33,7 @@ PARTS = ("varying", "shared", "task_predictors")
 
 @dataclass(frozen=True)
 class Columns:
-    """Where the columns of a model lie, and what of its beliefs the user has stated.
+    """Where the columns of a model lie, and what of its hyperpriors the user has stated.
 
     ``intercept``: the varying column that is constant, with its value; ``shared_intercept`` the
     shared one. ``stated``: names of the hyperprior's parts that are the user's own.
@@ -66,7 +66,7 @@ class Columns:
         sizes = len(shape.coef), len(shape.shared), len(shape.task_predictors)
         if not (self.varying or self.shared or self.task_predictors):
             return ColumnMap.none(*sizes)
-        stated = self.stated if reads == "beliefs" else ()
+        stated = self.stated if reads == "hyperpriors" else ()
         free, base = np.array(shape.free_mean), self.intercept
         base = base if base is not None and free[base[0]] else None
         shared_base = self.shared_intercept if base is None else None

@@ -41,7 +41,7 @@ class Gaussian(Elliptical):
         """True."""
         return True
 
-    def white(self, dimension: int) -> dist.Distribution:
+    def noncentred(self, dimension: int) -> dist.Distribution:
         """z standard normal."""
         return dist.Normal(jnp.zeros(dimension), 1.0).to_event(1)
 

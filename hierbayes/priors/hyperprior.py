@@ -17,7 +17,7 @@ from hierbayes.likelihoods import Likelihood
 from hierbayes.numerics import standard_promotion
 from hierbayes.phi.assembled import Assembled
 from hierbayes.phi.lkj import LKJ
-from hierbayes.priors import beliefs
+from hierbayes.priors import checked
 from hierbayes.tasks import Tasks
 from hierbayes.tasks.container import kept
 
@@ -70,12 +70,12 @@ def _spread_and_mean(tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
     return sd, mean
 
 
-Belief = dist.Distribution | Mapping[str, dist.Distribution] | None
+Hyperprior = dist.Distribution | Mapping[str, dist.Distribution] | None
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The names along φ's dimensions and the structure of the prior: what a belief is about."""
+    """The names along φ's dimensions and the structure of the prior: what a hyperprior is about."""
 
     coef: tuple[str, ...]
     shared: tuple[str, ...]
@@ -105,7 +105,7 @@ class HyperPrior:
     ========  ==========================================================================
     mu        Normal(0, 2.5 s_c); for a constant column (the intercept) around the mean
               outcome, with s_c = s_y where predictors are centred; where they cannot be
-              (``||``, beliefs of the user's) with s_c² = s_y² + Σ_k (s_k mean x_k)², and
+              (``||``, hyperpriors of the user's) with s_c² = s_y² + Σ_k (s_k mean x_k)², and
               wider by the root of 1 + Σ (mean w / sd w)² over task predictors
     tau       HalfNormal(s_c), with the same s_c
     corr      LKJ(2) over each correlated group
@@ -135,27 +135,27 @@ class HyperPrior:
     True
     """
 
-    mu: Belief = None
-    tau: Belief = None
+    mu: Hyperprior = None
+    tau: Hyperprior = None
     corr: dist.Distribution | float | None = None
-    beta: Belief = None
-    gamma: Belief = None
+    beta: Hyperprior = None
+    gamma: Hyperprior = None
     sigma: dist.Distribution | None = None
     extra: Mapping[str, dist.Distribution] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, beliefs.read(f.name, getattr(self, f.name)))
+            object.__setattr__(self, f.name, checked.read(f.name, getattr(self, f.name)))
 
     def check(self, shape: Shape) -> None:
         """Refuse priors by names that these tasks have not, and vectors of the wrong size."""
         free = [c for c, is_free in zip(shape.coef, shape.free_mean, strict=True) if is_free]
-        beliefs.check_size("mu", self.mu, free)
-        beliefs.check_size("tau", self.tau, shape.coef)
-        beliefs.check_size("beta", self.beta, shape.shared)
+        checked.check_size("mu", self.mu, free)
+        checked.check_size("tau", self.tau, shape.coef)
+        checked.check_size("beta", self.beta, shape.shared)
         width = len(shape.task_predictors)
         rows = shape.coef if width else ()
-        beliefs.check_size("gamma", self.gamma, rows, width)
+        checked.check_size("gamma", self.gamma, rows, width)
         if isinstance(self.corr, dist.Distribution):
             for size in {len(block) for block in shape.blocks if len(block) > 1}:
                 if self.corr.event_shape != (size, size):
@@ -208,7 +208,7 @@ class HyperPrior:
         return replace(self, **resolved)
 
     def is_resolved(self, shape: Shape) -> bool:
-        """Whether no belief is left open."""
+        """Whether no hyperprior is left open."""
         needed: dict[str, Sequence[str]] = {
             "mu": [c for c, free in zip(shape.coef, shape.free_mean, strict=True) if free],
             "tau": shape.coef,
@@ -216,9 +216,10 @@ class HyperPrior:
             "gamma": shape.coef if shape.task_predictors else (),
         }
         for name, labels in needed.items():
-            belief = getattr(self, name)
+            hyperprior = getattr(self, name)
             if labels and (
-                belief is None or (isinstance(belief, Mapping) and not {*labels} <= {*belief})
+                hyperprior is None
+                or (isinstance(hyperprior, Mapping) and not {*labels} <= {*hyperprior})
             ):
                 return False
         corr_open = shape.correlated and self.corr is None
@@ -231,7 +232,7 @@ class HyperPrior:
 
     @standard_promotion()
     def distributions(self, shape: Shape) -> dict[str, dist.Distribution]:
-        """One NumPyro distribution a name of φ, over its whole array; beliefs must be resolved."""
+        """One NumPyro distribution a name of φ, over its whole array; all must be resolved."""
         free = [i for i, f in enumerate(shape.free_mean) if f]
         d, p, q = len(shape.coef), len(shape.shared), len(shape.task_predictors)
         sites = {
@@ -252,26 +253,28 @@ class HyperPrior:
         return sites | self.of_parameters(shape.parameters)
 
     def of_parameters(self, names: Sequence[str]) -> dict[str, dist.Distribution]:
-        """The beliefs about parameters of the likelihood's own, by name."""
+        """The hyperpriors about parameters of the likelihood's own, by name."""
         found = {}
         for name in names:
-            belief = self.sigma if name == "sigma" else self.extra.get(name)
-            if belief is None:
+            hyperprior = self.sigma if name == "sigma" else self.extra.get(name)
+            if hyperprior is None:
                 raise InputError(f"HyperPrior(extra=…) needs a prior for {name!r}")
-            found[name] = belief
+            found[name] = hyperprior
         return found
 
     def scalable(self, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Which coefficients, shared columns and task predictors have beliefs in any units.
+        """Which coefficients, shared columns and task predictors have hyperpriors in any units.
 
         (d,), (p,) and (q,) of bool, of a resolved hyperprior: a normal of twice the width is one.
         """
 
-        def known(belief: Belief, names: Sequence[str]) -> np.ndarray:
-            if isinstance(belief, Mapping):
-                return np.array([_in_units(belief.get(n), 1.0) is not None for n in names], bool)
-            one = belief is None or belief.shape() == ()
-            return np.full(len(names), one and _in_units(belief, 1.0) is not None)
+        def known(hyperprior: Hyperprior, names: Sequence[str]) -> np.ndarray:
+            if isinstance(hyperprior, Mapping):
+                return np.array(
+                    [_in_units(hyperprior.get(n), 1.0) is not None for n in names], bool
+                )
+            one = hyperprior is None or hyperprior.shape() == ()
+            return np.full(len(names), one and _in_units(hyperprior, 1.0) is not None)
 
         free = np.array(shape.free_mean)
         coef = (known(self.mu, shape.coef) | ~free) & known(self.tau, shape.coef)
@@ -283,12 +286,14 @@ class HyperPrior:
         return coef, known(self.beta, shape.shared), task_predictors
 
     def scaled(self, shape: Shape, coef: Any, shared: Any, task_predictors: Any) -> HyperPrior:
-        """The same beliefs where coefficients, β and Γ's columns are multiplied by these."""
+        """The same hyperpriors where coefficients, β and Γ's columns are multiplied by these."""
 
-        def each(belief: Belief, names: Sequence[str], by: Any) -> Any:
-            if belief is None or np.all(np.asarray(by) == 1.0):
-                return belief
-            parts = belief if isinstance(belief, Mapping) else dict.fromkeys(names, belief)
+        def each(hyperprior: Hyperprior, names: Sequence[str], by: Any) -> Any:
+            if hyperprior is None or np.all(np.asarray(by) == 1.0):
+                return hyperprior
+            parts = (
+                hyperprior if isinstance(hyperprior, Mapping) else dict.fromkeys(names, hyperprior)
+            )
             units = dict(zip(names, by, strict=True))
             return {n: b if np.all(np.asarray(units[n]) == 1.0) else _in_units(b, units[n])
                     for n, b in parts.items()}  # fmt: skip
@@ -315,67 +320,67 @@ class HyperPrior:
         return Assembled(parts, np.eye(d))
 
 
-def _in_units(belief: Any, unit: Any) -> dist.Distribution | None:
+def _in_units(hyperprior: Any, unit: Any) -> dist.Distribution | None:
     """The distribution of ``unit`` times a value; None of a kind that has no scale to change."""
-    if isinstance(belief, dist.ImproperUniform):
-        return belief
+    if isinstance(hyperprior, dist.ImproperUniform):
+        return hyperprior
     widened = {
         dist.Normal: ("loc", "scale"), dist.Cauchy: ("loc", "scale"),
         dist.Laplace: ("loc", "scale"), dist.StudentT: ("loc", "scale"),
         dist.HalfNormal: ("scale",), dist.HalfCauchy: ("scale",), dist.Exponential: ("rate",),
         dist.Gamma: ("rate",),
-    }.get(type(belief))  # fmt: skip
+    }.get(type(hyperprior))  # fmt: skip
     if widened is None:
         return None
-    names = [n for n in type(belief).arg_constraints if hasattr(belief, n)]
-    settings = {n: np.asarray(getattr(belief, n), float) for n in names}
+    names = [n for n in type(hyperprior).arg_constraints if hasattr(hyperprior, n)]
+    settings = {n: np.asarray(getattr(hyperprior, n), float) for n in names}
     for name in widened:
         settings[name] = settings[name] / unit if name == "rate" else settings[name] * unit
-    return type(belief)(**settings)
+    return type(hyperprior)(**settings)
 
 
-def _filled(name: str, belief: Belief, default: dict[str, dist.Distribution]) -> Any:
-    """The user's belief, completed by the defaults of the coefficients that it does not name."""
-    if belief is None:
+def _filled(name: str, hyperprior: Hyperprior, default: dict[str, dist.Distribution]) -> Any:
+    """The user's, completed by the defaults of the coefficients that it does not name."""
+    if hyperprior is None:
         return default
-    if not isinstance(belief, Mapping):
-        return belief
-    return {**default, **belief}
+    if not isinstance(hyperprior, Mapping):
+        return hyperprior
+    return {**default, **hyperprior}
 
 
-def _row(belief: Belief, coef: str) -> dist.Distribution | None:
-    return belief.get(coef) if isinstance(belief, Mapping) else belief
+def _row(hyperprior: Hyperprior, coef: str) -> dist.Distribution | None:
+    return hyperprior.get(coef) if isinstance(hyperprior, Mapping) else hyperprior
 
 
 def _vector(
-    name: str, belief: Belief, labels: Sequence[str], places: list[int]
+    name: str, hyperprior: Hyperprior, labels: Sequence[str], places: list[int]
 ) -> dist.Distribution:
-    """A belief as one distribution over a vector; entries outside ``places`` are zero."""
+    """A hyperprior as one distribution over a vector; entries outside ``places`` are zero."""
     size, whole = len(places), len(places) == len(labels)
-    if belief is None and not places:  # of no entry nothing is to be resolved
-        belief = {}
-    if belief is None:
+    if hyperprior is None and not places:  # of no entry nothing is to be resolved
+        hyperprior = {}
+    if hyperprior is None:
         raise InputError(f"the prior on {name} has not been resolved: call model.resolve(tasks)")
-    if isinstance(belief, Mapping):
-        alike = {_signature(belief[labels[i]]) for i in places}
+    if isinstance(hyperprior, Mapping):
+        alike = {_signature(hyperprior[labels[i]]) for i in places}
         if not (whole and len(alike) == 1 and None not in alike):
-            parts = [(belief[labels[i]], (np.array(i),)) for i in places]
+            parts = [(hyperprior[labels[i]], (np.array(i),)) for i in places]
             return Assembled(parts, np.zeros(len(labels)))
-        kind = type(belief[labels[0]])
+        kind = type(hyperprior[labels[0]])
         parameters = {
-            k: np.array([getattr(belief[labels[i]], k) for i in places], dtype=float)
+            k: np.array([getattr(hyperprior[labels[i]], k) for i in places], dtype=float)
             for k in kind.arg_constraints
         }
         return kind(**parameters).to_event(1)
-    if belief.shape() == ():
-        vector = _expanded(belief, size)
-    elif belief.batch_shape == (size,) and belief.event_dim == 0:
-        vector = belief.to_event(1)
-    elif belief.shape() == (size,):
-        vector = belief
+    if hyperprior.shape() == ():
+        vector = _expanded(hyperprior, size)
+    elif hyperprior.batch_shape == (size,) and hyperprior.event_dim == 0:
+        vector = hyperprior.to_event(1)
+    elif hyperprior.shape() == (size,):
+        vector = hyperprior
     else:
         raise InputError(
-            f"HyperPrior({name}=…) has shape {belief.shape()}; expected () or ({size},) for "
+            f"HyperPrior({name}=…) has shape {hyperprior.shape()}; expected () or ({size},) for "
             f"{', '.join(labels[i] for i in places)}"
         )
     return (
@@ -383,15 +388,17 @@ def _vector(
     )
 
 
-def _expanded(belief: dist.Distribution, size: int) -> dist.Distribution:
-    if isinstance(belief, dist.ImproperUniform):
+def _expanded(hyperprior: dist.Distribution, size: int) -> dist.Distribution:
+    if isinstance(hyperprior, dist.ImproperUniform):
         return (
-            dist.ImproperUniform(belief.support, (), (size,)) if belief.event_dim == 0 else belief
+            dist.ImproperUniform(hyperprior.support, (), (size,))
+            if hyperprior.event_dim == 0
+            else hyperprior
         )
-    return belief.expand([size]).to_event(1)
+    return hyperprior.expand([size]).to_event(1)
 
 
-def _signature(belief: dist.Distribution) -> Any:
-    """Beliefs of one kind stack into one vectorised distribution: same plain class, scalar."""
-    plain = type(belief) in (dist.Normal, dist.HalfNormal, dist.HalfCauchy, dist.Exponential)
-    return type(belief) if plain and belief.shape() == () else None
+def _signature(hyperprior: dist.Distribution) -> Any:
+    """Hyperpriors of one kind stack into one vectorised distribution: same plain class, scalar."""
+    plain = type(hyperprior) in (dist.Normal, dist.HalfNormal, dist.HalfCauchy, dist.Exponential)
+    return type(hyperprior) if plain and hyperprior.shape() == () else None

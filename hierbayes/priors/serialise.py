@@ -32,37 +32,43 @@ def hyperprior_from_plain(plain: Mapping[str, Any]) -> HyperPrior:
     return HyperPrior(**{name: _restored(value) for name, value in plain.items()})
 
 
-def _plain(belief: Any) -> Any:
-    if belief is None or isinstance(belief, (int, float)):
-        return belief
-    if isinstance(belief, Mapping):
-        return {"mapping": {name: _plain(value) for name, value in belief.items()}}
-    kind = type(belief).__name__
-    if isinstance(belief, dist.ImproperUniform):
-        support = next((n for n, c in _SUPPORTS.items() if c is _innermost(belief.support)), None)
+def _plain(hyperprior: Any) -> Any:
+    if hyperprior is None or isinstance(hyperprior, (int, float)):
+        return hyperprior
+    if isinstance(hyperprior, Mapping):
+        return {"mapping": {name: _plain(value) for name, value in hyperprior.items()}}
+    kind = type(hyperprior).__name__
+    if isinstance(hyperprior, dist.ImproperUniform):
+        support = next(
+            (n for n, c in _SUPPORTS.items() if c is _innermost(hyperprior.support)), None
+        )
         if support is not None:
-            shapes = [list(belief.batch_shape), list(belief.event_shape)]
+            shapes = [list(hyperprior.batch_shape), list(hyperprior.event_shape)]
             return {"kind": kind, "support": support, "shapes": shapes}
-    elif isinstance(belief, dist.ExpandedDistribution):
-        base = _plain(belief.base_dist)
-        return {"kind": kind, "base": base, "batch_shape": list(belief.batch_shape)}
-    elif isinstance(belief, dist.Independent):
-        depth = belief.reinterpreted_batch_ndims
-        return {"kind": kind, "base": _plain(belief.base_dist), "depth": depth}
-    elif isinstance(belief, dist.LKJ):
-        concentration = _numbers(belief.concentration)
-        return {"kind": kind, "dimension": belief.dimension, "concentration": concentration}
-    elif isinstance(belief, dist.FoldedDistribution):
-        return {"kind": kind, "base": _plain(belief.base_dist)}
-    elif type(belief) is dist.TransformedDistribution:
-        steps = [_plain_transform(t) for t in belief.transforms]
-        return {"kind": kind, "base": _plain(belief.base_dist), "transforms": steps}
+    elif isinstance(hyperprior, dist.ExpandedDistribution):
+        base = _plain(hyperprior.base_dist)
+        return {"kind": kind, "base": base, "batch_shape": list(hyperprior.batch_shape)}
+    elif isinstance(hyperprior, dist.Independent):
+        depth = hyperprior.reinterpreted_batch_ndims
+        return {"kind": kind, "base": _plain(hyperprior.base_dist), "depth": depth}
+    elif isinstance(hyperprior, dist.LKJ):
+        concentration = _numbers(hyperprior.concentration)
+        return {"kind": kind, "dimension": hyperprior.dimension, "concentration": concentration}
+    elif isinstance(hyperprior, dist.FoldedDistribution):
+        return {"kind": kind, "base": _plain(hyperprior.base_dist)}
+    elif type(hyperprior) is dist.TransformedDistribution:
+        steps = [_plain_transform(t) for t in hyperprior.transforms]
+        return {"kind": kind, "base": _plain(hyperprior.base_dist), "transforms": steps}
     elif kind in ("LeftTruncatedDistribution", "RightTruncatedDistribution",
                   "TwoSidedTruncatedDistribution"):  # fmt: skip
-        bounds = {b: _numbers(getattr(belief, b)) for b in ("low", "high") if hasattr(belief, b)}
-        return {"kind": kind, "base": _plain(belief.base_dist), "bounds": bounds}
-    elif getattr(dist, kind, None) is type(belief):
-        parameters = {name: _numbers(getattr(belief, name)) for name in belief.arg_constraints}
+        bounds = {
+            b: _numbers(getattr(hyperprior, b)) for b in ("low", "high") if hasattr(hyperprior, b)
+        }
+        return {"kind": kind, "base": _plain(hyperprior.base_dist), "bounds": bounds}
+    elif getattr(dist, kind, None) is type(hyperprior):
+        parameters = {
+            name: _numbers(getattr(hyperprior, name)) for name in hyperprior.arg_constraints
+        }
         try:
             getattr(dist, kind)(**{k: np.asarray(v) for k, v in parameters.items()})
         except TypeError:
@@ -76,7 +82,7 @@ def _plain(belief: Any) -> Any:
 
 
 MOST_NUMBERS = 1_000_000
-"""Entries of a belief up to which it is read: a file may be a stranger's."""
+"""Entries of a hyperprior up to which it is read: a file may be a stranger's."""
 
 
 def _restored(plain: Any) -> Any:
@@ -86,10 +92,10 @@ def _restored(plain: Any) -> Any:
         raise InputError(f"expected a distribution, found {type(plain).__name__}")
     if "mapping" in plain:
         return {name: _restored(value) for name, value in plain["mapping"].items()}
-    belief = _distribution(plain)
-    if not isinstance(belief, dist.Distribution):
+    hyperprior = _distribution(plain)
+    if not isinstance(hyperprior, dist.Distribution):
         raise InputError(f"{plain.get('kind')!r} is no distribution")
-    return belief
+    return hyperprior
 
 
 def _distribution(plain: Mapping[str, Any]) -> Any:
@@ -101,7 +107,7 @@ def _distribution(plain: Mapping[str, Any]) -> Any:
     ]
     for shape in shapes:
         if not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) > MOST_NUMBERS:
-            raise InputError(f"{kind} of shape {shape} is no belief about this model")
+            raise InputError(f"{kind} of shape {shape} is no hyperprior about this model")
     if kind == "ImproperUniform":
         batch, event = plain["shapes"]
         return dist.ImproperUniform(_SUPPORTS[plain["support"]], tuple(batch), tuple(event))

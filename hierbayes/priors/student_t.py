@@ -79,11 +79,11 @@ class StudentT(Elliptical):
         self._tidy()
         object.__setattr__(self, "df", degrees_of_freedom(self.df))
 
-    def white(self, dimension: int) -> dist.Distribution:
+    def noncentred(self, dimension: int) -> dist.Distribution:
         """z Student-t of ν degrees of freedom with the unit matrix as its scale."""
         return dist.MultivariateStudentT(self.df, jnp.zeros(dimension), jnp.eye(dimension))
 
-    def white_draws(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    def noncentred_draws(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """z (…, d) by NumPy: all coefficients of a task over one √λ."""
         return rng.standard_normal(shape) / root_precision(self.df, rng, shape[:-1])
 

@@ -203,7 +203,7 @@ def _own(tasks: Tasks, model: HierarchicalModel, sigma: float | None) -> Within:
     return within(model, tasks, sigma)
 
 
-def own_parameters(
+def dispersion(
     model: HierarchicalModel, tasks: Tasks, sigma: float | None = None
 ) -> dict[str, np.ndarray]:
     """The family's own parameters by name, estimated within tasks.
@@ -217,7 +217,7 @@ def own_parameters(
         found = _own(tasks, model.without_encoder(), sigma).phi
     else:
         found = maximise_approximate(
-            model, tasks, quadrature=False, with_belief=False, judged=False
+            model, tasks, quadrature=False, with_hyperprior=False, judged=False
         ).optimum.phi
     return {name: found[name] for name in model.likelihood.parameters()}
 

@@ -21,7 +21,7 @@ def tasks() -> hb.Tasks:
     return hb.Tasks.from_arrays([(rng.normal(size=(5, 2)), rng.normal(size=5)) for _ in range(4)])
 
 
-def beliefs(likelihood: Any = None, **stated: Any) -> dict[str, Any]:
+def hyperpriors(likelihood: Any = None, **stated: Any) -> dict[str, Any]:
     """p(φ) by name under a HyperPrior."""
     model = hb.HierarchicalModel(
         likelihood or hb.likelihoods.Gaussian(), hb.priors.Gaussian(), hb.HyperPrior(**stated)
@@ -63,23 +63,23 @@ HALF = dist.HalfNormal(1.0)
 )
 def test_a_prior_that_cannot_be_is_refused_by_name(stated, words):
     with refuses(*words):
-        beliefs(**stated)
+        hyperpriors(**stated)
 
 
 def test_a_name_stands_beside_others_that_are_all_there():
     every = {"mu": dist.Normal(0, 1), "tau": HALF, "sigma": HALF, "corr": 1.0}
     with refuses("'y'", "no mu"):
-        beliefs(**(every | {"mu": dict.fromkeys(["x0", "x1", "y"], dist.Normal(0.0, 1.0))}))
+        hyperpriors(**(every | {"mu": dict.fromkeys(["x0", "x1", "y"], dist.Normal(0.0, 1.0))}))
 
 
 def test_own_parameters_of_a_family_are_positive_and_known():
     counts = hb.likelihoods.NegativeBinomial()
     with refuses("'concentration'", "negative"):
-        beliefs(counts, extra={"concentration": dist.Normal(0.0, 1.0)})
+        hyperpriors(counts, extra={"concentration": dist.Normal(0.0, 1.0)})
     with refuses("'shape'", "known: 'concentration'"):
-        beliefs(counts, extra={"shape": HALF})
+        hyperpriors(counts, extra={"shape": HALF})
     with refuses("'df'", "StudentT"):
-        beliefs(hb.likelihoods.StudentT(df=4.0), extra={"df": HALF})
+        hyperpriors(hb.likelihoods.StudentT(df=4.0), extra={"df": HALF})
 
 
 def test_none_is_the_default_wherever_it_stands():
@@ -89,9 +89,9 @@ def test_none_is_the_default_wherever_it_stands():
             float, jax.jit(lambda: {n: b.log_prob(b.mean).sum() for n, b in parts.items()})()
         )
 
-    plain = beliefs()
+    plain = hyperpriors()
     for stated in ({"mu": {"x0": None}}, {"extra": None}, {"extra": {"nu": None}}, {"sigma": None}):
-        found = beliefs(**stated)
+        found = hyperpriors(**stated)
         assert densities(found) == densities(plain)
 
 
@@ -103,8 +103,8 @@ def test_priors_of_what_is_positive_are_taken():
     for tau in (variance, dist.TruncatedNormal(1.0, 1.0, low=0.0), dist.HalfNormal(np.ones(2)),
                 dist.Gamma(2.0, 1.0), dist.ImproperUniform(dist.constraints.positive, (), ()),
                 {"x0": dist.HalfCauchy(1.0)}):  # fmt: skip
-        assert beliefs(tau=tau)["tau"].event_shape == (2,)
-    assert float(beliefs(corr=np.float32(3.0))["corr"].concentration) == 3.0
+        assert hyperpriors(tau=tau)["tau"].event_shape == (2,)
+    assert float(hyperpriors(corr=np.float32(3.0))["corr"].concentration) == 3.0
 
 
 @pytest.mark.parametrize(

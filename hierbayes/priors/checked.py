@@ -41,8 +41,8 @@ def read(name: str, given: Any) -> Any:
                     "as a name"
                 )
         kept = {c: b for c, b in given.items() if b is not None}  # None is the default there too
-        for coef, belief in kept.items():
-            _check(name, f"{name}={{{coef!r}: …}}", belief)
+        for coef, hyperprior in kept.items():
+            _check(name, f"{name}={{{coef!r}: …}}", hyperprior)
         return kept
     if given is not None:
         _check(name, f"{name}=…", given)
@@ -51,15 +51,15 @@ def read(name: str, given: Any) -> Any:
 
 def _read_extra(given: Any) -> dict[str, dist.Distribution]:
     inputs.mapping("HyperPrior(extra=…)", given, "a mapping from parameter to distribution")
-    kept = {name: belief for name, belief in given.items() if belief is not None}
-    for name, belief in kept.items():
+    kept = {name: hyperprior for name, hyperprior in given.items() if hyperprior is not None}
+    for name, hyperprior in kept.items():
         if name in OF_ARGUMENTS:
             raise InputError(
                 f"HyperPrior(extra=…) names {name!r}, which has an argument of its own: "
                 f"HyperPrior({name}=…)"
             )
-        _check("extra", f"extra={{{name!r}: …}}", belief)
-        _check_scalar(f"extra={{{name!r}: …}}", name, belief)
+        _check("extra", f"extra={{{name!r}: …}}", hyperprior)
+        _check_scalar(f"extra={{{name!r}: …}}", name, hyperprior)
     return kept
 
 
@@ -86,39 +86,39 @@ def _read_corr(given: Any) -> Any:
     return concentration
 
 
-def _check(name: str, where: str, belief: Any) -> None:
+def _check(name: str, where: str, hyperprior: Any) -> None:
     """Refuse what is no distribution, has impossible parameters, or the wrong support."""
-    if not isinstance(belief, dist.Distribution):
+    if not isinstance(hyperprior, dist.Distribution):
         mapped = "" if name in ("sigma", "corr") else "a mapping from name to distribution, "
-        found = type(belief).__name__
-        if isinstance(belief, type):
-            found = f"the class {belief.__name__} itself; give its parameters"
+        found = type(hyperprior).__name__
+        if isinstance(hyperprior, type):
+            found = f"the class {hyperprior.__name__} itself; give its parameters"
         raise InputError(
             f"HyperPrior({where}) takes a NumPyro distribution, {mapped}or None; found {found}"
         )
-    if belief.is_discrete:
+    if hyperprior.is_discrete:
         raise InputError(
-            f"HyperPrior({where}) must be continuous; {type(belief).__name__} is discrete"
+            f"HyperPrior({where}) must be continuous; {type(hyperprior).__name__} is discrete"
         )
-    _check_parameters(where, belief)
+    _check_parameters(where, hyperprior)
     if name in ("tau", "sigma"):
-        refuse_negative(where, belief, "a standard deviation")
+        refuse_negative(where, hyperprior, "a standard deviation")
     if name == "sigma":
-        _check_scalar(where, "sigma", belief)
+        _check_scalar(where, "sigma", hyperprior)
 
 
-def _check_scalar(where: str, name: str, belief: dist.Distribution) -> None:
-    if belief.shape() != ():
+def _check_scalar(where: str, name: str, hyperprior: dist.Distribution) -> None:
+    if hyperprior.shape() != ():
         raise InputError(
-            f"HyperPrior({where}) has shape {belief.shape()}, but {name} is one number: give a "
+            f"HyperPrior({where}) has shape {hyperprior.shape()}, but {name} is one number: give a "
             "distribution of shape ()"
         )
 
 
-def _check_parameters(where: str, belief: Any) -> None:
+def _check_parameters(where: str, hyperprior: Any) -> None:
     """Refuse parameters that no such distribution has: NaN, or a scale that is not positive."""
-    for name, constraint in belief.arg_constraints.items():
-        value = getattr(belief, name, None)
+    for name, constraint in hyperprior.arg_constraints.items():
+        value = getattr(hyperprior, name, None)
         if not isinstance(value, (int, float, np.ndarray, np.generic)) and not hasattr(
             value, "__array__"
         ):
@@ -128,16 +128,16 @@ def _check_parameters(where: str, belief: Any) -> None:
         finite = not np.isnan(numbers).any() if bound else np.isfinite(numbers).all()
         if not (finite and (bound or np.all(np.asarray(constraint(numbers))))):
             raise InputError(
-                f"HyperPrior({where}) is {type(belief).__name__} with {name} = "
+                f"HyperPrior({where}) is {type(hyperprior).__name__} with {name} = "
                 f"{inputs.shown(numbers.tolist())}, which it cannot have"
             )
-    if isinstance(getattr(belief, "base_dist", None), dist.Distribution):
-        _check_parameters(where, belief.base_dist)
+    if isinstance(getattr(hyperprior, "base_dist", None), dist.Distribution):
+        _check_parameters(where, hyperprior.base_dist)
 
 
-def refuse_negative(where: str, belief: dist.Distribution, what: str) -> None:
+def refuse_negative(where: str, hyperprior: dist.Distribution, what: str) -> None:
     """Refuse a prior of something positive that gives it negative values."""
-    support: Any = belief.support
+    support: Any = hyperprior.support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     if hasattr(support, "lower_bound"):
@@ -145,33 +145,33 @@ def refuse_negative(where: str, belief: dist.Distribution, what: str) -> None:
     elif support is constraints.real or isinstance(support, type(constraints.real)):
         below = True
     else:
-        shape = belief.shape()
+        shape = hyperprior.shape()
         points = np.broadcast_to(NEGATIVE.reshape(-1, *(1,) * len(shape)), (len(NEGATIVE), *shape))
         below = bool(np.any(np.asarray(support(points))))
     if below:
         raise InputError(
-            f"HyperPrior({where}) is a prior on {what}, but {type(belief).__name__} allows "
+            f"HyperPrior({where}) is a prior on {what}, but {type(hyperprior).__name__} allows "
             "negative values; use HalfNormal, HalfCauchy, Gamma or a truncated distribution"
         )
 
 
-def check_size(name: str, belief: Any, labels: Sequence[str], width: int | None = None) -> None:
+def check_size(name: str, hyperprior: Any, labels: Sequence[str], width: int | None = None) -> None:
     """Refuse names that the tasks have not, and vectors of another size than theirs.
 
-    ``width`` is the length of what each name has, where that is a vector too. A belief that names
+    ``width`` is the length of what each name has, where that is a vector too. One that names
     nothing may stand idle, so that one HyperPrior serves several models.
     """
-    if belief is None or not (labels or isinstance(belief, Mapping)):
+    if hyperprior is None or not (labels or isinstance(hyperprior, Mapping)):
         return
-    if isinstance(belief, Mapping):
-        for c in belief:
+    if isinstance(hyperprior, Mapping):
+        for c in hyperprior:
             if c not in labels:
                 raise InputError(
                     f"HyperPrior({name}=…) names {c!r}, which has no {name}; "
                     f"{suggestion(c, list(labels))}"
                 )
     size = len(labels) if width is None else width
-    entries = belief if isinstance(belief, Mapping) else {None: belief}
+    entries = hyperprior if isinstance(hyperprior, Mapping) else {None: hyperprior}
     for c, each in entries.items():
         allowed = [()] if c is not None and width is None else [(), (size,)]
         if each.shape() not in allowed:
