@@ -5,7 +5,6 @@ A table of the user's from a file.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -13,9 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
+from typer.exceptions import TyperException
 
 from hierbayes.comparison import compare
 from hierbayes.comparison.folder import check_folder, check_writable, write_folder
@@ -56,31 +57,32 @@ EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 METHODS = {kind.command: kind for kind in named_methods().values() if kind.command}
 """Methods by the name that the command line knows."""
 
-COLUMNS = {
-    "--known-se": "column of known standard errors",
-    "--exposure": "column of exposures of counts: time, area, population",
-    "--offset": "column of offsets of the linear predictor",
-    "--weights": "column of weights: of precisions (gaussian), else of rows' log likelihoods",
-}
-
 COMPARED = ",".join(command for command, kind in METHODS.items() if kind.compared)
 
-EPILOG = """\
-exit codes: 0 done; 1 a computation failed; 2 bad input or arguments; 130 interrupted.
-The table goes to stdout, progress and warnings to stderr, files under --out.
-"""
+EPILOG = (
+    "exit codes: 0 done; 1 a computation failed; 2 bad input or arguments; 130 interrupted. "
+    "The table goes to stdout, progress and warnings to stderr, files under --out."
+)
+
+app = typer.Typer(
+    help="Learn the prior that many related tasks share, in every way, side by side.",
+    epilog=EPILOG, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
     try:
-        return args.run(args)
+        code = app(arguments, prog_name="hierbayes", standalone_mode=False)
+        return code if isinstance(code, int) else EXIT_OK
     except InputError as error:
         _say(f"error: {error}")
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
+    except TyperException as error:  # an option that is not known, or not a number
+        said = getattr(error, "format_message", error.__str__)()
+        _say(f"error: {said.rstrip('.')}; hierbayes --help tells what there is")
+        return EXIT_BAD_INPUT
+    except (KeyboardInterrupt, typer.Abort):
         _say("interrupted; nothing was written")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -91,125 +93,166 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def _parser() -> argparse.ArgumentParser:
-    import hierbayes
-
-    parser = argparse.ArgumentParser(
-        prog="hierbayes", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Learn the prior that many related tasks share, in every way, side by side.",
-    )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"hierbayes {hierbayes.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> Any:
-        sub = commands.add_parser(
-            name, help=about, description=about, epilog=EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        sub.set_defaults(run=run)
-        return sub
-
-    one = command("compare", _compare, "fit by every method and hold the fits against each other")
-    _data_arguments(one)
-    one.add_argument(
-        "--methods", default=COMPARED, metavar="A,B,…",
-        help=f"methods to compare, of {', '.join(METHODS)} ({COMPARED})",
-    )  # fmt: skip
-    one.add_argument(
-        "--test", type=float, default=0.2, metavar="SHARE",
-        help="share of each task's rows held out for scoring; 0 scores tasks left out (0.2)",
-    )  # fmt: skip
-    one.add_argument("--out", type=Path, metavar="DIR", help="folder for tables, pictures, fits")
-    one.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
-    two = command("fit", _fit, "fit by one method, print its summary, save it")
-    _data_arguments(two)
-    two.add_argument("--method", default="full_bayes", choices=list(METHODS), help="(full_bayes)")
-    two.add_argument("--out", type=Path, metavar="FILE.nc", help="NetCDF file for the fit")
-    two.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
-    command("datasets", _datasets, "list the data sets that ship with the package")
-    return parser
+def _option(about: str, name: str | None = None, **more: Any) -> Any:
+    return typer.Option(*([name] if name else []), help=about, **more)
 
 
-def _data_arguments(parser: argparse.ArgumentParser) -> None:
-    names = ", ".join(CATALOGUE)
-    parser.add_argument(
-        "data", nargs="?", default="radon", help=f"{names}, or a CSV file (radon)", metavar="DATA"
-    )
-    parser.add_argument(
-        "--formula", help='for example "y ~ 1 + x + (1 + x | group)"; needed for a CSV file'
-    )
-    parser.add_argument(
-        "--family", choices=list(FAMILIES), metavar="FAMILY",
-        help=f"distribution of the outcome, of {', '.join(FAMILIES)} (gaussian)",
-    )  # fmt: skip
-    for name, about in COLUMNS.items():
-        parser.add_argument(name, metavar="COLUMN", help=about)
-    parser.add_argument("--drop-missing", action="store_true", help="leave incomplete rows out")
-    parser.add_argument("--draws", type=int, default=1000, help="draws a chain, and warm-up (1000)")
-    parser.add_argument("--seed", type=int, default=0, help="(0)")
+# what every command that reads a table takes
+Data = Annotated[str, typer.Argument(help=f"{', '.join(CATALOGUE)}, or a CSV file")]
+Formula = Annotated[str | None, _option('"y ~ 1 + x + (1 + x | group)"; needed for a CSV file')]
+Family = Annotated[
+    str | None, _option(f"distribution of the outcome, of {', '.join(FAMILIES)} (gaussian)")
+]
+KnownSe = Annotated[str | None, _option("column of known standard errors", metavar="COLUMN")]
+Exposure = Annotated[
+    str | None, _option("column of exposures of counts: time, area, population", metavar="COLUMN")
+]
+Offset = Annotated[
+    str | None, _option("column of offsets of the linear predictor", metavar="COLUMN")
+]
+Weights = Annotated[
+    str | None,
+    _option(
+        "column of weights: of precisions (gaussian), else of rows' log likelihoods",
+        metavar="COLUMN",
+    ),
+]
+DropMissing = Annotated[bool, _option("leave incomplete rows out", "--drop-missing")]
+Draws = Annotated[int, _option("draws a chain, and warm-up")]
+Seed = Annotated[int, _option("of all that is random")]
+Overwrite = Annotated[bool, _option("replace --out where it exists", "--overwrite")]
 
 
-def _datasets(args: argparse.Namespace) -> int:
-    del args
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        import hierbayes
+
+        print(f"hierbayes {hierbayes.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _hierbayes(
+    version: Annotated[
+        bool, _option("say the version", "--version", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command("datasets", epilog=EPILOG)
+def _datasets() -> None:
+    """List the data sets that ship with the package."""
     for name, data in CATALOGUE.items():
         known = f"  --known-se {data.known_se}" if data.known_se else ""
         print(f"{name:14} {data.about}\n{'':14} {data.formula}{known}")
-    return EXIT_OK
 
 
-def _fit(args: argparse.Namespace) -> int:
-    before = None
-    if args.out is not None:
-        _check_file(args.out, args.overwrite)
-        before = seen(args.out)
-    data = _read(args)
+@app.command("fit", epilog=EPILOG)
+def _fit(
+    data: Data = "radon",
+    formula: Formula = None,
+    family: Family = None,
+    known_se: KnownSe = None,
+    exposure: Exposure = None,
+    offset: Offset = None,
+    weights: Weights = None,
+    drop_missing: DropMissing = False,
+    draws: Draws = 1000,
+    seed: Seed = 0,
+    method: Annotated[str, _option(f"of {', '.join(METHODS)}")] = "full_bayes",
+    out: Annotated[Path | None, _option("NetCDF file for the fit", metavar="FILE.nc")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fit by one method, print its summary, save it."""
+    chosen, before = _one("--method", method).with_draws(draws), None
+    if out is not None:
+        _check_file(out, overwrite)
+        before = seen(out)
+    named = {"family": family, "known_se": known_se, "exposure": exposure, "offset": offset}
+    read = _read(data, formula, named | {"weight": weights}, drop_missing)
     with _Colleague() as colleague:
-        model, tasks = data.build()
-        method = METHODS[args.method].with_draws(args.draws)
-        fit = colleague.timed(method.name, lambda: method(model, tasks, args.seed))
-        if args.out is not None:
-            _save(fit, args.out, before)
+        model, tasks = read.build()
+        fit = colleague.timed(chosen.name, lambda: chosen(model, tasks, seed))
+        if out is not None:
+            _save(fit, out, before)
         print(fit.summary([*fit.phi, "theta"]).to_string())
-    return EXIT_OK
 
 
-def _compare(args: argparse.Namespace) -> int:
-    chosen = [name.strip().replace("-", "_") for name in args.methods.split(",") if name.strip()]
-    for name in chosen:
-        if name not in METHODS:
-            raise InputError(f"--methods: {name!r} is not known; {suggestion(name, list(METHODS))}")
-    if not chosen:
-        raise InputError("--methods names no method")
-    if not 0 <= args.test < 1:
-        raise InputError(f"--test must lie between 0 and 1, found {args.test}")
-    if args.draws < 1:
-        raise InputError(f"--draws must be at least 1, found {args.draws}")
-    if args.out is not None:
-        check_folder(args.out, args.overwrite)
-    data = _read(args)
+@app.command("compare", epilog=EPILOG)
+def _compare(
+    data: Data = "radon",
+    formula: Formula = None,
+    family: Family = None,
+    known_se: KnownSe = None,
+    exposure: Exposure = None,
+    offset: Offset = None,
+    weights: Weights = None,
+    drop_missing: DropMissing = False,
+    draws: Draws = 1000,
+    seed: Seed = 0,
+    methods: Annotated[
+        str, _option(f"methods to compare, of {', '.join(METHODS)}", metavar="A,B,…")
+    ] = COMPARED,
+    test: Annotated[
+        float, _option("share of each task's rows held out for scoring; 0 scores tasks left out")
+    ] = 0.2,
+    out: Annotated[Path | None, _option("folder for tables, pictures, fits", metavar="DIR")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fit by every method and hold the fits against each other."""
+    chosen = _chosen(methods)
+    if not 0 <= test < 1:
+        raise InputError(f"--test must lie between 0 and 1, found {test}")
+    if draws < 1:
+        raise InputError(f"--draws must be at least 1, found {draws}")
+    if out is not None:
+        check_folder(out, overwrite)
+    named = {"family": family, "known_se": known_se, "exposure": exposure, "offset": offset}
+    read = _read(data, formula, named | {"weight": weights}, drop_missing)
     with _Colleague() as colleague:
-        model, train, test = data.split(args.test, args.seed)
-        held = "tasks left out" if test is None else f"{test.num_rows} held-out rows"
+        model, train, held_out = read.split(test, seed)
+        held = "tasks left out" if held_out is None else f"{held_out.num_rows} held-out rows"
         _say(f"{train}; scored on {held}")
-        fits: dict[str, Fit | str] = {}
-        for name in chosen:
-            method = METHODS[name].with_draws(args.draws)
-            try:
-                fitted = colleague.timed(method.name, lambda m=method: m(model, train, args.seed))
-            except NotApplicable as error:
-                fitted = str(error)
-            fits[method.name] = fitted
-        if all(isinstance(fit, str) for fit in fits.values()):
-            raise InputError("; ".join(f"{label}: {why}" for label, why in fits.items()))
-        result = colleague.timed("scores", lambda: compare(fits, test=test))
-        if args.out is not None:
-            out, said = colleague.timed(
-                "tables, pictures, fits", lambda: write_folder(result, args.out)
+        fits = _fits(colleague, [kind.with_draws(draws) for kind in chosen], model, train, seed)
+        result = colleague.timed("scores", lambda: compare(fits, test=held_out))
+        if out is not None:
+            place, said = colleague.timed(
+                "tables, pictures, fits", lambda: write_folder(result, out)
             )
-            for sentence in (*said, f"wrote {out}: open {out / 'report.html'}"):
+            for sentence in (*said, f"wrote {place}: open {place / 'report.html'}"):
                 _say(sentence)
         print(result)
-    return EXIT_OK
+
+
+def _chosen(methods: str) -> list[Any]:
+    """The classes of methods that are named, with commas between them."""
+    names = [name.strip().replace("-", "_") for name in methods.split(",") if name.strip()]
+    if not names:
+        raise InputError("--methods names no method")
+    return [_one("--methods", name) for name in names]
+
+
+def _one(option: str, name: str) -> Any:
+    """The class of a method by its name."""
+    if name not in METHODS:
+        raise InputError(f"{option}: {name!r} is not known; {suggestion(name, list(METHODS))}")
+    return METHODS[name]
+
+
+def _fits(
+    colleague: _Colleague, methods: list[Any], model: HierarchicalModel, tasks: Tasks, seed: int
+) -> dict[str, Fit | str]:
+    """Each method's fit, or why it has none; refused where none has one."""
+    fits: dict[str, Fit | str] = {}
+    for method in methods:
+        try:
+            fits[method.name] = colleague.timed(method.name, lambda m=method: m(model, tasks, seed))
+        except NotApplicable as error:
+            fits[method.name] = str(error)
+    if all(isinstance(fit, str) for fit in fits.values()):
+        raise InputError("; ".join(f"{label}: {why}" for label, why in fits.items()))
+    return fits
 
 
 # ------------------------------------------------------------------------ reading
@@ -260,17 +303,17 @@ class _Data:
         return alone
 
 
-def _read(args: argparse.Namespace) -> _Data:
-    missing = "drop" if args.drop_missing else "raise"
-    named = ("family", "known_se", "exposure", "offset")
-    given = {name: getattr(args, name) for name in named} | {"weight": args.weights}
-    if args.data in CATALOGUE:
-        known = CATALOGUE[args.data]
-        if args.formula is None and args.known_se is None:
-            given["known_se"] = known.known_se
-        return _Data(known.load(), args.formula or known.formula, given, missing)
-    frame = read_table(args.data, args.formula, list(CATALOGUE))
-    return _Data(frame, args.formula, given, missing)
+def _read(data: str, formula: str | None, given: dict[str, Any], drop_missing: bool) -> _Data:
+    """A shipped data set or a file; ``given`` are arguments of ``from_formula``."""
+    missing = "drop" if drop_missing else "raise"
+    if data in CATALOGUE:
+        known = CATALOGUE[data]
+        if formula is None and given["known_se"] is None:
+            given = given | {"known_se": known.known_se}
+        return _Data(known.load(), formula or known.formula, given, missing)
+    frame = read_table(data, formula, list(CATALOGUE))
+    assert formula is not None
+    return _Data(frame, formula, given, missing)
 
 
 # ------------------------------------------------------------------------ writing

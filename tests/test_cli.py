@@ -221,6 +221,16 @@ def test_a_family_that_is_probably_meant_is_named(tmp_path, capsys):
     assert 'family="bernoulli"' in said
     assert main([*arguments, "--family", "gaussian"]) == 0
     assert "--family" not in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stopped:  # argparse names what it knows
-        main([*arguments, "--family", "weibull"])
-    assert stopped.value.code == 2
+    assert main([*arguments, "--family", "weibull"]) == 2
+    assert "bernoulli" in capsys.readouterr().err  # what there is
+
+
+def test_options_that_are_not_known_are_bad_input(capsys):
+    """In words on stderr, with code 2, as every bad input."""
+    for wrong in (["--famly", "poisson"], ["--draws", "many"], ["radon", "again"]):
+        assert main(["fit", *wrong]) == 2
+        said = capsys.readouterr()
+        assert wrong[-1] in said.err or wrong[0] in said.err
+        assert said.out == ""
+    assert main(["--version"]) == 0
+    assert hb.__version__ in capsys.readouterr().out
