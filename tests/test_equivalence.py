@@ -371,13 +371,13 @@ def test_heavy_ball_beyond_the_optimum_has_no_prior():
 
 
 @pytest.mark.slow
-def test_a_list_of_equal_preconditioners_is_one_preconditioner():
+def test_equal_preconditioners_of_every_task_are_one_preconditioner():
     """Short steps in steep units: nothing overshoots, whatever the size of η itself."""
     tasks, phi = ragged(12)
     b = 1e-3 * rotated(1, 0.5, 1.0) / largest_curvature(tasks)
     one, many = (
         hb.equivalent_prior(GAUSSIAN, tasks, phi, 3, 200.0, sigma=SIGMA, preconditioner=given_)
-        for given_ in (b, [b] * 3)
+        for given_ in (b, [b] * 5)
     )
     close(many.precision, one.precision, rtol=0, atol=1e-9 * np.abs(one.precision).max())
     close(many.posterior_mean, one.posterior_mean, rtol=1e-11, atol=1e-13)

@@ -215,7 +215,7 @@ def doors() -> dict[str, Door]:
                  "num_steps": 2, "step_size": 0.01} | k
             )),
             "model", "task", "phi", "num_steps", "step_size", "sigma", "beta", "preconditioner",
-            "momentum", "nesterov", "optimiser", "time", "null", "curvature", "loss", "rank",
+            "momentum", "nesterov", "time", "null", "curvature", "loss", "rank",
             step_size=("step_size", "steps of"), task=(*TASKS, "task"), time=("time", "num_steps"),
         ),
         "equivalent_steps": door(
