@@ -144,16 +144,14 @@ def updated(
 def _to_be_weighed(
     tasks: Tasks, fresh: Tasks, known: Tasks
 ) -> tuple[list[tuple[Tasks, float]], list[Any]]:
-    """Rows whose evidence weighs, with its sign; names of new tasks that known ones have too.
-
-    Of a continued task all rows are weighed, less the old ones; of any other its new rows.
-    """
+    """Rows whose evidence weighs, with its sign; names of new tasks that known ones have too."""
     news = np.flatnonzero(fresh.sizes > 0)
     found_at = [known.labels.position(name) for name in tasks.names[news].tolist()]
     places = np.array([-1 if at is None else at for at in found_at], int)
     seen = tasks.sizes[news] - fresh.sizes[news]
     old = np.where(places >= 0, known.sizes[places], 0)
     continued = (old > 0) & (seen == old)
+    # of a continued task all rows are weighed, less the old ones; of any other its new rows
     parts = [
         (tasks.take(news[continued]), 1.0),
         (fresh.take(news[~continued]), 1.0),
