@@ -78,21 +78,11 @@ def write_report(comparison: Any, path: Any) -> None:
 
 def render(comparison: Any) -> str:
     """The page as a string."""
-    first = next(iter(comparison.fits.values()))
-    tasks = first.tasks
-    warnings = [
-        f'<div class="warning"><b>{html.escape(label)}</b>: {html.escape(warning)}</div>'
-        for label, fit in comparison.fits.items()
-        for warning in fit.warnings
-    ]
+    tasks = next(iter(comparison.fits.values())).tasks
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in comparison.notes)
     against = ""
     if comparison.reference is not None:
         against = f" Differences are against {html.escape(comparison.reference)}."
-    reading = "".join(
-        f"<dt><code>{html.escape(name)}</code></dt><dd>{html.escape(text)}</dd>"
-        for name, text in _READING.items()
-    )
     pictures = "".join(_pictures(comparison))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>hierbayes comparison</title>
@@ -104,9 +94,9 @@ def render(comparison: Any) -> str:
 <h2>Scores</h2>
 <div class="wide">{formatted(comparison.table).to_html(border=0)}</div>
 <p>Scored on {html.escape(comparison.scored_on)}.{against}</p><ul>{notes}</ul>
-<details><summary>How to read the columns</summary><dl>{reading}</dl></details>
+<details><summary>How to read the columns</summary><dl>{_reading()}</dl></details>
 <h2>What a careful colleague would say</h2>
-{"".join(warnings) or "<p>Nothing: no warnings.</p>"}
+{_warnings(comparison) or "<p>Nothing: no warnings.</p>"}
 <h2>Pictures</h2>{pictures}
 <h2>The learned priors</h2><div class="wide">{_priors(comparison)}</div>
 <h2>Every task</h2><details open><summary>Estimates of θ_j by method</summary>
@@ -114,6 +104,23 @@ def render(comparison: Any) -> str:
 <h2>Settings</h2><div class="wide">{_settings(comparison)}</div>
 </body></html>
 """
+
+
+def _reading() -> str:
+    """How to read the columns of the table."""
+    return "".join(
+        f"<dt><code>{html.escape(name)}</code></dt><dd>{html.escape(text)}</dd>"
+        for name, text in _READING.items()
+    )
+
+
+def _warnings(comparison: Any) -> str:
+    """Every fit's warnings."""
+    return "".join(
+        f'<div class="warning"><b>{html.escape(label)}</b>: {html.escape(warning)}</div>'
+        for label, fit in comparison.fits.items()
+        for warning in fit.warnings
+    )
 
 
 def _model_in_words(comparison: Any) -> str:
@@ -313,30 +320,15 @@ def compare(
     import pandas as pd
 
     inputs.mapping("fits", fits, "a mapping from label to fit")
-    usable = {label: fit for label, fit in fits.items() if isinstance(fit, Fit)}
-    for label, fit in fits.items():
-        if not isinstance(fit, (Fit, str)):
-            raise InputError(f"compare takes fits; {label!r} is {type(fit).__name__}")
-    if not usable:
-        raise InputError("there is no fit to compare")
-    if support is not None:
-        if test is None:
-            raise InputError("support is given without test: pass the rows to be predicted too")
-        usable = {label: fit.on(support) for label, fit in usable.items()}
-    _check_same_tasks(usable)
-    if test is None and any(isinstance(f.model.likelihood, Neural) for f in usable.values()):
-        raise InputError(
-            "networks are compared on new tasks: support, query = episodes.draw(500), "
-            "compare(fits, test=query, support=support)"
-        )
+    usable = _usable(fits, test, support)
     chosen = _reference(usable, reference)
-    rows: dict[str, dict[str, float]] = {}
     notes = [f"{label}: {why}" for label, why in fits.items() if isinstance(why, str)]
     predictions: dict[str, Prediction] = {}
     if test is not None:
         predictions = {label: fit.predict(test, target="known") for label, fit in usable.items()}
         rows = {label: held_out_scores(p) for label, p in predictions.items()}
         pointwise = {label: p.log_density() for label, p in predictions.items()}
+        notes += _left_out(rows)
         held = next(iter(predictions.values())).tasks
         num_tasks = int((held.sizes > 0).sum())
         scored_on = f"{held.num_rows} held-out rows of {num_tasks} known tasks"
@@ -351,15 +343,41 @@ def compare(
             if fit.tasks.coef == usable[chosen].tasks.coef:
                 rows[label] |= theta_differences(fit, usable[chosen])
             rows[label] |= _paired(pointwise, label, chosen, held, by_task=test is None)
-        if test is not None and rows[label].get("left_out"):
-            notes.append(
-                f"{label} leaves {rows[label]['left_out']:.0f} row(s) out of its score, which need "
-                "a coefficient that it does not know; compare it by `difference`"
-            )
     table = pd.DataFrame.from_dict(
         {label: rows.get(label, {}) for label in fits}, orient="index", columns=list(COLUMNS)
     ).astype(float)
     return Comparison(usable, table, chosen, scored_on, tuple(notes), predictions)
+
+
+def _usable(fits: Mapping[str, Fit | str], test: Any, support: Any) -> dict[str, Fit]:
+    """The fits to compare, adapted to the support; refused where they cannot be compared."""
+    usable = {label: fit for label, fit in fits.items() if isinstance(fit, Fit)}
+    for label, fit in fits.items():
+        if not isinstance(fit, (Fit, str)):
+            raise InputError(f"compare takes fits; {label!r} is {type(fit).__name__}")
+    if not usable:
+        raise InputError("there is no fit to compare")
+    if support is not None:
+        if test is None:
+            raise InputError("support is given without test: pass the rows to be predicted too")
+        usable = {label: fit.on(support) for label, fit in usable.items()}
+    _check_same_tasks(usable)
+    if test is None and _one_is_neural(*usable.values()):
+        raise InputError(
+            "networks are compared on new tasks: support, query = episodes.draw(500), "
+            "compare(fits, test=query, support=support)"
+        )
+    return usable
+
+
+def _left_out(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What to say of the methods that cannot predict all held-out rows."""
+    return [
+        f"{label} leaves {row['left_out']:.0f} row(s) out of its score, which need "
+        "a coefficient that it does not know; compare it by `difference`"
+        for label, row in rows.items()
+        if row.get("left_out")
+    ]
 
 
 def _check_same_tasks(fits: dict[str, Fit]) -> None:

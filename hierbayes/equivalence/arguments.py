@@ -28,47 +28,59 @@ def read_phi(
     model: HierarchicalModel, tasks: Tasks, phi: Any, sigma: Any = None, beta: Any = None
 ) -> dict[str, np.ndarray]:
     """φ by name, from a fit's φ or from an array shaped like θ; finite and of the right shapes."""
+    found = _named(model, tasks, phi, sigma, beta)
     labels = tasks.labels
-    named = isinstance(phi, Mapping)
-    found = dict(phi) if named else {"mu": phi}
+    d, q = len(tasks.coef), len(labels.task_predictors)
+    shapes = {"mu": (d,)} | ({"gamma": (d, q)} if q and isinstance(phi, Mapping) else {})
+    shapes |= {p.name: p.shape for p in model.likelihood.parts(labels.shared)}
+    read = {name: _read_part(found, name, shape, tasks) for name, shape in shapes.items()}
+    for name in model.likelihood.parameters():
+        if not read[name] > 0:
+            raise InputError(f"phi's {name} must be positive, found {read[name]:g}")
+    return read
+
+
+def _named(
+    model: HierarchicalModel, tasks: Tasks, phi: Any, sigma: Any, beta: Any
+) -> dict[str, Any]:
+    """What was given of φ by name, refused where it has no place in the model or the tasks."""
+    found = dict(phi) if isinstance(phi, Mapping) else {"mu": phi}
     if sigma is not None and "sigma" not in model.likelihood.parameters():
         raise InputError("sigma has no place in this likelihood; leave it out")
     found |= {k: v for k, v in {"sigma": sigma, "beta": beta}.items() if v is not None}
     if "mu" not in found:
         raise InputError(f"phi holds no 'mu' to start from; it holds {listing(sorted(found))}")
     for name, columns, what in (
-        ("beta", labels.shared, "shared columns"),
-        ("gamma", labels.task_predictors, "task predictors"),
+        ("beta", tasks.labels.shared, "shared columns"),
+        ("gamma", tasks.labels.task_predictors, "task predictors"),
     ):
         if not columns and name in found and _size(found[name]):
             raise InputError(
                 f"phi holds {name!r}, but these tasks have no {what} for it to multiply; give "
                 "the tasks that phi was learned from, or leave it out"
             )
-    d, q = len(tasks.coef), len(labels.task_predictors)
-    shapes = {"mu": (d,)} | ({"gamma": (d, q)} if q and named else {})
-    shapes |= {p.name: p.shape for p in model.likelihood.parts(labels.shared)}
-    read = {}
-    for name, shape in shapes.items():
-        if name not in found:
-            raise InputError(
-                f"phi holds no {name!r}, which these tasks need; pass {name}=… or a fit's phi"
-            )
-        try:
-            # a copy: the array itself may be part of a program compiled in float32
-            value = np.array(inputs.real_array(found[name]), dtype=float)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"phi's {name} is not a number or an array of numbers") from error
-        if value.shape != shape:
-            of = f" for the coefficients {', '.join(tasks.coef)}" if name == "mu" else ""
-            raise InputError(f"phi's {name} has shape {value.shape}; expected {shape}{of}")
-        if not np.isfinite(value).all():
-            raise InputError(f"phi's {name} is not finite: {value}")
-        read[name] = value
-    for name in model.likelihood.parameters():
-        if not read[name] > 0:
-            raise InputError(f"phi's {name} must be positive, found {read[name]:g}")
-    return read
+    return found
+
+
+def _read_part(
+    found: dict[str, Any], name: str, shape: tuple[int, ...], tasks: Tasks
+) -> np.ndarray:
+    """One part of φ, finite and of this shape."""
+    if name not in found:
+        raise InputError(
+            f"phi holds no {name!r}, which these tasks need; pass {name}=… or a fit's phi"
+        )
+    try:
+        # a copy: the array itself may be part of a program compiled in float32
+        value = np.array(inputs.real_array(found[name]), dtype=float)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"phi's {name} is not a number or an array of numbers") from error
+    if value.shape != shape:
+        of = f" for the coefficients {', '.join(tasks.coef)}" if name == "mu" else ""
+        raise InputError(f"phi's {name} has shape {value.shape}; expected {shape}{of}")
+    if not np.isfinite(value).all():
+        raise InputError(f"phi's {name} is not finite: {value}")
+    return value
 
 
 def _size(value: Any) -> int:
@@ -108,28 +120,32 @@ def read_fit(asked: Asked, *, flow: bool, loss: Any) -> Asked:
         return asked
     if asked.num_steps is None:
         asked = asked._replace(num_steps=info.get("num_steps"))
-    if asked.step_size is not None:
-        return asked
-    if getattr(took, "optimiser", None) is not None:
+    return asked if asked.step_size is not None else _with_step_size_of(fit, asked)
+
+
+def _with_step_size_of(fit: Any, asked: Asked) -> Asked:
+    """The step size that a fit took, or learned, with a preconditioner where it is one."""
+    if getattr(fit.adaptation, "optimiser", None) is not None:
         raise InputError(NO_OPTIMISER.format(what=f"the inner optimiser of {fit.method}"))
     learned: Any = fit.phi.get("step_size")
-    at = getattr(fit, "at", None)
-    if at is not None and asked.preconditioner is not None:
+    size = fit.info.get("step_size") if learned is None else learned
+    at, own = getattr(fit, "at", None), asked.preconditioner is not None
+    if at is not None and own:
         raise InputError(
             f"the steps of {fit.method} were taken in scaled columns, which is a preconditioner "
             "already: leave preconditioner out, or pass fit.phi['mu'] with steps of your own"
         )
-    if at is not None and (learned is not None or info.get("step_size") is not None):
-        size, inside = at.steps(info.get("step_size") if learned is None else learned)
+    if at is not None and size is not None:
+        size, inside = at.steps(size)
         return asked._replace(step_size=size, preconditioner=inside)
-    if learned is not None and np.ndim(learned) and asked.preconditioner is not None:
+    if learned is None or not np.ndim(learned):
+        return asked._replace(step_size=size)
+    if own:
         raise InputError(
             f"{fit.method} has learned a step size for each coefficient, which is a preconditioner "
             "already: leave preconditioner out, or pass fit.phi['mu'] with steps of your own"
         )
-    if learned is not None and np.ndim(learned):
-        return asked._replace(step_size=1.0, preconditioner=np.asarray(learned))
-    return asked._replace(step_size=info.get("step_size") if learned is None else learned)
+    return asked._replace(step_size=1.0, preconditioner=np.asarray(learned))
 
 
 def _loss(loss: Any) -> str:
@@ -162,25 +178,29 @@ def read_method(
             "many small steps, pass time=… alone"
         )
     num_steps = inputs.count("num_steps", num_steps)
-    if isinstance(step_size, tuple) and hasattr(step_size, "update"):
-        raise InputError(NO_OPTIMISER.format(what="an Optax optimiser"))
-    if step_size is None:
-        raise InputError("pass step_size=…, in units of the summed log likelihood")
-    if np.ndim(step_size) == 0:
-        sizes: Any = inputs.positive("step_size", step_size)
-    else:
-        sizes = np.array([inputs.positive("step_size", eta) for eta in step_size])
-        if sizes.shape != (num_steps,):
-            raise InputError(
-                f"step_size holds {len(sizes)} values for {num_steps} steps; give one, or one a "
-                "step"
-            )
+    sizes = _read_sizes(step_size, num_steps)
     kept = inputs.number("momentum", momentum, "a number in [0, 1)")
     if not 0 <= kept < 1:
         raise InputError(f"momentum must lie in [0, 1), found {momentum}")
     if nesterov and not kept:
         raise InputError("nesterov=True needs a momentum to look ahead by; pass momentum=…")
     return Descent(num_steps, sizes, kept or None, nesterov)
+
+
+def _read_sizes(step_size: Any, num_steps: int) -> Any:
+    """η, or one a step (K,)."""
+    if isinstance(step_size, tuple) and hasattr(step_size, "update"):
+        raise InputError(NO_OPTIMISER.format(what="an Optax optimiser"))
+    if step_size is None:
+        raise InputError("pass step_size=…, in units of the summed log likelihood")
+    if np.ndim(step_size) == 0:
+        return inputs.positive("step_size", step_size)
+    sizes = np.array([inputs.positive("step_size", eta) for eta in step_size])
+    if sizes.shape != (num_steps,):
+        raise InputError(
+            f"step_size holds {len(sizes)} values for {num_steps} steps; give one, or one a step"
+        )
+    return sizes
 
 
 def over_rows(root: np.ndarray, tasks: Tasks) -> np.ndarray:

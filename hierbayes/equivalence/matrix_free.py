@@ -25,6 +25,7 @@ gradients and L-BFGS need few products, and the penalty is ½ uᵀ (I + V diag(r
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,7 @@ from hierbayes.adaptation.descent import Descent, Flow
 from hierbayes.adaptation.mode import ACCEPTED
 from hierbayes.equivalence.discrepancy import judge_validity, refuse_diverged
 from hierbayes.equivalence.implied import Discrepancy, ImpliedPrior
-from hierbayes.equivalence.validity import FLAT, NULL, Status, judge
+from hierbayes.equivalence.validity import FLAT, Status, judge, says_nothing
 from hierbayes.errors import InputError, NotApplicable, announce, listing
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import as_rng, float64, to_numpy
@@ -295,6 +296,11 @@ _NO_MATRIX = (
     "is given; multiply by it: {0}_times(v)"
 )
 
+_LEFT_OUT_PINNED = (
+    "the directions that are left out are pinned to phi, in every task: their precision "
+    "is infinite, and stands as 0 in `precision_times`"
+)
+
 
 def matrix_free_prior(
     model: HierarchicalModel,
@@ -308,52 +314,90 @@ def matrix_free_prior(
 ) -> MatrixFreePrior:
     """What :func:`equivalent_prior` returns where d > 256 or ``rank`` is given."""
     bare, rows = model.without_encoder(), model.likelihood.arrange(tasks)
+    gaussian = model.likelihood.gaussian_in_theta
     with float64():
         location = np.asarray(model.prior.location(phi, np.asarray(tasks.task_predictors)))
-        pairs = [
-            _leading(OneTask.of(bare, kind, phi, tasks, j), location[j], root, tasks, j, rank)
-            if n else (np.zeros(0), np.zeros((location.shape[1], 0)))
-            for j, n in enumerate(tasks.sizes)
-        ]  # fmt: skip
+        pairs = _pairs(bare, kind, phi, tasks, location, root, rank)
         values, basis = _side_by_side(pairs)
         left, moved = to_numpy(method.responses(values))
         rest = float(method.responses(np.zeros(1))[1][0])
-    status, messages = judge(
-        tasks, method, values, left, moved, refuse=model.likelihood.gaussian_in_theta
-    )
+    status, messages = judge(tasks, method, values, left, moved, refuse=gaussian)
     cut = _cut(tasks, pairs, kind, rest, messages)
-    with float64():
-        theta = np.asarray(run(bare, phi, *rows, location, method, root))
-    refuse_diverged(theta, tasks)
+    theta = taken(bare, phi, rows, location, method, root, tasks)
     validity = Discrepancy.none(tasks.num_tasks)
-    if not model.likelihood.gaussian_in_theta or cut.any():
-        with float64():
-            measured = np.zeros((tasks.num_tasks, 4))
-            for j in np.flatnonzero(tasks.sizes):
-                task = OneTask.of(bare, kind, phi, tasks, int(j))
-                white = White(task, location[j], root, basis[j], left[j], moved[j], rest)
-                measured[j] = white.measure(theta[j], has_prior=status[j] != Status.NO_PRIOR)
-        slow = np.isnan(measured[:, 0]) & (status != Status.NO_PRIOR)
-        if slow.any():
-            messages.append(
-                f"validity.missed is not known in {slow.sum()} of {tasks.num_tasks} task(s) "
-                f"({listing(tasks.names[slow].tolist(), 3)}): conjugate gradients did not converge"
-            )
-        validity = judge_validity(Discrepancy(*measured.T), status, tasks, messages)
+
+    def white(j: int) -> White:
+        task = OneTask.of(bare, kind, phi, tasks, j)
+        return White(task, location[j], root, basis[j], left[j], moved[j], rest)
+
+    if not gaussian or cut.any():
+        validity = _measured(white, theta, status, tasks, messages)
     pinned = np.zeros(values.shape, dtype=bool)
     if null == "pinned":
-        pinned = np.abs(values) <= NULL * np.abs(values).max(axis=1, keepdims=True, initial=0.0)
+        pinned = says_nothing(values)
         moved, rest = np.where(pinned, 0.0, moved), 0.0
-        messages.append(
-            "the directions that are left out are pinned to phi, in every task: their precision "
-            "is infinite, and stands as 0 in `precision_times`"
-        )
+        messages.append(_LEFT_OUT_PINNED)
     directions = root[:, None] * basis
     dual = directions if (root == 1).all() else basis / root[:, None]
     return MatrixFreePrior(
         tasks, method, location, theta, values, directions, dual, left, moved, pinned, status,
         announce(messages), validity, rest, root,
     )  # fmt: skip
+
+
+def taken(
+    model: HierarchicalModel,
+    phi: dict[str, Any],
+    rows: Any,
+    location: np.ndarray,
+    method: Descent | Flow,
+    root: np.ndarray,
+    tasks: Tasks,
+) -> np.ndarray:
+    """θ_K (J, d) of the steps themselves; refused where they leave the finite numbers."""
+    with float64():
+        theta = np.asarray(run(model, phi, *rows, location, method, root))
+    refuse_diverged(theta, tasks)
+    return theta
+
+
+def _measured(
+    white: Callable[[int], White],
+    theta: np.ndarray,
+    status: np.ndarray,
+    tasks: Tasks,
+    messages: list[str],
+) -> Discrepancy:
+    """How far each task's θ is from its MAP estimate; say where that is not known, or too far."""
+    measured = np.zeros((tasks.num_tasks, 4))
+    with float64():
+        for j in np.flatnonzero(tasks.sizes):
+            has_prior = status[j] != Status.NO_PRIOR
+            measured[j] = white(int(j)).measure(theta[j], has_prior=has_prior)
+    slow = np.isnan(measured[:, 0]) & (status != Status.NO_PRIOR)
+    if slow.any():
+        messages.append(
+            f"validity.missed is not known in {slow.sum()} of {tasks.num_tasks} task(s) "
+            f"({listing(tasks.names[slow].tolist(), 3)}): conjugate gradients did not converge"
+        )
+    return judge_validity(Discrepancy(*measured.T), status, tasks, messages)
+
+
+def _pairs(
+    model: HierarchicalModel,
+    kind: Kind,
+    phi: dict[str, Any],
+    tasks: Tasks,
+    location: np.ndarray,
+    root: np.ndarray,
+    rank: int | None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The leading eigenpairs of every task, none of one without rows."""
+    return [
+        _leading(OneTask.of(model, kind, phi, tasks, j), location[j], root, tasks, j, rank)
+        if n else (np.zeros(0), np.zeros((location.shape[1], 0)))
+        for j, n in enumerate(tasks.sizes)
+    ]  # fmt: skip
 
 
 def _leading(

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from hierbayes import inputs
-from hierbayes.adaptation.curvature import Kind, linearise, respond, run
+from hierbayes.adaptation.curvature import Kind, Response, linearise, respond
+from hierbayes.adaptation.descent import Descent, Flow
 from hierbayes.equivalence.arguments import (
     Asked,
     over_equal_rows,
@@ -31,13 +32,14 @@ from hierbayes.equivalence.arguments import (
     read_rank,
     read_tasks,
 )
-from hierbayes.equivalence.discrepancy import judge_validity, measure, refuse_diverged
+from hierbayes.equivalence.discrepancy import judge_validity, measure
 from hierbayes.equivalence.implied import Discrepancy, EquivalentPrior
-from hierbayes.equivalence.matrix_free import LARGE, matrix_free_prior
-from hierbayes.equivalence.validity import NULL, judge
+from hierbayes.equivalence.matrix_free import LARGE, matrix_free_prior, taken
+from hierbayes.equivalence.validity import judge, says_nothing
 from hierbayes.errors import announce
 from hierbayes.model import HierarchicalModel, check_model
 from hierbayes.numerics import float64, to_numpy
+from hierbayes.tasks import Tasks
 
 
 def equivalent_prior(
@@ -145,65 +147,86 @@ def equivalent_prior(
     inputs.one_of("curvature", curvature, ("ggn", "hessian"))
     tasks, single = read_tasks(model, task)
     asked = Asked(phi, num_steps, step_size, preconditioner, "sum")
-    phi, num_steps, step_size, preconditioner, units = read_fit(
-        asked, flow=time is not None, loss=loss
-    )
-    found = read_phi(model, tasks, phi, sigma, beta)
-    method = read_method(num_steps, step_size, momentum, nesterov, time)
+    asked = read_fit(asked, flow=time is not None, loss=loss)
+    found = read_phi(model, tasks, asked.phi, sigma, beta)
+    method = read_method(asked.num_steps, asked.step_size, momentum, nesterov, time)
     d = len(tasks.coef)
     rank = read_rank(rank, d)
     if rank is not None or d > LARGE:
-        diagonal = read_diagonal(preconditioner, d)
-        if units == "mean":
-            diagonal = over_equal_rows(diagonal, tasks)
-        many = matrix_free_prior(model, tasks, found, method, diagonal, curvature, null, rank)
-        return many[tasks.names[0]] if single else many
-    root = read_preconditioner(preconditioner, tasks)
-    if units == "mean":
-        root = over_rows(root, tasks)
+        root = read_diagonal(asked.preconditioner, d)
+        root = over_equal_rows(root, tasks) if asked.loss == "mean" else root
+        implied = matrix_free_prior(model, tasks, found, method, root, curvature, null, rank)
+    else:
+        root = read_preconditioner(asked.preconditioner, tasks)
+        root = over_rows(root, tasks) if asked.loss == "mean" else root
+        implied = _with_matrices(model, tasks, found, method, root, curvature, null)
+    return implied[tasks.names[0]] if single else implied
+
+
+def _with_matrices(
+    model: HierarchicalModel,
+    tasks: Tasks,
+    phi: dict[str, Any],
+    method: Descent | Flow,
+    root: np.ndarray,
+    kind: Kind,
+    null: str,
+) -> EquivalentPrior:
+    """What :func:`equivalent_prior` returns of few coefficients, from each task's whole H."""
     bare, rows = model.without_encoder(), model.likelihood.arrange(tasks)
+    gaussian = model.likelihood.gaussian_in_theta
     with float64():
-        location = np.asarray(model.prior.location(found, np.asarray(tasks.task_predictors)))
-        at = linearise(bare, curvature, found, *rows, location)
+        location = np.asarray(model.prior.location(phi, np.asarray(tasks.task_predictors)))
+        at = linearise(bare, kind, phi, *rows, location)
         parts = to_numpy(respond(at[0], method, root))
     hessian, slope = to_numpy(at)
     status, messages = judge(
-        tasks,
-        method,
-        parts.curvature,
-        parts.left,
-        parts.moved,
-        refuse=model.likelihood.gaussian_in_theta,
+        tasks, method, parts.curvature, parts.left, parts.moved, refuse=gaussian
     )
     pinned = np.zeros(parts.left.shape, dtype=bool)
     if null == "pinned":
-        size = np.abs(parts.curvature)
-        pinned = size <= NULL * size.max(axis=1, keepdims=True)
-        if pinned.any():
-            messages.append(
-                f"{pinned.any(1).sum()} task(s) say nothing in some direction, which is pinned to "
-                "phi: its precision is infinite, and stands as 0 in `precision`"
-            )
+        pinned = _pinned(parts.curvature, messages)
     linear = location + np.einsum(
         "jki,ji,jli,jl->jk", parts.directions, parts.moved, parts.directions, slope, optimize=True
     )
     theta, validity = linear, Discrepancy.none(tasks.num_tasks)
-    if not model.likelihood.gaussian_in_theta:
-        with float64():
-            theta = np.asarray(run(bare, found, *rows, location, method, root))
-        refuse_diverged(theta, tasks)
-        with float64():
-            precision = np.einsum(
-                "jki,ji,jli->jkl", parts.dual, parts.left / parts.moved, parts.dual, optimize=True
-            )
-            measured = measure(
-                bare, curvature, found, *rows, location, theta, linear, hessian, precision
-            )
-        validity = Discrepancy(*to_numpy(measured))
+    if not gaussian:
+        theta = taken(bare, phi, rows, location, method, root, tasks)
+        validity = _measured(bare, kind, phi, rows, location, theta, linear, hessian, parts)
         validity = judge_validity(validity, status, tasks, messages)
-    result = EquivalentPrior(
+    return EquivalentPrior(
         tasks, method, location, theta, parts.curvature, parts.directions, parts.dual, parts.left,
         np.where(pinned, 0.0, parts.moved), pinned, status, announce(messages), validity,
         None,
     )  # fmt: skip
-    return result[tasks.names[0]] if single else result
+
+
+def _pinned(curvature: np.ndarray, messages: list[str]) -> np.ndarray:
+    """(J, d): the directions that a task says nothing about; say in how many tasks there are."""
+    pinned = says_nothing(curvature)
+    if pinned.any():
+        messages.append(
+            f"{pinned.any(1).sum()} task(s) say nothing in some direction, which is pinned to "
+            "phi: its precision is infinite, and stands as 0 in `precision`"
+        )
+    return pinned
+
+
+def _measured(
+    model: HierarchicalModel,
+    kind: Kind,
+    phi: dict[str, Any],
+    rows: Any,
+    location: np.ndarray,
+    theta: np.ndarray,
+    linear: np.ndarray,
+    hessian: np.ndarray,
+    parts: Response,
+) -> Discrepancy:
+    """How far the steps' θ is from the MAP estimate, and from the linearised task's."""
+    with float64():
+        precision = np.einsum(
+            "jki,ji,jli->jkl", parts.dual, parts.left / parts.moved, parts.dual, optimize=True
+        )
+        measured = measure(model, kind, phi, *rows, location, theta, linear, hessian, precision)
+    return Discrepancy(*to_numpy(measured))

@@ -277,13 +277,7 @@ def equivalent_steps(
     tasks, _ = read_tasks(model, tasks)
     found = read_phi(model, tasks, phi, sigma, beta)
     root = _target_root(model, tasks, phi, precision)
-    try:
-        counts = [inputs.count("num_steps", k) for k in num_steps]
-    except (TypeError, InputError):
-        counts = []
-    if not counts:
-        found = inputs.shown(num_steps)
-        raise InputError(f"num_steps must be a list of positive integers, found {found}")
+    counts = _read_counts(num_steps)
     inverse = _inverse(root)
     if criterion == "kl" and inverse is None:
         raise InputError(
@@ -292,31 +286,43 @@ def equivalent_steps(
         )
     with float64():
         location = np.asarray(model.prior.location(found, np.asarray(tasks.task_predictors)))
-        hessian = np.asarray(
-            linearise(
-                model.without_encoder(),
-                curvature,
-                found,
-                *model.likelihood.arrange(tasks),
-                location,
-            )[0]
-        )
+        rows = model.likelihood.arrange(tasks)
+        at = linearise(model.without_encoder(), curvature, found, *rows, location)
+        hessian = np.asarray(at[0])
         _check_curvature(hessian, tasks)
-        scaling = _common(preconditioner, tasks)
-        # in the coordinates C⁻¹θ, with B = C Cᵀ, the steps are plain
-        white = np.einsum("ki,jkl,lm->jim", scaling, hessian, scaling)
-        # without an inverse of T the exact posterior is a point somewhere: KL is inf
-        against = np.zeros_like(root) if inverse is None else scaling.T @ inverse @ scaling
-        problem = to_numpy(rotate(white, np.linalg.solve(scaling, root), against))
-        if not problem["bayes_risk"].sum() > 0:
-            raise InputError(
-                "under this prior the tasks do not differ (its tau is 0) where their rows say "
-                "anything: the Bayes estimate is phi itself, and any step leaves it"
-            )
-        if inverse is None:
-            problem["log_det"] = np.full(tasks.num_tasks, np.inf)
+        problem = _problem(hessian, _common(preconditioner, tasks), root, inverse)
         searches = [search(problem, k, criterion, overshoot) for k in [*counts, FLOW]]
     return _collect(tasks, problem, searches, criterion, hessian, root)
+
+
+def _read_counts(num_steps: Any) -> list[int]:
+    """The K to search."""
+    try:
+        counts = [inputs.count("num_steps", k) for k in num_steps]
+    except (TypeError, InputError):
+        counts = []
+    if not counts:
+        found = inputs.shown(num_steps)
+        raise InputError(f"num_steps must be a list of positive integers, found {found}")
+    return counts
+
+
+def _problem(
+    hessian: np.ndarray, scaling: np.ndarray, root: np.ndarray, inverse: np.ndarray | None
+) -> dict[str, Any]:
+    """What the search looks at; in the coordinates C⁻¹θ, with B = C Cᵀ, the steps are plain."""
+    white = np.einsum("ki,jkl,lm->jim", scaling, hessian, scaling)
+    # without an inverse of T the exact posterior is a point somewhere: KL is inf
+    against = np.zeros_like(root) if inverse is None else scaling.T @ inverse @ scaling
+    problem = to_numpy(rotate(white, np.linalg.solve(scaling, root), against))
+    if not problem["bayes_risk"].sum() > 0:
+        raise InputError(
+            "under this prior the tasks do not differ (its tau is 0) where their rows say "
+            "anything: the Bayes estimate is phi itself, and any step leaves it"
+        )
+    if inverse is None:
+        problem["log_det"] = np.full(len(hessian), np.inf)
+    return problem
 
 
 def _common(preconditioner: Any, tasks: Tasks) -> np.ndarray:

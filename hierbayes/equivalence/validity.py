@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 import numpy as np
 
@@ -63,8 +64,32 @@ def judge(
     steps that diverge on the linearised task are judged as having no prior: the log likelihood is
     not quadratic, and the steps themselves need not diverge.
     """
-    equal = None if isinstance(method, Flow) or not method.plain else method.step_size
-    names = np.asarray(tasks.names)
+    away = _farther(method, curvature, left, moved)
+    lost = away if refuse else ~np.isfinite(left)  # what overflows has no number to be judged by
+    if lost.any():
+        _refuse_divergence(tasks, method, curvature, lost)
+    far = away.any(1)
+    none = (left < -FLAT).any(1) | far
+    flat = (np.abs(left) <= FLAT).any(1)
+    over = np.zeros(tasks.num_tasks, dtype=bool)
+    if isinstance(method, Descent) and method.plain:
+        over = (float(method.step_size) * curvature > 1 + 1e-9).any(1)
+    status = np.select(
+        [none, over, flat], [Status.NO_PRIOR, Status.OVERSHOOTS, Status.FLAT], Status.PROPER
+    )
+    return np.asarray(status, dtype=object), _remarks(tasks, method, far, none, over, flat)
+
+
+def says_nothing(curvature: np.ndarray) -> np.ndarray:
+    """(J, d): the directions in which a task's curvature counts as zero."""
+    size = np.abs(curvature)
+    return size <= NULL * size.max(axis=1, keepdims=True, initial=0.0)
+
+
+def _farther(
+    method: Descent | Flow, curvature: np.ndarray, left: np.ndarray, moved: np.ndarray
+) -> np.ndarray:
+    """(J, d): the directions in which the steps end farther from the optimum than they began."""
     with np.errstate(invalid="ignore"):
         away = (moved <= 0) | ~np.isfinite(left)
         longest = None if isinstance(method, Flow) else method.longest
@@ -72,18 +97,14 @@ def judge(
             away |= left <= -1
         elif isinstance(method, Descent):  # a ball may swing far past the optimum and yet settle
             away |= float(method.step_size) * curvature >= longest * (1 - 1e-12)
-    lost = away if refuse else ~np.isfinite(left)  # what overflows has no number to be judged by
-    if lost.any():
-        _refuse_divergence(tasks, method, curvature, lost)
-    far = away.any(1)
-    none = (left < -FLAT).any(1) | far
-    flat = (np.abs(left) <= FLAT).any(1)
-    over = np.zeros(len(names), dtype=bool)
-    if equal is not None:
-        over = (float(equal) * curvature > 1 + 1e-9).any(1)
-    status = np.select(
-        [none, over, flat], [Status.NO_PRIOR, Status.OVERSHOOTS, Status.FLAT], Status.PROPER
-    )
+    return away
+
+
+def _remarks(
+    tasks: Tasks, method: Descent | Flow, far: Any, none: Any, over: Any, flat: Any
+) -> list[str]:
+    """What there is to say of the tasks (J,) whose steps are no prior, or an odd one."""
+    names = np.asarray(tasks.names)
     messages = []
     if far.any():
         messages.append(
@@ -110,7 +131,7 @@ def judge(
             f"in {only.sum()} of {len(names)} task(s) some direction reaches its optimum: the "
             "implied prior is flat there and its covariance infinite"
         )
-    return np.asarray(status, dtype=object), messages
+    return messages
 
 
 def _refuse_divergence(

@@ -286,20 +286,9 @@ def profile(problem: ProfileProblem, root: jax.Array, sigma: Any = jnp.nan) -> P
     total = p.num_rows.sum()
     log_det = 2 * log_diagonal_sum(factor).sum()
     if num_fixed:
-        gram = jnp.einsum("ikj,imj->km", white_f, white_f)
-        gram = gram + jnp.einsum("ikj,imj->km", below_f, below_f)
-        target = jnp.einsum("ikj,ij->k", white_f, white_y)
-        target = target + jnp.einsum("ikj,ij->k", below_f, below_y)
-        gram_factor = jnp.linalg.cholesky(gram)
-        effects = jax.scipy.linalg.cho_solve((gram_factor, True), target)
-        above = white_y - jnp.einsum("ikj,k->ij", white_f, effects)
-        below = below_y - jnp.einsum("ikj,k->ij", below_f, effects)
-        squares = (above**2).sum() + (below**2).sum()
-        unwhiten = jnp.linalg.inv(jnp.asarray(p.whitener))
-        fixed = unwhiten @ effects
-        spread = unwhiten @ jax.scipy.linalg.cho_solve((gram_factor, True), unwhiten.T)
-        log_gram = 2 * jnp.log(jnp.diag(gram_factor)).sum()
-        log_gram = log_gram + 2 * jnp.log(jnp.abs(jnp.diag(jnp.asarray(p.whitener)))).sum()
+        whitener = jnp.asarray(p.whitener)
+        solved = _least_squares(white_f, white_y, below_f, below_y, whitener)
+        squares, fixed, spread, log_gram = solved
     else:
         squares = (white_y**2).sum() + (below_y**2).sum()
         fixed, spread, log_gram = jnp.zeros(0), jnp.zeros((0, 0)), jnp.zeros(())
@@ -310,6 +299,30 @@ def profile(problem: ProfileProblem, root: jax.Array, sigma: Any = jnp.nan) -> P
     minus_two = total * jnp.log(2 * jnp.pi * sigma**2) + squares / sigma**2
     evidence = -0.5 * (minus_two + log_det) + p.log_scale.sum()
     return Profile(evidence, fixed, sigma**2 * spread, sigma)
+
+
+def _least_squares(
+    white_f: jax.Array,
+    white_y: jax.Array,
+    below_f: jax.Array,
+    below_y: jax.Array,
+    whitener: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Q, the fixed effects b, their covariance over σ², and log |Fᵀ V⁻¹ F|."""
+    gram = jnp.einsum("ikj,imj->km", white_f, white_f)
+    gram = gram + jnp.einsum("ikj,imj->km", below_f, below_f)
+    target = jnp.einsum("ikj,ij->k", white_f, white_y)
+    target = target + jnp.einsum("ikj,ij->k", below_f, below_y)
+    factor = jnp.linalg.cholesky(gram)
+    effects = jax.scipy.linalg.cho_solve((factor, True), target)
+    above = white_y - jnp.einsum("ikj,k->ij", white_f, effects)
+    below = below_y - jnp.einsum("ikj,k->ij", below_f, effects)
+    squares = (above**2).sum() + (below**2).sum()
+    unwhiten = jnp.linalg.inv(whitener)
+    spread = unwhiten @ jax.scipy.linalg.cho_solve((factor, True), unwhiten.T)
+    log_gram = 2 * jnp.log(jnp.diag(factor)).sum()
+    log_gram = log_gram + 2 * jnp.log(jnp.abs(jnp.diag(whitener))).sum()
+    return squares, unwhiten @ effects, spread, log_gram
 
 
 @jax.jit

@@ -121,12 +121,10 @@ def with_inside(
         believed = hyperprior_from_plain(entry(described, "hyperprior", dict))
     model = replace(outer.model, hyperprior=believed, columns=Columns(), encoder=None)
     tasks = at.tasks(outer.tasks)
-
-    def named(part: str) -> dict[str, np.ndarray]:
-        start = f"{PREFIX}{part}."
-        return {n.removeprefix(start): v for n, v in arrays.items() if n.startswith(start)}
-
-    phi, draws, theta = named("phi"), named("draws"), arrays.get(f"{PREFIX}theta")
+    phi, draws, errors, bootstrap = (
+        _named(arrays, part) for part in ("phi", "draws", "se", "bootstrap")
+    )
+    theta = arrays.get(f"{PREFIX}theta")
     with field("phi"):
         check_phi(phi, outer.method, model, tasks, own)
         if {*at.phi(phi)} != {*outer.phi}:
@@ -136,19 +134,33 @@ def with_inside(
         same = {*draws} == {*(outer.phi_draws or {})}
         if not same or (theta is None) != (outer.theta_draws is None):
             refuse(f"{tuple(draws)} are not those of the fit")
-    errors, bootstrap = named("se"), named("bootstrap")
-    for name in errors:
-        with field("standard_errors"):
-            array(errors, name, phi[name].shape, finite=False)
-    for name in bootstrap:
-        with field("phi_bootstrap"):
-            array(bootstrap, name, (len(bootstrap[name]), *phi[name].shape))
+    _check_spread(errors, bootstrap, phi)
     inner = replace(
         outer, model=model, tasks=tasks, phi=phi, phi_draws=draws or None, theta_draws=theta,
         standard_errors=errors, phi_bootstrap=bootstrap or None,
         evidence=number(described, "evidence"), log_posterior=number(described, "log_posterior"),
     )  # fmt: skip
     return replace(outer, training=None, inner=inner, at=at)
+
+
+def _named(arrays: Mapping[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
+    """The arrays of one part of the fit inside."""
+    start = f"{PREFIX}{part}."
+    return {n.removeprefix(start): v for n, v in arrays.items() if n.startswith(start)}
+
+
+def _check_spread(
+    errors: Mapping[str, np.ndarray],
+    bootstrap: Mapping[str, np.ndarray],
+    phi: Mapping[str, np.ndarray],
+) -> None:
+    """Refuse standard errors and bootstrap draws that are not of φ's shapes."""
+    for name in errors:
+        with field("standard_errors"):
+            array(errors, name, phi[name].shape, finite=False)
+    for name in bootstrap:
+        with field("phi_bootstrap"):
+            array(bootstrap, name, (len(bootstrap[name]), *phi[name].shape))
 
 
 OPTIMISER = "an Optax optimiser"
@@ -353,15 +365,10 @@ def read_tasks(
         x = array(data, "predictors")
         if x.ndim < 2 or len(x) != num_rows:
             raise InputError(f"predictors: {x.shape} do not fit {num_rows} outcomes")
-        for name, said in (("shared_predictors", shared), ("task_predictors", level)):
-            if name in data and not said:
-                raise InputError(f"{name}: the labels name no such columns")
-        z = array(data, "shared_predictors", (num_rows, len(shared))) if shared else None
-        w = array(data, "task_predictors", (num_tasks, len(level))) if level else None
         tasks = Tasks(
             x,
-            np.zeros((num_rows, 0)) if z is None else z,
-            np.zeros((num_tasks, 0)) if w is None else w,
+            _columns(data, "shared_predictors", shared, num_rows),
+            _columns(data, "task_predictors", level, num_tasks),
             outcome.astype(np.float64),
             {slot: array(data, slot, (num_rows,)) for slot in SLOTS if slot in data},
             array(data, "starts", (num_tasks + 1,), whole=True),
@@ -370,6 +377,17 @@ def read_tasks(
         )
     _check_tasks(tasks)
     return tasks
+
+
+def _columns(
+    data: Mapping[str, np.ndarray], name: str, said: tuple[str, ...], count: int
+) -> np.ndarray:
+    """The values (count, …) of the columns that the labels name; none where they name none."""
+    if said:
+        return array(data, name, (count, len(said)))
+    if name in data:
+        raise InputError(f"{name}: the labels name no such columns")
+    return np.zeros((count, 0))
 
 
 def _check_tasks(tasks: Tasks) -> None:

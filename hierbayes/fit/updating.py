@@ -17,7 +17,7 @@ Journal of Machine Learning Research 25(72).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -109,27 +109,18 @@ def updated(
     size = len(next(iter(phis.values())))
     known = fit.learned_from
     fresh = not_among(tasks, known)
-    news = np.flatnonzero(fresh.sizes > 0)
-    if not news.size:
+    if not fresh.sizes.any():
         return Updated(phis, np.nan, (KNOWN_ROWS,) if tasks.num_rows else (), False)
-    found_at = [known.labels.position(name) for name in tasks.names[news].tolist()]
-    places = np.array([-1 if at is None else at for at in found_at], int)
-    seen = tasks.sizes[news] - fresh.sizes[news]
-    old = np.where(places >= 0, known.sizes[places], 0)
-    continued = (old > 0) & (seen == old)
-    # of a continued task all rows are weighed, less the old ones; of any other its new rows
-    ahead = tasks.take(news[continued]), fresh.take(news[~continued])
-    behind = known.take(places[continued])
+    parts, namesakes = _to_be_weighed(tasks, fresh, known)
     evidence, said = evidence_of(fit), []
-    if (namesakes := (old > 0) & ~continued).any():
-        said.append(NAMESAKES.format(names=listing(tasks.names[news[namesakes]].tolist(), 3)))
+    if namesakes:
+        said.append(NAMESAKES.format(names=listing(namesakes, 3)))
 
     def log_weights(positions: np.ndarray) -> np.ndarray:
         some = {name: value[positions] for name, value in phis.items()}
         total = np.zeros(len(positions))
-        for part, sign in ((ahead[0], 1.0), (ahead[1], 1.0), (behind, -1.0)):
-            if part.num_tasks:
-                total += sign * evidence.over(fit.model, part, some).sum(1)
+        for part, sign in parts:
+            total += sign * evidence.over(fit.model, part, some).sum(1)
         return total
 
     def left(k: float) -> Updated:
@@ -148,6 +139,26 @@ def updated(
         said.append(UPDATED.format(k=found.pareto_k))
     chosen = {name: value[found.chosen] for name, value in phis.items()}
     return Updated(chosen, found.pareto_k, tuple(said), True)
+
+
+def _to_be_weighed(
+    tasks: Tasks, fresh: Tasks, known: Tasks
+) -> tuple[list[tuple[Tasks, float]], list[Any]]:
+    """Rows whose evidence weighs, with its sign; names of new tasks that known ones have too."""
+    news = np.flatnonzero(fresh.sizes > 0)
+    found_at = [known.labels.position(name) for name in tasks.names[news].tolist()]
+    places = np.array([-1 if at is None else at for at in found_at], int)
+    seen = tasks.sizes[news] - fresh.sizes[news]
+    old = np.where(places >= 0, known.sizes[places], 0)
+    continued = (old > 0) & (seen == old)
+    # of a continued task all rows are weighed, less the old ones; of any other its new rows
+    parts = [
+        (tasks.take(news[continued]), 1.0),
+        (fresh.take(news[~continued]), 1.0),
+        (known.take(places[continued]), -1.0),
+    ]
+    namesakes = tasks.names[news[(old > 0) & ~continued]].tolist()
+    return [(part, sign) for part, sign in parts if part.num_tasks], namesakes
 
 
 def evidence_of(fit: Learned) -> Integrated:

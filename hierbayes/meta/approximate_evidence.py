@@ -371,41 +371,65 @@ class _Search:
         value, slope = criterion(vector)
         if (problem := unsettled(slope[inside], hessian, value)) is not None:
             warnings.append(problem)
+        warnings += self._on_errors(errors, inside, hessian)
+        warnings += self._on_endless(vector)
+        warnings += self._on_unfinished()
+        remarks = self._on_better_evidence(vector, inside, hessian) if judged else []
+        return Integrated(optimum, self.num_nodes, error, remarks, criterion.start)
+
+    def _on_errors(
+        self, errors: dict[str, Any], inside: np.ndarray, hessian: np.ndarray
+    ) -> list[str]:
+        """Where standard errors are NaN, why."""
+        space = self.space
         if np.isnan(space["mu"].entries(errors["mu"])).any():
             flattest = np.linalg.eigh(hessian)[1][:, 0]
             entry = np.flatnonzero(inside)[np.abs(flattest).argmax()]
             name = next(n for n, at in space.at.items() if at.start <= entry < at.stop)
-            warnings.append(
+            return [
                 "standard errors are NaN: the evidence is flat, or not concave, at the estimate, "
                 f"most of all along {name}, which these data hardly determine"
-            )
-        elif np.isnan(errors["tau"]).any():
-            warnings.append("standard errors of tau are NaN where the estimate lies at tau = 0")
-        endless = np.abs(vector[space.at["beta"]]) > ENDLESS
-        if endless.any():
-            shared = self.tasks.labels.shared
-            names = [n for n, far in zip(shared, endless, strict=True) if far]
-            warnings.append(
-                f"the estimate of beta for {listing(names)} runs to infinity: the column separates "
-                'the outcomes; criterion="map", or full_bayes, holds it by its hyperprior'
-            )
-        if criterion.unfinished.any():
-            names = self.tasks.names[criterion.unfinished]
-            warnings.append(
-                f"Newton's method has not ended in {len(names)} of {len(criterion.unfinished)} "
-                f"tasks ({', '.join(map(str, names[:3]))}): their evidence is not to be relied on"
-            )
-        remarks = []
-        if judged:
-            around = AroundPhi(criterion.rows, space, vector, criterion.start)
-            tilt = criterion.hyperprior(vector)[1]
-            shift = newton_shift(criterion.plain, around, inside, hessian, tilt).surely
-            if shift > LARGE_SHIFT:
-                by_quadrature = len(self.tasks.coef) <= MOST_DIMENSIONS
-                remarks.append(
-                    f"Laplace's approximation has moved phi by about {shift:.1f} standard errors "
-                    + ('from where quadrature would put it; use evidence="quadrature"'
-                       if by_quadrature
-                       else "from where the integral itself would put it; use full_bayes")
-                )  # fmt: skip
-        return Integrated(optimum, self.num_nodes, error, remarks, criterion.start)
+            ]
+        if np.isnan(errors["tau"]).any():
+            return ["standard errors of tau are NaN where the estimate lies at tau = 0"]
+        return []
+
+    def _on_endless(self, vector: np.ndarray) -> list[str]:
+        """Shared effects that have no estimate."""
+        endless = np.abs(vector[self.space.at["beta"]]) > ENDLESS
+        names = [n for n, far in zip(self.tasks.labels.shared, endless, strict=True) if far]
+        if not names:
+            return []
+        return [
+            f"the estimate of beta for {listing(names)} runs to infinity: the column separates "
+            'the outcomes; criterion="map", or full_bayes, holds it by its hyperprior'
+        ]
+
+    def _on_unfinished(self) -> list[str]:
+        """Tasks whose mode was not found."""
+        unfinished = self.criterion.unfinished
+        names = self.tasks.names[unfinished]
+        if not len(names):
+            return []
+        return [
+            f"Newton's method has not ended in {len(names)} of {len(unfinished)} "
+            f"tasks ({', '.join(map(str, names[:3]))}): their evidence is not to be relied on"
+        ]
+
+    def _on_better_evidence(
+        self, vector: np.ndarray, inside: np.ndarray, hessian: np.ndarray
+    ) -> list[str]:
+        """How far Laplace's approximation has moved φ̂, where that is far."""
+        criterion = self.criterion
+        around = AroundPhi(criterion.rows, self.space, vector, criterion.start)
+        tilt = criterion.hyperprior(vector)[1]
+        shift = newton_shift(criterion.plain, around, inside, hessian, tilt).surely
+        if not shift > LARGE_SHIFT:
+            return []
+        by_quadrature = len(self.tasks.coef) <= MOST_DIMENSIONS
+        return [
+            f"Laplace's approximation has moved phi by about {shift:.1f} standard errors "
+            + ('from where quadrature would put it; use evidence="quadrature"'
+               if by_quadrature
+               else "from where the integral itself would put it; use full_bayes")
+        ]  # fmt: skip

@@ -239,10 +239,7 @@ def run_chains(
 ) -> Chains:
     """Independence Metropolis from the fitted proposal, each ``every``-th state kept."""
     length = 1 + WARMUP + num_draws * every
-    points = fitted.proposal.sample(rng, num_chains * length)
-    weights = np.exp(fitted.log_weights - logsumexp(fitted.log_weights))
-    first = rng.choice(len(weights), num_chains, p=weights)
-    points[::length] = fitted.draws[first]
+    points = _proposed(fitted, rng, num_chains, length)
     values, beside = weigh(points)
     log_weights = values - fitted.proposal.log_prob(points)
     log_uniform = np.log(rng.random(len(points)))
@@ -324,6 +321,14 @@ def thinning(share: float) -> int:
     return int(np.clip(np.ceil(np.log(LEFT_BEHIND) / np.log(stays)), 1, MOST_THINNING))
 
 
+def _proposed(fitted: Fitted, rng: np.random.Generator, num_chains: int, length: int) -> np.ndarray:
+    """Every chain's proposals, chain after chain, from a start among the weighted draws."""
+    points = fitted.proposal.sample(rng, num_chains * length)
+    weights = np.exp(fitted.log_weights - logsumexp(fitted.log_weights))
+    points[::length] = fitted.draws[rng.choice(len(weights), num_chains, p=weights)]
+    return points
+
+
 def _metropolis(log_weights: np.ndarray, log_uniform: np.ndarray) -> np.ndarray:
     """The state's place after every proposal; plain Python, since each step hangs on the last."""
     weights, uniforms = log_weights.tolist(), log_uniform.tolist()
@@ -353,9 +358,7 @@ def run_two_stages(
     before = 1 + WARMUP // every
     steps = before + num_draws
     length = 1 + steps * every
-    points = fitted.proposal.sample(rng, num_chains * length)
-    weights = np.exp(fitted.log_weights - logsumexp(fitted.log_weights))
-    points[::length] = fitted.draws[rng.choice(len(weights), num_chains, p=weights)]
+    points = _proposed(fitted, rng, num_chains, length)
     values = rough(points)[0]
     log_weights = values - fitted.proposal.log_prob(points)
     inner = np.log(rng.random((num_chains, length)))
@@ -368,33 +371,42 @@ def run_two_stages(
         gain[wanted] = np.where(np.isfinite(found), found - values[wanted], -np.inf)
         for name, value in some.items():
             beside.setdefault(name, np.zeros((len(points), *value.shape[1:])))[wanted] = value
-        walks = [
-            _walk(
-                log_weights[start : start + length], gain[start : start + length],
-                inner[chain], outer[chain], every,
-            )
-            for chain, start in enumerate(range(0, len(points), length))
-        ]  # fmt: skip
-        wanted = np.concatenate(
-            [np.array(sorted(walk[1]), int) + c * length for c, walk in enumerate(walks)]
-        )
-    states = np.stack([walk[0] for walk in walks]) + np.arange(num_chains)[:, None] * length
-    moves = np.diff(states, axis=1) != 0
+        states, wanted = _walks(log_weights, gain, inner, outer, every)
+    moves = states[:, 1:] != states[:, :-1]
     places = states[:, before + 1 :]
-    # E over p of p̃ / p is the ratio of their integrals; p̃'s own comes from all proposals
     fair = np.delete(log_weights, np.arange(num_chains) * length)
-    log_mean = float(logsumexp(fair) - np.log(len(fair)))
-    inverse = np.exp(-(gain[places] - gain[places].mean())).ravel()
-    log_ratio = float(gain[places].mean() - np.log(inverse.mean()))
-    variance = np.exp(fair - log_mean).var(ddof=1) / len(fair)
-    variance += inverse.var(ddof=1) / inverse.mean() ** 2 / max(len(inverse) - 1, 1)
+    log_normaliser, error = _normaliser(fair, gain[places])
     # chains rest on draws of p̃, which the dear density weighs by p / p̃
     dearer = gain[~np.isnan(gain)]
     return Chains(
         points[places], {name: value[places] for name, value in beside.items()},
         (values + gain)[places], moves[:, before:].astype(float), longest_stay(moves[:, before:]),
-        log_mean + log_ratio, float(np.sqrt(variance)), max(pareto_k(fair), pareto_k(dearer)),
+        log_normaliser, error, max(pareto_k(fair), pareto_k(dearer)),
     )  # fmt: skip
+
+
+def _normaliser(fair: np.ndarray, gain: np.ndarray) -> tuple[float, float]:
+    """log ∫ p and its standard error, from proposals weighed by p̃ and the gain of draws from p."""
+    # E over p of p̃ / p is the ratio of their integrals; p̃'s own comes from all proposals
+    log_mean = float(logsumexp(fair) - np.log(len(fair)))
+    inverse = np.exp(-(gain - gain.mean())).ravel()
+    log_ratio = float(gain.mean() - np.log(inverse.mean()))
+    variance = np.exp(fair - log_mean).var(ddof=1) / len(fair)
+    variance += inverse.var(ddof=1) / inverse.mean() ** 2 / max(len(inverse) - 1, 1)
+    return log_mean + log_ratio, float(np.sqrt(variance))
+
+
+def _walks(
+    log_weights: np.ndarray, gain: np.ndarray, inner: np.ndarray, outer: np.ndarray, every: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places (chain, step) of all chains in the points, and the points whose gain is wanted."""
+    states, wanted = [], []
+    for chain, start in enumerate(range(0, inner.size, inner.shape[1])):
+        own = slice(start, start + inner.shape[1])
+        places, more = _walk(log_weights[own], gain[own], inner[chain], outer[chain], every)
+        states.append(start + places)
+        wanted.append(start + np.array(sorted(more), int))
+    return np.stack(states), np.concatenate(wanted)
 
 
 def _walk(

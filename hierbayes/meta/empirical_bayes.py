@@ -375,19 +375,8 @@ def chosen_evidence(
     model: HierarchicalModel, tasks: Tasks, asked: str, criterion: str = "ml"
 ) -> str:
     """How θ_j is integrated out: "exact", "quadrature" or "laplace"."""
-    gaussian, d = model.likelihood.gaussian_in_theta, len(tasks.coef)
-    if not model.prior.gaussian:
-        if not gaussian:
-            model.require_gaussian_prior(
-                f"empirical_bayes under a {type(model.likelihood).__name__} likelihood",
-                "its evidence is not offered", 'use full_bayes(method="nuts")',
-            )  # fmt: skip
-        if criterion == "reml":
-            model.require_gaussian_prior(
-                'criterion="reml"', "mu and beta cannot be integrated out of its evidence",
-                'use "ml" or "map", or full_bayes',
-            )  # fmt: skip
-    if gaussian:
+    _refuse_under_prior(model, criterion)
+    if model.likelihood.gaussian_in_theta:
         if asked not in ("auto", "exact"):
             raise InputError(f'evidence={asked!r}: of Gaussian tasks it is exact; leave it "auto"')
         return "exact"
@@ -399,6 +388,7 @@ def chosen_evidence(
             'criterion="reml" integrates μ and β out of a Gaussian evidence; use "ml" or "map", or '
             "full_bayes"
         )
+    d = len(tasks.coef)
     if asked == "quadrature" and d > MOST_DIMENSIONS:
         raise InputError(
             f'evidence="quadrature" takes up to {MOST_DIMENSIONS} coefficients a task, found {d}; '
@@ -407,6 +397,20 @@ def chosen_evidence(
     if asked != "auto":
         return asked
     return "quadrature" if d <= 2 else "laplace"
+
+
+def _refuse_under_prior(model: HierarchicalModel, criterion: str) -> None:
+    """Refuse what has no evidence under a prior that is not Gaussian."""
+    if not model.likelihood.gaussian_in_theta:
+        model.require_gaussian_prior(
+            f"empirical_bayes under a {type(model.likelihood).__name__} likelihood",
+            "its evidence is not offered", 'use full_bayes(method="nuts")',
+        )  # fmt: skip
+    if criterion == "reml":
+        model.require_gaussian_prior(
+            'criterion="reml"', "mu and beta cannot be integrated out of its evidence",
+            'use "ml" or "map", or full_bayes',
+        )  # fmt: skip
 
 
 def _draws(

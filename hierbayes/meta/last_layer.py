@@ -65,15 +65,7 @@ def maximise_evidence_of_features(
     method: WithOuterLoop, model: HierarchicalModel, tasks: Any, run: Run
 ) -> Fit:
     """φ̂ = (mu, tau, sigma, features) from a source of tasks, by stochastic ascent."""
-    model.require_gaussian_prior(
-        "empirical_bayes on a learned last layer", "its evidence is that of a Gaussian prior",
-        "use priors.Gaussian(correlated=False)",
-    )  # fmt: skip
-    if getattr(model.prior, "correlated", False):
-        raise InputError(
-            "the last layer's prior is independent: pass hb.priors.Gaussian(correlated=False). "
-            "Nothing is lost: features are learned, and a rotation of them is a correlation"
-        )
+    _check_prior(model)
     source = batches(method, model, tasks, run)
     model, sample = source.model, source.tasks
     outer = Outer(model, len(sample.coef))
@@ -100,6 +92,19 @@ def maximise_evidence_of_features(
             "the outcome's spread): the features explain the rows almost without an error"
         )
     return source.fit(Conjugate(), found, described, precision=precision)
+
+
+def _check_prior(model: HierarchicalModel) -> None:
+    """Refuse priors other than an independent Gaussian."""
+    model.require_gaussian_prior(
+        "empirical_bayes on a learned last layer", "its evidence is that of a Gaussian prior",
+        "use priors.Gaussian(correlated=False)",
+    )  # fmt: skip
+    if getattr(model.prior, "correlated", False):
+        raise InputError(
+            "the last layer's prior is independent: pass hb.priors.Gaussian(correlated=False). "
+            "Nothing is lost: features are learned, and a rotation of them is a correlation"
+        )
 
 
 class OnFeatures(NamedTuple):

@@ -83,17 +83,7 @@ class Checkpoint:
                 f"{str(self.path)!r} is no checkpoint of hierbayes, or damaged "
                 f"({type(error).__name__}: {error}); remove it to start anew"
             ) from error
-        if before != self.described:
-            names = sorted(before.keys() | self.described.keys())
-            other = [
-                f"{n}={before.get(n)!r} there, {self.described.get(n)!r} here"
-                for n in names
-                if before.get(n) != self.described.get(n)
-            ]
-            raise InputError(
-                f"{str(self.path)!r} is the checkpoint of another run ({'; '.join(other)}); give "
-                "another path, or remove the file"
-            )
+        self._refuse_another(before)
         leaves, structure = jax.tree.flatten(like)
         shapes = [(np.shape(x), np.asarray(x).dtype) for x in leaves]
         if shapes != [(x.shape, x.dtype) for x in found]:
@@ -102,6 +92,20 @@ class Checkpoint:
                 "run's; give another path, or remove the file"
             )
         return structure.unflatten(found), counters
+
+    def _refuse_another(self, before: dict[str, Any]) -> None:
+        """Refuse the checkpoint of a run with other settings, naming those."""
+        if before == self.described:
+            return
+        other = [
+            f"{n}={before.get(n)!r} there, {self.described.get(n)!r} here"
+            for n in sorted(before.keys() | self.described.keys())
+            if before.get(n) != self.described.get(n)
+        ]
+        raise InputError(
+            f"{str(self.path)!r} is the checkpoint of another run ({'; '.join(other)}); give "
+            "another path, or remove the file"
+        )
 
 
 def _check_counters(found: Any, own: dict[str, Any]) -> None:
