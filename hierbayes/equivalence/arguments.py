@@ -35,8 +35,7 @@ def read_phi(
     shapes |= {p.name: p.shape for p in model.likelihood.parts(labels.shared)}
     read = {name: _read_part(found, name, shape, tasks) for name, shape in shapes.items()}
     for name in model.likelihood.parameters():
-        if not read[name] > 0:
-            raise InputError(f"phi's {name} must be positive, found {read[name]:g}")
+        inputs.positive(f"phi's {name}", float(read[name]))
     return read
 
 
