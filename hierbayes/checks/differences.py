@@ -102,14 +102,7 @@ def score_differences(
             "pass the same of every fit"
         )
     each = {label: score(values, tasks, units[label], per) for label, values in arrays.items()}
-    known = {label: found.mean for label, found in each.items() if found.tasks}
-    if not known:
-        raise InputError("no fit has a score of any task: all are NaN")
-    if reference is not None and not (isinstance(reference, str) and reference in arrays):
-        raise InputError(
-            f"reference {inputs.shown(reference)} is not among the scores: {listing(list(arrays))}"
-        )
-    chosen = max(known, key=lambda label: known[label]) if reference is None else reference
+    chosen = _reference(each, reference)
     rows = {}
     for label, found in each.items():
         with np.errstate(invalid="ignore"):  # an outcome that both hold for impossible
@@ -139,6 +132,20 @@ def score(values: np.ndarray, tasks: Tasks, by: str, per: Per = "row") -> Score:
     with np.errstate(invalid="ignore"):  # −∞ has no standard error
         mean, error = mean_of_totals(totals, sizes if per == "row" else sizes > 0)
     return Score(mean, error, rows, held)
+
+
+def _reference(scores: Mapping[str, Score], reference: str | None) -> str:
+    """Whom the others are held against: the best by default."""
+    known = {label: found.mean for label, found in scores.items() if found.tasks}
+    if not known:
+        raise InputError("no fit has a score of any task: all are NaN")
+    if reference is None:
+        return max(known, key=lambda label: known[label])
+    if not (isinstance(reference, str) and reference in scores):
+        raise InputError(
+            f"reference {inputs.shown(reference)} is not among the scores: {listing(list(scores))}"
+        )
+    return reference
 
 
 def _scores(label: str, values: Any) -> np.ndarray:

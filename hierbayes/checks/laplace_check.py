@@ -38,6 +38,7 @@ from hierbayes.fit.fit import check_fit
 from hierbayes.likelihoods import Bernoulli, Binomial, NegativeBinomial, Poisson
 from hierbayes.meta.better_evidence import (
     AroundPhi,
+    Information,
     Runs,
     gauss_hermite,
     held_at,
@@ -191,40 +192,22 @@ def laplace_check(fit: Fit, *, seed: int | jax.Array = 0) -> Any:
     >>> bool(abs(table.attrs["total_error"]) > 0.05)
     True
     """
-    import pandas as pd
-
     check_fit(fit)
     seed = inputs.seed(seed)
     seed = seed if isinstance(seed, int) else int(as_rng(seed).integers(2**31))
     _refuse(fit)
     fit = fit.inside
     model, tasks, d = fit.model.without_encoder(), fit.tasks, len(fit.tasks.coef)
-    num_nodes = fit.adaptation.num_nodes if isinstance(fit.adaptation, Quadrature) else 1
-    phi = {name: np.asarray(value) for name, value in fit.phi.items()}
-    with_hyperprior = fit.info["criterion"] == "map"
     with float64():
-        known = observed_information(
-            fit.model, tasks, phi, num_nodes, with_hyperprior=with_hyperprior
-        )
+        known = _information(fit)
         held = held_at(model, known.around)
         found = OfTasks(*gathered(_of_tasks(model, known.around, held), tasks.num_tasks))
         rule = _rule(d, tasks.num_tasks, seed)
         best, error, total_error = _reference(model, known.around, held, rule, d)
         step = (known.inside, known.hessian, known.tilt, rule, held)
         shift = newton_shift(model, known.around, *step)
-    best, error = best[: tasks.num_tasks], error[: tasks.num_tasks]
-    away = found.laplace - best
-    table = pd.DataFrame(
-        {
-            "residual": found.residual,
-            "error": away,
-            "reference_error": error,
-            "skewness": found.skewness,
-            "effective_count": effective_count(tasks, fit.model.likelihood),
-        },
-        index=pd.Index(tasks.names, name="task"),
-    )
-    table["flag"] = _flags(table)
+    away = found.laplace - best[: tasks.num_tasks]
+    table = _table(fit, found, away, error[: tasks.num_tasks])
     names = known.around.space.entry_names(fit.tasks.labels.by_dim)
     table.attrs = {
         "total_error": float(away.sum()),
@@ -234,6 +217,34 @@ def laplace_check(fit: Fit, *, seed: int | jax.Array = 0) -> Any:
         "farthest": shift.farthest,
         "num_nodes": int(np.prod(rule.log_weights.shape[:2])),
     }
+    return table
+
+
+def _information(fit: Fit) -> Information:
+    """What φ̂ is known by, under the evidence that it was fitted by."""
+    num_nodes = fit.adaptation.num_nodes if isinstance(fit.adaptation, Quadrature) else 1
+    phi = {name: np.asarray(value) for name, value in fit.phi.items()}
+    with_hyperprior = fit.info["criterion"] == "map"
+    return observed_information(
+        fit.model, fit.tasks, phi, num_nodes, with_hyperprior=with_hyperprior
+    )
+
+
+def _table(fit: Fit, found: OfTasks, away: np.ndarray, reference_error: np.ndarray) -> Any:
+    """A row a task; see :func:`laplace_check`."""
+    import pandas as pd
+
+    table = pd.DataFrame(
+        {
+            "residual": found.residual,
+            "error": away,
+            "reference_error": reference_error,
+            "skewness": found.skewness,
+            "effective_count": effective_count(fit.tasks, fit.model.likelihood),
+        },
+        index=pd.Index(fit.tasks.names, name="task"),
+    )
+    table["flag"] = _flags(table)
     return table
 
 

@@ -87,17 +87,35 @@ def new_task_scores(
     >>> table.attrs["reference"], bool(table.loc["complete", "joint_difference"] < 0)
     ('partial', True)
     """
-    mapped = isinstance(fits, (Fit, Mapping))
-    named = {} if not mapped else {fits.method.name: fits} if isinstance(fits, Fit) else dict(fits)
-    if not named or not all(isinstance(fit, Fit) for fit in named.values()):
-        raise InputError("expected a fit, or a mapping from label to fit")
     predictions: dict[str, Prediction] = {}
     joint, parts = {}, {}
-    for label, fit in named.items():
+    for label, fit in _by_label(fits).items():
         given, asked = _matched(fit, support, query, say=not parts)
         predictions[label] = fit.adapt(given, update_phi=False).predict(asked)
         parts[label] = asked
         joint[label] = joint_log_density(fit, given, asked, predictions[label])
+    held = _the_same(parts)
+    by_row = {label: found.log_density() for label, found in predictions.items()}
+    table = score_differences(by_row, held, reference=reference, by="row")
+    of_reference = joint[table.attrs["reference"]]
+    for label, found in predictions.items():
+        for name, value in _more(found, joint[label], of_reference, held).items():
+            table.loc[label, name] = value
+    counts = ["rows", "tasks", "left_out"]
+    table[counts] = table[counts].astype(int)
+    return table[[c for c in table.columns if c not in counts] + counts]
+
+
+def _by_label(fits: Any) -> dict[str, Fit]:
+    mapped = isinstance(fits, (Fit, Mapping))
+    named = {} if not mapped else {fits.method.name: fits} if isinstance(fits, Fit) else dict(fits)
+    if not named or not all(isinstance(fit, Fit) for fit in named.values()):
+        raise InputError("expected a fit, or a mapping from label to fit")
+    return named
+
+
+def _the_same(parts: dict[str, Tasks]) -> Tasks:
+    """The query's rows as the first fit reads them, refused where another reads others."""
     first_label, held = next(iter(parts.items()))
     for label, asked in parts.items():
         if asked.rows.tolist() != held.rows.tolist() or not np.array_equal(asked.names, held.names):
@@ -105,26 +123,22 @@ def new_task_scores(
                 f"{label!r} and {first_label!r} read different rows from the query: {asked} and "
                 f"{held}"
             )
-    by_row = {label: found.log_density() for label, found in predictions.items()}
-    table = score_differences(by_row, held, reference=reference, by="row")
-    chosen = table.attrs["reference"]
-    for label, found in predictions.items():
-        of_rows = root_mean_square(found)
-        of_tasks = score(joint[label], held, "task", "task")
-        with np.errstate(invalid="ignore"):  # −∞ of both
-            apart = joint[label] - joint[chosen]
-        gap = score(apart, held, "task", "task")
-        more = {
-            "rmse": of_rows.get("rmse", np.nan), "rmse_se": of_rows.get("rmse_se", np.nan),
-            "joint": of_tasks.mean, "joint_se": of_tasks.error,
-            "joint_difference": gap.mean, "joint_difference_se": gap.error,
-            "left_out": int(found.unidentified.sum()),
-        }  # fmt: skip
-        for name, value in more.items():
-            table.loc[label, name] = value
-    counts = ["rows", "tasks", "left_out"]
-    table[counts] = table[counts].astype(int)
-    return table[[c for c in table.columns if c not in counts] + counts]
+    return held
+
+
+def _more(
+    prediction: Prediction, joint: np.ndarray, of_reference: np.ndarray, tasks: Tasks
+) -> dict[str, float]:
+    """What a fit's row says beside densities row by row; joint densities are (J,)."""
+    of_rows, of_tasks = root_mean_square(prediction), score(joint, tasks, "task", "task")
+    with np.errstate(invalid="ignore"):  # −∞ of both
+        gap = score(joint - of_reference, tasks, "task", "task")
+    return {
+        "rmse": of_rows.get("rmse", np.nan), "rmse_se": of_rows.get("rmse_se", np.nan),
+        "joint": of_tasks.mean, "joint_se": of_tasks.error,
+        "joint_difference": gap.mean, "joint_difference_se": gap.error,
+        "left_out": int(prediction.unidentified.sum()),
+    }  # fmt: skip
 
 
 def joint_log_density(fit: Fit, support: Tasks, query: Tasks, prediction: Prediction) -> np.ndarray:

@@ -130,21 +130,7 @@ def task_effects(fit: Fit) -> TaskEffects:
     {'Intercept': (), 'days': ()}
     """
     check_fit(fit)
-    if "tau" not in fit.phi or isinstance(fit.adaptation, PointAdaptation):
-        raise NotApplicable(
-            f"{fit.method} learns no spread of its tasks, so there is none to be judged: use "
-            "full_bayes or empirical_bayes"
-        )
-    if not fit.model.likelihood.gaussian_in_theta:
-        kind = type(fit.model.likelihood).__name__
-        raise NotApplicable(
-            f"task_effects needs the exact distribution of posterior means, which is not to be had "
-            f"under a {kind} likelihood"
-        )
-    fit.model.require_gaussian_prior(
-        "task_effects", "it asks whether the Gaussian one will do",
-        "compare fits under both by leave_one_task_out",
-    )  # fmt: skip
+    _refuse(fit)
     phi = {name: np.asarray(value) for name, value in fit.phi.items()}
     design = fit.model.likelihood.design(fit.tasks, phi)
     with float64():
@@ -165,6 +151,25 @@ def task_effects(fit: Fit) -> TaskEffects:
         label(np.array([w for w, _ in tests]), fit.tasks, ("coef",), "statistic"),
         label(np.array([p for _, p in tests]), fit.tasks, ("coef",), "p_value"),
         outliers, tuple(remarks),
+    )  # fmt: skip
+
+
+def _refuse(fit: Fit) -> None:
+    """Say of other fits why their effects cannot be judged."""
+    if "tau" not in fit.phi or isinstance(fit.adaptation, PointAdaptation):
+        raise NotApplicable(
+            f"{fit.method} learns no spread of its tasks, so there is none to be judged: use "
+            "full_bayes or empirical_bayes"
+        )
+    if not fit.model.likelihood.gaussian_in_theta:
+        kind = type(fit.model.likelihood).__name__
+        raise NotApplicable(
+            f"task_effects needs the exact distribution of posterior means, which is not to be had "
+            f"under a {kind} likelihood"
+        )
+    fit.model.require_gaussian_prior(
+        "task_effects", "it asks whether the Gaussian one will do",
+        "compare fits under both by leave_one_task_out",
     )  # fmt: skip
 
 

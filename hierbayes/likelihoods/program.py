@@ -225,32 +225,8 @@ class Program(Likelihood):
         """Run the program once, without numbers, and refuse what is no likelihood of one task."""
         if tasks.outcome is None or tasks.num_rows == 0:
             return
-        longest = int(np.argmax(tasks.sizes))
-        size = int(tasks.sizes[longest])
-        task = jax.tree.map(lambda v: v[0], self.side_by_side(tasks, np.array([longest]), size))
-        found: dict[str, Any] = {}
-
-        def run(theta: jax.Array) -> Any:
-            phi: dict[str, Any] = dict.fromkeys(self.parameters(), 0.5 + 0.0 * theta.sum())
-            phi |= {"mu": theta, "beta": jnp.zeros(tasks.shared.shape[1])}
-            found.update(self.sites(theta, phi, task))
-            return [jnp.asarray(s["fn"].log_prob(s["value"])) for s in found.values()]
-
-        try:
-            with float64():
-                shapes = jax.eval_shape(run, jnp.zeros(len(tasks.coef)))
-        except KeyError as error:
-            raise InputError(
-                f"the program asks phi for {error.args[0]!r}, but phi holds "
-                f"{listing([*self.parameters(), 'mu', 'beta'])}; state its prior in "
-                f"HyperPrior(extra={{{error.args[0]!r}: …}})"
-            ) from error
-        except Exception as error:
-            line = (str(error).splitlines() or [""])[0]
-            raise InputError(
-                f"the program does not run on task {listing([tasks.names[longest]])}: "
-                f"{type(error).__name__}: {line}"
-            ) from error
+        size = int(tasks.sizes.max())
+        found, shapes = self._traced(tasks)
         latent = [name for name, site in found.items() if not site["is_observed"]]
         if latent:
             raise InputError(
@@ -272,6 +248,35 @@ class Program(Likelihood):
             )
         discrete = any(site["fn"].is_discrete for site in found.values())
         self.seen.update(by_row=by_row, discrete=discrete)
+
+    def _traced(self, tasks: Tasks) -> tuple[dict[str, Any], list[Any]]:
+        """The sites of the longest task by name, and the shapes of their log densities."""
+        longest = int(np.argmax(tasks.sizes))
+        width = int(tasks.sizes.max())
+        task = jax.tree.map(lambda v: v[0], self.side_by_side(tasks, np.array([longest]), width))
+        found: dict[str, Any] = {}
+
+        def run(theta: jax.Array) -> Any:
+            phi: dict[str, Any] = dict.fromkeys(self.parameters(), 0.5 + 0.0 * theta.sum())
+            phi |= {"mu": theta, "beta": jnp.zeros(tasks.shared.shape[1])}
+            found.update(self.sites(theta, phi, task))
+            return [jnp.asarray(s["fn"].log_prob(s["value"])) for s in found.values()]
+
+        try:
+            with float64():
+                return found, jax.eval_shape(run, jnp.zeros(len(tasks.coef)))
+        except KeyError as error:
+            raise InputError(
+                f"the program asks phi for {error.args[0]!r}, but phi holds "
+                f"{listing([*self.parameters(), 'mu', 'beta'])}; state its prior in "
+                f"HyperPrior(extra={{{error.args[0]!r}: …}})"
+            ) from error
+        except Exception as error:
+            line = (str(error).splitlines() or [""])[0]
+            raise InputError(
+                f"the program does not run on task {listing([tasks.names[longest]])}: "
+                f"{type(error).__name__}: {line}"
+            ) from error
 
     # ------------------------------------------------- what a program does not have
 

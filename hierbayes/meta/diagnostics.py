@@ -63,40 +63,54 @@ def remarks(
     dims: Dims,
 ) -> list[str]:
     """R̂, effective sample sizes and divergences, as sentences; empty where all is well."""
-    found = []
     broken = [name for name, values in draws.items() if not np.isfinite(values).all()]
     if broken or (theta is not None and not np.isfinite(theta).all()):
         return [
             f"draws of {', '.join(broken) or 'theta'} are not finite: nothing can be said from "
             "them. Look for predictors of very different scales, or a prior far from the data"
         ]
-    diverging = int(sample_stats.get("diverging", np.zeros(1)).sum())
-    if diverging:
-        share = diverging / sample_stats["diverging"].size
-        found.append(
-            f"{diverging} of {sample_stats['diverging'].size} draws diverged ({share:.1%}): the "
-            "sampler may miss a part of the posterior. Raise target_accept (0.95, 0.99), use "
-            'method="collapsed" where it applies, or give tau a more informative prior'
-        )
+    found = _of_divergences(sample_stats)
     chains, per_chain = next(iter(draws.values())).shape[:2]
     if per_chain < 4:
         return found
-    rhat, ess, tail = _diagnostics(draws, theta, tasks, dims)
-    if chains > 1 and (worst := max(rhat, key=lambda k: rhat[k])) and rhat[worst] > LARGEST_RHAT:
-        found.append(
-            f"R-hat is {rhat[worst]:.3f} for {worst} (at most {LARGEST_RHAT} wanted): the chains "
-            "have not mixed. Raise num_draws, and num_warmup where NUTS is the sampler"
-        )
+    rhat, bulk, tail = _diagnostics(draws, theta, tasks, dims)
+    if chains > 1:
+        found += _of_rhat(rhat)
     wanted = SMALLEST_ESS_PER_CHAIN * chains
-    for kind, sizes in (("bulk", ess), ("tail", tail)):
-        worst = min(sizes, key=lambda k: sizes[k])
-        if sizes[worst] < wanted:
-            found.append(
-                f"the {kind} effective sample size of {worst} is {sizes[worst]:.0f} (at least "
-                f"{wanted} wanted): its {'mean' if kind == 'bulk' else 'interval'} is rough. "
-                "Raise num_draws"
-            )
-    return found
+    return [*found, *_of_ess("bulk", bulk, wanted), *_of_ess("tail", tail, wanted)]
+
+
+def _of_divergences(sample_stats: dict[str, np.ndarray]) -> list[str]:
+    diverging = int(sample_stats.get("diverging", np.zeros(1)).sum())
+    if not diverging:
+        return []
+    size = sample_stats["diverging"].size
+    return [
+        f"{diverging} of {size} draws diverged ({diverging / size:.1%}): the "
+        "sampler may miss a part of the posterior. Raise target_accept (0.95, 0.99), use "
+        'method="collapsed" where it applies, or give tau a more informative prior'
+    ]
+
+
+def _of_rhat(rhat: dict[str, float]) -> list[str]:
+    worst = max(rhat, key=lambda k: rhat[k])
+    if not rhat[worst] > LARGEST_RHAT:
+        return []
+    return [
+        f"R-hat is {rhat[worst]:.3f} for {worst} (at most {LARGEST_RHAT} wanted): the chains "
+        "have not mixed. Raise num_draws, and num_warmup where NUTS is the sampler"
+    ]
+
+
+def _of_ess(kind: str, sizes: dict[str, float], wanted: int) -> list[str]:
+    worst = min(sizes, key=lambda k: sizes[k])
+    if not sizes[worst] < wanted:
+        return []
+    return [
+        f"the {kind} effective sample size of {worst} is {sizes[worst]:.0f} (at least "
+        f"{wanted} wanted): its {'mean' if kind == 'bulk' else 'interval'} is rough. "
+        "Raise num_draws"
+    ]
 
 
 def _diagnostics(

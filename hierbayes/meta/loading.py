@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hierbayes.adaptation import Adaptation, ScaleMixture
+from hierbayes.adaptation import Adaptation, Posterior, ScaleMixture
 from hierbayes.errors import InputError
 from hierbayes.files import unsealed
 from hierbayes.fit import hdf5
@@ -155,6 +155,37 @@ def rebuilt(
     with field("method"):
         method = _method(described, kind, optimiser)
     own = arrays.get(GROUP, {})
+    tasks = _tasks(described, arrays)
+    phi, theirs = _prefixed(own, "phi."), model is not None
+    if model is None:
+        with field("model"):
+            model = _model(described["model"], tasks, version, whole)
+    elif isinstance(model.likelihood, Neural):
+        _check_network(model, own)
+    with field("phi"):
+        check_phi(phi, method, model, tasks, theirs)
+    draws, theta_draws = _draws(described, arrays, phi, method, tasks, whole=whole, theirs=theirs)
+    with field("adaptation"):
+        adaptation = _adaptation(entry(described, "adaptation", dict), optimiser, whole, method)
+    errors, bootstrap = _standard_errors(own, phi), _bootstrap(own, phi)
+    warnings = _warnings(described)
+    by_point = not draws and isinstance(adaptation, ScaleMixture)  # made again, with its normals
+    training = None if by_point else _training(own, tasks)
+    outer = Fit(
+        method, model, tasks, phi, adaptation, training,
+        phi_draws=draws or None, theta_draws=theta_draws,
+        sample_stats=arrays.get("sample_stats", {}), standard_errors=errors,
+        evidence=number(described, "evidence"), no_evidence=entry(described, "no_evidence", str),
+        log_posterior=number(described, "log_posterior"), warnings=warnings,
+        info=entry(described, "info", dict), phi_bootstrap=bootstrap or None,
+    )  # fmt: skip
+    with field("inside"):  # files of before have no columns of their own
+        inside = entry(described, "inside", (dict, type(None)), ... if whole else None)
+        return with_inside(outer, inside, own, theirs)
+
+
+def _tasks(described: dict[str, Any], arrays: hdf5.Arrays) -> Tasks:
+    """The tasks of the file, with the encoder that read them, whose coefficients must be theirs."""
     with field("encoder"):
         encoder = _encoder(
             entry(described, "encoder", (dict, type(None))), arrays.get(f"{GROUP}/training", {})
@@ -168,66 +199,65 @@ def rebuilt(
                 raise InputError(f"{tasks.coef} are not the formula's coefficients, {coef}")
     elif encoder is None and f"{GROUP}/training" in arrays:
         raise InputError("encoder: there is none, but columns that it has learned from")
-    phi = _prefixed(own, "phi.")
-    theirs = model is not None
-    if model is None:
-        with field("model"):
-            model = _model(described["model"], encoder, tasks, version, whole)
-    elif isinstance(model.likelihood, Neural):
-        _check_network(model, own)
-    with field("phi"):
-        check_phi(phi, method, model, tasks, theirs)
+    return tasks
+
+
+def _draws(
+    described: dict[str, Any],
+    arrays: hdf5.Arrays,
+    phi: dict[str, np.ndarray],
+    method: Method,
+    tasks: Tasks,
+    *,
+    whole: bool,
+    theirs: bool,
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """The draws of φ by name, and those of θ, where there are any."""
     draws = dict(arrays.get("posterior", {}))
     theta_draws, stats = draws.pop("theta", None), arrays.get("sample_stats", {})
     drawn = names(described, "phi_draws")
     if whole and entry(described, "theta_draws", bool) != (theta_draws is not None):
         raise InputError("posterior.theta: it is missing, or was never there")
     with field("phi_draws"):
-        check_draws({n: draws[n] for n in drawn}, theta_draws, stats, phi, tasks, theirs)
+        of_phi = {n: draws[n] for n in drawn}
+        check_draws(of_phi, theta_draws, stats, phi, tasks, theirs)
         if not {*drawn} <= {*phi} or {*drawn} != {*draws}:
             raise InputError(f"{drawn} are not those in phi and the posterior, {tuple(draws)}")
         if method.draws_phi and not drawn:
             raise InputError(f"{method} has draws of phi, and there are none")
-    with field("adaptation"):
-        adaptation = _adaptation(entry(described, "adaptation", dict), optimiser, whole, method)
-    errors, bootstrap = _prefixed(own, "se."), _prefixed(own, "bootstrap.")
+    return of_phi, theta_draws
+
+
+def _standard_errors(
+    own: dict[str, np.ndarray], phi: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    errors = _prefixed(own, "se.")
     for name in errors:
         with field("standard_errors"):
             array(errors, name, np.shape(phi[name]), finite=False)
+    return errors
+
+
+def _bootstrap(own: dict[str, np.ndarray], phi: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    bootstrap = _prefixed(own, "bootstrap.")
     for name in bootstrap:
         with field("phi_bootstrap"):
             size = len(next(iter(bootstrap.values())))
             array(bootstrap, name, (size, *np.shape(phi[name])))
+    return bootstrap
+
+
+def _training(own: dict[str, np.ndarray], tasks: Tasks) -> Posterior | None:
+    with field("training"):
+        return read_training(_prefixed(own, "training."), tasks)
+
+
+def _warnings(described: dict[str, Any]) -> tuple[str, ...]:
     warnings = entry(described, "warnings", list)
     with field("warnings"):
         if not all(isinstance(w, str) for w in warnings):
             raise InputError("expected sentences")
-    by_point = not drawn and isinstance(adaptation, ScaleMixture)  # made again, with its normals
-    with field("training"):
-        training = None if by_point else read_training(_prefixed(own, "training."), tasks)
-    outer = Fit(
-        method,
-        model,
-        tasks,
-        phi,
-        adaptation,
-        training,
-        phi_draws={name: draws[name] for name in drawn} or None,
-        theta_draws=theta_draws,
-        sample_stats=stats,
-        standard_errors=errors,
-        evidence=number(described, "evidence"),
-        no_evidence=entry(described, "no_evidence", str),
-        log_posterior=number(described, "log_posterior"),
-        warnings=tuple(warnings),
-        info=entry(described, "info", dict),
-        phi_bootstrap=bootstrap or None,
-    )
-    missing = ... if whole else None  # files of before have no columns of their own
-    with field("inside"):
-        return with_inside(
-            outer, entry(described, "inside", (dict, type(None)), missing), own, theirs
-        )
+    return tuple(warnings)
 
 
 def _check_network(model: HierarchicalModel, arrays: dict[str, np.ndarray]) -> None:
@@ -266,9 +296,7 @@ def _encoder(described: dict[str, Any] | None, columns: dict[str, np.ndarray]) -
     return FormulaEncoder.from_plain(described, xr.Dataset(training))
 
 
-def _model(
-    described: Any, encoder: Any, tasks: Tasks, version: int, whole: bool
-) -> HierarchicalModel:
+def _model(described: Any, tasks: Tasks, version: int, whole: bool) -> HierarchicalModel:
     if described is None:
         raise NeedsMore("this fit's model holds functions: pass it, hb.load(path, model=…)")
     old: dict[str, Any] = {"kind": "Gaussian"}  # up to formats 1 and 2 it had no name
@@ -292,7 +320,7 @@ def _model(
     with field("columns"):
         lying = entry(described, "columns", (dict, type(None)), ... if whole else None)
         columns = None if lying is None else columns_of(Columns, lying, tasks)
-    model = HierarchicalModel(likelihood, prior, hyperprior, encoder, columns)
+    model = HierarchicalModel(likelihood, prior, hyperprior, tasks.labels.encoder, columns)
     if tasks.predictors.shape[1:] != (len(tasks.coef),):
         raise InputError(f"{len(tasks.coef)} coefficients, predictors {tasks.predictors.shape}")
     likelihood.check(tasks)
