@@ -201,3 +201,36 @@ def test_the_report_on_an_import_sees_what_is_loaded():
     )
     assert "pandas" in state["loaded"]
     assert state["x64"] is True
+
+
+def long_bodies(source: str, most: int = 30) -> list[str]:
+    """Public functions and methods of more lines of code than this, without their docstrings."""
+    found = []
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, (ast.Module, ast.ClassDef)):
+            continue
+        for f in node.body:
+            if isinstance(f, ast.FunctionDef) and not f.name.startswith("_"):
+                body = f.body[1:] if ast.get_docstring(f) is not None else f.body
+                code = [
+                    line for start in body[:1] for line in lines[start.lineno - 1 : f.end_lineno]
+                    if line.strip() and not line.strip().startswith("#")
+                ]  # fmt: skip
+                if len(code) > most:
+                    found.append(f"{f.name} has {len(code)} lines")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_public_functions_are_short(path):
+    """Each reads like its definition; what it rests on has a name of its own."""
+    assert long_bodies(path.read_text(encoding="utf-8")) == []
+
+
+def test_the_counter_of_lines_counts():
+    """The control: 31 lines are too many, docstrings and comments are none."""
+    body = "\n".join(f"    x = {i}" for i in range(30))
+    assert long_bodies(f'def f():\n    """Doc."""\n    # why\n{body}') == []
+    assert long_bodies(f"def f():\n{body}\n    return x") == ["f has 31 lines"]
+    assert long_bodies(f"class A:\n  def f():\n{body}\n    return x") == ["f has 31 lines"]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -256,6 +256,15 @@ class Gathered:
         return remarks
 
 
+def _with_bar(num_simulations: int, progress: bool | None) -> Iterable[int]:
+    from tqdm.auto import tqdm
+
+    shown = sys.stderr.isatty() if progress is None else progress
+    return tqdm(
+        range(num_simulations), desc="calibration", disable=not shown, leave=False, delay=2.0
+    )
+
+
 def check_calibration(
     model: HierarchicalModel,
     tasks_like: Any,
@@ -344,14 +353,8 @@ def check_calibration(
     phis = draw_phi(model, tasks, num_simulations, rng)
     thetas = draw_theta(model, tasks, phis, rng)
     run = Gathered(model, num_draws, rng, sampler if ranked else None, by_interval)
-    from tqdm.auto import tqdm
-
-    shown = sys.stderr.isatty() if progress is None else progress
     with overhearing():  # of each fit; counted instead
-        bar = tqdm(
-            range(num_simulations), desc="calibration", disable=not shown, leave=False, delay=2.0
-        )
-        for k in bar:
+        for k in _with_bar(num_simulations, progress):
             phi = {name: value[k : k + 1] for name, value in phis.items()}
             outcome = draw_outcomes(model, tasks, phi, thetas[k : k + 1], rng)[0]
             run.on(replace(tasks, outcome=outcome), phi, thetas[k : k + 1], ranked=ranked)

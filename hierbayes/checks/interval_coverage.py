@@ -101,9 +101,8 @@ def interval_coverage(
     _check(fit, names, num_bootstrap)
     model, tasks, reml = fit.model, fit.tasks, fit.info["criterion"] == "reml"
     given = {} if phi is None else inputs.mapping("phi", phi, "a mapping from name to values")
-    under = _merged(fit, given)
     rng = as_rng(seed)
-    drawn, theta = simulated(tasks, under, num_data_sets, rng)
+    drawn, theta = simulated(tasks, _merged(fit, given), num_data_sets, rng)
     many = maximise_many(drawn, model.shape(tasks), reml=reml, progress="data sets")
     z = special.ndtri((1 + level) / 2)
     with_rows, found = tasks.sizes > 0, {}
@@ -118,7 +117,7 @@ def interval_coverage(
             below = _bootstrap_ranks(fit, drawn, theta, many, num_bootstrap, rng)
             inside = np.abs(2 * below - 1) <= level
         found[name] = inside[:, with_rows].mean(1)
-    shares = np.stack([found[name] for name in names])
+    shares = np.stack(list(found.values()))
     dims, coords = ("intervals", "coef"), {"intervals": list(names), "coef": list(tasks.coef)}
     error = stats.sem(shares, axis=1)
     return xr.Dataset(

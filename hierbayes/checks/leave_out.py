@@ -430,27 +430,13 @@ def leave_one_row_out(fit: Fit) -> dict[str, Any]:
     if tasks.outcome is None:
         raise InputError(f"the tasks hold no outcome {tasks.labels.outcome!r} to score")
     if gaussian and fit.phi_draws is None:
-        design = fit.model.likelihood.design(tasks, {k: np.asarray(v) for k, v in fit.phi.items()})
-        parts = without_each_row(fit.model, design, phis_of(fit.phi, fit.phi_draws))
-        log_density = np.concatenate([values[0] for _, values in parts])
-        return _result(tasks, POINT, log_density)
-    draws = fit.phi_draws
-    if gaussian:
-        assert draws is not None
-        lead = next(iter(draws.values())).shape[:2]
-        each, given = without_each_row(fit.model, tasks, phis_of(fit.phi, fit.phi_draws)), MARGINAL
-    else:
-        if fit.theta_draws is None:
-            raise NotApplicable(
-                "the fit holds no draws of theta, which tasks that are not Gaussian need here: fit "
-                "again with fewer draws"
-            )
-        lead = fit.theta_draws.shape[:2]
-        each, given = _conditional(fit), CONDITIONAL if draws else CONDITIONAL_AT_POINT
-    efficiency = 1.0 if draws is None else relative_efficiency(draws)
-    found = []
-    for here, values in _with_bar(each, tasks.num_rows):
-        found.append(leave_one_out(values.reshape(*lead, here.stop - here.start), efficiency))
+        return _result(tasks, POINT, _at_point(fit))
+    lead, each, given = _by_draws(fit)
+    efficiency = 1.0 if fit.phi_draws is None else relative_efficiency(fit.phi_draws)
+    found = [
+        leave_one_out(values.reshape(*lead, here.stop - here.start), efficiency)
+        for here, values in _with_bar(each, tasks.num_rows)
+    ]
     log_density, pareto_k, error = (
         np.concatenate([getattr(part, name) for part in found])
         for name in ("log_density", "pareto_k", "error")
@@ -459,6 +445,32 @@ def leave_one_row_out(fit: Fit) -> dict[str, Any]:
     announce(_said_of_rows(tasks, ~(pareto_k <= good_k), good_k, marginal=gaussian))
     more = {"pareto_k": _by_row(pareto_k, tasks), "error": _by_row(error, tasks), "good_k": good_k}
     return _result(tasks, given, log_density) | more
+
+
+def _at_point(fit: Fit) -> np.ndarray:
+    """log p(y_i | y_{−i}, φ̂) of every row of Gaussian tasks, in closed form."""
+    phi = {name: np.asarray(value) for name, value in fit.phi.items()}
+    design = fit.model.likelihood.design(fit.tasks, phi)
+    parts = without_each_row(fit.model, design, phis_of(fit.phi, fit.phi_draws))
+    return np.concatenate([values[0] for _, values in parts])
+
+
+def _by_draws(fit: Fit) -> tuple[tuple[int, ...], Any, str]:
+    """(chains, draws), the rows' log densities in parts, and what they condition on.
+
+    Of Gaussian tasks θ is integrated out; of others the density is at the draws of θ.
+    """
+    if fit.model.conjugate:
+        assert fit.phi_draws is not None
+        each = without_each_row(fit.model, fit.tasks, phis_of(fit.phi, fit.phi_draws))
+        return next(iter(fit.phi_draws.values())).shape[:2], each, MARGINAL
+    if fit.theta_draws is None:
+        raise NotApplicable(
+            "the fit holds no draws of theta, which tasks that are not Gaussian need here: fit "
+            "again with fewer draws"
+        )
+    given = CONDITIONAL if fit.phi_draws else CONDITIONAL_AT_POINT
+    return fit.theta_draws.shape[:2], _conditional(fit), given
 
 
 def _result(tasks: Tasks, given: str, log_density: np.ndarray) -> dict[str, Any]:

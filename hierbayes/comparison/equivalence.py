@@ -100,10 +100,8 @@ def build_ladder(
         inside = np.asarray(inside).tolist()
     steps = ImpliedPosterior(count, size, loss, inside)
     exact: Adaptation = Conjugate() if gaussian else Laplace()
-    draws = (num_chains, num_draws)
-    implied = steps.prior(model, tasks, centre)
-    both = centre | spread
-    at_mode = exact(model, tasks, both)
+    draws, both = (num_chains, num_draws), centre | spread
+    implied, at_mode = steps.prior(model, tasks, centre), exact(model, tasks, both)
     rungs = {
         STEPS: _drawn(STEPS, model, tasks, centre, steps, steps.read(implied), draws, seed),
         MODE: _drawn(MODE, model, tasks, both, exact, at_mode, draws, nth_seed(seed, 1)),

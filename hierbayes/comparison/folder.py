@@ -85,13 +85,6 @@ def write_folder(result: Comparison, out: Path) -> tuple[Path, list[str]]:
     Where it lies now, ``out`` or beside it where something has come there meanwhile, and what there
     is to say of that.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from hierbayes import plots
-
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=".hierbayes-"))
@@ -103,15 +96,7 @@ def write_folder(result: Comparison, out: Path) -> tuple[Path, list[str]]:
         (folder / "fits").mkdir()
         for label, fit in result.fits.items():
             fit.save(folder / "fits" / f"{label.replace(' ', '_')}.nc")
-        coefs = next(iter(result.fits.values())).tasks.coef
-        for coef, safe in zip(coefs, _file_names(coefs), strict=True):
-            for draw in (plots.shrinkage, plots.learned_prior, plots.forest):
-                ax = draw(result.fits, coef=coef)
-                ax.figure.savefig(folder / f"{draw.__name__}_{safe}.png", dpi=150)
-                plt.close(ax.figure)
-        axes = result.plot()
-        axes[0].figure.savefig(folder / "comparison.png", dpi=150)
-        plt.close(axes[0].figure)
+        _draw(result, folder)
         result.report(folder / "report.html")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         lines = [f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
@@ -120,6 +105,26 @@ def write_folder(result: Comparison, out: Path) -> tuple[Path, list[str]]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _draw(result: Comparison, folder: Path) -> None:
+    """The pictures of every coefficient and of the scores, as PNG files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from hierbayes import plots
+
+    coefs = next(iter(result.fits.values())).tasks.coef
+    for coef, safe in zip(coefs, _file_names(coefs), strict=True):
+        for draw in (plots.shrinkage, plots.learned_prior, plots.forest):
+            ax = draw(result.fits, coef=coef)
+            ax.figure.savefig(folder / f"{draw.__name__}_{safe}.png", dpi=150)
+            plt.close(ax.figure)
+    axes = result.plot()
+    axes[0].figure.savefig(folder / "comparison.png", dpi=150)
+    plt.close(axes[0].figure)
 
 
 def _placed(folder: Path, out: Path) -> tuple[Path, list[str]]:

@@ -137,19 +137,14 @@ class ManyProblems:
             g = np.einsum("ipkjb,ijb->pkb", moved_f, w.residual)
             squares_2 -= 2 * np.einsum("pkb,plb->klb", g, g)
             if self.reml:
-                gram_1 = np.einsum("ipkjb,iqjb->pqkb", moved_f, w.fixed)
-                by_f = np.einsum("ikjb,ipjb->pkjb", a, w.fixed)
-                log_det_1 -= np.einsum("ppkb->kb", gram_1)
-                log_det_2 += 2 * np.einsum("ipkjb,ipljb->klb", moved_f, moved_f)
-                log_det_2 -= np.einsum("pqkb,pqlb->klb", gram_1, gram_1)
-                log_det_2 -= both * np.einsum("pkjb,pljb->klb", by_f, by_f)
+                first, second = _of_log_gram(w.fixed, moved_f, a, both)
+                log_det_1, log_det_2 = log_det_1 + first, log_det_2 + second
         loss, sigma = self._loss(w)
-        slope, hessian = squares_1 + log_det_1, squares_2 + log_det_2
-        if not self.known_noise:
-            share = squares_1 / w.squares
-            slope = total * share + log_det_1
-            hessian = total * (squares_2 / w.squares - share[:, None] * share[None]) + log_det_2
-        return ManyProfiles(loss, 0.5 * slope, 0.5 * hessian, w.effects + self.centre, sigma)
+        if not self.known_noise:  # total · log of the squares
+            share, squares_1 = squares_1 / w.squares, total * squares_1 / w.squares
+            squares_2 = total * (squares_2 / w.squares - share[:, None] * share[None])
+        slope, hessian = 0.5 * (squares_1 + log_det_1), 0.5 * (squares_2 + log_det_2)
+        return ManyProfiles(loss, slope, hessian, w.effects + self.centre, sigma)
 
     def fixed_effects(self, effects: np.ndarray) -> np.ndarray:
         """b = (μ_free, Γ, β) (P, B) from the whitened effects."""
@@ -232,3 +227,13 @@ def _whitened(variance: Any, columns: Any) -> tuple[np.ndarray, np.ndarray]:
     white = np.linalg.solve(root, np.moveaxis(columns, (0, 1), (-2, -1)))
     log_det = 2 * np.log(np.einsum("...ii->...i", root)).sum(-1).sum(0)
     return np.ascontiguousarray(np.moveaxis(white, (-2, -1), (0, 1))), log_det
+
+
+def _of_log_gram(fixed: Any, moved: Any, a: Any, both: Any) -> tuple[Any, Any]:
+    """Derivatives of log |FᵀV⁻¹F|, which REML adds, (K, B) and (K, K, B)."""
+    gram_1 = np.einsum("ipkjb,iqjb->pqkb", moved, fixed)
+    by_f = np.einsum("ikjb,ipjb->pkjb", a, fixed)
+    second = 2 * np.einsum("ipkjb,ipljb->klb", moved, moved)
+    second -= np.einsum("pqkb,pqlb->klb", gram_1, gram_1)
+    second -= both * np.einsum("pkjb,pljb->klb", by_f, by_f)
+    return -np.einsum("ppkb->kb", gram_1), second

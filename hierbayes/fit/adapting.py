@@ -119,16 +119,22 @@ def _over_draws(
     return new, found.learned
 
 
+def _carried(fit: AFit, found: AFit, tasks: Tasks) -> AFit:
+    """What the fit in centred columns concludes on new tasks, in the user's columns."""
+    assert fit.inner is not None
+    assert fit.at is not None
+    learned = fit.learned_from
+    if found.learned_from is not fit.inner.learned_from:
+        learned = joined(learned, not_among(tasks, learned))
+    return outward(found, fit.at, fit.model, tasks, learned=learned)
+
+
 def on(fit: AFit, new_tasks: Any, update_phi: bool, seed: Any) -> AFit:
     """See :meth:`hierbayes.fit.Fit.on`."""
     update_phi, seed = inputs.flag("update_phi", update_phi), inputs.seed(seed)
     tasks = read_new(fit, new_tasks)
     if fit.inner is not None and fit.at is not None:
-        found = on(fit.inner, fit.at.tasks(tasks), update_phi, seed)
-        learned = fit.learned_from
-        if found.learned_from is not fit.inner.learned_from:
-            learned = joined(learned, not_among(tasks, learned))
-        return outward(found, fit.at, fit.model, tasks, learned=learned)
+        return _carried(fit, on(fit.inner, fit.at.tasks(tasks), update_phi, seed), tasks)
     bare = replace(
         fit, tasks=tasks, training=None, theta_draws=None, sample_stats={}, evidence=None,
         log_posterior=None, no_evidence="phi was learned from other tasks",

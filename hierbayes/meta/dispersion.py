@@ -170,9 +170,9 @@ def within(model: HierarchicalModel, tasks: Tasks, sigma: float | None = None) -
     shared, d = tasks.labels.shared, len(tasks.coef)
     known = determined(tasks, likelihood)
     rest = within_tasks(statistics(tasks.keep_rows(known.rows)))
-    fine = np.ones((tasks.num_tasks, d), bool)
+    none = np.zeros((tasks.num_tasks, d), bool)
     if not (names or shared):
-        return Within({}, np.ones(0, bool), ~fine, [])
+        return Within({}, np.ones(0, bool), none, [])
     free = int(known.rows.sum() - known.rank.sum() - rest.identified.sum())
     if free <= 0 and names:
         raise NotApplicable(
@@ -193,9 +193,8 @@ def within(model: HierarchicalModel, tasks: Tasks, sigma: float | None = None) -
         x = _minimise(a_row, begin, low, high).x
         _refuse_endless(shared, x[: len(far)], "within tasks")
         phi = to_numpy(phi_at(space, x))
-    absorbed = rest.absorbed if shared else ~fine
-    said = _said(space, names, x, low, high)
-    return Within(fixed | phi, rest.identified, absorbed, said)
+    absorbed = rest.absorbed if shared else none
+    return Within(fixed | phi, rest.identified, absorbed, _said(space, names, x, low, high))
 
 
 @kept

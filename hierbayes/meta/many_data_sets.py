@@ -259,10 +259,8 @@ class _Search:
             trial = x + share * step
             after, slope_after, hessian_after = self._evaluated(many, trial)
             # near the minimum rounding decides about the value: the slope still knows
-            settled = decrement < 1e-11 * np.maximum(1.0, np.abs(loss))
-            good = (after <= loss) | (
-                settled & (after <= loss + 1e-10 * np.maximum(1, np.abs(loss)))
-            )
+            size = np.maximum(1.0, np.abs(loss))
+            good = after <= np.where(decrement < 1e-11 * size, loss + 1e-10 * size, loss)
             length = np.abs(step).max(0) / np.maximum(0.1, np.abs(x).max(0))
             finished = (good & (length * share < self.tolerance)) | (share < 1e-9)
             x, loss = np.where(good, trial, x), np.where(good, after, loss)
