@@ -320,7 +320,9 @@ def _marks(num_steps: int) -> list[int]:
 # ---------------------------------------------------------------------- drawing
 
 
-def _limits(ax: Any, way: Trajectories, pair: list[int], spread: Any) -> None:
+def _limits(
+    ax: Any, way: Trajectories, pair: list[int], spread: tuple[Any, Any, Any] | None
+) -> None:
     """Around the steps, the MAP estimates where they end, and the posterior where there is one."""
     ends = [way.steps[:, pair]]
     if way.identified:
