@@ -113,6 +113,7 @@ def depths(text: str) -> list[int]:
 
 
 def _check(text: Any) -> None:
+    """Refuse what is no string, or too long to be read."""
     if not isinstance(text, str):
         raise InputError(f"a formula is a string, found {type(text).__name__}")
     if len(text) > MAX_LENGTH:

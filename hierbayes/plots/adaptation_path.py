@@ -414,6 +414,7 @@ def _write(
 
 
 def _write_axes(ax: Any, tasks: Tasks, pair: list[int], steps: str) -> None:
+    """Title and names of the axes."""
     names = [named(tasks.coef[k]) for k in pair]
     ax.set_xlabel(f"θ, {names[0]}")
     ax.set_ylabel(f"θ, {names[1]}")

@@ -55,6 +55,7 @@ def calibration(found: Any, *, ax: Any = None) -> Any:
 
 
 def _apart(found: Any, curves: dict[str, Any], failed: list[str]) -> Any:
+    """A panel a quantity, failed ones first."""
     import matplotlib.pyplot as plt
 
     labels = [*failed, *(label for label in curves if label not in failed)]

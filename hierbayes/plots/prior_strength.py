@@ -157,6 +157,7 @@ def _draw_tasks(ax: Any, num_steps: int, heights: np.ndarray) -> None:
 
 
 def _write_axes(ax: Any, num_steps: int) -> None:
+    """Ticks and names of the axes."""
     ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= num_steps]
     ax.set_xticks(ticks, [str(k) for k in ticks])
     ax.set_xticks([], minor=True)

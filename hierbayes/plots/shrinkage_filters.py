@@ -76,6 +76,7 @@ def shrinkage_filters(num_steps: Sequence[int] = (1, 5, 20), *, ax: Any = None) 
 
 
 def _read(num_steps: Any) -> list[Any]:
+    """Numbers of steps, a colour for each."""
     counts = list(np.atleast_1d(np.asarray(num_steps)))
     if not counts or not all(isinstance(k, (int, np.integer)) and k >= 1 for k in counts):
         raise InputError(f"num_steps must list positive integers, found {num_steps!r}")
@@ -126,6 +127,7 @@ def _mark_ratio(ax: Any) -> tuple[tuple[float, float], str]:
 
 
 def _write_axes(ax: Any, most: float) -> None:
+    """Title, ticks and names of the axes."""
     ticks = [t for t in (0.1, 1, 10, 100, 1000) if t < most]
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
     ax.set_xlabel("u = Kηλ")

@@ -97,6 +97,7 @@ def _draw_band(
 
 
 def _write(ax: Any, name: str, num_tasks: int, p_value: float) -> None:
+    """Title, names of the axes and legend."""
     said = "" if np.isnan(p_value) else f", p = {p_value:.2g}"
     ax.set_title(f"{named(name)}: {num_tasks} tasks{said}", loc="left")
     ax.set_xlabel("normal quantiles")

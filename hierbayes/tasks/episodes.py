@@ -581,6 +581,7 @@ class _StreamedFeed(Feed):
             ) from error
 
     def _check_shapes(self, shapes: list[tuple[int, ...]]) -> None:
+        """Refuse parts that do not fit together, or are not as in the first batch."""
         for role, (x, y) in (("support", shapes[:2]), ("query", shapes[2:])):
             if len(y) != 2 or len(x) < 3 or x[:2] != y or y[0] != shapes[1][0]:
                 raise InputError(
@@ -594,6 +595,7 @@ class _StreamedFeed(Feed):
             )
 
     def _check_numbers(self, arrays: list[np.ndarray]) -> None:
+        """Refuse what is no number, NaN or infinite."""
         places = ("x of support", "y of support", "x of query", "y of query")
         for place, values in zip(places, arrays, strict=True):
             where = f"batch {self.seen} of the generator: {place}"
