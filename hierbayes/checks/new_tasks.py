@@ -107,6 +107,7 @@ def new_task_scores(
 
 
 def _by_label(fits: Any) -> dict[str, Fit]:
+    """Fits by label: a mapping as it is, one fit by the name of its method."""
     mapped = isinstance(fits, (Fit, Mapping))
     named = {} if not mapped else {fits.method.name: fits} if isinstance(fits, Fit) else dict(fits)
     if not named or not all(isinstance(fit, Fit) for fit in named.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hierbayes.errors import InputError, listing
 
@@ -43,17 +44,9 @@ class FormulaError(InputError):
 def split(text: str) -> Parts:
     """Split ``y ~ fixed + (terms | group) + …`` without reading what lies between the bars."""
     depth = depths(text)
-    tildes = [i for i, c in enumerate(text) if c == "~" and depth[i] == 0]
-    if len(tildes) != 1:
-        raise FormulaError(
-            text, tildes[1] if tildes else len(text), "it needs one ~ between outcome and terms"
-        )
-    outcome = text[: tildes[0]].strip()
-    if not outcome:
-        raise FormulaError(text, tildes[0], "the outcome before ~ is missing")
-    start = tildes[0] + 1
+    tilde = _tilde(text, depth)
     fixed, bars = [], []
-    for begin, end, sign in _terms(text, start, depth):
+    for begin, end, sign in _terms(text, tilde + 1, depth):
         bar = _bar(text, begin, end, depth)
         if bar is None:
             fixed.append((sign, text[begin:end].strip()))
@@ -73,18 +66,25 @@ def split(text: str) -> Parts:
             "not supported yet; use one grouping factor",
         )  # fmt: skip
     joined = " ".join(f"{sign} {term}" for sign, term in fixed)
+    outcome = text[:tilde].strip()
     return Parts(text, outcome, joined.removeprefix("+ ") or "1", tuple(bars), groups[0])
+
+
+def _tilde(text: str, depth: list[int]) -> int:
+    """Where the one ~ stands, with an outcome before it."""
+    tildes = [i for i, c in enumerate(text) if c == "~" and depth[i] == 0]
+    if len(tildes) != 1:
+        raise FormulaError(
+            text, tildes[1] if tildes else len(text), "it needs one ~ between outcome and terms"
+        )
+    if not text[: tildes[0]].strip():
+        raise FormulaError(text, tildes[0], "the outcome before ~ is missing")
+    return tildes[0]
 
 
 def depths(text: str) -> list[int]:
     """How many brackets are open at each character; quoted text counts as two deeper."""
-    if not isinstance(text, str):
-        raise InputError(f"a formula is a string, found {type(text).__name__}")
-    if len(text) > MAX_LENGTH:
-        raise InputError(
-            f"a formula of {len(text)} characters is too long: {MAX_LENGTH} at most; give the "
-            "columns shorter names, or put several into a transformed one"
-        )
+    _check(text)
     depth, stack, quote, quote_start = [], [], "", 0
     for i, c in enumerate(text):
         if quote:
@@ -110,6 +110,17 @@ def depths(text: str) -> list[int]:
     if stack:
         raise FormulaError(text, stack[-1], f"this {text[stack[-1]]!r} is never closed")
     return depth
+
+
+def _check(text: Any) -> None:
+    """Refuse what is no string, or too long to be read."""
+    if not isinstance(text, str):
+        raise InputError(f"a formula is a string, found {type(text).__name__}")
+    if len(text) > MAX_LENGTH:
+        raise InputError(
+            f"a formula of {len(text)} characters is too long: {MAX_LENGTH} at most; give the "
+            "columns shorter names, or put several into a transformed one"
+        )
 
 
 def _terms(text: str, start: int, depth: list[int]) -> list[tuple[int, int, str]]:

@@ -53,41 +53,12 @@ def read_terms(
 ) -> Terms:
     """Check a part of a formula and let formulaic work out its terms."""
     from formulaic import Formula
-    from formulaic.errors import FormulaicError
-    from formulaic.parser import DefaultFormulaParser
-    from formulaic.parser.algos.tokenize import tokenize
     from formulaic.parser.types import Term
 
-    known, codes = set(columns), {}
     quoted: dict[str, str] = {}
-    try:
-        tokens: list[Any] = list(tokenize(without_backticks(text, columns, names, quoted)))
-    except NotAllowed as refused:
-        raise _error(parts, _blamed(str(refused), text), str(refused)) from None
-    except FormulaicError as error:
-        raise _error(parts, text, names.show(first_line(error))) from error
-    if len(tokens) > MAX_TOKENS:
-        raise _error(parts, text, f"more than {MAX_TOKENS} columns and operators are too many")
-    written = []
-    for i, token in enumerate(tokens):
-        before = tokens[i - 1].token if i else ""
-        try:
-            written.append(_written(token, before, known, columns, names, quoted, codes))
-        except NotAllowed as refused:
-            word = names.show(token.token)
-            shown = f" in {_short(word)!r}; {ALLOWED}" if token.kind.value == "python" else ""
-            raise _error(parts, _blamed(str(refused), word), f"{refused}{shown}") from None
-    parser = DefaultFormulaParser()
-    algebra = " ".join(written if intercept else ["0 +", *written])
-    try:
-        tree = parser.get_ast(algebra)
-        _refuse_many(tree, text, parts)
-        found: Any = parser.get_terms(algebra)
-        terms = list(found._simplify())
-    except FormulaicError as error:
-        raise _error(parts, text, names.show(first_line(error))) from error
-    if len(terms) > MAX_TERMS:
-        raise _error(parts, text, f"{len(terms)} terms are too many: {MAX_TERMS} at most")
+    tokens = _tokens(text, parts, columns, names, quoted)
+    written, codes = _checked(tokens, parts, columns, names, quoted)
+    terms = _expanded(written if intercept else ["0 +", *written], text, parts, names)
     made = [Term(_factor(f, codes) for f in term.factors) for term in terms]
     used = {column for code in codes.values() for column in code.columns}
     categories = {column for code in codes.values() for column in code.categories}
@@ -98,6 +69,58 @@ def read_terms(
         tuple(c for c in columns if c in categories),
         {code.text: code for code in codes.values()},
     )  # fmt: skip
+
+
+def _tokens(
+    text: str, parts: Parts, columns: Sequence[str], names: Names, quoted: dict[str, str]
+) -> list[Any]:
+    """Formulaic's tokens; the names in backticks are added to ``quoted``."""
+    from formulaic.errors import FormulaicError
+    from formulaic.parser.algos.tokenize import tokenize
+
+    try:
+        tokens: list[Any] = list(tokenize(without_backticks(text, columns, names, quoted)))
+    except NotAllowed as refused:
+        raise _error(parts, _blamed(str(refused), text), str(refused)) from None
+    except FormulaicError as error:
+        raise _error(parts, text, names.show(first_line(error))) from error
+    if len(tokens) > MAX_TOKENS:
+        raise _error(parts, text, f"more than {MAX_TOKENS} columns and operators are too many")
+    return tokens
+
+
+def _checked(
+    tokens: list[Any], parts: Parts, columns: Sequence[str], names: Names, quoted: dict[str, str]
+) -> tuple[list[str], dict[str, Code]]:
+    """Tokens as formulaic's algebra sees them, and the checked code of each name in them."""
+    known, codes, written = set(columns), {}, []
+    for i, token in enumerate(tokens):
+        before = tokens[i - 1].token if i else ""
+        try:
+            written.append(_written(token, before, known, columns, names, quoted, codes))
+        except NotAllowed as refused:
+            word = names.show(token.token)
+            shown = f" in {_short(word)!r}; {ALLOWED}" if token.kind.value == "python" else ""
+            raise _error(parts, _blamed(str(refused), word), f"{refused}{shown}") from None
+    return written, codes
+
+
+def _expanded(written: list[str], text: str, parts: Parts, names: Names) -> list[Any]:
+    """The terms that formulaic's algebra makes of a part, refused where they are too many."""
+    from formulaic.errors import FormulaicError
+    from formulaic.parser import DefaultFormulaParser
+
+    parser, algebra = DefaultFormulaParser(), " ".join(written)
+    try:
+        tree = parser.get_ast(algebra)
+        _refuse_many(tree, text, parts)
+        found: Any = parser.get_terms(algebra)
+        terms = list(found._simplify())
+    except FormulaicError as error:
+        raise _error(parts, text, names.show(first_line(error))) from error
+    if len(terms) > MAX_TERMS:
+        raise _error(parts, text, f"{len(terms)} terms are too many: {MAX_TERMS} at most")
+    return terms
 
 
 def num_columns(terms: Terms, names: Names, table: Any) -> list[tuple[int, str]]:

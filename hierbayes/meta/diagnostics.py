@@ -81,6 +81,7 @@ def remarks(
 
 
 def _of_divergences(sample_stats: dict[str, np.ndarray]) -> list[str]:
+    """How many draws diverged, if any did."""
     diverging = int(sample_stats.get("diverging", np.zeros(1)).sum())
     if not diverging:
         return []
@@ -93,6 +94,7 @@ def _of_divergences(sample_stats: dict[str, np.ndarray]) -> list[str]:
 
 
 def _of_rhat(rhat: dict[str, float]) -> list[str]:
+    """The parameter that has mixed worst, if it has not."""
     worst = max(rhat, key=lambda k: rhat[k])
     if not rhat[worst] > LARGEST_RHAT:
         return []
@@ -103,6 +105,7 @@ def _of_rhat(rhat: dict[str, float]) -> list[str]:
 
 
 def _of_ess(kind: str, sizes: dict[str, float], wanted: int) -> list[str]:
+    """The parameter with the fewest effective draws, if they are too few."""
     worst = min(sizes, key=lambda k: sizes[k])
     if not sizes[worst] < wanted:
         return []

@@ -231,6 +231,7 @@ def _draws(
 def _standard_errors(
     own: dict[str, np.ndarray], phi: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
+    """Standard errors by name of φ, of which some may be NaN."""
     errors = _prefixed(own, "se.")
     for name in errors:
         with field("standard_errors"):
@@ -239,6 +240,7 @@ def _standard_errors(
 
 
 def _bootstrap(own: dict[str, np.ndarray], phi: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Bootstrap replicates by name of φ, as many of each."""
     bootstrap = _prefixed(own, "bootstrap.")
     for name in bootstrap:
         with field("phi_bootstrap"):
@@ -248,11 +250,13 @@ def _bootstrap(own: dict[str, np.ndarray], phi: dict[str, np.ndarray]) -> dict[s
 
 
 def _training(own: dict[str, np.ndarray], tasks: Tasks) -> Posterior | None:
+    """What the training tasks concluded, where the file has it."""
     with field("training"):
         return read_training(_prefixed(own, "training."), tasks)
 
 
 def _warnings(described: dict[str, Any]) -> tuple[str, ...]:
+    """The sentences of the fit."""
     warnings = entry(described, "warnings", list)
     with field("warnings"):
         if not all(isinstance(w, str) for w in warnings):

@@ -245,20 +245,13 @@ def adaptation_path(
     found = read_phi(model, tasks, phi, sigma, beta)
     spread = None if posterior is None else _posterior(posterior, tasks, pair)
     with overhearing():  # the picture itself says what they say
-        prior = equivalent_prior(model, tasks, found, num_steps, step_size)
-    prior = prior[tasks.names[0]]
-    assert isinstance(prior.method, Descent)
-    marks = _marks(prior.method.num_steps)
+        prior = equivalent_prior(model, tasks, found, num_steps, step_size)[tasks.names[0]]
     land = Landscape(model, tasks, found, prior)
+    marks = _marks(land.num_steps)
     way = land.trajectories(marks)
 
     ax = axes_or_new(ax, (6.4, 4.6))
-    ends = [way.steps[:, pair]]
-    if way.identified:
-        ends.append(way.estimates[:, pair])
-    if spread is not None:
-        ends.append(ellipse(*spread[:2], 0.9))
-    _limits(ax, np.concatenate(ends))
+    _limits(ax, way, pair, spread)
     _contours(ax, land, way, pair)
     curves = []
     if posterior is not None and spread is not None:
@@ -267,12 +260,7 @@ def adaptation_path(
     if spread is not None:
         spots = np.concatenate([spots, spread[0][None]])
     _write(ax, way, pair, marks, spots, posterior, curves)
-    names = [named(tasks.coef[k]) for k in pair]
-    ax.set_xlabel(f"θ, {names[0]}")
-    ax.set_ylabel(f"θ, {names[1]}")
-    task_name = f"{named(tasks.labels.task)} {named(tasks.names.tolist()[0])}"
-    ax.set_title(f"{task_name}: {described(prior.method)} from φ", loc="left")
-    ax.spines[["top", "right"]].set_visible(False)
+    _write_axes(ax, tasks, pair, described(prior.method))
     return ax
 
 
@@ -332,7 +320,16 @@ def _marks(num_steps: int) -> list[int]:
 # ---------------------------------------------------------------------- drawing
 
 
-def _limits(ax: Any, points: np.ndarray) -> None:
+def _limits(
+    ax: Any, way: Trajectories, pair: list[int], spread: tuple[Any, Any, Any] | None
+) -> None:
+    """Around the steps, the MAP estimates where they end, and the posterior where there is one."""
+    ends = [way.steps[:, pair]]
+    if way.identified:
+        ends.append(way.estimates[:, pair])
+    if spread is not None:
+        ends.append(ellipse(*spread[:2], 0.9))
+    points = np.concatenate(ends)
     low, high = points.min(0), points.max(0)
     pad = 0.12 * np.maximum(high - low, 1e-9)
     ax.set_xlim(low[0] - pad[0], high[0] + pad[0])
@@ -414,6 +411,16 @@ def _write(
     x0, x1, y0, y1 = *ax.get_xlim(), *ax.get_ylim()
     labels.append(Label(notes, [(x, y) for y in (y0, y1) for x in (x1, x0)], "#444444"))
     place(ax, labels, [steps, maps, *curves], spots)
+
+
+def _write_axes(ax: Any, tasks: Tasks, pair: list[int], steps: str) -> None:
+    """Title and names of the axes."""
+    names = [named(tasks.coef[k]) for k in pair]
+    ax.set_xlabel(f"θ, {names[0]}")
+    ax.set_ylabel(f"θ, {names[1]}")
+    task_name = f"{named(tasks.labels.task)} {named(tasks.names.tolist()[0])}"
+    ax.set_title(f"{task_name}: {steps} from φ", loc="left")
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _notes(way: Trajectories, marks: list[int]) -> list[str]:

@@ -51,8 +51,11 @@ def calibration(found: Any, *, ax: Any = None) -> Any:
         raise InputError("no draws were ranked: there is nothing to draw")
     curves = {label: _difference(ranks, found.num_draws) for label, ranks in found.ranks.items()}
     failed = list(found.failed)
-    if ax is not None:
-        return _together(ax, found, curves, failed)
+    return _apart(found, curves, failed) if ax is None else _together(ax, found, curves, failed)
+
+
+def _apart(found: Any, curves: dict[str, Any], failed: list[str]) -> Any:
+    """A panel a quantity, failed ones first."""
     import matplotlib.pyplot as plt
 
     labels = [*failed, *(label for label in curves if label not in failed)]

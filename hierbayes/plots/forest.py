@@ -10,6 +10,7 @@ import numpy as np
 from hierbayes.fit import Fit
 from hierbayes.plots.labels import named
 from hierbayes.plots.style import as_fits, axes_or_new, looks, pick_coef
+from hierbayes.tasks import Tasks
 
 
 def forest(
@@ -38,41 +39,25 @@ def forest(
     -------
     matplotlib Axes
     """
-    from scipy import stats
-
     fits = as_fits(fits)
     name, styles = pick_coef(fits, coef), looks(fits)
-    reference = next((f for f in fits.values() if f.phi_draws is not None), None)
-    reference = reference or next(iter(fits.values()))
+    first = next(iter(fits.values()))
+    reference = next((f for f in fits.values() if f.phi_draws is not None), first)
     order = np.argsort(reference.theta.sel(coef=name).values)
     if len(order) > max_tasks:
         order = order[np.linspace(0, len(order) - 1, max_tasks).round().astype(int)]
     ax = axes_or_new(ax, (6.5, 1.2 + 0.045 * len(order) * (1.5 + len(fits))))
-    tail = (1 - probability) / 2
     k = reference.tasks.coef.index(name)
     for i, (label, fit) in enumerate(fits.items()):
-        offset = (i - (len(fits) - 1) / 2) * 0.8 / max(len(fits), 1)
+        offset = (i - (len(fits) - 1) / 2) * 0.8 / len(fits)
         rows = np.arange(len(order)) - offset
-        mean, sd = fit.theta.values[order, k], fit.adapted.sd.values[order, k]
-        draws = fit.adapted.draws
-        if draws is not None:
-            low, high = np.quantile(draws[:, order, k], [tail, 1 - tail], axis=0)
-        else:
-            reach = stats.norm.ppf(1 - tail) * sd
-            low, high = mean - reach, mean + reach
+        mean, low, high = _estimates(fit, order, k, probability)
         shown = fit.adapted.posterior.identified[order, k]
         ax.hlines(rows[shown], low[shown], high[shown], color=styles[label]["color"], linewidth=1.1)
         marker = styles[label]["marker"]
         ax.scatter(mean[shown], rows[shown], s=11, zorder=3, label=named(label),
                    color=styles[label]["color"], marker=marker, linewidth=1.0)  # fmt: skip
-    names = reference.tasks.names[order]
-    sizes = reference.tasks.sizes[order]
-    ax.set_yticks(
-        np.arange(len(order)),
-        [f"{named(n)} ({s})" for n, s in zip(names.tolist(), sizes, strict=True)],
-        fontsize=7,
-    )
-    ax.set_ylim(-0.8, len(order) - 0.2)
+    _name_rows(ax, reference.tasks, order)
     if len(fits) > 1:
         ax.legend(frameon=False, fontsize=8, loc="lower right")
     some = "" if len(order) == reference.tasks.num_tasks else f", {len(order)} of the tasks"
@@ -81,3 +66,25 @@ def forest(
     ax.set_title(title, loc="left", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def _estimates(
+    fit: Fit, order: np.ndarray, k: int, probability: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The means of tasks in this order and both ends of their intervals."""
+    from scipy import stats
+
+    tail = (1 - probability) / 2
+    mean, draws = fit.theta.values[order, k], fit.adapted.draws
+    if draws is not None:
+        low, high = np.quantile(draws[:, order, k], [tail, 1 - tail], axis=0)
+        return mean, low, high
+    reach = stats.norm.ppf(1 - tail) * fit.adapted.sd.values[order, k]
+    return mean, mean - reach, mean + reach
+
+
+def _name_rows(ax: Any, tasks: Tasks, order: np.ndarray) -> None:
+    """Each task's name and its number of rows."""
+    named_sizes = zip(tasks.names[order].tolist(), tasks.sizes[order], strict=True)
+    ax.set_yticks(np.arange(len(order)), [f"{named(n)} ({s})" for n, s in named_sizes], fontsize=7)
+    ax.set_ylim(-0.8, len(order) - 0.2)

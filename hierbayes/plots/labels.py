@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -74,27 +75,34 @@ def place(
             label.text, label.at[0], xytext=(0, 0), textcoords="offset points", color=label.color,
             fontsize=label.size, path_effects=halo(), zorder=6, annotation_clip=True,
         )  # fmt: skip
-        best, least, free = None, np.inf, False
-        for reach in _REACHES if label.needed else _REACHES[:3]:
-            for anchor in label.at:
-                for side in label.sides:
-                    _move(text, anchor, side, reach)
-                    box = _box(text, 1.0)
-                    crowd = _crowding(box, ax.bbox, taken, boxes)
-                    if len(label.at) == 1:
-                        crowd += 20 * _astray(box, paper(anchor), own)
-                    if crowd + 0.15 * reach < least:
-                        best, least = (anchor, side, reach), crowd + 0.15 * reach
-                        free = crowd == 0
-            if free:
-                break
-        if best is None or not (free or label.needed):
+        best = _best(ax, text, label, taken, boxes, own)
+        if best is None:
             text.remove()
             continue
         _move(text, *best)
         boxes.append(_box(text, 1.0))
         written.append(text)
     return written
+
+
+def _best(
+    ax: Any, text: Any, label: Label, taken: np.ndarray, boxes: list[np.ndarray],
+    own: list[np.ndarray],
+) -> tuple[Any, tuple[int, int], float] | None:  # fmt: skip
+    """(anchor, side, reach) of a free spot, or of the least crowded for a text that is needed."""
+    best, least = None, np.inf
+    reaches = _REACHES if label.needed else _REACHES[:3]
+    for reach, anchor, side in itertools.product(reaches, label.at, label.sides):
+        _move(text, anchor, side, reach)
+        box = _box(text, 1.0)
+        crowd = _crowding(box, ax.bbox, taken, boxes)
+        if len(label.at) == 1:
+            crowd += 20 * _astray(box, ax.transData.transform(anchor), own)
+        if crowd + 0.15 * reach < least:
+            best, least = (anchor, side, reach), crowd + 0.15 * reach
+            if crowd == 0:
+                return best
+    return best if label.needed else None
 
 
 def along(ax: Any, curve: np.ndarray) -> list[np.ndarray]:

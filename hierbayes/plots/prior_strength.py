@@ -75,19 +75,12 @@ def prior_strength(
     _say(ax, right, 1.41, note, 7.5, ha="right", box=True)
     if points is not None:
         _draw_tasks(ax, *points)
-    ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= num_steps]
-    ax.set_xticks(ticks, [str(k) for k in ticks])
-    ax.set_xticks([], minor=True)
-    heights = [0.001, 0.01, 0.1, 1.0, 2.0]
-    ax.set_yticks(heights, [f"{h:g}" for h in heights])
-    ax.set_xlabel("K, gradient steps")
-    ax.set_ylabel("ηλ, step size × curvature")
+    _write_axes(ax, num_steps)
     title = "the prior that K gradient steps imply"
     if prior is not None and points is not None:
         tasks = "one task" if len(points[1]) == 1 else f"{len(points[1])} tasks"
         title += f"\ndots: {tasks}, {described(prior.method)}"
     ax.set_title(title, loc="left")
-    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
@@ -161,6 +154,18 @@ def _draw_tasks(ax: Any, num_steps: int, heights: np.ndarray) -> None:
                 markeredgecolor="white", gid="below")  # fmt: skip
         text = f"{low} direction{'s' if low > 1 else ''} below"
         _say(ax, num_steps * 1.13, LEAST * 1.12, text, 7.5, va="bottom", colour=DOTS)
+
+
+def _write_axes(ax: Any, num_steps: int) -> None:
+    """Ticks and names of the axes."""
+    ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= num_steps]
+    ax.set_xticks(ticks, [str(k) for k in ticks])
+    ax.set_xticks([], minor=True)
+    heights = [0.001, 0.01, 0.1, 1.0, 2.0]
+    ax.set_yticks(heights, [f"{h:g}" for h in heights])
+    ax.set_xlabel("K, gradient steps")
+    ax.set_ylabel("ηλ, step size × curvature")
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _say(

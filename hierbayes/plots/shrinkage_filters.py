@@ -46,11 +46,7 @@ def shrinkage_filters(num_steps: Sequence[int] = (1, 5, 20), *, ax: Any = None) 
     >>> matplotlib.use("Agg")
     >>> ax = hb.plots.shrinkage_filters((1, 2, 10))
     """
-    counts = list(np.atleast_1d(np.asarray(num_steps)))
-    if not counts or not all(isinstance(k, (int, np.integer)) and k >= 1 for k in counts):
-        raise InputError(f"num_steps must list positive integers, found {num_steps!r}")
-    if len(counts) > len(STEPS):
-        raise InputError(f"num_steps lists {len(counts)} values; at most {len(STEPS)} are shown")
+    counts = _read(num_steps)
     ax = axes_or_new(ax, (6.4, 4.4))
     most = max(2.2 * max(counts), 10.0)
     ax.set_xscale("log")
@@ -59,11 +55,7 @@ def shrinkage_filters(num_steps: Sequence[int] = (1, 5, 20), *, ax: Any = None) 
     u = np.geomspace(LEAST, most, 600)
     ax.axhspan(1.0, CEILING, facecolor="#F4F4F4", edgecolor="#C9C9C9", hatch="////", linewidth=0,
                zorder=0)  # fmt: skip
-    ax.plot(u, u / (1 + u), color=RIDGE, linewidth=1.8, gid="ridge")
-    with float64():
-        flow = 1 - np.asarray(Flow(1.0).responses(u)[0])
-    ax.plot(u, flow, color=FLOW, linewidth=1.8, gid="flow")
-    drawn = [np.stack([u, u / (1 + u)], 1), np.stack([u, flow], 1)]
+    drawn = _draw_ridge_and_flow(ax, u)
     for count, colour in zip(counts, STEPS, strict=False):
         drawn += _draw_steps(ax, int(count), colour)
     at, text = _mark_ratio(ax)
@@ -79,13 +71,28 @@ def shrinkage_filters(num_steps: Sequence[int] = (1, 5, 20), *, ax: Any = None) 
         Label("ridge, p = 1/(Kη)", list(below[::8]), RIDGE, 9, sides=[(1, -1)]),
     ]
     place(ax, labels, drawn, [(k, 1.0) for k in counts])
-    ticks = [t for t in (0.1, 1, 10, 100, 1000) if t < most]
-    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    ax.set_xlabel("u = Kηλ")
-    ax.set_ylabel("1 − r, share of the way to the optimum")
-    ax.set_title("how far each goes from φ", loc="left")
-    ax.spines[["top", "right"]].set_visible(False)
+    _write_axes(ax, most)
     return ax
+
+
+def _read(num_steps: Any) -> list[Any]:
+    """Numbers of steps, a colour for each."""
+    counts = list(np.atleast_1d(np.asarray(num_steps)))
+    if not counts or not all(isinstance(k, (int, np.integer)) and k >= 1 for k in counts):
+        raise InputError(f"num_steps must list positive integers, found {num_steps!r}")
+    if len(counts) > len(STEPS):
+        raise InputError(f"num_steps lists {len(counts)} values; at most {len(STEPS)} are shown")
+    return counts
+
+
+def _draw_ridge_and_flow(ax: Any, u: np.ndarray) -> list[np.ndarray]:
+    """Draw and return both curves."""
+    ridge = u / (1 + u)
+    with float64():
+        flow = 1 - np.asarray(Flow(1.0).responses(u)[0])
+    ax.plot(u, ridge, color=RIDGE, linewidth=1.8, gid="ridge")
+    ax.plot(u, flow, color=FLOW, linewidth=1.8, gid="flow")
+    return [np.stack([u, ridge], 1), np.stack([u, flow], 1)]
 
 
 def _draw_steps(ax: Any, count: int, colour: str) -> list[np.ndarray]:
@@ -117,3 +124,13 @@ def _mark_ratio(ax: Any) -> tuple[tuple[float, float], str]:
     ax.annotate("", (u, high), (u, low), arrowprops={"arrowstyle": "<->", "shrinkA": 0,
                 "shrinkB": 0, "linewidth": 1.0, "mutation_scale": 9}, zorder=5)  # fmt: skip
     return (u, low), f"flow goes at most {ratio:.3f} times\nas far as ridge, at u = {u:.3f}"
+
+
+def _write_axes(ax: Any, most: float) -> None:
+    """Title, ticks and names of the axes."""
+    ticks = [t for t in (0.1, 1, 10, 100, 1000) if t < most]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.set_xlabel("u = Kηλ")
+    ax.set_ylabel("1 − r, share of the way to the optimum")
+    ax.set_title("how far each goes from φ", loc="left")
+    ax.spines[["top", "right"]].set_visible(False)

@@ -44,10 +44,7 @@ def task_effects(
     matplotlib Axes
     """
     found = fit if isinstance(fit, TaskEffects) else standardised(fit)
-    known = found.z["coef"].values.tolist()
-    if coef is not None and coef not in known:
-        raise InputError(f"no coefficient is named {coef!r}; {suggestion(coef, known)}")
-    name = known[0] if coef is None else coef
+    name = _pick(found, coef)
     z = found.z.sel(coef=name).dropna("task")
     if z.size < 3:
         raise InputError(
@@ -58,28 +55,15 @@ def task_effects(
     n = len(values)
     expected = special.ndtri((np.arange(n) + 0.5) / n)
     mean, sd = float(values.mean()), float(values.std(ddof=1))
-    ranks, low, high = simultaneous_band(n)
     ax = axes_or_new(ax, (4.6, 4.4))
-    ax.fill_between(
-        expected[ranks], mean + sd * low, mean + sd * high, color="#0072B2", alpha=0.15, lw=0,
-        label=f"{COVERAGE:.0%} of Gaussian samples",
-    )  # fmt: skip
-    ends = expected[[0, -1]]
-    ax.plot(ends, mean + sd * ends, color="#0072B2", linewidth=1.0)
-    below = values < mean + sd * np.interp(expected, expected[ranks], low)
-    above = values > mean + sd * np.interp(expected, expected[ranks], high)
+    low, high = _draw_band(ax, expected, mean, sd)
+    below, above = values < low, values > high
     out = below | above | np.isin(tasks, found.outliers.get(name, ()))
     colours = np.where(out, "#D55E00", "#333333")
     size = float(np.clip(2000 / n, 6, 22))
     ax.scatter(expected, values, s=size, c=colours.tolist(), linewidth=0, zorder=3)
     ax.margins(0.08)
-    p_value = float(found.p_value.sel(coef=name))
-    said = "" if np.isnan(p_value) else f", p = {p_value:.2g}"
-    ax.set_title(f"{named(name)}: {n} tasks{said}", loc="left")
-    ax.set_xlabel("normal quantiles")
-    ax.set_ylabel(f"standardised effect, {named(name)}")
-    ax.legend(frameon=False, fontsize=8, loc="upper left")
-    ax.spines[["top", "right"]].set_visible(False)
+    _write(ax, name, n, float(found.p_value.sel(coef=name)))
     # points within the shoulders of heavy tails stand out too, but not for being unusual
     unusual = (below == (expected < 0)) & (np.abs(values - mean) > 2 * sd)
     told = np.flatnonzero(out & unusual)
@@ -87,6 +71,39 @@ def task_effects(
     points = np.column_stack([expected, values])
     place(ax, [Label(named(tasks[i]), [points[i]], "#D55E00") for i in told], marks=points)
     return ax
+
+
+def _pick(found: TaskEffects, coef: str | None) -> str:
+    """The coefficient asked for, or the first."""
+    known = found.z["coef"].values.tolist()
+    if coef is not None and coef not in known:
+        raise InputError(f"no coefficient is named {coef!r}; {suggestion(coef, known)}")
+    return known[0] if coef is None else coef
+
+
+def _draw_band(
+    ax: Any, expected: np.ndarray, mean: float, sd: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the band around its line and return both its ends at every quantile."""
+    ranks, low, high = simultaneous_band(len(expected))
+    at, low, high = expected[ranks], mean + sd * low, mean + sd * high
+    ax.fill_between(
+        at, low, high, color="#0072B2", alpha=0.15, lw=0,
+        label=f"{COVERAGE:.0%} of Gaussian samples",
+    )  # fmt: skip
+    ends = expected[[0, -1]]
+    ax.plot(ends, mean + sd * ends, color="#0072B2", linewidth=1.0)
+    return np.interp(expected, at, low), np.interp(expected, at, high)
+
+
+def _write(ax: Any, name: str, num_tasks: int, p_value: float) -> None:
+    """Title, names of the axes and legend."""
+    said = "" if np.isnan(p_value) else f", p = {p_value:.2g}"
+    ax.set_title(f"{named(name)}: {num_tasks} tasks{said}", loc="left")
+    ax.set_xlabel("normal quantiles")
+    ax.set_ylabel(f"standardised effect, {named(name)}")
+    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def simultaneous_band(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -176,25 +176,9 @@ class HyperPrior:
                 "the model on the training tasks first, model.resolve(tasks)"
             )
         scales = Scales.of(tasks, likelihood)
-        by_coef = list(zip(shape.coef, scales.coef, strict=True))
-        defaults = {
-            "mu": {
-                c: dist.Normal(scales.mu_location[i], 2.5 * scales.mu[i])
-                for i, c in enumerate(shape.coef) if shape.free_mean[i]
-            },
-            "tau": {c: dist.HalfNormal(s) for c, s in by_coef},
-            "beta": {
-                c: dist.Normal(0.0, 2.5 * s)
-                for c, s in zip(shape.shared, scales.shared, strict=True)
-            },
-            "gamma": {
-                c: dist.Normal(0.0, 2.5 * s / scales.task_predictors)
-                for c, s in by_coef
-                if shape.task_predictors
-            },
-        }  # fmt: skip
         resolved: dict[str, Any] = {
-            name: _filled(name, getattr(self, name), default) for name, default in defaults.items()
+            name: _filled(name, getattr(self, name), default)
+            for name, default in _defaults(shape, scales).items()
         }
         if shape.correlated and self.corr is None:
             resolved["corr"] = 2.0
@@ -337,6 +321,27 @@ def _in_units(hyperprior: Any, unit: Any) -> dist.Distribution | None:
     for name in widened:
         settings[name] = settings[name] / unit if name == "rate" else settings[name] * unit
     return type(hyperprior)(**settings)
+
+
+def _defaults(shape: Shape, scales: Scales) -> dict[str, dict[str, dist.Distribution]]:
+    """The default priors on μ, τ, β and Γ, by coefficient or column."""
+    by_coef = list(zip(shape.coef, scales.coef, strict=True))
+    return {
+        "mu": {
+            c: dist.Normal(scales.mu_location[i], 2.5 * scales.mu[i])
+            for i, c in enumerate(shape.coef) if shape.free_mean[i]
+        },
+        "tau": {c: dist.HalfNormal(s) for c, s in by_coef},
+        "beta": {
+            c: dist.Normal(0.0, 2.5 * s)
+            for c, s in zip(shape.shared, scales.shared, strict=True)
+        },
+        "gamma": {
+            c: dist.Normal(0.0, 2.5 * s / scales.task_predictors)
+            for c, s in by_coef
+            if shape.task_predictors
+        },
+    }  # fmt: skip
 
 
 def _filled(name: str, hyperprior: Hyperprior, default: dict[str, dist.Distribution]) -> Any:

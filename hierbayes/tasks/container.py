@@ -673,17 +673,7 @@ class ColumnReader:
         """Tasks of ``data``; without its outcome where that column is absent."""
         frame = Frame(data)
         has_outcome = need_outcome or self.outcome in frame.columns
-        frame.require([self.task], "task column")
-        frame.require([self.outcome] if has_outcome else [], "outcome")
-        frame.require(self.predictors + self.shared + self.task_predictors, "predictor")
-        frame.require([column for _, column in self.slots], "column")
-        if self.intercept and "Intercept" in self.predictors:
-            raise InputError(
-                "a column called 'Intercept' stands beside the intercept: rename it, or pass "
-                "intercept=False"
-            )
-        if not self.predictors and not self.intercept:
-            raise InputError("no varying coefficient: name `predictors` or keep the intercept")
+        self._require(frame, has_outcome)
         used = [*self.predictors, *self.shared, *self.task_predictors]
         used += [column for _, column in self.slots] + ([self.outcome] if has_outcome else [])
         columns = {column: frame.numbers(column) for column in used}
@@ -707,6 +697,20 @@ class ColumnReader:
                 self.task_predictors, self.task, self.outcome, self,
             ),
         )  # fmt: skip
+
+    def _require(self, frame: Frame, has_outcome: bool) -> None:
+        """Refuse data without these columns, and what leaves θ empty or with a name twice."""
+        frame.require([self.task], "task column")
+        frame.require([self.outcome] if has_outcome else [], "outcome")
+        frame.require(self.predictors + self.shared + self.task_predictors, "predictor")
+        frame.require([column for _, column in self.slots], "column")
+        if self.intercept and "Intercept" in self.predictors:
+            raise InputError(
+                "a column called 'Intercept' stands beside the intercept: rename it, or pass "
+                "intercept=False"
+            )
+        if not self.predictors and not self.intercept:
+            raise InputError("no varying coefficient: name `predictors` or keep the intercept")
 
 
 def assemble(

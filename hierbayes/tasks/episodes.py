@@ -400,22 +400,7 @@ def episodes_of_tasks(
     tasks: Tasks, shots: int | None, queries: int | None, query: float
 ) -> Sampled:
     """See :meth:`Episodes.from_tasks`."""
-    if not isinstance(tasks, Tasks):
-        raise InputError(f"expected Tasks, found {type(tasks).__name__}")
-    if tasks.sharding is not None:
-        raise InputError(
-            "episodes are drawn on one device, and these tasks are spread over several: use "
-            "tasks.shard(None)"
-        )
-    if tasks.outcome is None:
-        raise InputError(f"the tasks hold no outcome {tasks.labels.outcome!r} to learn from")
-    extra = [*tasks.labels.shared, *tasks.labels.task_predictors]
-    if extra:
-        raise InputError(
-            "methods on episodes learn the mean of theta and no effects that tasks share: they "
-            f"would ignore {', '.join(map(repr, extra))}; fit the tasks all at once, or put the "
-            "columns among the predictors"
-        )
+    _check_tasks(tasks)
     query = inputs.share("query", query)
     if shots is None and queries is not None:
         raise InputError("queries is given without shots; give both, or query as a share")
@@ -440,6 +425,26 @@ def episodes_of_tasks(
     # filled up, so that a task more compiles nothing; how many are drawn from is a number
     data = jax.tree.map(lambda values: filled_up(values, rung(len(usable)), 0), data)
     return Sampled(one, data | {"num_tasks": np.int32(len(usable))}, tasks.coef, filled)
+
+
+def _check_tasks(tasks: Any) -> None:
+    """Refuse what no episodes can be drawn from."""
+    if not isinstance(tasks, Tasks):
+        raise InputError(f"expected Tasks, found {type(tasks).__name__}")
+    if tasks.sharding is not None:
+        raise InputError(
+            "episodes are drawn on one device, and these tasks are spread over several: use "
+            "tasks.shard(None)"
+        )
+    if tasks.outcome is None:
+        raise InputError(f"the tasks hold no outcome {tasks.labels.outcome!r} to learn from")
+    extra = [*tasks.labels.shared, *tasks.labels.task_predictors]
+    if extra:
+        raise InputError(
+            "methods on episodes learn the mean of theta and no effects that tasks share: they "
+            f"would ignore {', '.join(map(repr, extra))}; fit the tasks all at once, or put the "
+            "columns among the predictors"
+        )
 
 
 def _share(size: Any, query: float) -> Any:
@@ -558,14 +563,25 @@ class _StreamedFeed(Feed):
             batch = next(self.iterator)
         except StopIteration:
             raise StreamEnded(f"the generator stopped after {self.seen} batches") from None
+        xs, ys, xq, yq = arrays = self._arrays(batch)
+        shapes = [a.shape for a in arrays]
+        self._check_shapes(shapes)
+        self._check_numbers(arrays)
+        self.shapes, self.seen = shapes, self.seen + 1
+        return _with_tasks(xs, ys), _with_tasks(xq, yq)
+
+    def _arrays(self, batch: Any) -> list[np.ndarray]:
+        """A batch as x and y of support, then of query."""
         try:
             (xs, ys), (xq, yq) = batch
-            arrays = [np.asarray(a) for a in (xs, ys, xq, yq)]
+            return [np.asarray(a) for a in (xs, ys, xq, yq)]
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"batch {self.seen} of the generator is no ((x, y), (x, y)) of support and query"
             ) from error
-        shapes = [a.shape for a in arrays]
+
+    def _check_shapes(self, shapes: list[tuple[int, ...]]) -> None:
+        """Refuse parts that do not fit together, or are not as in the first batch."""
         for role, (x, y) in (("support", shapes[:2]), ("query", shapes[2:])):
             if len(y) != 2 or len(x) < 3 or x[:2] != y or y[0] != shapes[1][0]:
                 raise InputError(
@@ -577,6 +593,9 @@ class _StreamedFeed(Feed):
                 f"the generator changed shape at batch {self.seen}: {shapes}, before {self.shapes} "
                 "(x and y of support, x and y of query); every batch must have the same shapes"
             )
+
+    def _check_numbers(self, arrays: list[np.ndarray]) -> None:
+        """Refuse what is no number, NaN or infinite."""
         places = ("x of support", "y of support", "x of query", "y of query")
         for place, values in zip(places, arrays, strict=True):
             where = f"batch {self.seen} of the generator: {place}"
@@ -584,9 +603,6 @@ class _StreamedFeed(Feed):
                 raise InputError(f"{where} must be numbers, found {values.dtype}")
             if lost := int((~np.isfinite(values)).sum()):
                 raise InputError(f"{where} has {lost} NaN or infinite value(s)")
-        self.shapes, self.seen = shapes, self.seen + 1
-        xs, ys, xq, yq = arrays
-        return _with_tasks(xs, ys), _with_tasks(xq, yq)
 
     def chunk(self, count: int) -> tuple[Any, int]:
         batches: list[Episode] = [self.next()]

@@ -31,22 +31,10 @@ def joined(first: Tasks, second: Tasks) -> Tasks:
         raise InputError("rows with an outcome and rows without one cannot be joined")
     if lacking := sorted(first.slots.keys() ^ second.slots.keys()):
         raise InputError(f"only one of the two parts has the row column(s) {listing(lacking)}")
-    places = [first.labels.position(name) for name in second.names.tolist()]
-    fresh = np.array([j for j, at in enumerate(places) if at is None], int)
-    known = np.array([j for j, at in enumerate(places) if at is not None], int)
-    at = np.zeros(second.num_tasks, int)
-    at[known] = [place for place in places if place is not None]
-    at[fresh] = first.num_tasks + np.arange(len(fresh))
-    moved = (first.task_predictors[at[known]] != second.task_predictors[known]).any(1)
-    if moved.any():
-        raise InputError(
-            f"task(s) {listing(second.names[known[moved]].tolist(), 3)} have other task predictors "
-            "than before: what tasks predict themselves by cannot change as rows arrive"
-        )
+    at, fresh = _places(first, second)
     task_of_row = np.concatenate([first.task_of_row, at[second.task_of_row]])
     order = np.argsort(task_of_row, kind="stable")
-    num_tasks = first.num_tasks + len(fresh)
-    sizes = np.bincount(task_of_row, minlength=num_tasks)
+    sizes = np.bincount(task_of_row, minlength=first.num_tasks + len(fresh))
 
     def together(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.concatenate([a, b])[order]
@@ -64,6 +52,23 @@ def joined(first: Tasks, second: Tasks) -> Tasks:
         labels=replace(first.labels, names=as_names(names)),
         sharding=second.sharding,
     )
+
+
+def _places(first: Tasks, second: Tasks) -> tuple[np.ndarray, np.ndarray]:
+    """Where each task of ``second`` stands, new ones after all of ``first``; and which are new."""
+    places = [first.labels.position(name) for name in second.names.tolist()]
+    fresh = np.array([j for j, at in enumerate(places) if at is None], int)
+    known = np.array([j for j, at in enumerate(places) if at is not None], int)
+    at = np.zeros(second.num_tasks, int)
+    at[known] = [place for place in places if place is not None]
+    at[fresh] = first.num_tasks + np.arange(len(fresh))
+    moved = (first.task_predictors[at[known]] != second.task_predictors[known]).any(1)
+    if moved.any():
+        raise InputError(
+            f"task(s) {listing(second.names[known[moved]].tolist(), 3)} have other task predictors "
+            "than before: what tasks predict themselves by cannot change as rows arrive"
+        )
+    return at, fresh
 
 
 def not_among(rows: Tasks, known: Tasks) -> Tasks:
