@@ -39,7 +39,7 @@ def test_close_rejects_one_wrong_entry_among_many():
 
 
 @pytest.fixture
-def noncentred() -> np.ndarray:
+def white() -> np.ndarray:
     """Independent standard normal draws, four chains of 1,000."""
     return np.random.default_rng(0).standard_normal((4, 1000))
 
