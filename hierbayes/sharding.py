@@ -124,6 +124,14 @@ def place(tree: Any, sharding: NamedSharding | None, axis: int = -1) -> Any:
     return jax.tree.map(put, tree)
 
 
+def on_device(tree: Any) -> Any:
+    """NumPy arrays of a pytree on the device; arrays that are on devices stay as they are.
+
+    ``jnp.asarray`` would compile a copy for every new shape.
+    """
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x), tree)
+
+
 def filled_up(values: np.ndarray, length: int, axis: int = -1, fill: Any = 0) -> np.ndarray:
     """The array with ``fill`` at the end of an axis, up to this length."""
     at = axis % values.ndim

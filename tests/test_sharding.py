@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sharded
@@ -21,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hierbayes as hb
-from hierbayes.sharding import num_shares, padded, place, rung, sharding_over
+from hierbayes.sharding import num_shares, on_device, padded, place, rung, sharding_over
 
 AGREE = 1e-10
 
@@ -205,3 +206,12 @@ def test_the_ladder_of_lengths(length):
     assert max(length, 1) <= filled <= max(1, length) * 9 / 8
     assert rung(filled) == filled
     assert rung(length + 1) >= filled
+
+
+def test_what_is_on_devices_stays_there():
+    """Of two processes neither holds all of an array: it can be moved by none of them."""
+    there = jnp.ones(3)
+    found = on_device({"there": there, "here": np.ones(2), "none": None})
+    assert found["there"] is there
+    assert isinstance(found["here"], jax.Array)
+    assert found["none"] is None

@@ -24,6 +24,7 @@ from hierbayes.adaptation.mode import LogJoint, damped_newton
 from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import cholesky, float64, one_behind, solve_upper
 from hierbayes.rows import Rows, Whole
+from hierbayes.sharding import on_device
 from hierbayes.tasks import Tasks
 
 DEGREES_OF_FREEDOM = 8.0
@@ -122,7 +123,7 @@ def draws_given(
         return start, steps, _chains(model, rows, some, white, stretch, uniform, steps)
 
     with float64():
-        rows = jax.device_put(rows)
+        rows = on_device(rows)
         first = begun(starts[0])
         if len(starts) > 1:
             steps = steps_needed(np.asarray(first[2][2])[..., :num_tasks])

@@ -60,6 +60,7 @@ from hierbayes.numerics import (
     triangle,
 )
 from hierbayes.priors.hyperprior import Shape
+from hierbayes.sharding import on_device
 from hierbayes.statistics import Statistics, design_and_variance
 
 Slopes = tuple[np.ndarray, np.ndarray]
@@ -617,4 +618,4 @@ def around(problem: ProfileProblem) -> Curved | Plain:
     xp: Any = np if isinstance(problem.y, np.ndarray) else jnp
     effects = np.asarray(xp.einsum("mpj,mj->p", problem.fixed, problem.y))
     terms = Terms(np.asarray(problem.whitener), problem.reml, problem.known_noise)
-    return Curved(jax.device_put(chunks_of(problem)), effects, terms)
+    return Curved(on_device(chunks_of(problem)), effects, terms)

@@ -27,6 +27,7 @@ from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import to_numpy
 from hierbayes.phi.space import Space, log_prob
 from hierbayes.priors.normality import improper
+from hierbayes.sharding import on_device
 from hierbayes.tasks import Tasks
 
 NUMBERS_AT_ONCE = 200_000
@@ -171,7 +172,7 @@ class ByEvidence:
             psi = psi.around(sigma=phi["sigma"])
         self.units = 0.3 * scales.coef
         around = Around(leaves, psi.in_units(tau=self.units), fixed, fixed.x(phi), own, share)
-        laid_out = jax.device_put(adaptation.lay_out(plain, tasks))
+        laid_out = on_device(adaptation.lay_out(plain, tasks))
         self.data = Data(laid_out, around, start)
         self.cells = laid_out.num_cells if cells is None else cells
         self._begin = dict(phi) | {"tau": np.maximum(phi["tau"], 0.05 * scales.coef)}

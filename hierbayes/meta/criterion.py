@@ -19,7 +19,7 @@ from hierbayes.model import HierarchicalModel
 from hierbayes.numerics import to_numpy
 from hierbayes.phi.space import Space, log_hyperprior_in, phi_at, standard_errors
 from hierbayes.rows import Rows, Whole
-from hierbayes.sharding import filled_up, padded
+from hierbayes.sharding import filled_up, on_device, padded
 from hierbayes.tasks import Tasks
 
 
@@ -56,7 +56,7 @@ class Criterion:
         self.model, self.plain, self.tasks = model, model.without_encoder(), tasks
         self.space = model.space(tasks) if space is None else space
         self.with_hyperprior, self.share = with_hyperprior, share
-        self.start = jax.device_put(adaptation.begin(tasks))
+        self.start = on_device(adaptation.begin(tasks))
         # a search for modes begins at a place for every task, on one device
         self.laid_out = tasks if self.start is None else tasks.shard(None)
         self.unfinished = np.zeros(tasks.num_tasks, bool)
@@ -65,7 +65,7 @@ class Criterion:
     def integrate_by(self, adaptation: Integrable) -> None:
         """Integrate θ out in this way from now on."""
         self.adaptation = adaptation
-        self.data = jax.device_put(adaptation.lay_out(self.plain, self.laid_out))
+        self.data = on_device(adaptation.lay_out(self.plain, self.laid_out))
 
     @property
     def rows(self) -> Rows | Whole:

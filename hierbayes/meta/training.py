@@ -28,6 +28,7 @@ import numpy as np
 from hierbayes.errors import InputError
 from hierbayes.files import checked_place, sealed, unsealed, write_whole
 from hierbayes.numerics import arithmetic, as_key
+from hierbayes.sharding import on_device
 from hierbayes.tasks import Episodes, Task
 from hierbayes.tasks.episodes import StreamEnded
 
@@ -264,7 +265,7 @@ class _Run:
         keys = jax.random.split(as_key(chosen["seed"]), 4)
         self.start_key, self.train_key, self.held_key, self.score_key = keys
         self.chosen, self.method, self.episodes = chosen, method, episodes
-        self.to_train = to_train._replace(given=jax.device_put(to_train.given))
+        self.to_train = to_train._replace(given=on_device(to_train.given))
         optimiser = self.optimiser = optax.with_extra_args_support(chosen["optimiser"])
         parameters = start(self.start_key)
         self.carry = (parameters, optimiser.init(parameters))

@@ -22,7 +22,7 @@ import numpy as np
 from hierbayes import inputs
 from hierbayes.errors import InputError, listing
 from hierbayes.numerics import as_key, standard_promotion
-from hierbayes.sharding import filled_up, rung
+from hierbayes.sharding import filled_up, on_device, rung
 from hierbayes.tasks.container import Tasks
 from hierbayes.tasks.views import Labels, Task
 
@@ -208,7 +208,7 @@ class Sampled(Episodes):
         """Nothing to bring in: batches are drawn in the loop."""
         del seed, start
         # on the device once, and not with every chunk
-        data = jax.device_put(self.data)
+        data = on_device(self.data)
         return _SampledFeed(data, DrawnInTheLoop(self.draw_one, batch_size))
 
     def batch(self, num_tasks: int, seed: int | jax.Array) -> Episode:
