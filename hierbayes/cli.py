@@ -169,8 +169,10 @@ def _fit(
     if out is not None:
         _check_file(out, overwrite)
         before = seen(out)
-    named = {"family": family, "known_se": known_se, "exposure": exposure, "offset": offset}
-    read = _read(data, formula, named | {"weight": weights}, drop_missing)
+    read = _read(
+        data, formula, drop_missing, family=family, known_se=known_se, exposure=exposure,
+        offset=offset, weight=weights,
+    )  # fmt: skip
     with _Colleague() as colleague:
         model, tasks = read.build()
         fit = colleague.timed(chosen.name, lambda: chosen(model, tasks, seed))
@@ -208,8 +210,10 @@ def _compare(
         raise InputError(f"--draws must be at least 1, found {draws}")
     if out is not None:
         check_folder(out, overwrite)
-    named = {"family": family, "known_se": known_se, "exposure": exposure, "offset": offset}
-    read = _read(data, formula, named | {"weight": weights}, drop_missing)
+    read = _read(
+        data, formula, drop_missing, family=family, known_se=known_se, exposure=exposure,
+        offset=offset, weight=weights,
+    )  # fmt: skip
     with _Colleague() as colleague:
         model, train, held_out = read.split(test, seed)
         held = "tasks left out" if held_out is None else f"{held_out.num_rows} held-out rows"
@@ -303,7 +307,7 @@ class _Data:
         return alone
 
 
-def _read(data: str, formula: str | None, given: dict[str, Any], drop_missing: bool) -> _Data:
+def _read(data: str, formula: str | None, drop_missing: bool, **given: Any) -> _Data:
     """A shipped data set or a file; ``given`` are arguments of ``from_formula``."""
     missing = "drop" if drop_missing else "raise"
     if data in CATALOGUE:

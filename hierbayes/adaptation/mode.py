@@ -164,16 +164,10 @@ def after_newton(tasks: LogJoint, z: jax.Array) -> jax.Array:
 
 def mode_near(tasks: LogJoint, z: jax.Array) -> Mode:
     """The mode, from where a climb has ended; differentiable in φ, with z held."""
-
-    def step(z: jax.Array, _: None) -> tuple[jax.Array, Mode]:
-        at = tasks.bend(z)
-        factor = cholesky(at.curvature)
-        white = solve_lower(factor, at.slope)
-        move = solve_upper(factor, white)
-        here = Mode(z, factor, at.value, 0.5 * (white**2).sum(0))
-        return z + jnp.where(jnp.isfinite(move), move, 0.0), here
-
-    return jax.tree.map(lambda v: v[-1], jax.lax.scan(step, z, None, 3)[1])
+    z = after_newton(tasks, z)
+    at = tasks.bend(z)
+    factor = cholesky(at.curvature)
+    return Mode(z, factor, at.value, 0.5 * (solve_lower(factor, at.slope) ** 2).sum(0))
 
 
 def find_mode(tasks: LogJoint, start: jax.Array) -> Mode:

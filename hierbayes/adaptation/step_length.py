@@ -184,7 +184,7 @@ def _watched(
             sum_by_task(jnp.asarray(rows.mask, start.dtype), task_of_row, num_tasks), 1
         )
 
-    def damped_newton(thetas: Any) -> tuple[Any, Any]:
+    def ascend(thetas: Any) -> tuple[Any, Any]:
         def total(t: Any) -> Any:
             each = model.likelihood.log_likelihood_of_rows(t, phi, rows, task_of_row)
             return each.sum(), sum_by_task(each, task_of_row, num_tasks)
@@ -194,11 +194,11 @@ def _watched(
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
         thetas, before, fell = carry
-        after, values = damped_newton(thetas)
+        after, values = ascend(thetas)
         fell = fell | ~(values >= before - FALLS * (1 + jnp.abs(before)))
         return (after, values, fell), None
 
-    first, value = damped_newton(start)
+    first, value = ascend(start)
     carry = (first, value, jnp.zeros(num_tasks, bool))
     # one more than the steps, so that the value at θ_K is seen too
     return jax.lax.scan(step, carry, None, num_steps)[0][2]

@@ -117,7 +117,7 @@ def interval_coverage(
             below = _bootstrap_ranks(fit, drawn, theta, many, num_bootstrap, rng)
             inside = np.abs(2 * below - 1) <= level
         found[name] = inside[:, with_rows].mean(1)
-    shares = np.stack(list(found.values()))
+    shares = np.stack([found[name] for name in names])
     dims, coords = ("intervals", "coef"), {"intervals": list(names), "coef": list(tasks.coef)}
     error = stats.sem(shares, axis=1)
     return xr.Dataset(

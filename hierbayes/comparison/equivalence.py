@@ -92,16 +92,11 @@ def build_ladder(
     learned = posterior if point is None else point
     centre = {k: np.asarray(start.phi[k]) for k in _CENTRE if k in start.phi}
     spread = {k: np.asarray(learned.phi[k]) for k in _SPREAD if k in learned.phi}
-    loss: Any = getattr(start.adaptation, "loss", "sum")
-    count, size = _steps(start, num_steps, step_size)
-    inside = None
-    if step_size is None and start.at is not None and "num_steps" in start.info:
-        size, inside = start.at.steps(size)
-        inside = np.asarray(inside).tolist()
-    steps = ImpliedPosterior(count, size, loss, inside)
+    steps = _implied_steps(start, num_steps, step_size)
+    implied = steps.prior(model, tasks, centre)
     exact: Adaptation = Conjugate() if gaussian else Laplace()
-    draws, both = (num_chains, num_draws), centre | spread
-    implied, at_mode = steps.prior(model, tasks, centre), exact(model, tasks, both)
+    both, draws = centre | spread, (num_chains, num_draws)
+    at_mode = exact(model, tasks, both)
     rungs = {
         STEPS: _drawn(STEPS, model, tasks, centre, steps, steps.read(implied), draws, seed),
         MODE: _drawn(MODE, model, tasks, both, exact, at_mode, draws, nth_seed(seed, 1)),
@@ -109,6 +104,16 @@ def build_ladder(
     if point is None:
         point = _sampled(model, tasks, posterior.phi, draws, nth_seed(seed, 2))
     return {**rungs, POINT: point, FULL: posterior}, implied
+
+
+def _implied_steps(start: Fit, num_steps: Any, step_size: Any) -> ImpliedPosterior:
+    """The gradient steps on the ladder's first rung, in the columns of the user."""
+    loss: Any = getattr(start.adaptation, "loss", "sum")
+    count, size = _steps(start, num_steps, step_size)
+    if step_size is not None or start.at is None or "num_steps" not in start.info:
+        return ImpliedPosterior(count, size, loss)
+    size, inside = start.at.steps(size)
+    return ImpliedPosterior(count, size, loss, np.asarray(inside).tolist())
 
 
 def _steps(start: Fit, num_steps: int | None, step_size: float | str | None) -> tuple[int, float]:

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hierbayes.adaptation.curvature import Kind, curvatures_at, slopes
+from hierbayes.adaptation.curvature import Kind, curvatures_at, run, slopes
+from hierbayes.adaptation.descent import Descent, Flow
 from hierbayes.adaptation.mode import LogJoint, find_mode
 from hierbayes.equivalence.implied import Discrepancy
 from hierbayes.equivalence.validity import Status
 from hierbayes.errors import InputError, listing
 from hierbayes.likelihoods.base import sum_by_task
 from hierbayes.model import HierarchicalModel
+from hierbayes.numerics import float64
 from hierbayes.rows import Whole
 from hierbayes.tasks import Task, Tasks
 
@@ -63,8 +65,18 @@ def measure(
     return missed, linearisation, drift, jnp.where(mode.converged, kl, jnp.nan)
 
 
-def refuse_diverged(theta: np.ndarray, tasks: Tasks) -> None:
-    """Refuse steps that have left the finite numbers, naming the tasks."""
+def taken(
+    model: HierarchicalModel,
+    phi: dict[str, Any],
+    rows: Any,
+    location: np.ndarray,
+    method: Descent | Flow,
+    root: np.ndarray,
+    tasks: Tasks,
+) -> np.ndarray:
+    """θ_K (J, d) of the steps themselves; refused where they leave the finite numbers."""
+    with float64():
+        theta = np.asarray(run(model, phi, *rows, location, method, root))
     lost = ~np.isfinite(theta).all(1)
     if lost.any():
         raise InputError(
@@ -72,6 +84,7 @@ def refuse_diverged(theta: np.ndarray, tasks: Tasks) -> None:
             f"({listing(tasks.names[lost].tolist(), 3)}), where the log likelihood bends more away "
             "from phi than at it; take shorter steps"
         )
+    return theta
 
 
 def judge_validity(

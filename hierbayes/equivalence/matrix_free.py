@@ -33,10 +33,10 @@ import jax
 import numpy as np
 
 from hierbayes import inputs
-from hierbayes.adaptation.curvature import Kind, products, run
+from hierbayes.adaptation.curvature import Kind, products
 from hierbayes.adaptation.descent import Descent, Flow
 from hierbayes.adaptation.mode import ACCEPTED
-from hierbayes.equivalence.discrepancy import judge_validity, refuse_diverged
+from hierbayes.equivalence.discrepancy import judge_validity, taken
 from hierbayes.equivalence.implied import Discrepancy, ImpliedPrior
 from hierbayes.equivalence.validity import FLAT, Status, judge, says_nothing
 from hierbayes.errors import InputError, NotApplicable, announce, listing
@@ -343,22 +343,6 @@ def matrix_free_prior(
         tasks, method, location, theta, values, directions, dual, left, moved, pinned, status,
         announce(messages), validity, rest, root,
     )  # fmt: skip
-
-
-def taken(
-    model: HierarchicalModel,
-    phi: dict[str, Any],
-    rows: Any,
-    location: np.ndarray,
-    method: Descent | Flow,
-    root: np.ndarray,
-    tasks: Tasks,
-) -> np.ndarray:
-    """θ_K (J, d) of the steps themselves; refused where they leave the finite numbers."""
-    with float64():
-        theta = np.asarray(run(model, phi, *rows, location, method, root))
-    refuse_diverged(theta, tasks)
-    return theta
 
 
 def _measured(

@@ -32,9 +32,9 @@ from hierbayes.equivalence.arguments import (
     read_rank,
     read_tasks,
 )
-from hierbayes.equivalence.discrepancy import judge_validity, measure
+from hierbayes.equivalence.discrepancy import judge_validity, measure, taken
 from hierbayes.equivalence.implied import Discrepancy, EquivalentPrior
-from hierbayes.equivalence.matrix_free import LARGE, matrix_free_prior, taken
+from hierbayes.equivalence.matrix_free import LARGE, matrix_free_prior
 from hierbayes.equivalence.validity import judge, says_nothing
 from hierbayes.errors import announce
 from hierbayes.model import HierarchicalModel, check_model

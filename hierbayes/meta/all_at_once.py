@@ -184,11 +184,8 @@ def _part_of(extra: Extra, num_coef: int) -> Space:
     shape = (num_coef,) if extra.each else ()
     dims = ("coef",) * len(shape)
     if extra.top is not None:
-        part, hyperpriors = (
-            Part(extra.name, dims, shape, "hyperprior"),
-            dist.Uniform(0.0, extra.top),
-        )
-        given: Any = {"hyperpriors": {extra.name: hyperpriors}}
+        part = Part(extra.name, dims, shape, "hyperprior")
+        given: Any = {"hyperpriors": {extra.name: dist.Uniform(0.0, extra.top)}}
     else:
         part, given = Part(extra.name, dims, shape, "positive"), {"units": {extra.name: extra.unit}}
     return Space.of([part], starts={extra.name: extra.start}, **given)

@@ -41,8 +41,8 @@ def read(name: str, given: Any) -> Any:
                     "as a name"
                 )
         kept = {c: b for c, b in given.items() if b is not None}  # None is the default there too
-        for coef, hyperprior in kept.items():
-            _check(name, f"{name}={{{coef!r}: …}}", hyperprior)
+        for coef, prior in kept.items():
+            _check(name, f"{name}={{{coef!r}: …}}", prior)
         return kept
     if given is not None:
         _check(name, f"{name}=…", given)
@@ -51,15 +51,15 @@ def read(name: str, given: Any) -> Any:
 
 def _read_extra(given: Any) -> dict[str, dist.Distribution]:
     inputs.mapping("HyperPrior(extra=…)", given, "a mapping from parameter to distribution")
-    kept = {name: hyperprior for name, hyperprior in given.items() if hyperprior is not None}
-    for name, hyperprior in kept.items():
+    kept = {name: prior for name, prior in given.items() if prior is not None}
+    for name, prior in kept.items():
         if name in OF_ARGUMENTS:
             raise InputError(
                 f"HyperPrior(extra=…) names {name!r}, which has an argument of its own: "
                 f"HyperPrior({name}=…)"
             )
-        _check("extra", f"extra={{{name!r}: …}}", hyperprior)
-        _check_scalar(f"extra={{{name!r}: …}}", name, hyperprior)
+        _check("extra", f"extra={{{name!r}: …}}", prior)
+        _check_scalar(f"extra={{{name!r}: …}}", name, prior)
     return kept
 
 
@@ -86,39 +86,39 @@ def _read_corr(given: Any) -> Any:
     return concentration
 
 
-def _check(name: str, where: str, hyperprior: Any) -> None:
+def _check(name: str, where: str, prior: Any) -> None:
     """Refuse what is no distribution, has impossible parameters, or the wrong support."""
-    if not isinstance(hyperprior, dist.Distribution):
+    if not isinstance(prior, dist.Distribution):
         mapped = "" if name in ("sigma", "corr") else "a mapping from name to distribution, "
-        found = type(hyperprior).__name__
-        if isinstance(hyperprior, type):
-            found = f"the class {hyperprior.__name__} itself; give its parameters"
+        found = type(prior).__name__
+        if isinstance(prior, type):
+            found = f"the class {prior.__name__} itself; give its parameters"
         raise InputError(
             f"HyperPrior({where}) takes a NumPyro distribution, {mapped}or None; found {found}"
         )
-    if hyperprior.is_discrete:
+    if prior.is_discrete:
         raise InputError(
-            f"HyperPrior({where}) must be continuous; {type(hyperprior).__name__} is discrete"
+            f"HyperPrior({where}) must be continuous; {type(prior).__name__} is discrete"
         )
-    _check_parameters(where, hyperprior)
+    _check_parameters(where, prior)
     if name in ("tau", "sigma"):
-        refuse_negative(where, hyperprior, "a standard deviation")
+        refuse_negative(where, prior, "a standard deviation")
     if name == "sigma":
-        _check_scalar(where, "sigma", hyperprior)
+        _check_scalar(where, "sigma", prior)
 
 
-def _check_scalar(where: str, name: str, hyperprior: dist.Distribution) -> None:
-    if hyperprior.shape() != ():
+def _check_scalar(where: str, name: str, prior: dist.Distribution) -> None:
+    if prior.shape() != ():
         raise InputError(
-            f"HyperPrior({where}) has shape {hyperprior.shape()}, but {name} is one number: give a "
+            f"HyperPrior({where}) has shape {prior.shape()}, but {name} is one number: give a "
             "distribution of shape ()"
         )
 
 
-def _check_parameters(where: str, hyperprior: Any) -> None:
+def _check_parameters(where: str, prior: Any) -> None:
     """Refuse parameters that no such distribution has: NaN, or a scale that is not positive."""
-    for name, constraint in hyperprior.arg_constraints.items():
-        value = getattr(hyperprior, name, None)
+    for name, constraint in prior.arg_constraints.items():
+        value = getattr(prior, name, None)
         if not isinstance(value, (int, float, np.ndarray, np.generic)) and not hasattr(
             value, "__array__"
         ):
@@ -128,16 +128,16 @@ def _check_parameters(where: str, hyperprior: Any) -> None:
         finite = not np.isnan(numbers).any() if bound else np.isfinite(numbers).all()
         if not (finite and (bound or np.all(np.asarray(constraint(numbers))))):
             raise InputError(
-                f"HyperPrior({where}) is {type(hyperprior).__name__} with {name} = "
+                f"HyperPrior({where}) is {type(prior).__name__} with {name} = "
                 f"{inputs.shown(numbers.tolist())}, which it cannot have"
             )
-    if isinstance(getattr(hyperprior, "base_dist", None), dist.Distribution):
-        _check_parameters(where, hyperprior.base_dist)
+    if isinstance(getattr(prior, "base_dist", None), dist.Distribution):
+        _check_parameters(where, prior.base_dist)
 
 
-def refuse_negative(where: str, hyperprior: dist.Distribution, what: str) -> None:
+def refuse_negative(where: str, prior: dist.Distribution, what: str) -> None:
     """Refuse a prior of something positive that gives it negative values."""
-    support: Any = hyperprior.support
+    support: Any = prior.support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     if hasattr(support, "lower_bound"):
@@ -145,33 +145,33 @@ def refuse_negative(where: str, hyperprior: dist.Distribution, what: str) -> Non
     elif support is constraints.real or isinstance(support, type(constraints.real)):
         below = True
     else:
-        shape = hyperprior.shape()
+        shape = prior.shape()
         points = np.broadcast_to(NEGATIVE.reshape(-1, *(1,) * len(shape)), (len(NEGATIVE), *shape))
         below = bool(np.any(np.asarray(support(points))))
     if below:
         raise InputError(
-            f"HyperPrior({where}) is a prior on {what}, but {type(hyperprior).__name__} allows "
+            f"HyperPrior({where}) is a prior on {what}, but {type(prior).__name__} allows "
             "negative values; use HalfNormal, HalfCauchy, Gamma or a truncated distribution"
         )
 
 
-def check_size(name: str, hyperprior: Any, labels: Sequence[str], width: int | None = None) -> None:
+def check_size(name: str, prior: Any, labels: Sequence[str], width: int | None = None) -> None:
     """Refuse names that the tasks have not, and vectors of another size than theirs.
 
     ``width`` is the length of what each name has, where that is a vector too. One that names
     nothing may stand idle, so that one HyperPrior serves several models.
     """
-    if hyperprior is None or not (labels or isinstance(hyperprior, Mapping)):
+    if prior is None or not (labels or isinstance(prior, Mapping)):
         return
-    if isinstance(hyperprior, Mapping):
-        for c in hyperprior:
+    if isinstance(prior, Mapping):
+        for c in prior:
             if c not in labels:
                 raise InputError(
                     f"HyperPrior({name}=…) names {c!r}, which has no {name}; "
                     f"{suggestion(c, list(labels))}"
                 )
     size = len(labels) if width is None else width
-    entries = hyperprior if isinstance(hyperprior, Mapping) else {None: hyperprior}
+    entries = prior if isinstance(prior, Mapping) else {None: prior}
     for c, each in entries.items():
         allowed = [()] if c is not None and width is None else [(), (size,)]
         if each.shape() not in allowed:

@@ -70,12 +70,12 @@ def _spread_and_mean(tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
     return sd, mean
 
 
-Hyperprior = dist.Distribution | Mapping[str, dist.Distribution] | None
+Stated = dist.Distribution | Mapping[str, dist.Distribution] | None
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The names along φ's dimensions and the structure of the prior: what a hyperprior is about."""
+    """The names along φ's dimensions and the structure of the prior: what a prior is about."""
 
     coef: tuple[str, ...]
     shared: tuple[str, ...]
@@ -105,7 +105,7 @@ class HyperPrior:
     ========  ==========================================================================
     mu        Normal(0, 2.5 s_c); for a constant column (the intercept) around the mean
               outcome, with s_c = s_y where predictors are centred; where they cannot be
-              (``||``, hyperpriors of the user's) with s_c² = s_y² + Σ_k (s_k mean x_k)², and
+              (``||``, priors of the user's) with s_c² = s_y² + Σ_k (s_k mean x_k)², and
               wider by the root of 1 + Σ (mean w / sd w)² over task predictors
     tau       HalfNormal(s_c), with the same s_c
     corr      LKJ(2) over each correlated group
@@ -135,11 +135,11 @@ class HyperPrior:
     True
     """
 
-    mu: Hyperprior = None
-    tau: Hyperprior = None
+    mu: Stated = None
+    tau: Stated = None
     corr: dist.Distribution | float | None = None
-    beta: Hyperprior = None
-    gamma: Hyperprior = None
+    beta: Stated = None
+    gamma: Stated = None
     sigma: dist.Distribution | None = None
     extra: Mapping[str, dist.Distribution] = field(default_factory=dict)
 
@@ -192,7 +192,7 @@ class HyperPrior:
         return replace(self, **resolved)
 
     def is_resolved(self, shape: Shape) -> bool:
-        """Whether no hyperprior is left open."""
+        """Whether no prior is left open."""
         needed: dict[str, Sequence[str]] = {
             "mu": [c for c, free in zip(shape.coef, shape.free_mean, strict=True) if free],
             "tau": shape.coef,
@@ -200,10 +200,9 @@ class HyperPrior:
             "gamma": shape.coef if shape.task_predictors else (),
         }
         for name, labels in needed.items():
-            hyperprior = getattr(self, name)
+            prior = getattr(self, name)
             if labels and (
-                hyperprior is None
-                or (isinstance(hyperprior, Mapping) and not {*labels} <= {*hyperprior})
+                prior is None or (isinstance(prior, Mapping) and not {*labels} <= {*prior})
             ):
                 return False
         corr_open = shape.correlated and self.corr is None
@@ -237,28 +236,26 @@ class HyperPrior:
         return sites | self.of_parameters(shape.parameters)
 
     def of_parameters(self, names: Sequence[str]) -> dict[str, dist.Distribution]:
-        """The hyperpriors about parameters of the likelihood's own, by name."""
+        """The priors on parameters of the likelihood's own, by name."""
         found = {}
         for name in names:
-            hyperprior = self.sigma if name == "sigma" else self.extra.get(name)
-            if hyperprior is None:
+            prior = self.sigma if name == "sigma" else self.extra.get(name)
+            if prior is None:
                 raise InputError(f"HyperPrior(extra=…) needs a prior for {name!r}")
-            found[name] = hyperprior
+            found[name] = prior
         return found
 
     def scalable(self, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Which coefficients, shared columns and task predictors have hyperpriors in any units.
+        """Which coefficients, shared columns and task predictors have priors in any units.
 
         (d,), (p,) and (q,) of bool, of a resolved hyperprior: a normal of twice the width is one.
         """
 
-        def known(hyperprior: Hyperprior, names: Sequence[str]) -> np.ndarray:
-            if isinstance(hyperprior, Mapping):
-                return np.array(
-                    [_in_units(hyperprior.get(n), 1.0) is not None for n in names], bool
-                )
-            one = hyperprior is None or hyperprior.shape() == ()
-            return np.full(len(names), one and _in_units(hyperprior, 1.0) is not None)
+        def known(prior: Stated, names: Sequence[str]) -> np.ndarray:
+            if isinstance(prior, Mapping):
+                return np.array([_in_units(prior.get(n), 1.0) is not None for n in names], bool)
+            one = prior is None or prior.shape() == ()
+            return np.full(len(names), one and _in_units(prior, 1.0) is not None)
 
         free = np.array(shape.free_mean)
         coef = (known(self.mu, shape.coef) | ~free) & known(self.tau, shape.coef)
@@ -270,14 +267,12 @@ class HyperPrior:
         return coef, known(self.beta, shape.shared), task_predictors
 
     def scaled(self, shape: Shape, coef: Any, shared: Any, task_predictors: Any) -> HyperPrior:
-        """The same hyperpriors where coefficients, β and Γ's columns are multiplied by these."""
+        """The same priors where coefficients, β and Γ's columns are multiplied by these."""
 
-        def each(hyperprior: Hyperprior, names: Sequence[str], by: Any) -> Any:
-            if hyperprior is None or np.all(np.asarray(by) == 1.0):
-                return hyperprior
-            parts = (
-                hyperprior if isinstance(hyperprior, Mapping) else dict.fromkeys(names, hyperprior)
-            )
+        def each(prior: Stated, names: Sequence[str], by: Any) -> Any:
+            if prior is None or np.all(np.asarray(by) == 1.0):
+                return prior
+            parts = prior if isinstance(prior, Mapping) else dict.fromkeys(names, prior)
             units = dict(zip(names, by, strict=True))
             return {n: b if np.all(np.asarray(units[n]) == 1.0) else _in_units(b, units[n])
                     for n, b in parts.items()}  # fmt: skip
@@ -304,23 +299,23 @@ class HyperPrior:
         return Assembled(parts, np.eye(d))
 
 
-def _in_units(hyperprior: Any, unit: Any) -> dist.Distribution | None:
+def _in_units(prior: Any, unit: Any) -> dist.Distribution | None:
     """The distribution of ``unit`` times a value; None of a kind that has no scale to change."""
-    if isinstance(hyperprior, dist.ImproperUniform):
-        return hyperprior
+    if isinstance(prior, dist.ImproperUniform):
+        return prior
     widened = {
         dist.Normal: ("loc", "scale"), dist.Cauchy: ("loc", "scale"),
         dist.Laplace: ("loc", "scale"), dist.StudentT: ("loc", "scale"),
         dist.HalfNormal: ("scale",), dist.HalfCauchy: ("scale",), dist.Exponential: ("rate",),
         dist.Gamma: ("rate",),
-    }.get(type(hyperprior))  # fmt: skip
+    }.get(type(prior))  # fmt: skip
     if widened is None:
         return None
-    names = [n for n in type(hyperprior).arg_constraints if hasattr(hyperprior, n)]
-    settings = {n: np.asarray(getattr(hyperprior, n), float) for n in names}
+    names = [n for n in type(prior).arg_constraints if hasattr(prior, n)]
+    settings = {n: np.asarray(getattr(prior, n), float) for n in names}
     for name in widened:
         settings[name] = settings[name] / unit if name == "rate" else settings[name] * unit
-    return type(hyperprior)(**settings)
+    return type(prior)(**settings)
 
 
 def _defaults(shape: Shape, scales: Scales) -> dict[str, dict[str, dist.Distribution]]:
@@ -344,48 +339,48 @@ def _defaults(shape: Shape, scales: Scales) -> dict[str, dict[str, dist.Distribu
     }  # fmt: skip
 
 
-def _filled(name: str, hyperprior: Hyperprior, default: dict[str, dist.Distribution]) -> Any:
+def _filled(name: str, prior: Stated, default: dict[str, dist.Distribution]) -> Any:
     """The user's, completed by the defaults of the coefficients that it does not name."""
-    if hyperprior is None:
+    if prior is None:
         return default
-    if not isinstance(hyperprior, Mapping):
-        return hyperprior
-    return {**default, **hyperprior}
+    if not isinstance(prior, Mapping):
+        return prior
+    return {**default, **prior}
 
 
-def _row(hyperprior: Hyperprior, coef: str) -> dist.Distribution | None:
-    return hyperprior.get(coef) if isinstance(hyperprior, Mapping) else hyperprior
+def _row(prior: Stated, coef: str) -> dist.Distribution | None:
+    return prior.get(coef) if isinstance(prior, Mapping) else prior
 
 
 def _vector(
-    name: str, hyperprior: Hyperprior, labels: Sequence[str], places: list[int]
+    name: str, prior: Stated, labels: Sequence[str], places: list[int]
 ) -> dist.Distribution:
-    """A hyperprior as one distribution over a vector; entries outside ``places`` are zero."""
+    """A prior as one distribution over a vector; entries outside ``places`` are zero."""
     size, whole = len(places), len(places) == len(labels)
-    if hyperprior is None and not places:  # of no entry nothing is to be resolved
-        hyperprior = {}
-    if hyperprior is None:
+    if prior is None and not places:  # of no entry nothing is to be resolved
+        prior = {}
+    if prior is None:
         raise InputError(f"the prior on {name} has not been resolved: call model.resolve(tasks)")
-    if isinstance(hyperprior, Mapping):
-        alike = {_signature(hyperprior[labels[i]]) for i in places}
+    if isinstance(prior, Mapping):
+        alike = {_signature(prior[labels[i]]) for i in places}
         if not (whole and len(alike) == 1 and None not in alike):
-            parts = [(hyperprior[labels[i]], (np.array(i),)) for i in places]
+            parts = [(prior[labels[i]], (np.array(i),)) for i in places]
             return Assembled(parts, np.zeros(len(labels)))
-        kind = type(hyperprior[labels[0]])
+        kind = type(prior[labels[0]])
         parameters = {
-            k: np.array([getattr(hyperprior[labels[i]], k) for i in places], dtype=float)
+            k: np.array([getattr(prior[labels[i]], k) for i in places], dtype=float)
             for k in kind.arg_constraints
         }
         return kind(**parameters).to_event(1)
-    if hyperprior.shape() == ():
-        vector = _expanded(hyperprior, size)
-    elif hyperprior.batch_shape == (size,) and hyperprior.event_dim == 0:
-        vector = hyperprior.to_event(1)
-    elif hyperprior.shape() == (size,):
-        vector = hyperprior
+    if prior.shape() == ():
+        vector = _expanded(prior, size)
+    elif prior.batch_shape == (size,) and prior.event_dim == 0:
+        vector = prior.to_event(1)
+    elif prior.shape() == (size,):
+        vector = prior
     else:
         raise InputError(
-            f"HyperPrior({name}=…) has shape {hyperprior.shape()}; expected () or ({size},) for "
+            f"HyperPrior({name}=…) has shape {prior.shape()}; expected () or ({size},) for "
             f"{', '.join(labels[i] for i in places)}"
         )
     return (
@@ -393,17 +388,13 @@ def _vector(
     )
 
 
-def _expanded(hyperprior: dist.Distribution, size: int) -> dist.Distribution:
-    if isinstance(hyperprior, dist.ImproperUniform):
-        return (
-            dist.ImproperUniform(hyperprior.support, (), (size,))
-            if hyperprior.event_dim == 0
-            else hyperprior
-        )
-    return hyperprior.expand([size]).to_event(1)
+def _expanded(prior: dist.Distribution, size: int) -> dist.Distribution:
+    if isinstance(prior, dist.ImproperUniform):
+        return dist.ImproperUniform(prior.support, (), (size,)) if prior.event_dim == 0 else prior
+    return prior.expand([size]).to_event(1)
 
 
-def _signature(hyperprior: dist.Distribution) -> Any:
+def _signature(prior: dist.Distribution) -> Any:
     """Hyperpriors of one kind stack into one vectorised distribution: same plain class, scalar."""
-    plain = type(hyperprior) in (dist.Normal, dist.HalfNormal, dist.HalfCauchy, dist.Exponential)
-    return type(hyperprior) if plain and hyperprior.shape() == () else None
+    plain = type(prior) in (dist.Normal, dist.HalfNormal, dist.HalfCauchy, dist.Exponential)
+    return type(prior) if plain and prior.shape() == () else None

@@ -1,4 +1,4 @@
-"""A hyperprior as a normal: exactly where it is one, otherwise the nearest that is of use."""
+"""A prior as a normal: exactly where it is one, otherwise the nearest that is of use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hierbayes.phi.assembled import Assembled
 
 
 class AsNormal(NamedTuple):
-    """``location`` and ``precision`` of every entry; ``exact`` says whether the hyperprior is that.
+    """``location`` and ``precision`` of every entry; ``exact`` says whether the prior is that.
 
     Precision 0 is flat. What is not exact is meant for proposals, which are then weighted.
     """
@@ -22,18 +22,18 @@ class AsNormal(NamedTuple):
     exact: bool
 
 
-def as_normal(hyperprior: dist.Distribution) -> AsNormal:
-    """Independent normals and flat hyperpriors as they are; any other by its moments, or flat."""
-    if isinstance(hyperprior, Assembled):
-        location, precision = np.array(hyperprior.background), np.zeros(hyperprior.event_shape)
+def as_normal(prior: dist.Distribution) -> AsNormal:
+    """Independent normals and flat priors as they are; any other by its moments, or flat."""
+    if isinstance(prior, Assembled):
+        location, precision = np.array(prior.background), np.zeros(prior.event_shape)
         exact = True
-        for part, index in hyperprior.parts:
+        for part, index in prior.parts:
             found = as_normal(part)
             location[index], precision[index] = found.location, found.precision
             exact = exact and found.exact
         return AsNormal(location, precision, exact)
-    core = _core(hyperprior)
-    shape = hyperprior.shape()
+    core = _core(prior)
+    shape = prior.shape()
     if isinstance(core, dist.ImproperUniform) and core.support in (
         dist.constraints.real, dist.constraints.real_vector,
     ):  # fmt: skip
@@ -45,7 +45,7 @@ def as_normal(hyperprior: dist.Distribution) -> AsNormal:
             np.broadcast_to(1.0 / scale.astype(float) ** 2, shape),
             True,
         )
-    location, variance = _moments(hyperprior)
+    location, variance = _moments(prior)
     known = np.isfinite(location) & np.isfinite(variance) & (variance > 0)
     return AsNormal(
         np.where(known, location, 0.0), np.where(known, 1.0 / np.where(known, variance, 1.0), 0.0),
@@ -53,30 +53,27 @@ def as_normal(hyperprior: dist.Distribution) -> AsNormal:
     )  # fmt: skip
 
 
-def improper(hyperprior: dist.Distribution) -> bool:
-    """True where a hyperprior, or a part of it, has no normalising constant."""
-    if isinstance(hyperprior, Assembled):
-        return any(improper(part) for part, _ in hyperprior.parts)
-    return isinstance(_core(hyperprior), dist.ImproperUniform)
+def improper(prior: dist.Distribution) -> bool:
+    """True where a prior, or a part of it, has no normalising constant."""
+    if isinstance(prior, Assembled):
+        return any(improper(part) for part, _ in prior.parts)
+    return isinstance(_core(prior), dist.ImproperUniform)
 
 
-def _core(hyperprior: dist.Distribution) -> Any:
-    """What is repeated to make this hyperprior."""
-    core: Any = hyperprior
+def _core(prior: dist.Distribution) -> Any:
+    """What is repeated to make this prior."""
+    core: Any = prior
     while isinstance(core, (dist.Independent, dist.ExpandedDistribution)):
         core = core.base_dist
     return core
 
 
-def _moments(hyperprior: dist.Distribution) -> tuple[np.ndarray, np.ndarray]:
+def _moments(prior: dist.Distribution) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of every entry; NaN where the distribution does not know them."""
-    unknown = np.full(hyperprior.shape(), np.nan)
+    unknown = np.full(prior.shape(), np.nan)
     try:
         with float64():
-            mean, variance = (
-                np.asarray(hyperprior.mean, float),
-                np.asarray(hyperprior.variance, float),
-            )
+            mean, variance = np.asarray(prior.mean, float), np.asarray(prior.variance, float)
     except NotImplementedError:
         return unknown, unknown
-    return np.broadcast_to(mean, hyperprior.shape()), np.broadcast_to(variance, hyperprior.shape())
+    return np.broadcast_to(mean, prior.shape()), np.broadcast_to(variance, prior.shape())

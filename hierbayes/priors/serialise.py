@@ -32,43 +32,37 @@ def hyperprior_from_plain(plain: Mapping[str, Any]) -> HyperPrior:
     return HyperPrior(**{name: _restored(value) for name, value in plain.items()})
 
 
-def _plain(hyperprior: Any) -> Any:
-    if hyperprior is None or isinstance(hyperprior, (int, float)):
-        return hyperprior
-    if isinstance(hyperprior, Mapping):
-        return {"mapping": {name: _plain(value) for name, value in hyperprior.items()}}
-    kind = type(hyperprior).__name__
-    if isinstance(hyperprior, dist.ImproperUniform):
-        support = next(
-            (n for n, c in _SUPPORTS.items() if c is _innermost(hyperprior.support)), None
-        )
+def _plain(prior: Any) -> Any:
+    if prior is None or isinstance(prior, (int, float)):
+        return prior
+    if isinstance(prior, Mapping):
+        return {"mapping": {name: _plain(value) for name, value in prior.items()}}
+    kind = type(prior).__name__
+    if isinstance(prior, dist.ImproperUniform):
+        support = next((n for n, c in _SUPPORTS.items() if c is _innermost(prior.support)), None)
         if support is not None:
-            shapes = [list(hyperprior.batch_shape), list(hyperprior.event_shape)]
+            shapes = [list(prior.batch_shape), list(prior.event_shape)]
             return {"kind": kind, "support": support, "shapes": shapes}
-    elif isinstance(hyperprior, dist.ExpandedDistribution):
-        base = _plain(hyperprior.base_dist)
-        return {"kind": kind, "base": base, "batch_shape": list(hyperprior.batch_shape)}
-    elif isinstance(hyperprior, dist.Independent):
-        depth = hyperprior.reinterpreted_batch_ndims
-        return {"kind": kind, "base": _plain(hyperprior.base_dist), "depth": depth}
-    elif isinstance(hyperprior, dist.LKJ):
-        concentration = _numbers(hyperprior.concentration)
-        return {"kind": kind, "dimension": hyperprior.dimension, "concentration": concentration}
-    elif isinstance(hyperprior, dist.FoldedDistribution):
-        return {"kind": kind, "base": _plain(hyperprior.base_dist)}
-    elif type(hyperprior) is dist.TransformedDistribution:
-        steps = [_plain_transform(t) for t in hyperprior.transforms]
-        return {"kind": kind, "base": _plain(hyperprior.base_dist), "transforms": steps}
+    elif isinstance(prior, dist.ExpandedDistribution):
+        base = _plain(prior.base_dist)
+        return {"kind": kind, "base": base, "batch_shape": list(prior.batch_shape)}
+    elif isinstance(prior, dist.Independent):
+        depth = prior.reinterpreted_batch_ndims
+        return {"kind": kind, "base": _plain(prior.base_dist), "depth": depth}
+    elif isinstance(prior, dist.LKJ):
+        concentration = _numbers(prior.concentration)
+        return {"kind": kind, "dimension": prior.dimension, "concentration": concentration}
+    elif isinstance(prior, dist.FoldedDistribution):
+        return {"kind": kind, "base": _plain(prior.base_dist)}
+    elif type(prior) is dist.TransformedDistribution:
+        steps = [_plain_transform(t) for t in prior.transforms]
+        return {"kind": kind, "base": _plain(prior.base_dist), "transforms": steps}
     elif kind in ("LeftTruncatedDistribution", "RightTruncatedDistribution",
                   "TwoSidedTruncatedDistribution"):  # fmt: skip
-        bounds = {
-            b: _numbers(getattr(hyperprior, b)) for b in ("low", "high") if hasattr(hyperprior, b)
-        }
-        return {"kind": kind, "base": _plain(hyperprior.base_dist), "bounds": bounds}
-    elif getattr(dist, kind, None) is type(hyperprior):
-        parameters = {
-            name: _numbers(getattr(hyperprior, name)) for name in hyperprior.arg_constraints
-        }
+        bounds = {b: _numbers(getattr(prior, b)) for b in ("low", "high") if hasattr(prior, b)}
+        return {"kind": kind, "base": _plain(prior.base_dist), "bounds": bounds}
+    elif getattr(dist, kind, None) is type(prior):
+        parameters = {name: _numbers(getattr(prior, name)) for name in prior.arg_constraints}
         try:
             getattr(dist, kind)(**{k: np.asarray(v) for k, v in parameters.items()})
         except TypeError:
@@ -82,7 +76,7 @@ def _plain(hyperprior: Any) -> Any:
 
 
 MOST_NUMBERS = 1_000_000
-"""Entries of a hyperprior up to which it is read: a file may be a stranger's."""
+"""Entries of a prior up to which it is read: a file may be a stranger's."""
 
 
 def _restored(plain: Any) -> Any:
@@ -92,10 +86,10 @@ def _restored(plain: Any) -> Any:
         raise InputError(f"expected a distribution, found {type(plain).__name__}")
     if "mapping" in plain:
         return {name: _restored(value) for name, value in plain["mapping"].items()}
-    hyperprior = _distribution(plain)
-    if not isinstance(hyperprior, dist.Distribution):
+    prior = _distribution(plain)
+    if not isinstance(prior, dist.Distribution):
         raise InputError(f"{plain.get('kind')!r} is no distribution")
-    return hyperprior
+    return prior
 
 
 def _distribution(plain: Mapping[str, Any]) -> Any:
@@ -107,7 +101,7 @@ def _distribution(plain: Mapping[str, Any]) -> Any:
     ]
     for shape in shapes:
         if not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) > MOST_NUMBERS:
-            raise InputError(f"{kind} of shape {shape} is no hyperprior about this model")
+            raise InputError(f"{kind} of shape {shape} is no prior about this model")
     if kind == "ImproperUniform":
         batch, event = plain["shapes"]
         return dist.ImproperUniform(_SUPPORTS[plain["support"]], tuple(batch), tuple(event))
